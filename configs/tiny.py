@@ -1,0 +1,56 @@
+"""The whole road on a laptop: 12 MB of presidential messages, about a million parameters, 2 CPU cores, minutes.
+
+python -m fsdfm_jax.main --config=configs/tiny.py --workdir=runs/tiny          at most 15 minutes
+python -m fsdfm_jax.main --config=configs/tiny.py:smoke --workdir=runs/smoke   at most 3 minutes
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    if arg not in ("", "smoke"):
+        raise ValueError(f"configs/tiny.py takes no argument or 'smoke', got {arg!r}")
+    config = base.get_config()
+    config.model.remat = "full"  # CPU: cheaper to recompute a block than to write and read its tape
+
+    autoregressive = config.autoregressive
+    autoregressive.num_steps = 700
+    autoregressive.batch_size = 32
+    autoregressive.learning_rate = 3e-3
+    autoregressive.warmup_steps = 50
+
+    pretrain = config.pretrain
+    pretrain.num_steps = 1000
+    pretrain.batch_size = 32
+    pretrain.learning_rate = 3e-3
+    pretrain.warmup_steps = 50
+
+    for name in ("step_aware", "distill", "refine"):
+        stage = config[name]
+        stage.num_steps = 150
+        stage.batch_size = 32
+        stage.learning_rate = 5e-4
+        stage.warmup_steps = 10
+        stage.ema_decay = 0.98
+
+    if arg == "smoke":
+        config.model.width = 64
+        config.model.num_blocks = 2
+        config.model.num_heads = 2
+        config.model.cond_width = 32
+        config.data.vocab_size = 512
+        config.data.block_length = 64
+        autoregressive.num_steps = 60
+        pretrain.num_steps = 60
+        for name in ("step_aware", "distill", "refine"):
+            config[name].num_steps = 20
+            config[name].batch_size = 16
+        autoregressive.batch_size = pretrain.batch_size = 16
+        config.refine.num_pairs = 64
+        config.refine.pair_steps = 8
+        config.train.checkpoint_every = 20
+        config.train.log_every = 10
+        config.eval.num_samples = 16
+        config.eval.batch_size = 16
+        config.eval.many_steps = 32
+    return config

