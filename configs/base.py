@@ -1,8 +1,8 @@
 """Every configuration key once, with its unit and where its value comes from.
 
-The other files of this folder start from `get_config()` and change values; they never add keys. A key that a
-run does not read is a bug (tests/test_configs.py records accesses). Override any key on the command line:
-`--config.pretrain.num_steps=2000`.
+The other files of this folder start from `get_config()` and change values; they never add keys. A
+key that a run does not read is a bug (tests/test_configs.py records accesses). Override any key on
+the command line: `--config.pretrain.num_steps=2000`.
 """
 
 import ml_collections
@@ -27,10 +27,10 @@ def _budgets(**values):
     """Keys of the stages that are trained for several step widths h = 2^-k."""
     keys = {
         "max_log2_steps": 10,  # k = 0..10: one step of width 1 to 1024 steps of width 1/1024
-        "width_weights": "log_uniform",  # of h: log_uniform (paper's text) | official (1, 2, 4 .. 1024)
-        "time_eps": 0.0,  # times satisfy t + h <= 1 - time_eps (paper: 1e-3; 0 trains the last step too)
-        "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous (eq. 3.8)
-        "rate_floor": 1e-3,  # 1 - kappa is floored at this in the weight of the path loss (official 1e-8)
+        "width_weights": "log_uniform",  # of h: log_uniform (the paper) | official (1, 2 .. 1024)
+        "time_eps": 0.0,  # t + h <= 1 - time_eps (paper: 1e-3; 0 trains the last step too)
+        "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous
+        "rate_floor": 1e-3,  # floor of 1 - kappa in the weight of the path loss (official 1e-8)
     }
     return keys | values
 
@@ -41,11 +41,55 @@ def _teacher(**values):
         "tau": 2.0**-9,  # rows with h < tau learn from data, the others from the teacher (eq. 4.5)
         "teacher_rule": "heun",  # heun (RK-2) | rk4
         "teacher_jump": "mixture",  # jump rule inside the teacher: euler | cumulative | mixture
-        "teacher_end": "posterior_draw",  # reaching t=1: posterior_draw | literal (the paper's closed form)
+        "teacher_end": "posterior_draw",  # reaching t=1: posterior_draw | literal (the paper's)
         "divergence": "forward_kl",  # forward_kl (paper) | jsd
         "temperature": 1.0,  # of the distillation loss
     }
     return _budgets(**keys) | values
+
+
+# The networks of arXiv:2509.20624: width, blocks, heads, conditioning width.
+SIZES = {
+    "0.17B": (768, 12, 12, 128),
+    "1.3B": (2048, 21, 32, 256),
+    "1.7B": (2048, 28, 32, 256),
+}
+
+
+def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
+    """The paper's network, tokenizer, batches and lengths of training at one of its `SIZES`."""
+    if size not in SIZES:
+        raise ValueError(f"Unknown size {size!r}; expected one of {', '.join(SIZES)}.")
+    model = config.model
+    model.width, model.num_blocks, model.num_heads, model.cond_width = SIZES[size]
+    model.dtype = "bfloat16"
+    model.remat = "dots"
+    # FineWeb-Edu's parquet files, to be put there or named by --config.data.corpus.
+    config.data.corpus = "fineweb-edu/*.parquet"
+    config.data.tokenizer = "gpt2"
+    config.data.block_length = 1024
+    config.data.holdout = 0.001
+    for name in ("autoregressive", "pretrain"):
+        config[name].num_steps = 1_000_000
+        config[name].warmup_steps = 10_000
+    for name in ("step_aware", "distill", "refine"):
+        config[name].num_steps = 500_000
+        config[name].warmup_steps = 10_000
+    config.train.checkpoint_every = 5_000
+    config.train.log_every = 100
+
+
+def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
+    """The paper's literal recipe: pre-training, then distillation with the RK-4 teacher."""
+    config.pipeline = "pretrain,distill"
+    config.model.conditioning = "official"
+    distill = config.distill
+    distill.width_weights = "official"
+    distill.time_eps = 1e-3
+    distill.rate_floor = 1e-8
+    distill.teacher_rule = "rk4"
+    distill.teacher_jump = "cumulative"
+    distill.teacher_end = "literal"
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -54,7 +98,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
     config = ml_collections.ConfigDict()
     config.seed = 0  # root of all randomness: parameters, batches, noise, samples
-    # Stages in the order they run, comma-separated. A repeated stage is a further round: "refine,refine".
+    # Stages in the order they run, comma-separated. A repeated stage is a further round:
+    # "refine,refine".
     config.pipeline = "autoregressive,pretrain,step_aware,distill,refine"
 
     config.data = data = ml_collections.ConfigDict()

@@ -1,7 +1,8 @@
 """Step budgets: which widths h = 2^-k and times t the few-step stages are trained on.
 
-Times lie on the grid of the finest budget, j 2^-K with K the largest k, such that the step ends by 1 - time_eps
-(arXiv:2509.20624 App. B; method: t + h <= 1 - eps). A width too long for that bound starts at t=0.
+Times lie on the grid of the finest budget, j 2^-K with K the largest k, such that the step ends by
+1 - time_eps (arXiv:2509.20624 App. B; method: t + h <= 1 - eps). A width too long for that bound
+starts at t=0.
 """
 
 import math
@@ -13,11 +14,13 @@ import numpy as np
 
 
 class Budgets(NamedTuple):
-    """Widths and their probabilities; plain Python numbers, so that a batch can be split at trace time.
+    """Widths and their probabilities; plain Python numbers, so that a batch can be split at trace
+    time.
 
     Attributes:
       log2_steps: exponents k of the widths h = 2^-k, ascending.
-      probabilities: one a width; they add up to 1 over all budgets, and to a part's share after `split`.
+      probabilities: one a width; they add up to 1 over all budgets, and to a part's share after
+        `split`.
       finest: K, the largest exponent of the whole set (the grid of times is j 2^-K).
       time_eps: steps end by 1 - time_eps.
     """
@@ -49,8 +52,8 @@ def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budge
 
     Args:
       max_log2_steps: K >= 0; 10 covers 1 to 1,024 steps.
-      weights: "log_uniform" (each width equally often), or "official" (1, 2, 4 .. 2^K from the widest to the
-        finest: at K=10 widths of 1/8 and more get 0.73% of the rows).
+      weights: "log_uniform" (each width equally often), or "official" (1, 2, 4 .. 2^K from the
+        widest to the finest: at K=10 widths of 1/8 and more get 0.73% of the rows).
       time_eps: in [0, 1).
 
     Raises:
@@ -77,12 +80,14 @@ def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budge
 def sample_budgets(key: jax.Array, budgets: Budgets, rows: int) -> tuple[jax.Array, jax.Array]:
     """Draws (t_R, h_R), float32 [R], for `rows` rows.
 
-    Widths are stratified over the rows (systematic resampling): each row's width has the right probabilities on
-    average over the batch and their counts vary by less than one, which lowers the variance of the loss.
+    Widths are stratified over the rows (systematic resampling): each row's width has the right
+    probabilities on average over the batch and their counts vary by less than one, which lowers the
+    variance of the loss.
     """
     offset_key, time_key = jax.random.split(key)
     u_R = (jax.random.uniform(offset_key, ()) + jnp.arange(rows)) / rows
-    # The boundaries are exact in float64 on the host; the last one is left out so that no row falls beyond it.
+    # The boundaries are exact in float64 on the host; the last one is left out so that no row falls
+    # beyond it.
     boundaries = np.cumsum(budgets.probabilities)[:-1] / budgets.share
     index_R = jnp.searchsorted(jnp.asarray(boundaries, jnp.float32), u_R, side="right")
 

@@ -1,12 +1,13 @@
 """Categorical draws that stay exact far into the tail, at one or two random numbers a position.
 
-`jax.random.categorical` adds float32 Gumbel noise whose largest value is about 15.94: tokens under roughly 1e-7
-never win. With a large vocabulary their joint mass is not small, so truncating it lowers the effective
-temperature and flatters generative perplexity (arXiv:2409.02908). Its `mode="high"` mends that at twice the
-random bits for each of the V entries. Here the inverse CDF is walked as a tree instead: a block of the
-vocabulary is drawn by its total weight, then a token inside it by a fresh uniform number, so that random bits
-don't grow with V. What float32 rounding can move is bounded by (blocks + block size) * 2^-23 of the mass,
-1e-4 at V=50,257 in the worst case and around 1e-6 typically; no single token is ever unreachable inside its block.
+`jax.random.categorical` adds float32 Gumbel noise whose largest value is about 15.94: tokens under
+roughly 1e-7 never win. With a large vocabulary their joint mass is not small, so truncating it
+lowers the effective temperature and flatters generative perplexity (arXiv:2409.02908). Its
+`mode="high"` mends that at twice the random bits for each of the V entries. Here the inverse CDF is
+walked as a tree instead: a block of the vocabulary is drawn by its total weight, then a token
+inside it by a fresh uniform number, so that random bits don't grow with V. What float32 rounding
+can move is bounded by (blocks + block size) * 2^-23 of the mass, 1e-4 at V=50,257 in the worst case
+and around 1e-6 typically; no single token is ever unreachable inside its block.
 """
 
 import math
@@ -19,7 +20,8 @@ def _pick(u: jax.Array, weights: jax.Array) -> jax.Array:
     """Index drawn in proportion to `weights` [..., n] by u [...] in [0, 1)."""
     cumulative = jnp.cumsum(weights, axis=-1)
     threshold = u[..., None] * cumulative[..., -1:]
-    # Entries of weight zero have cumulative == that of their left neighbour and are stepped over by <=.
+    # Entries of weight zero have cumulative == that of their left neighbour and are stepped over by
+    # <=.
     index = jnp.sum(cumulative <= threshold, axis=-1, dtype=jnp.int32)
     # u * total may round up to total: fall back to the last entry that has weight.
     last = jnp.argmax(cumulative >= cumulative[..., -1:], axis=-1).astype(jnp.int32)

@@ -17,13 +17,14 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
     """A jitted few-step sampler.
 
     Args:
-      model, process: of the run; equal arguments return the same function, with what it has compiled.
+      model, process: of the run; equal arguments return the same function, with what it has
+        compiled.
       jump_rule: "cumulative" | "euler" | "mixture".
 
     Returns:
-      `(params, key, x0_BL, frozen_BL, grid_S1, temperature) -> x_BL`, everything in it data: only another shape
-      (batch, length, number of steps) compiles again. The grid is not checked inside jit: use `sampler.check_grid`. With
-      a mask source, revealed tokens stay.
+      `(params, key, x0_BL, frozen_BL, grid_S1, temperature) -> x_BL`, everything in it data: only
+      another shape (batch, length, number of steps) compiles again. The grid is not checked inside
+      jit: use `sampler.check_grid`. With a mask source, revealed tokens stay.
     """
     jump = jumps.make_jump(jumps.get_rule(jump_rule), process.schedule)
     if process.source.mask_id is not None:
@@ -45,8 +46,8 @@ def make_autoregressive_sampler(model: ModelConfig, length: int) -> Callable[...
     """A jitted left-to-right sampler with key-value cache.
 
     Returns:
-      `(params, key, first_B, temperature) -> int [B, length]`; `first_B` is the token before the text, the end-of-document
-      token to start a block as the network was trained to.
+      `(params, key, first_B, temperature) -> int [B, length]`; `first_B` is the token before the
+      text, the end-of-document token to start a block as the network was trained to.
     """
 
     @jax.jit
@@ -96,7 +97,7 @@ def generate(
         raise ValueError(f"temperature must be greater than 0, got {temperature}.")
     if len(prompt) >= length:
         raise ValueError(
-            f"The prompt has {len(prompt)} tokens and leaves nothing to write in a block of {length}."
+            f"The prompt has {len(prompt)} tokens and leaves nothing to write in {length}."
         )
     noise_key, sample_key = jax.random.split(jax.random.key(seed))
     temperature = jnp.float32(temperature)

@@ -1,16 +1,18 @@
 """One jump of width h: the update rule of the sampler and of the teacher.
 
-Let z be the current token, p the posterior of the network and m = 1 - p(z) the mass off the diagonal. Every rule
-moves the position with some probability, and then draws the new token from p restricted to tokens other than z:
+Let z be the current token, p the posterior of the network and m = 1 - p(z) the mass off the
+diagonal. Every rule moves the position with some probability, and then draws the new token from p
+restricted to tokens other than z:
 
-    cumulative   P(jump) = 1 - exp(-h gbar(t,h) m)        FS-DFM, arXiv:2509.20624 eq. 4.3
-    euler        P(jump) = 1 - exp(-h g(t) m)             plain discrete flow matching
-    mixture      P(jump) = beta(t,h) m                    exact kernel of the path for p held fixed: the position
-                                                          is redrawn from the full p with probability beta
+    cumulative   P(jump) = 1 - exp(-h gbar(t,h) m)     FS-DFM, arXiv:2509.20624 eq. 4.3
+    euler        P(jump) = 1 - exp(-h g(t) m)          plain discrete flow matching
+    mixture      P(jump) = beta(t,h) m                 exact kernel of the path for p held fixed:
+                                                       redrawn from the full p with probability
+                                                       beta
 
-A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that sampler and
-teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h ignores t and kappa, so that at
-most 63% of the positions can move in a step.
+A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that
+sampler and teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h
+ignores t and kappa, so that at most 63% of the positions can move in a step.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,9 @@ _END = 1.0 - 1e-6
 
 
 class JumpRule(NamedTuple):
-    """P(jump) as a function of (schedule, t, h, m), all broadcastable float32; see the module's table."""
+    """P(jump) as a function of (schedule, t, h, m), all broadcastable float32; see the module's
+    table.
+    """
 
     name: str
     probability: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -60,8 +64,9 @@ def get_rule(name: str) -> JumpRule:
 def with_posterior_end(rule: JumpRule) -> JumpRule:
     """The rule, except that a step reaching t=1 draws the position from the full posterior.
 
-    In closed form `cumulative` says "jump almost surely off the current token" at t=1, which evicts a token held with
-    p=0.9 with probability 0.83 although the path's exact kernel keeps it with probability 0.9.
+    In closed form `cumulative` says "jump almost surely off the current token" at t=1, which evicts
+    a token held with p=0.9 with probability 0.83 although the path's exact kernel keeps it with
+    probability 0.9.
     """
 
     def probability(schedule, t, h, m):
@@ -83,8 +88,9 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
     """A rule on a schedule, as a jump.
 
     Returns:
-      `jump(key, logits_BLV, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1; current
-      tokens, int; time and width of the step, float32 with t + h <= 1. The result keeps xt's shape and dtype.
+      `jump(key, logits_BLV, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1;
+      current tokens, int; time and width of the step, float32 with t + h <= 1. The result keeps
+      xt's shape and dtype.
     """
 
     def jump(key, logits_BLV, xt_BL, t_B, h_B):
@@ -99,7 +105,8 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
 
 
 def keep_revealed(jump: Jump, mask_id: int) -> Jump:
-    """For a mask source: positions that already show a token stay (masked diffusion's absorbing path).
+    """For a mask source: positions that already show a token stay (masked diffusion's absorbing
+    path).
 
     Without this wrapper, as in the official solver, revealed tokens may jump again.
     """
@@ -114,8 +121,9 @@ def make_finalize(source: Source) -> Finalize:
     """The sampler's last step (arXiv:2509.20624 App. B.1).
 
     Returns:
-      `finalize(key, logits_BLV, xt_BL) -> x_BL`: one draw of every position from the full posterior (uniform source), or
-      of the positions still masked, with the mask token excluded (mask source).
+      `finalize(key, logits_BLV, xt_BL) -> x_BL`: one draw of every position from the full posterior
+      (uniform source), or of the positions still masked, with the mask token excluded (mask
+      source).
     """
 
     def draw_all(key, logits_BLV, xt_BL):
@@ -136,7 +144,8 @@ def _column(t_B) -> jax.Array:
 def _off_diagonal(logits_BLV: jax.Array, xt_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Unnormalised p without the current token, and m = 1 - p(z).
 
-    m is a sum over the other tokens, not 1 - p(z): where the network is nearly sure, the difference would cancel.
+    m is a sum over the other tokens, not 1 - p(z): where the network is nearly sure, the difference
+    would cancel.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
     weights_BLV = jnp.exp(logits_BLV - jnp.max(logits_BLV, axis=-1, keepdims=True))

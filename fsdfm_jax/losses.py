@@ -1,4 +1,5 @@
-"""Losses per position; the mean over a batch is taken by the stages. All of them compute in float32.
+"""Losses per position; the mean over a batch is taken by the stages. All of them compute in
+float32.
 
 Source: arXiv:2509.20624 eq. 3.8 and 4.4 (path loss), section 4.2 (distillation).
 """
@@ -18,8 +19,8 @@ def path_loss(
 
         l = -w [ p(xt) - 1{xt = x1} + 1{xt != x1} log p(x1) ]
 
-    with w = g(t) in eq. 3.8 and w = gbar(t, h) in the step-aware loss, eq. 4.4. It is at least 0 and its minimiser is
-    the clean posterior p(x1 | xt); where xt = x1 the log term vanishes.
+    with w = g(t) in eq. 3.8 and w = gbar(t, h) in the step-aware loss, eq. 4.4. It is at least 0
+    and its minimiser is the clean posterior p(x1 | xt); where xt = x1 the log term vanishes.
 
     Args:
       logits_BLV: float [B, L, V], p = softmax over V.
@@ -43,9 +44,11 @@ def distillation_loss(
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """temperature^2 D(softmax(teacher/temperature), softmax(student/temperature)), float32 [B, L], nats.
+    """temperature^2 D(softmax(teacher/temperature), softmax(student/temperature)), float32 [B, L],
+    nats.
 
-    No gradient flows into the teacher. The square keeps the size of the gradient when the temperature changes.
+    No gradient flows into the teacher. The square keeps the size of the gradient when the
+    temperature changes.
     """
     teacher = jax.lax.stop_gradient(teacher_logits_BLV).astype(jnp.float32) / temperature
     student = student_logits_BLV.astype(jnp.float32) / temperature
@@ -54,7 +57,9 @@ def distillation_loss(
 
 
 def forward_kl(teacher_log_p: jax.Array, student_log_p: jax.Array) -> jax.Array:
-    """KL(teacher || student) over the last axis, both given as log-probabilities; the paper's choice."""
+    """KL(teacher || student) over the last axis, both given as log-probabilities; the paper's
+    choice.
+    """
     return _kl(teacher_log_p, student_log_p)
 
 
@@ -75,7 +80,7 @@ def get_divergence(name: str) -> Divergence:
 
 
 def next_token_loss(logits_BLV: jax.Array, x1_BL: jax.Array) -> jax.Array:
-    """-log p(x1) per position, float32 [B, L], nats; logits at position i predict x1 at position i."""
+    """-log p(x1), float32 [B, L], nats; logits at position i predict x1 at position i."""
     return -_at(jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1), x1_BL)
 
 
@@ -86,4 +91,5 @@ def _at(values_BLV: jax.Array, index_BL: jax.Array) -> jax.Array:
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     # A token the first distribution excludes (-inf) contributes 0, not nan.
     p = jnp.exp(log_p)
-    return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0.0) - log_q), 0.0), axis=-1)
+    ratio = jnp.where(p > 0, log_p, 0.0) - jnp.where(p > 0, log_q, 0.0)
+    return jnp.sum(jnp.where(p > 0, p * ratio, 0.0), axis=-1)

@@ -1,7 +1,7 @@
 """The main job: `python -m fsdfm_jax.main --config=configs/tiny.py --workdir=DIR`.
 
-Prepares the text, trains every stage of `config.pipeline`, and ends with a table of quality against steps in
-WORKDIR/report. Killed at any moment, the same command goes on where it was.
+Prepares the text, trains every stage of `config.pipeline`, and ends with a table of quality against
+steps in WORKDIR/report. Killed at any moment, the same command goes on where it was.
 """
 
 import pathlib
@@ -41,7 +41,9 @@ def batch_stream(
     folder: pathlib.Path,
     start: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A run's batches from step `start` on; first makes the pairs of `refine` where they aren't there yet."""
+    """A run's batches from step `start` on; first makes the pairs of `refine` where they aren't
+    there yet.
+    """
     own = config[entry.stage]
     seed = run_seed(config, entry.run)
     real = data.Batches(prepared.source("train"), batch_size=own.batch_size, seed=seed)
@@ -152,7 +154,8 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
     pipeline = workdir.entries(config, folder)
     mesh = sharding.make_mesh(config.mesh)
-    # Token ids don't matter to what is checked here; the tokenizer is only known once the text is prepared.
+    # Token ids don't matter to what is checked here; the tokenizer is only known once the text is
+    # prepared.
     process = stages.make_process(config.path, num_tokens=2, eos_id=0)
     recipes: dict[pathlib.Path, dict] = {}
     for entry in pipeline:
@@ -175,8 +178,6 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     pipeline, recipes, mesh = check(config, folder)
-    if _EVALUATE.value:
-        suite.judge_run(pipeline)
     logging.info("Devices: %d x %s.", jax.device_count(), jax.devices()[0].device_kind)
     prepared = data.prepare(
         data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)

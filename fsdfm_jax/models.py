@@ -1,19 +1,23 @@
 """The network: a diffusion transformer over tokens, behind `init_params` and `apply`.
 
-Token embedding (untied from the head), N blocks of rotary bidirectional attention and a tanh-GELU MLP, each branch modulated by
-the time through adaLN, then a modulated linear head. The layout is that of the published FS-DFM weights
-(arXiv:2509.20624 App. A); `conditioning` says how the step width h enters:
+Token embedding (untied from the head), N blocks of rotary bidirectional attention and a tanh-GELU
+MLP, each branch modulated by the time through adaLN, then a modulated linear head. The layout is
+that of the published FS-DFM weights (arXiv:2509.20624 App. A); `conditioning` says how the step
+width h enters:
 
-    none       not at all: cond = SiLU(temb)                                          base models
-    official   a second embedder of raw h, fused once and then again in each block    published few-step weights
-    additive   cond = SiLU(temb + P hemb), h embedded through log2 h, P zero at start  this project's default
+    none       not at all: cond = SiLU(temb)                                     base models
+    official   a second embedder of raw h, fused once and again in each block    published weights
+    additive   cond = SiLU(temb + P hemb), of log2 h, P zero at start            our default
 
-With `additive` a network that starts from base weights computes exactly what the base model computes. The sinusoids of a raw h
-barely separate 2^-10 from 2^-9; those of log2 h separate all widths alike.
+With `additive` a network that starts from base weights computes exactly what the base model
+computes. The sinusoids of a raw h barely separate 2^-10 from 2^-9; those of log2 h separate all
+widths alike.
 
-`causal=True` makes the autoregressive baseline of the same blocks without time conditioning or modulation.
+`causal=True` makes the autoregressive baseline of the same blocks without time conditioning or
+modulation.
 
-Activations are `dtype`; parameters, residual stream, norms, softmax and logits are float32. The only file that knows Flax.
+Activations are `dtype`; parameters, residual stream, norms, softmax and logits are float32. The
+only file that knows Flax.
 """
 
 import dataclasses
@@ -54,7 +58,8 @@ class ModelConfig:
       conditioning: "none" | "official" | "additive".
       causal: autoregressive baseline; needs conditioning "none".
       dtype: of activations, "float32" | "bfloat16".
-      attention: "manual", or an `implementation` of `jax.nn.dot_product_attention` ("xla" | "cudnn").
+      attention: "manual", or an `implementation` of `jax.nn.dot_product_attention` ("xla" |
+        "cudnn").
       remat: what the backward pass recomputes, "none" | "full" | "dots" (matmul outputs are kept).
     """
 
@@ -77,8 +82,8 @@ class ModelConfig:
                 raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}.")
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
-                f"model.width={self.width} must split into num_heads={self.num_heads} heads of even width "
-                "(rotary attention turns pairs of channels)."
+                f"model.width={self.width} must split into num_heads={self.num_heads} heads of "
+                "even width (rotary attention turns pairs of channels)."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}.")
@@ -91,7 +96,8 @@ class ModelConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
-                    f"model.{field}={getattr(self, field)!r} is unknown; expected one of {', '.join(allowed)}."
+                    f"model.{field}={getattr(self, field)!r} is unknown; expected one of "
+                    f"{', '.join(allowed)}."
                 )
         if self.causal and self.conditioning != "none":
             raise ValueError("A causal (autoregressive) network takes conditioning='none'.")
@@ -102,7 +108,7 @@ class ModelConfig:
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values of the positions decoded so far, [N, B, H, L, K] in the activations' dtype."""
+    """Keys and values of the positions decoded so far, [N, B, H, L, K], in `dtype`."""
 
     keys: jax.Array
     values: jax.Array
@@ -145,7 +151,8 @@ def apply(
         raise ValueError("A diffusion network needs the time t_B of each row, got None.")
     if h_B is None and cfg.conditioning != "none":
         raise ValueError(
-            f"A network with conditioning={cfg.conditioning!r} needs the step width h_B of each row, got None."
+            f"A network with conditioning={cfg.conditioning!r} needs the step width h_B of "
+            "each row, got None."
         )
     t_B = None if cfg.causal else t_B
     h_B = None if cfg.conditioning == "none" else h_B
@@ -223,7 +230,7 @@ def count_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-# ----------------------------------------------------------------------------------------------- modules
+# ---------------------------------------------------------------------------------------- modules
 
 _linear_init = nn.initializers.xavier_uniform()
 _small_init = nn.initializers.normal(0.02)

@@ -1,4 +1,6 @@
-"""The optimiser as an optax chain: global-norm clipping, then AdamW on a warm-up and cosine schedule."""
+"""The optimiser as an optax chain: global-norm clipping, then AdamW on a warm-up and cosine
+schedule.
+"""
 
 import optax
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """The few-step sampler: S network calls, all of them in one `lax.scan`.
 
-S-1 jumps along a grid 0 = t_0 < .. < t_S = 1, then one draw of every position from the posterior of the last interval. At S=1
-no jump happens at all. The grid is data: a sweep over grids of one length compiles once.
+S-1 jumps along a grid 0 = t_0 < .. < t_S = 1, then one draw of every position from the posterior of
+the last interval. At S=1 no jump happens at all. The grid is data: a sweep over grids of one length
+compiles once.
 
 Source: arXiv:2509.20624 App. B.1.
 """
@@ -30,7 +31,8 @@ def check_grid(grid_S1) -> np.ndarray:
     """A grid of cumulative times as float32 [S+1], checked on the host.
 
     Raises:
-      ValueError: unless it is one-dimensional, holds at least two times, starts at 0, ends at 1 and increases.
+      ValueError: unless it is one-dimensional, holds at least two times, starts at 0, ends at 1 and
+        increases.
     """
     grid = np.asarray(grid_S1, np.float32)
     if grid.ndim != 1 or len(grid) < 2:
@@ -57,7 +59,9 @@ def sample_trajectory(
     *,
     temperature: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `sample`, and also returns the tokens after each step, int [S, B, L] (the last equals the sample)."""
+    """As `sample`, and also returns the tokens after each step, int [S, B, L] (the last equals the
+    sample).
+    """
     if not isinstance(grid_S1, jax.core.Tracer):
         grid_S1 = check_grid(grid_S1)
     grid_S1 = jnp.asarray(grid_S1, jnp.float32)

@@ -1,12 +1,12 @@
 """Noise schedules kappa(t) of the mixture path and the rates that follow from them.
 
-    g(t)       = kappa'(t) / (1 - kappa(t))                                  instantaneous rate
-    gbar(t, h) = (1/h) ln[(1 - kappa(t)) / (1 - kappa(t+h))]                 cumulative scalar, eq. 4.3
-    beta(t, h) = (kappa(t+h) - kappa(t)) / (1 - kappa(t))                    share redrawn by the exact kernel
+    g(t)       = kappa'(t) / (1 - kappa(t))                     instantaneous rate
+    gbar(t, h) = (1/h) ln[(1 - kappa(t)) / (1 - kappa(t+h))]    cumulative scalar, eq. 4.3
+    beta(t, h) = (kappa(t+h) - kappa(t)) / (1 - kappa(t))       share redrawn by the exact kernel
 
-gbar is the mean of g over [t, t+h]: h gbar is additive over adjoining steps and gbar -> g as h -> 0. All
-arithmetic is float32; 1 - kappa is floored (by default at 1e-8, as in the official code) so that a step that
-ends at t=1 has a finite rate.
+gbar is the mean of g over [t, t+h]: h gbar is additive over adjoining steps and gbar -> g as h ->
+0. All arithmetic is float32; 1 - kappa is floored (by default at 1e-8, as in the official code) so
+that a step that ends at t=1 has a finite rate.
 
 Source: arXiv:2509.20624 section 4 and eq. 4.3; arXiv:2407.15595 section 3.
 """
@@ -22,7 +22,7 @@ FLOOR = 1e-8
 
 
 class Schedule(Protocol):
-    """A monotone kappa with kappa(0)=0 and kappa(1)=1; every method maps float arrays elementwise."""
+    """A monotone kappa with kappa(0)=0 and kappa(1)=1; methods map float arrays elementwise."""
 
     def kappa(self, t: jax.Array) -> jax.Array:
         """Probability that a position already shows data at time t."""
@@ -50,8 +50,8 @@ class Polynomial:
     def __post_init__(self):
         if not self.power > 0 or not math.isfinite(self.power):
             raise ValueError(
-                f"The power of a polynomial schedule must be positive and finite, got {self.power}; "
-                "kappa(t) = t is power 1."
+                f"The power of a polynomial schedule must be positive and finite, got "
+                f"{self.power}; kappa(t) = t is power 1."
             )
 
     def kappa(self, t):
@@ -114,7 +114,9 @@ def rate(schedule: Schedule, t: jax.Array, *, floor: float = FLOOR) -> jax.Array
 def log_survival(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """h gbar(t,h) = ln[(1-kappa(t)) / (1-kappa(t+h))], the integral of g over the step; t+h is capped at 1."""
+    """h gbar(t,h) = ln[(1-kappa(t)) / (1-kappa(t+h))], the integral of g over the step; t+h is
+    capped at 1.
+    """
     end = jnp.minimum(_f32(t) + _f32(h), 1.0)
     start_left = jnp.maximum(schedule.remaining(t), floor)
     end_left = jnp.maximum(schedule.remaining(end), floor)
@@ -131,7 +133,9 @@ def cumulative_rate(
 def redraw_fraction(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """beta(t,h), the probability that the exact kernel of the path redraws a position during the step."""
+    """beta(t,h), the probability that the exact kernel of the path redraws a position during the
+    step.
+    """
     end = jnp.minimum(_f32(t) + _f32(h), 1.0)
     left = jnp.maximum(schedule.remaining(t), floor)
     return jnp.clip(1.0 - schedule.remaining(end) / left, 0.0, 1.0)

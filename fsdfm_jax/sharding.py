@@ -1,7 +1,8 @@
 """Where arrays live: one mesh, one table of rules from parameter paths to partition specs.
 
-The same table serves the parameters, their average and the optimiser's moments, at initialisation, in the step and when a
-checkpoint is restored. Adding an axis means adding it to `AXES` and naming it in `RULES`.
+The same table serves the parameters, their average and the optimiser's moments, at initialisation,
+in the step and when a checkpoint is restored. Adding an axis means adding it to `AXES` and naming
+it in `RULES`.
 """
 
 import math
@@ -67,5 +68,6 @@ def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
     shards = mesh.shape["data"]
     if batch_size < 1 or batch_size % shards:
         raise ValueError(
-            f"{key}={batch_size} must be a positive multiple of the {shards} data shard(s) of the mesh."
+            f"{key}={batch_size} must be a positive multiple of the {shards} data shard(s) of "
+            "the mesh."
         )

@@ -28,7 +28,9 @@ class TrainState(NamedTuple):
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, ema_decay: float
 ) -> TrainState:
-    """The state before the first step. Build it under jit, so that the average gets buffers of its own."""
+    """The state before the first step. Build it under jit, so that the average gets buffers of its
+    own.
+    """
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
@@ -44,7 +46,8 @@ def train_step(state: TrainState, batch, root_key, *, loss, optimizer, ema_decay
     Args:
       state: donated by the caller.
       batch: dict of arrays with B rows, see `stages.Stage`.
-      root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed run draws the same noise.
+      root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed
+        run draws the same noise.
       loss: `Stage.loss`.
       optimizer: optax transformation.
       ema_decay: weight of the old average, 0 for none.

@@ -1,7 +1,9 @@
-"""The shortcut teacher: several small steps of the averaged student make the target of one big step.
+"""The shortcut teacher: several small steps of the averaged student make the target of one big
+step.
 
-A rule is data, nodes and weights, so that RK-2 and RK-4 are one loop. Unlike classical Runge-Kutta the states chain: each
-evaluation sees the state that jumped from the *previous* state by h/2, and the weights average logits.
+A rule is data, nodes and weights, so that RK-2 and RK-4 are one loop. Unlike classical Runge-Kutta
+the states chain: each evaluation sees the state that jumped from the *previous* state by h/2, and
+the weights average logits.
 
 Source: arXiv:2509.20624 Algorithm 1 and section 4.2.
 """
@@ -18,7 +20,9 @@ Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Quadrature(NamedTuple):
-    """Where the teacher evaluates, in units of h from t, and how it averages; the weights add up to 1."""
+    """Where the teacher evaluates, in units of h from t, and how it averages; the weights add up to
+    1.
+    """
 
     nodes: tuple[float, ...]
     weights: tuple[float, ...]
@@ -48,15 +52,16 @@ def teacher_logits(
 ) -> jax.Array:
     """Averaged logits for the step from t to t+h, without gradient.
 
-    Every evaluation is conditioned on the width h/2 and takes place at min(t + node h, 1). Between two evaluations the
-    state jumps by h/2 at the rates of the time just evaluated; nothing is drawn after the last one.
+    Every evaluation is conditioned on the width h/2 and takes place at min(t + node h, 1). Between
+    two evaluations the state jumps by h/2 at the rates of the time just evaluated; nothing is drawn
+    after the last one.
 
     Args:
       key: typed PRNG key for the jumps.
       rule: `HEUN` or `RK4`, or any other nodes and weights.
       denoise: (x_BL, t_B, h_B) -> logits_BLV, the averaged student in evaluation mode.
-      jump: see `jumps.make_jump`. To draw from the full posterior where a jump reaches t=1, build it from
-        `jumps.with_posterior_end(rule)`; the bare rule is the paper's literal form.
+      jump: see `jumps.make_jump`. To draw from the full posterior where a jump reaches t=1, build
+        it from `jumps.with_posterior_end(rule)`; the bare rule is the paper's literal form.
       xt_BL: current tokens, int [B, L].
       t_B, h_B: float32 [B], t + h <= 1.
 

@@ -24,7 +24,9 @@ class Diverged(FloatingPointError):  # noqa: N818 - named after what happened
 
 
 class Settings(NamedTuple):
-    """Static numbers of a run: steps in all, steps between log lines and checkpoints, checkpoints kept, EMA decay."""
+    """Static numbers of a run: steps in all, steps between log lines and checkpoints, checkpoints
+    kept, EMA decay.
+    """
 
     num_steps: int
     log_every: int
@@ -48,8 +50,8 @@ def train(
 ) -> None:
     """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
 
-    The state after a step depends on nothing but the arguments and the step, so that a run killed at any moment and
-    started again ends with the same parameters bit for bit.
+    The state after a step depends on nothing but the arguments and the step, so that a run killed
+    at any moment and started again ends with the same parameters bit for bit.
 
     Args:
       stage: what to train.
@@ -64,7 +66,8 @@ def train(
       metadata: stored inside each checkpoint.
 
     Raises:
-      Diverged: at the first loss or gradient that isn't finite; no checkpoint of that step is written.
+      Diverged: at the first loss or gradient that isn't finite; no checkpoint of that step is
+        written.
       ValueError: if the stage can't start from `base`.
     """
     for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -161,10 +164,12 @@ class _Reporter:
         if bad:
             self._writer.write(step, values)
             every = self._settings.checkpoint_every
+            kept = max(self._kept, (step - 1) // every * every)
+            what = ", ".join(f"{key} is {value}" for key, value in bad.items())
             raise Diverged(
-                f"{self._name}: {', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}. Checkpoints up to "
-                f"step {max(self._kept, (step - 1) // every * every)} are kept; lower {self._name}'s learning_rate, lengthen its "
-                "warmup_steps, or look at the text of that batch."
+                f"{self._name}: {what} at step {step}. Checkpoints up to step {kept} are kept; lower "
+                f"{self._name}'s learning_rate, lengthen its warmup_steps, or look at the text of "
+                "that batch."
             )
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value

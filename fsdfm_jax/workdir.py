@@ -1,8 +1,8 @@
 """The layout of a working directory, and the rules by which a run may go on in one.
 
 WORKDIR/config.json                    the configuration last used
-WORKDIR/data/                          tokenizer, blocks, manifest (unless config.data.directory says otherwise)
-WORKDIR/stages/NAME/checkpoints/       of each entry of the pipeline; a repeated stage is NAME_2, NAME_3 ..
+WORKDIR/data/                          tokenizer, blocks, manifest (or config.data.directory)
+WORKDIR/stages/NAME/checkpoints/       of each entry of the pipeline; repeated: NAME_2 ..
 WORKDIR/stages/NAME/metrics.jsonl, tensorboard/, pairs/
 WORKDIR/report/                        table, pictures, samples
 """
@@ -67,7 +67,8 @@ def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
     for name in names:
         if name not in stages.NAMES:
             raise ValueError(
-                f"config.pipeline names the unknown stage {name!r}; expected {', '.join(stages.NAMES)}."
+                f"config.pipeline names the unknown stage {name!r}; expected "
+                f"{', '.join(stages.NAMES)}."
             )
         count = 1 + sum(entry.stage == name for entry in result)
         run = name if count == 1 else f"{name}_{count}"
@@ -83,8 +84,9 @@ def _base(name, run, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
         trained_before = any(stage_directory(workdir, e.run) == folder for e in earlier)
         if not trained_before and checkpoint.latest_step(folder / "checkpoints") is None:
             raise ValueError(
-                f"{name}.init_from={given!r} names no trained run: there is no checkpoint in {folder}. "
-                "Give a stage that stands earlier in the pipeline, or the folder WORKDIR/stages/RUN of another run."
+                f"{name}.init_from={given!r} names no trained run: there is no checkpoint in "
+                f"{folder}. Give a stage that stands earlier in the pipeline, or the folder "
+                "WORKDIR/stages/RUN of another run."
             )
         return folder
     if name in ("autoregressive", "pretrain"):
@@ -92,14 +94,16 @@ def _base(name, run, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
     flow = [entry for entry in earlier if entry.stage != "autoregressive"]
     if not flow:
         raise ValueError(
-            f"Stage {run!r} starts from trained base weights, but nothing stands before it in the pipeline "
-            f"({config.pipeline!r}); put 'pretrain' first, or set {name}.init_from."
+            f"Stage {run!r} starts from trained base weights, but nothing stands before it in "
+            f"the pipeline ({config.pipeline!r}); put 'pretrain' first, or set {name}.init_from."
         )
     return stage_directory(workdir, flow[-1].run)
 
 
 def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[str, Any]:
-    """Everything that determines a run's weights, as JSON; a run goes on only under the same recipe."""
+    """Everything that determines a run's weights, as JSON; a run goes on only under the same
+    recipe.
+    """
     data = {key: value for key, value in config.data.items() if key != "directory"}
     own = config[entry.stage].to_dict()
     del own["init_from"]  # the base below says it, whatever way it was named
@@ -139,8 +143,8 @@ def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
     ]
     if different:
         raise ValueError(
-            f"The run in {directory} was started with another configuration ({'; '.join(different)}). "
-            "Give the old values to continue it, or choose another --workdir."
+            f"The run in {directory} was started with another configuration "
+            f"({'; '.join(different)}). Give the old values to continue it, or choose another --workdir."
         )
 
 
@@ -163,8 +167,9 @@ def load_weights(directory: pathlib.Path, *, tokenizer: str | None = None) -> We
     metadata = checkpoint.read_metadata(folder, step)
     if tokenizer is not None and metadata["tokenizer"] != tokenizer:
         raise ValueError(
-            f"The checkpoint in {directory} was trained with tokenizer {metadata['tokenizer']}, the data has "
-            f"{tokenizer}: their token ids mean different text. Use the tokenizer.json the run was trained with."
+            f"The checkpoint in {directory} was trained with tokenizer "
+            f"{metadata['tokenizer']}, the data has {tokenizer}: their token ids mean different "
+            "text. Use the tokenizer.json the run was trained with."
         )
     part = metadata["weights"]
     params = checkpoint.restore_part(folder, (part,), step)[part]

@@ -1,8 +1,9 @@
-"""The official PyTorch layout: state-dict names and [out, in] matrices to and from our parameter tree.
+"""The official PyTorch layout: state-dict names and [out, in] matrices to and from our parameter
+tree.
 
-Names: method of arXiv:2509.20624's published checkpoints. Blocks are stacked along a leading axis here and numbered there;
-`rotary_emb.inv_freq` is a buffer that follows from the head width and has no counterpart. Only conditioning
-"none" and "official" have an official layout.
+Names: method of arXiv:2509.20624's published checkpoints. Blocks are stacked along a leading axis
+here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head width and has
+no counterpart. Only conditioning "none" and "official" have an official layout.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,9 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def _official_name(path: str) -> tuple[str, bool]:
-    """Official name of our parameter (with {} for the block number), and whether it is a matrix to transpose."""
+    """Official name of our parameter (with {} for the block number), and whether it is a matrix to
+    transpose.
+    """
     group, leaf = path.rsplit("/", 1)
     suffix = _LEAF[leaf]
     if group == "vocab_embed":
@@ -104,7 +107,8 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
     if cfg.conditioning == "additive" or cfg.causal:
         what = "autoregressive networks" if cfg.causal else "conditioning='additive'"
         raise ValueError(
-            f"The official layout has no place for {what}; train with model.conditioning='official'."
+            f"The official layout has no place for {what}; train with "
+            "model.conditioning='official'."
         )
     state = {}
     for path, value in _flatten(params).items():

@@ -1,4 +1,6 @@
-"""Language models that score samples. Here: the in-house autoregressive model, over ids or over text."""
+"""Language models that score samples. Here: the in-house autoregressive model, over ids or over
+text.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +25,8 @@ class Scores(NamedTuple):
 
 
 class AutoregressiveJudge:
-    """Scores with a run of the stage `autoregressive`; every token counts, the first given the end of a document.
+    """Scores with a run of the stage `autoregressive`; every token counts, the first given the end
+    of a document.
 
     Args:
       weights: of that run.

@@ -1,4 +1,6 @@
-"""Figures out of token ids and log-likelihoods, in NumPy float64: anyone can recompute them from the saved samples."""
+"""Figures out of token ids and log-likelihoods, in NumPy float64: anyone can recompute them from
+the saved samples.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""The report of a run: results.json, results.csv, results.png, samples.txt, and a table for the terminal."""
+"""The report of a run: results.json, results.csv, results.png, samples.txt, and a table for the
+terminal.
+"""
 
 import csv
 import io
@@ -110,6 +112,8 @@ def _picture(path: pathlib.Path, rows: Sequence[Row]) -> None:
     ):
         groups: dict[str, list[Row]] = {}
         for row in rows:
+            if row[key] is None:  # no judge
+                continue
             groups.setdefault(row["group"], []).append(row)
         for group, members in groups.items():
             members = sorted(members, key=lambda row: row["steps"] or 0)

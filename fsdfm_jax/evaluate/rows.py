@@ -1,4 +1,6 @@
-"""The rows of the result table: which samples are drawn, and their figures. A finished row is never computed twice."""
+"""The rows of the result table: which samples are drawn, and their figures. A finished row is never
+computed twice.
+"""
 
 import functools
 import pathlib
@@ -80,10 +82,12 @@ def plan(config: ConfigDict, pipeline: list[workdir.Entry], length: int) -> list
     return rows
 
 
-class Drawn(NamedTuple):
-    """Samples int32 [N, L]; seconds per sample of the fastest batch, after compilation; seconds of compilation."""
+class Samples(NamedTuple):
+    """Samples int32 [N, L]; seconds per sample of the fastest batch, after compilation; seconds of
+    compilation.
+    """
 
-    tokens_NL: np.ndarray
+    tokens: np.ndarray
     seconds_per_sample: float
     compile_seconds: float
 
@@ -98,7 +102,7 @@ def draw(
     length: int,
     seed: int,
     temperature: float,
-) -> Drawn:
+) -> Samples:
     """Draws a row's samples, batch after batch; the last batch is computed whole and cut.
 
     The noise of a row depends on seed and batch only, so that rows are compared on the same noise.
@@ -122,7 +126,7 @@ def draw(
         began = time.perf_counter()
         jax.block_until_ready(compiled(weights.params, *inputs))
         seconds.append(time.perf_counter() - began)
-    return Drawn(tokens_NL, min(seconds) / batch_size, compile_seconds)
+    return Samples(tokens_NL, min(seconds) / batch_size, compile_seconds)
 
 
 def _inputs(model, process, steps, batch_size, length, key, temperature):
@@ -139,7 +143,7 @@ def _inputs(model, process, steps, batch_size, length, key, temperature):
 
 @functools.lru_cache(maxsize=32)
 def _compile(model, process, jump, steps, batch_size, length):
-    """The compiled sampler of a shape, and how long compiling took; stages of one network share it."""
+    """A shape's compiled sampler, and the seconds compiling took; stages of one network share it."""
     if steps is None:
         run = inference.make_autoregressive_sampler(model, length)
     else:
@@ -153,40 +157,47 @@ def _compile(model, process, jump, steps, batch_size, length):
 
 
 def figures(
-    tokens_NL: np.ndarray, judge: AutoregressiveJudge, tokenizer: Tokenizer
-) -> dict[str, float]:
-    """Perplexity (aggregation A on raw ids, B after decoding and tokenising anew) and unigram entropy."""
-    by_ids = judge.score_ids(tokens_NL)
-    by_text = judge.score_text([tokenizer.decode(row.tolist()) for row in tokens_NL])
+    tokens_NL: np.ndarray, judge: AutoregressiveJudge | None, tokenizer: Tokenizer
+) -> dict[str, float | None]:
+    """Unigram entropy, and perplexity in aggregation A (raw ids) and B (decoded, tokenised anew).
+
+    Perplexities are None without a judge.
+    """
     entropy = float(np.mean(metrics.unigram_entropy(tokens_NL)))
-    return {
-        "perplexity_a": metrics.perplexity_a(by_ids.nll, by_ids.tokens),
-        "perplexity_b": metrics.perplexity_b(by_text.nll, by_text.tokens),
+    result = {
+        "perplexity_a": None,
+        "perplexity_b": None,
         "entropy_nats": entropy,
         "entropy_bits": entropy * metrics.BITS_PER_NAT,
+    }
+    if judge is None:
+        return result
+    by_ids = judge.score_ids(tokens_NL)
+    by_text = judge.score_text([tokenizer.decode(row.tolist()) for row in tokens_NL])
+    return result | {
+        "perplexity_a": metrics.perplexity_a(by_ids.nll, by_ids.tokens),
+        "perplexity_b": metrics.perplexity_b(by_text.nll, by_text.tokens),
     }
 
 
 def protocol(
-    spec: RowSpec, config: ConfigDict, weights: Weights | None, judge: Weights, data: str
+    spec: RowSpec,
+    config: ConfigDict,
+    weights: Weights | None,
+    judge: Weights | None,
+    data_fingerprint: str,
 ) -> dict[str, Any]:
     """Everything a row's figures depend on, stored beside them."""
-    described = lambda w: {
-        "run": w.metadata["run"],
-        "step": w.step,
-        "weights": w.metadata["weights"],
-        "recipe": workdir.digest(w.metadata["recipe"]),
-    }
     stamp = {
-        "judge": described(judge),
+        "judge": judge and _describe(judge),
         "num_samples": config.eval.num_samples,
-        "data": data,
+        "data": data_fingerprint,
         "code_version": fsdfm_jax.__version__,
     }
     if weights is None:
         return stamp
     return stamp | {
-        "model": described(weights),
+        "model": _describe(weights),
         "steps": spec.steps,
         "jump": spec.jump,
         "grid": None if spec.jump is None else "uniform",
@@ -194,6 +205,15 @@ def protocol(
         "seed": config.eval.seed,
         "batch_size": config.eval.batch_size,
         "draw": "tree of inverse CDFs, float32",
+    }
+
+
+def _describe(weights: Weights) -> dict[str, Any]:
+    return {
+        "run": weights.metadata["run"],
+        "step": weights.step,
+        "weights": weights.metadata["weights"],
+        "recipe": workdir.digest(weights.metadata["recipe"]),
     }
 
 

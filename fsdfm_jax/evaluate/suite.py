@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from fsdfm_jax import data as data_lib
@@ -15,25 +16,18 @@ from fsdfm_jax.evaluate.rows import RowSpec
 from fsdfm_jax.workdir import Entry, Weights
 
 
-def judge_run(pipeline: list[Entry]) -> str:
-    """The run that scores samples: the pipeline's (last) autoregressive model.
-
-    Raises:
-      ValueError: if the pipeline has none.
-    """
+def judge_run(pipeline: list[Entry]) -> str | None:
+    """The run that scores samples: the pipeline's last autoregressive model, None without one."""
     runs = [entry.run for entry in pipeline if entry.stage == "autoregressive"]
-    if not runs:
-        raise ValueError(
-            "The result table is scored by the in-house autoregressive model, but config.pipeline has no stage "
-            "'autoregressive'; add it, or stop after training with --noevaluate."
-        )
-    return runs[-1]
+    return runs[-1] if runs else None
 
 
 def evaluate(
     config: ConfigDict, pipeline: list[Entry], folder: pathlib.Path, prepared: PreparedData
 ) -> str:
-    """Computes all rows that aren't there yet, writes WORKDIR/report, and returns the table as text."""
+    """Computes all rows that aren't there yet, writes WORKDIR/report, and returns the table as
+    text.
+    """
     tokenizer = prepared.tokenizer
     process = stages.make_process(
         config.path, num_tokens=tokenizer.vocab_size, eos_id=tokenizer.eos_id
@@ -44,8 +38,14 @@ def evaluate(
         )
         for entry in pipeline
     }
-    judge_weights = weights[judge_run(pipeline)]
-    judge = AutoregressiveJudge(judge_weights, tokenizer, batch_size=config.eval.batch_size)
+    judge, judge_weights = None, weights.get(judge_run(pipeline))
+    if judge_weights is None:
+        logging.warning(
+            "The pipeline trains no autoregressive model, so nothing can judge the samples: "
+            "the table has no perplexity. Add the stage 'autoregressive' to config.pipeline to get it."
+        )
+    else:
+        judge = AutoregressiveJudge(judge_weights, tokenizer, batch_size=config.eval.batch_size)
     target = folder / "report"
 
     results, samples = [], {}
@@ -88,7 +88,7 @@ def _samples(
         seed=asked.seed,
         temperature=asked.temperature,
     )
-    return drawn.tokens_NL, {
+    return drawn.tokens, {
         "milliseconds_per_sample": 1e3 * drawn.seconds_per_sample,
         "compile_seconds": drawn.compile_seconds,
     }

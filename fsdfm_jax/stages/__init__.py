@@ -1,12 +1,13 @@
 """The training stages: what each of them learns, as pure functions behind one signature.
 
-    pretrain        data, all times            eq. 3.8           the base model
-    step_aware      data, all step budgets     eq. 4.4           learns to work with different budgets
-    distill         data and shortcut teacher  eq. 4.5           makes each step larger and more accurate
-    refine          pairs made by the model    eq. 4.5 on pairs  tunes how each step moves
-    autoregressive  data, left to right        cross-entropy     baseline and judge
+    pretrain        data, all times            eq. 3.8         the base model
+    step_aware      data, all step budgets     eq. 4.4         learns to work with any budget
+    distill         data and shortcut teacher  eq. 4.5         makes each step larger
+    refine          pairs made by the model    eq. 4.5         tunes how each step moves
+    autoregressive  data, left to right        cross-entropy   baseline and judge
 
-Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is shared (fsdfm_jax/train.py).
+Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is shared
+(fsdfm_jax/train.py).
 """
 
 import importlib
@@ -29,7 +30,7 @@ Batch = dict[str, jax.Array]
 
 
 class Process(NamedTuple):
-    """The noising process that all stages of a run share, and the token that separates documents."""
+    """The noising process that all stages of a run share, and the token between documents."""
 
     schedule: Schedule
     source: Source
@@ -42,9 +43,10 @@ class Stage(NamedTuple):
     Attributes:
       name: one of `NAMES`.
       model: its network.
-      init_params: (key, base) -> params; `base` are the weights of the stage it starts from, or None.
-      loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is the average of the weights, never
-        differentiated; metrics are scalars and hold "loss".
+      init_params: (key, base) -> params; `base` are the weights of the stage it starts from, or
+        None.
+      loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is the average of the
+        weights, never differentiated; metrics are scalars and hold "loss".
     """
 
     name: str
@@ -104,7 +106,9 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
 
 
 def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
-    """`init_params` of a stage that starts from random weights, or goes on from given ones of the same shape."""
+    """`init_params` of a stage that starts from random weights, or goes on from given ones of the
+    same shape.
+    """
 
     def init_params(key, base):
         fresh = models.init_params(key, model)
@@ -116,15 +120,15 @@ def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Para
 def start_from_base(name: str, model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
     """`init_params` of a few-step stage: base weights plus a fresh step conditioning.
 
-    The returned function raises ValueError without base weights: few steps distilled from random weights are
-    random text, however well the loss goes down.
+    The returned function raises ValueError without base weights: few steps distilled from random
+    weights are random text, however well the loss goes down.
     """
 
     def init_params(key, base):
         if base is None:
             raise ValueError(
-                f"Stage {name!r} starts from trained base weights and none were given; put 'pretrain' before "
-                f"it in the pipeline, or set {name}.init_from to a stage that has been trained."
+                f"Stage {name!r} starts from trained base weights and none were given; put "
+                f"'pretrain' before it in the pipeline, or set {name}.init_from to a stage that has been trained."
             )
         return models.add_conditioning(base, models.init_params(key, model))
 

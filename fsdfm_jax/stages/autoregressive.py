@@ -1,7 +1,8 @@
-"""The autoregressive baseline of the same blocks, also the in-house judge: next-token cross-entropy.
+"""The autoregressive baseline of the same blocks, also the in-house judge: next-token
+cross-entropy.
 
-Blocks of text have no BOS; the end-of-document token stands before the first position instead, so that every
-token of a block is predicted and counted.
+Blocks of text have no BOS; the end-of-document token stands before the first position instead, so
+that every token of a block is predicted and counted.
 """
 
 import jax

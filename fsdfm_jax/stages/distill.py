@@ -1,7 +1,9 @@
-"""Second few-step stage: big steps learn from a shortcut teacher (arXiv:2509.20624 eq. 4.5, Algorithm 1).
+"""Second few-step stage: big steps learn from a shortcut teacher (arXiv:2509.20624 eq. 4.5,
+Algorithm 1).
 
-The teacher is the running average of the student itself, taking two (Heun) or four (RK-4) evaluations at half the width. Only
-widths below tau see data; every other width is anchored to them through the chain of halvings.
+The teacher is the running average of the student itself, taking two (Heun) or four (RK-4)
+evaluations at half the width. Only widths below tau see data; every other width is anchored to them
+through the chain of halvings.
 """
 
 from ml_collections import ConfigDict

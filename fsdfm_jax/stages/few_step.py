@@ -1,9 +1,11 @@
-"""The loss that the three few-step stages share: path loss on fine steps, distillation on coarse ones.
+"""The loss that the three few-step stages share: path loss on fine steps, distillation on coarse
+ones.
 
-    loss = E_h [ 1{h < tau} path(h) + 1{h >= tau} distillation(h) ]                                 eq. 4.5
+    loss = E_h [ 1{h < tau} path(h) + 1{h >= tau} distillation(h) ]          eq. 4.5
 
-The two parts are strata of the batch with a fixed number of rows each, weighted by their exact probabilities: unbiased, of
-lower variance than drawing each row's part, and no row pays for a network call whose result it wouldn't use.
+The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
+probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
+network call whose result it wouldn't use.
 """
 
 from typing import NamedTuple
@@ -24,7 +26,9 @@ RATES = ("cumulative", "instantaneous")
 
 
 class PathTerm(NamedTuple):
-    """The part trained on data: its budgets, and the weight of the path loss ("cumulative" is eq. 4.4)."""
+    """The part trained on data: its budgets, and the weight of the path loss ("cumulative" is eq.
+    4.4).
+    """
 
     budgets: Budgets
     rate: str
@@ -32,7 +36,7 @@ class PathTerm(NamedTuple):
 
 
 class TeacherTerm(NamedTuple):
-    """The part trained on the shortcut teacher: its budgets and how the teacher moves and compares."""
+    """The part trained on the shortcut teacher: its budgets, how it moves and is compared."""
 
     budgets: Budgets
     rule: Quadrature
@@ -51,7 +55,7 @@ def read_budgets(config: ConfigDict) -> Budgets:
 
 
 def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
-    """The path term of a stage's config on (a part of) its budgets; ValueError for unknown values."""
+    """The path term of a config on (a part of) its budgets; ValueError for unknown values."""
     if config.rate not in RATES:
         raise ValueError(f"Unknown rate {config.rate!r}; expected one of {', '.join(RATES)}.")
     if not 0 < config.rate_floor < 1:
@@ -60,7 +64,9 @@ def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
 
 
 def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:
-    """The teacher term of a stage's config on (a part of) its budgets; ValueError for unknown values."""
+    """The teacher term of a stage's config on (a part of) its budgets; ValueError for unknown
+    values.
+    """
     rule = jumps.get_rule(config.teacher_jump)
     if config.teacher_end == "posterior_draw":
         rule = jumps.with_posterior_end(rule)
@@ -80,7 +86,8 @@ def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) ->
 
 
 def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
-    """Rows of a batch that get the path loss: in proportion, but no part with weight goes without a row.
+    """Rows of a batch that get the path loss: in proportion, but no part with weight goes without a
+    row.
 
     Raises:
       ValueError: if the batch has fewer rows than parts.
@@ -96,7 +103,8 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
 def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None):
     """The blended loss as a `Stage.loss`; without `taught`, all rows are trained on data.
 
-    Metrics: `loss`, and the mean of each part, `path_loss` and `distillation_loss` (before weighting).
+    Metrics: `loss`, and the mean of each part, `path_loss` and `distillation_loss` (before
+      weighting).
     """
     no_budgets = path.budgets._replace(log2_steps=(), probabilities=())
     taught_budgets = taught.budgets if taught else no_budgets

@@ -1,4 +1,6 @@
-"""Base model: the path loss at the instantaneous rate (arXiv:2509.20624 eq. 3.8), t ~ U[0, 1 - eps)."""
+"""Base model: the path loss at the instantaneous rate (arXiv:2509.20624 eq. 3.8), t ~ U[0, 1 -
+eps).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from fsdfm_jax.stages import Process, Stage, start_fresh
 
 
 def stratified_times(key: jax.Array, rows: int, *, time_eps: float) -> jax.Array:
-    """One time in each of `rows` equal strata of [0, 1 - time_eps), float32 [rows], in random order.
+    """One time in each of `rows` equal strata of [0, 1 - time_eps), float32 [rows], in random
+    order.
 
     Each row's time is uniform, as with independent draws; their mean loss varies less.
     """
@@ -24,7 +27,8 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     time_eps = config.time_eps
     if not 0 < time_eps < 1:
         raise ValueError(
-            f"pretrain.time_eps must lie in (0, 1), got {time_eps}: the rate g(t) is unbounded at t=1."
+            f"pretrain.time_eps must lie in (0, 1), got {time_eps}: the rate g(t) is "
+            "unbounded at t=1."
         )
 
     def loss(params, frozen, key, batch):

@@ -1,12 +1,14 @@
 """Third few-step stage: tune how each iteration moves, by rectified coupling (arXiv:2507.15897).
 
-With independent noise and text, one big step has to average over everything the noise could become. Here the many-step sampler
-of the model at hand turns noise x0 into text x1, and the same losses are trained on those pairs: x0 then says where its text
-is, the posterior is sharper at small t, and fewer, steadier steps reach the end. A further round (the stage named
-again in the pipeline) makes its pairs with the refined model. A share of real text with independent noise keeps the errors of the
-generator from piling up.
+With independent noise and text, one big step has to average over everything the noise could become.
+Here the many-step sampler of the model at hand turns noise x0 into text x1, and the same losses are
+trained on those pairs: x0 then says where its text is, the posterior is sharper at small t, and
+fewer, steadier steps reach the end. A further round (the stage named again in the pipeline) makes
+its pairs with the refined model. A share of real text with independent noise keeps the errors of
+the generator from piling up.
 
-Needs a source that carries randomness: with a mask source every x0 is the same and there is nothing to couple.
+Needs a source that carries randomness: with a mask source every x0 is the same and there is nothing
+to couple.
 """
 
 from collections.abc import Callable
@@ -82,7 +84,8 @@ def mix_real(
 
     Args:
       pairs: (x0, x1), int [N, L] each.
-      real_BL: a batch of real text, int32 [B, L], of which the first round(B real_fraction) rows are used.
+      real_BL: a batch of real text, int32 [B, L], of which the first round(B real_fraction) rows
+        are used.
       source_size: ids that uniform noise ranges over.
       real_fraction: in [0, 1].
       seed, step: all the randomness there is, so that a resumed run sees the same batches.
@@ -109,8 +112,8 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     """
     if process.source.mask_id is not None:
         raise ValueError(
-            "Stage 'refine' couples noise and text and needs path.source='uniform'; a mask source has only one "
-            "noise. Leave 'refine' out of the pipeline."
+            "Stage 'refine' couples noise and text and needs path.source='uniform'; a mask "
+            "source has only one noise. Leave 'refine' out of the pipeline."
         )
     if not 0 <= config.real_fraction <= 1:
         raise ValueError(f"refine.real_fraction must lie in [0, 1], got {config.real_fraction}.")

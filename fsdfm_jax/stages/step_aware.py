@@ -1,7 +1,9 @@
-"""First few-step stage: the step budget becomes an input (arXiv:2509.20624 eq. 4.4 over all budgets).
+"""First few-step stage: the step budget becomes an input (arXiv:2509.20624 eq. 4.4 over all
+budgets).
 
-All rows learn from data, with the path loss at the cumulative rate of their step. Its minimiser is the clean posterior
-at every width, so that the stage leaves the base model's predictions in place and gives the widths a meaning to build on.
+All rows learn from data, with the path loss at the cumulative rate of their step. Its minimiser is
+the clean posterior at every width, so that the stage leaves the base model's predictions in place
+and gives the widths a meaning to build on.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,13 @@
+"""The paper's 0.17B network and recipe (arXiv:2509.20624): pre-training, then distillation.
+
+python -m fsdfm_jax.main --config=configs/paper_170m.py --workdir=DIR --config.data.corpus=GLOB
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(arg)
+    base.use_paper_values(config, "0.17B")
+    base.use_paper_recipe(config)
+    return config
