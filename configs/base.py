@@ -144,6 +144,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.autoregressive = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
     config.pretrain = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
     config.pretrain.time_eps = 1e-3  # t ~ U[0, 1 - time_eps)
+    config.pretrain.loss = "path"  # path (eq. 3.8) | cross_entropy (same minimiser, see the stage)
+    config.pretrain.rate_floor = 1e-8  # floor of 1 - kappa in the weight g(t) of the loss
     config.step_aware = _stage(**_budgets())
     config.distill = _stage(**_teacher())
     config.refine = _stage(

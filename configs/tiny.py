@@ -21,6 +21,7 @@ def get_config(arg: str = ""):
     autoregressive.warmup_steps = 50
 
     pretrain = config.pretrain
+    pretrain.loss = "cross_entropy"  # no plateau at the start; see fsdfm_jax/stages/pretrain.py
     pretrain.num_steps = 1000
     pretrain.batch_size = 32
     pretrain.learning_rate = 3e-3

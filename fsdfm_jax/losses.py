@@ -65,7 +65,9 @@ def forward_kl(teacher_log_p: jax.Array, student_log_p: jax.Array) -> jax.Array:
 
 def jensen_shannon(teacher_log_p: jax.Array, student_log_p: jax.Array) -> jax.Array:
     """Jensen-Shannon divergence, the mean KL of both to their midpoint; bounded by ln 2."""
-    midpoint = jnp.logaddexp(teacher_log_p, student_log_p) - jnp.log(2.0)
+    # Not logaddexp: its gradient is nan where both exclude a token.
+    mean = 0.5 * (jnp.exp(teacher_log_p) + jnp.exp(student_log_p))
+    midpoint = jnp.log(jnp.where(mean > 0, mean, 1.0))
     return 0.5 * (_kl(teacher_log_p, midpoint) + _kl(student_log_p, midpoint))
 
 
@@ -79,7 +81,7 @@ def get_divergence(name: str) -> Divergence:
     return DIVERGENCES[name]
 
 
-def next_token_loss(logits_BLV: jax.Array, x1_BL: jax.Array) -> jax.Array:
+def cross_entropy(logits_BLV: jax.Array, x1_BL: jax.Array) -> jax.Array:
     """-log p(x1), float32 [B, L], nats; logits at position i predict x1 at position i."""
     return -_at(jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1), x1_BL)
 
@@ -91,5 +93,4 @@ def _at(values_BLV: jax.Array, index_BL: jax.Array) -> jax.Array:
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     # A token the first distribution excludes (-inf) contributes 0, not nan.
     p = jnp.exp(log_p)
-    ratio = jnp.where(p > 0, log_p, 0.0) - jnp.where(p > 0, log_q, 0.0)
-    return jnp.sum(jnp.where(p > 0, p * ratio, 0.0), axis=-1)
+    return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0.0) - log_q), 0.0), axis=-1)

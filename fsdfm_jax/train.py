@@ -167,9 +167,9 @@ class _Reporter:
             kept = max(self._kept, (step - 1) // every * every)
             what = ", ".join(f"{key} is {value}" for key, value in bad.items())
             raise Diverged(
-                f"{self._name}: {what} at step {step}. Checkpoints up to step {kept} are kept; lower "
-                f"{self._name}'s learning_rate, lengthen its warmup_steps, or look at the text of "
-                "that batch."
+                f"{self._name}: {what} at step {step}. Checkpoints up to step {kept} are kept; "
+                f"lower {self._name}'s learning_rate, lengthen its warmup_steps, or look at the "
+                "text of that batch."
             )
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value

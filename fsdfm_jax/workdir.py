@@ -144,7 +144,8 @@ def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
     if different:
         raise ValueError(
             f"The run in {directory} was started with another configuration "
-            f"({'; '.join(different)}). Give the old values to continue it, or choose another --workdir."
+            f"({'; '.join(different)}). Give the old values to continue it, or choose "
+            "another --workdir."
         )
 
 

@@ -44,14 +44,15 @@ def table(rows: Sequence[Row]) -> str:
     lines = [list(_SHOWN.values())]
     for row in rows:
         lines.append([_cell(key, row[key]) for key in _SHOWN])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_SHOWN))]
-    text = [
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
 def _cell(key: str, value: Any) -> str:

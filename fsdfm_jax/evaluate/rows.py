@@ -143,7 +143,7 @@ def _inputs(model, process, steps, batch_size, length, key, temperature):
 
 @functools.lru_cache(maxsize=32)
 def _compile(model, process, jump, steps, batch_size, length):
-    """A shape's compiled sampler, and the seconds compiling took; stages of one network share it."""
+    """A shape's compiled sampler, shared by all stages of one network, and seconds of compiling."""
     if steps is None:
         run = inference.make_autoregressive_sampler(model, length)
     else:

@@ -42,7 +42,7 @@ def evaluate(
     if judge_weights is None:
         logging.warning(
             "The pipeline trains no autoregressive model, so nothing can judge the samples: "
-            "the table has no perplexity. Add the stage 'autoregressive' to config.pipeline to get it."
+            "the table has no perplexity. Add 'autoregressive' to config.pipeline to get it."
         )
     else:
         judge = AutoregressiveJudge(judge_weights, tokenizer, batch_size=config.eval.batch_size)

@@ -128,7 +128,8 @@ def start_from_base(name: str, model: ModelConfig) -> Callable[[jax.Array, Param
         if base is None:
             raise ValueError(
                 f"Stage {name!r} starts from trained base weights and none were given; put "
-                f"'pretrain' before it in the pipeline, or set {name}.init_from to a stage that has been trained."
+                f"'pretrain' before it in the pipeline, or set {name}.init_from to a stage "
+                "that has been trained."
             )
         return models.add_conditioning(base, models.init_params(key, model))
 

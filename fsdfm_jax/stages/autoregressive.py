@@ -25,7 +25,7 @@ def token_losses(
 ) -> jax.Array:
     """-log p(token | tokens before it), float32 [B, L], nats; `key` switches dropout on."""
     logits_BLV = models.apply(params, model, shift_right(x1_BL, eos_id), key=key)
-    return losses.next_token_loss(logits_BLV, x1_BL)
+    return losses.cross_entropy(logits_BLV, x1_BL)
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:

@@ -58,9 +58,14 @@ def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
     """The path term of a config on (a part of) its budgets; ValueError for unknown values."""
     if config.rate not in RATES:
         raise ValueError(f"Unknown rate {config.rate!r}; expected one of {', '.join(RATES)}.")
-    if not 0 < config.rate_floor < 1:
-        raise ValueError(f"rate_floor must lie in (0, 1), got {config.rate_floor}.")
-    return PathTerm(budgets, config.rate, config.rate_floor)
+    return PathTerm(budgets, config.rate, check_rate_floor(config.rate_floor))
+
+
+def check_rate_floor(floor: float) -> float:
+    """The floor of 1 - kappa in a loss weight; ValueError unless in (0, 1)."""
+    if not 0 < floor < 1:
+        raise ValueError(f"rate_floor must lie in (0, 1), got {floor}.")
+    return floor
 
 
 def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:

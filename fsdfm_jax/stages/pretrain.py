@@ -1,5 +1,13 @@
-"""Base model: the path loss at the instantaneous rate (arXiv:2509.20624 eq. 3.8), t ~ U[0, 1 -
-eps).
+"""Base model: the posterior over data tokens, learnt from noised text at all times t ~ U[0, 1 - eps).
+
+Two losses with the same minimiser, the clean posterior:
+
+    path            generalised KL at the rate g(t)      arXiv:2509.20624 eq. 3.8, a bound on the NLL
+    cross_entropy   -log p(x1 | xt), all positions       arXiv:2407.15595 section 3
+
+Where xt already shows the data, the path loss is g(t) (1 - p(xt)), whose gradient vanishes with p(xt): a fresh
+network sits on a plateau until it finds out that shown tokens can be copied. The logarithm of the cross-entropy has
+no plateau, which is what a run of minutes needs; a run of days doesn't notice.
 """
 
 import jax
@@ -8,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fsdfm_jax import losses, models, paths, schedules
 from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import Process, Stage, start_fresh
+from fsdfm_jax.stages import Process, Stage, few_step, start_fresh
 
 
 def stratified_times(key: jax.Array, rows: int, *, time_eps: float) -> jax.Array:
@@ -23,13 +31,32 @@ def stratified_times(key: jax.Array, rows: int, *, time_eps: float) -> jax.Array
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads `time_eps`."""
-    time_eps = config.time_eps
+    """The stage; reads `loss`, `time_eps` and `rate_floor`.
+
+    Raises:
+      ValueError: for an unknown loss, or values outside their range.
+    """
+    time_eps, rate_floor = config.time_eps, few_step.check_rate_floor(config.rate_floor)
     if not 0 < time_eps < 1:
         raise ValueError(
             f"pretrain.time_eps must lie in (0, 1), got {time_eps}: the rate g(t) is "
             "unbounded at t=1."
         )
+
+    def path(logits_BLV, xt_BL, x1_BL, t_B):
+        weight_B = schedules.rate(process.schedule, t_B, floor=rate_floor)
+        return losses.path_loss(logits_BLV, xt_BL, x1_BL, weight_B)
+
+    def cross_entropy(logits_BLV, xt_BL, x1_BL, t_B):
+        del xt_BL, t_B
+        return losses.cross_entropy(logits_BLV, x1_BL)
+
+    by_name = {"path": path, "cross_entropy": cross_entropy}
+    if config.loss not in by_name:
+        raise ValueError(
+            f"Unknown pretrain.loss {config.loss!r}; expected one of {', '.join(by_name)}."
+        )
+    position_loss = by_name[config.loss]
 
     def loss(params, frozen, key, batch):
         del frozen
@@ -39,8 +66,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         t_B = stratified_times(time_key, x1_BL.shape[0], time_eps=time_eps)
         xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
         logits_BLV = models.apply(params, model, xt_BL, t_B, key=dropout_key)
-        weight_B = schedules.rate(process.schedule, t_B)
-        value = jnp.mean(losses.path_loss(logits_BLV, xt_BL, x1_BL, weight_B))
+        value = jnp.mean(position_loss(logits_BLV, xt_BL, x1_BL, t_B))
         return value, {"loss": value}
 
     return Stage("pretrain", model, start_fresh(model), loss)
