@@ -1,13 +1,15 @@
-"""Categorical draws that stay exact far into the tail, at one or two random numbers a position.
+"""Random draws that stay exact far into the tail, at a few random numbers a position.
 
 `jax.random.categorical` adds float32 Gumbel noise whose largest value is about 15.94: tokens under
 roughly 1e-7 never win. With a large vocabulary their joint mass is not small, so truncating it
 lowers the effective temperature and flatters generative perplexity (arXiv:2409.02908). Its
-`mode="high"` mends that at twice the random bits for each of the V entries. Here the inverse CDF is
-walked as a tree instead: a block of the vocabulary is drawn by its total weight, then a token
-inside it by a fresh uniform number, so that random bits don't grow with V. What float32 rounding
-can move is bounded by (blocks + block size) * 2^-23 of the mass, 1e-4 at V=50,257 in the worst case
-and around 1e-6 typically; no single token is ever unreachable inside its block.
+`mode="high"` mends that at twice the random bits for each of the V entries.
+
+Here random bits don't grow with V: the inverse CDF is walked as a tree. A block of the vocabulary
+is drawn by its total weight, then a token inside the block by a fresh number; in both draws it is
+first settled whether the likeliest entry wins, whose weight would drown small ones in a float32
+sum. What rounding can move is below (blocks + block size) * 2^-23 of the mass, a few 1e-5 of it at
+V=50,257.
 """
 
 import math
@@ -16,16 +18,14 @@ import jax
 import jax.numpy as jnp
 
 
-def _pick(u: jax.Array, weights: jax.Array) -> jax.Array:
-    """Index drawn in proportion to `weights` [..., n] by u [...] in [0, 1)."""
-    cumulative = jnp.cumsum(weights, axis=-1)
-    threshold = u[..., None] * cumulative[..., -1:]
-    # Entries of weight zero have cumulative == that of their left neighbour and are stepped over by
-    # <=.
-    index = jnp.sum(cumulative <= threshold, axis=-1, dtype=jnp.int32)
-    # u * total may round up to total: fall back to the last entry that has weight.
-    last = jnp.argmax(cumulative >= cumulative[..., -1:], axis=-1).astype(jnp.int32)
-    return jnp.minimum(index, last)
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform float32 numbers in [0, 1) with steps of 2^-32 near 0.
+
+    `jax.random.uniform` has steps of 2^-23 everywhere, so that u < 1e-9 happens once in 8 million.
+    """
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    # Rounding to float32 could reach 1.
+    return jnp.minimum(bits.astype(jnp.float32) * 2.0**-32, 1.0 - 2.0**-24)
 
 
 def from_weights(key: jax.Array, weights: jax.Array) -> jax.Array:
@@ -44,13 +44,31 @@ def from_weights(key: jax.Array, weights: jax.Array) -> jax.Array:
     if padding:
         weights = jnp.pad(weights, [(0, 0)] * len(rows) + [(0, padding)])
     blocks = weights.reshape(*rows, -1, block)
-    u = jax.random.uniform(key, (2, *rows))
-    outer = _pick(u[0], jnp.sum(blocks, axis=-1))
+    u = uniform(key, (4, *rows))
+    outer = _pick(u[0], u[1], jnp.sum(blocks, axis=-1))
     chosen = jnp.take_along_axis(blocks, outer[..., None, None], axis=-2)[..., 0, :]
-    return jnp.minimum(outer * block + _pick(u[1], chosen), size - 1)
+    return jnp.minimum(outer * block + _pick(u[2], u[3], chosen), size - 1)
 
 
 def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws ids from softmax(logits); logits float [..., V], may hold -inf; returns int32 [...]."""
     logits = logits.astype(jnp.float32)
     return from_weights(key, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
+
+
+def _pick(u: jax.Array, v: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index drawn in proportion to `weights` [..., n] by u and v [...] in [0, 1).
+
+    u settles whether it is the likeliest entry, v which of the others.
+    """
+    size = weights.shape[-1]
+    likeliest = jnp.argmax(weights, axis=-1).astype(jnp.int32)
+    others = jnp.where(jax.nn.one_hot(likeliest, size, dtype=bool), 0.0, weights)
+    cumulative = jnp.cumsum(others, axis=-1)
+    rest = cumulative[..., -1]
+    # Entries of weight zero have cumulative == that of their left neighbour: <= steps over them.
+    index = jnp.sum(cumulative <= (v * rest)[..., None], axis=-1, dtype=jnp.int32)
+    # v * rest may round up to rest: fall back to the last entry that has weight.
+    last = jnp.argmax(cumulative >= rest[..., None], axis=-1).astype(jnp.int32)
+    is_other = u * (jnp.max(weights, axis=-1) + rest) < rest
+    return jnp.where(is_other, jnp.minimum(index, last), likeliest)

@@ -97,7 +97,7 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
         move_key, token_key = jax.random.split(key)
         weights_BLV, m_BL = _off_diagonal(logits_BLV, xt_BL)
         probability_BL = rule.probability(schedule, _column(t_B), _column(h_B), m_BL)
-        moves_BL = jax.random.uniform(move_key, xt_BL.shape) < probability_BL
+        moves_BL = draws.uniform(move_key, xt_BL.shape) < probability_BL
         tokens_BL = draws.from_weights(token_key, weights_BLV).astype(xt_BL.dtype)
         return jnp.where(moves_BL, tokens_BL, xt_BL)
 

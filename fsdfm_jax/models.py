@@ -7,11 +7,11 @@ width h enters:
 
     none       not at all: cond = SiLU(temb)                                     base models
     official   a second embedder of raw h, fused once and again in each block    published weights
-    additive   cond = SiLU(temb + P hemb), of log2 h, P zero at start            our default
+    additive   cond = SiLU(temb + P hemb), of -log2 h, P zero at start           our default
 
 With `additive` a network that starts from base weights computes exactly what the base model
-computes. The sinusoids of a raw h barely separate 2^-10 from 2^-9; those of log2 h separate all
-widths alike.
+computes. The sinusoids of a raw h barely separate 2^-10 from 2^-9; those of -log2 h, the number of
+halvings, separate all widths alike.
 
 `causal=True` makes the autoregressive baseline of the same blocks without time conditioning or
 modulation.
@@ -145,7 +145,7 @@ def apply(
       float32 [B, L, V].
 
     Raises:
-      ValueError: if a time or width the network needs is missing.
+      ValueError: if a time or width the network needs is missing, or isn't one per row.
     """
     if t_B is None and not cfg.causal:
         raise ValueError("A diffusion network needs the time t_B of each row, got None.")
@@ -154,6 +154,12 @@ def apply(
             f"A network with conditioning={cfg.conditioning!r} needs the step width h_B of "
             "each row, got None."
         )
+    for name, value in (("t_B", t_B), ("h_B", h_B)):
+        if value is not None and jnp.shape(value) != xt_BL.shape[:1]:
+            raise ValueError(
+                f"{name} must hold one number per row, shape {xt_BL.shape[:1]}, got shape "
+                f"{jnp.shape(value)}."
+            )
     t_B = None if cfg.causal else t_B
     h_B = None if cfg.conditioning == "none" else h_B
     rngs = {} if key is None else {"dropout": key}
@@ -183,7 +189,13 @@ def decode_step(
 
     Returns:
       (logits float32 [B, V], cache).
+
+    Raises:
+      ValueError: for a network that isn't causal.
     """
+    if not cfg.causal:
+        raise ValueError("Decoding token by token needs a causal network (causal=True).")
+    position = jnp.asarray(position, jnp.int32)
     logits, cache = _Transformer(cfg).apply(
         {"params": params}, token_B[:, None], None, None, position, cache
     )
@@ -287,7 +299,13 @@ class _Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD):
-        return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=jnp.float32)(x_BLD)
+        return nn.LayerNorm(
+            epsilon=NORM_EPS,
+            use_bias=False,
+            dtype=jnp.float32,
+            # E[x^2] - E[x]^2 cancels where a token's mean is far from 0.
+            use_fast_variance=False,
+        )(x_BLD)
 
 
 class _Embedder(nn.Module):

@@ -7,6 +7,7 @@ Source: arXiv:2407.15595 eq. 8; arXiv:2509.20624 section 3.
 import jax
 import jax.numpy as jnp
 
+from fsdfm_jax import draws
 from fsdfm_jax.schedules import Schedule
 
 
@@ -26,5 +27,5 @@ def sample_path(
       xt, int [B, L].
     """
     # uniform() lies in [0, 1): never below kappa=0, always below kappa=1.
-    u_BL = jax.random.uniform(key, x1_BL.shape)
+    u_BL = draws.uniform(key, x1_BL.shape)
     return jnp.where(u_BL < schedule.kappa(t_B)[:, None], x1_BL, x0_BL)

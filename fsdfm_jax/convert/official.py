@@ -8,8 +8,10 @@ no counterpart. Only conditioning "none" and "official" have an official layout.
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
+from fsdfm_jax import models
 from fsdfm_jax.models import ModelConfig, Params
 
 # Ours -> official, of one linear or norm; kernels are transposed.
@@ -60,19 +62,22 @@ def _official_name(path: str) -> tuple[str, bool]:
     return f"{_TOP[group]}.{suffix}", leaf == "kernel"
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], shapes: Params) -> Params:
+def from_state_dict(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> Params:
     """Our parameters out of an official state dict.
 
     Args:
       state: official name -> array, prefixes already removed.
-      shapes: tree of shapes the network expects (`jax.eval_shape` of `models.init_params`).
+      cfg: the network they are for.
 
     Returns:
       Parameters as float32 numpy arrays.
 
     Raises:
-      ValueError: naming every missing, unexpected or misshapen key.
+      ValueError: naming every missing, unexpected or misshapen key; for additive conditioning and
+        causal networks, which have no official layout.
     """
+    _check_layout(cfg)
+    shapes = jax.eval_shape(lambda key: models.init_params(key, cfg), jax.random.key(0))
     problems, used, flat = [], {"rotary_emb.inv_freq"}, {}
     for path, shape in _flatten(shapes).items():
         name, transpose = _official_name(path)
@@ -88,7 +93,10 @@ def from_state_dict(state: Mapping[str, np.ndarray], shapes: Params) -> Params:
             array = np.asarray(state[one], np.float32)
             array = array.T if transpose else array
             if array.shape != expected:
-                problems.append(f"{one}: shape {array.shape} (as ours), expected {expected}")
+                flip = reversed if transpose else tuple
+                problems.append(
+                    f"{one}: shape {tuple(flip(array.shape))}, expected {tuple(flip(expected))}"
+                )
             arrays.append(array)
         if not problems:
             flat[path] = np.stack(arrays) if stacked else arrays[0]
@@ -104,12 +112,7 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for additive conditioning and causal networks, which have no official layout.
     """
-    if cfg.conditioning == "additive" or cfg.causal:
-        what = "autoregressive networks" if cfg.causal else "conditioning='additive'"
-        raise ValueError(
-            f"The official layout has no place for {what}; train with "
-            "model.conditioning='official'."
-        )
+    _check_layout(cfg)
     state = {}
     for path, value in _flatten(params).items():
         name, transpose = _official_name(path)
@@ -120,6 +123,14 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
     exponents = np.arange(0, cfg.head_width, 2, dtype=np.float32) / cfg.head_width
     state["rotary_emb.inv_freq"] = (1.0 / 10_000.0**exponents).astype(np.float32)
     return state
+
+
+def _check_layout(cfg: ModelConfig) -> None:
+    if cfg.conditioning == "additive" or cfg.causal:
+        what = "autoregressive networks" if cfg.causal else "conditioning='additive'"
+        raise ValueError(
+            f"The official layout has no place for {what}; use model.conditioning='official'."
+        )
 
 
 def _unflatten(flat: Mapping[str, np.ndarray]) -> Params:

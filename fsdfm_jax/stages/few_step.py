@@ -122,8 +122,9 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
 
         split = rows_of_path(batch_size, path.budgets, taught_budgets)
         parts = [(path.budgets, split), (taught_budgets, batch_size - split)]
+        budgets_key = keys[1]
         drawn = [
-            sample_budgets(jax.random.fold_in(keys[1], i), budgets, rows)
+            sample_budgets(jax.random.fold_in(budgets_key, i), budgets, rows)
             for i, (budgets, rows) in enumerate(parts)
             if rows
         ]

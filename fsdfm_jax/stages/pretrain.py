@@ -1,13 +1,13 @@
-"""Base model: the posterior over data tokens, learnt from noised text at all times t ~ U[0, 1 - eps).
+"""Base model: the posterior over data tokens, learnt from noised text, t ~ U[0, 1 - eps).
 
 Two losses with the same minimiser, the clean posterior:
 
-    path            generalised KL at the rate g(t)      arXiv:2509.20624 eq. 3.8, a bound on the NLL
-    cross_entropy   -log p(x1 | xt), all positions       arXiv:2407.15595 section 3
+    path            generalised KL at the rate g(t), eq. 3.8 of arXiv:2509.20624
+    cross_entropy   -log p(x1 | xt) at all positions, arXiv:2407.15595 section 3
 
-Where xt already shows the data, the path loss is g(t) (1 - p(xt)), whose gradient vanishes with p(xt): a fresh
-network sits on a plateau until it finds out that shown tokens can be copied. The logarithm of the cross-entropy has
-no plateau, which is what a run of minutes needs; a run of days doesn't notice.
+Where xt already shows the data, the path loss is g(t) (1 - p(xt)), whose gradient vanishes with
+p(xt): a fresh network sits on a plateau until it finds out that shown tokens can be copied. The
+logarithm of the cross-entropy has no plateau, which is what a run of minutes needs.
 """
 
 import jax
