@@ -149,7 +149,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.step_aware = _stage(**_budgets())
     config.distill = _stage(**_teacher())
     config.refine = _stage(
-        **_teacher(),
+        **_teacher(tau=0.25),  # on pairs, the path loss is what learns the coupling
         num_pairs=1024,  # (noise, text) pairs made by the many-step sampler
         pair_steps=32,  # steps of that sampler
         pair_batch_size=32,  # pairs made at once

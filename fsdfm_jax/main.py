@@ -106,6 +106,9 @@ def train_run(
     """Trains one entry of the pipeline, or finds that it is finished."""
     own = config[entry.stage]
     directory = workdir.stage_directory(folder, entry.run)
+    workdir.check_data(
+        directory, tokenizer=prepared.tokenizer.fingerprint, data=prepared.fingerprint
+    )
     stage = stages.make_stage(entry.stage, config, process)
     base = None
     if entry.base is not None:

@@ -95,6 +95,8 @@ def train(
             train_state = checkpoints.restore(placed)
             logging.info("%s goes on from the checkpoint of step %d.", name, start)
         else:
+            # Weights read from a checkpoint sit on one device, which jit won't mix with a mesh.
+            base = jax.device_put(base, sharding.state_shardings(mesh, base))
             train_state = jax.jit(init, out_shardings=shardings)(init_key, base)
         if start >= settings.num_steps:
             return

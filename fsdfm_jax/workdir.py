@@ -8,9 +8,11 @@ WORKDIR/report/                        table, pictures, samples
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
+import subprocess
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -44,10 +46,12 @@ class Weights(NamedTuple):
 
 
 def stage_directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
+    """Folder of a run's checkpoints and metrics."""
     return workdir / "stages" / run
 
 
 def data_directory(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    """Folder of the prepared data: `data.directory`, or WORKDIR/data where that is empty."""
     return pathlib.Path(config.data.directory or workdir / "data")
 
 
@@ -149,6 +153,29 @@ def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
         )
 
 
+def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
+    """Refuses to go on in `directory` with other text than its checkpoint was trained on.
+
+    Args:
+      directory: WORKDIR/stages/RUN; without a checkpoint there is nothing to refuse.
+      tokenizer, data: fingerprints of what the run would go on with.
+
+    Raises:
+      ValueError: saying which of the two differs.
+    """
+    folder = directory / "checkpoints"
+    if checkpoint.latest_step(folder) is None:
+        return
+    saved = checkpoint.read_metadata(folder)
+    for name, now in (("tokenizer", tokenizer), ("data", data)):
+        if saved[name] != now:
+            raise ValueError(
+                f"The run in {directory} was trained on {name} {saved[name]}, but the prepared "
+                f"text has {name} {now}: restore the text it was started with, or choose another "
+                "--workdir."
+            )
+
+
 def load_weights(directory: pathlib.Path, *, tokenizer: str | None = None) -> Weights:
     """Weights of the newest checkpoint of a run.
 
@@ -190,7 +217,7 @@ def make_metadata(
     return _plain(
         {
             "format": 1,
-            "code_version": fsdfm_jax.__version__,
+            "code_version": code_version(),
             "run": entry.run,
             "stage": entry.stage,
             "weights": "ema" if config[entry.stage].ema_decay else "params",
@@ -221,6 +248,20 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
             "make one with python -m fsdfm_jax.main --config=configs/tiny.py --workdir=DIR."
         )
     return ConfigDict(json.loads(path.read_text()))
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of the package, with the commit where it runs from a git checkout."""
+    package = pathlib.Path(fsdfm_jax.__file__).parent
+    if not (package.parent / ".git").exists():  # installed, perhaps inside another checkout
+        return fsdfm_jax.__version__
+    command = ("git", "-C", str(package), "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return fsdfm_jax.__version__
+    return f"{fsdfm_jax.__version__}+{described.stdout.strip()}"
 
 
 def digest(obj: Any) -> str:

@@ -95,8 +95,8 @@ def test_uniform_numbers_reach_far_below_those_of_jax():
     u = np.asarray(draws.uniform(jax.random.key(0), (2**22,)), np.float64)
     assert u.min() >= 0
     assert u.max() < 1
-    # Below 2^-9 the numbers are exact multiples of 2^-32: 8,192 of 2^22 are expected there (s.e. its
-    # root), and one in 2^9 on the grid of 2^-23 that jax.random.uniform is confined to.
+    # Below 2^-9 the numbers are exact multiples of 2^-32: 8,192 of 2^22 are expected there (s.e.
+    # its root), and one in 2^9 on the grid of 2^-23 that jax.random.uniform is confined to.
     small = u[u < 2.0**-9]
     assert abs(len(small) - 2**13) < 5 * 2**6.5
     assert np.mean(small * 2.0**23 % 1 == 0) < 0.02
@@ -106,8 +106,8 @@ def test_uniform_numbers_reach_far_below_those_of_jax():
 
 
 def test_rare_tokens_beside_a_dominant_one_share_a_block_fairly():
-    # A block of V=4096: a token of weight 1 and 63 of 1e-8 each. Given that the dominant one doesn't
-    # win, the others are equally likely; summed in float32 beside it, most would be out of reach.
+    # A block of V=4096: a token of weight 1 and 63 of 1e-8 each. Given that the dominant one
+    # doesn't win, the others are equally likely; summed in float32 beside it, most would be out of reach.
     weights_V = jnp.full((64,), 1e-8, jnp.float32).at[0].set(1.0)
     v = (jnp.arange(2**12) + 0.5) / 2**12
     zero = jnp.zeros(v.shape)

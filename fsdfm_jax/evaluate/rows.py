@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-import fsdfm_jax
 from fsdfm_jax import inference, models, sampler, workdir, writer
 from fsdfm_jax.evaluate import metrics
 from fsdfm_jax.evaluate.judges import AutoregressiveJudge
@@ -192,7 +191,7 @@ def protocol(
         "judge": judge and _describe(judge),
         "num_samples": config.eval.num_samples,
         "data": data_fingerprint,
-        "code_version": fsdfm_jax.__version__,
+        "code_version": workdir.code_version(),
     }
     if weights is None:
         return stamp

@@ -8,7 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fsdfm_jax import data as data_lib
-from fsdfm_jax import models, stages, workdir, writer
+from fsdfm_jax import models, stages, workdir
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import report, rows
 from fsdfm_jax.evaluate.judges import AutoregressiveJudge
@@ -96,13 +96,9 @@ def _samples(
 
 def _header(config: ConfigDict, weights: dict[str, Weights], prepared: PreparedData) -> dict:
     return {
-        "config_digest": workdir.digest(config.to_dict()),
+        "code_version": workdir.code_version(),
+        "config": config.to_dict(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": {run: models.count_params(w.params) for run, w in weights.items()},
         "data": prepared.manifest,
     }
-
-
-def read_results(folder: pathlib.Path) -> dict:
-    """WORKDIR/report/results.json."""
-    return writer.read_json(folder / "report" / "results.json")

@@ -115,7 +115,7 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
     taught_budgets = taught.budgets if taught else no_budgets
 
     def loss(params, frozen, key, batch):
-        keys = jax.random.split(key, 6)
+        keys = jax.random.split(key, 5)
         x1_BL = batch["x1"]
         batch_size = x1_BL.shape[0]
         x0_BL = batch["x0"] if "x0" in batch else process.source.sample(keys[0], x1_BL.shape)
