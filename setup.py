@@ -29,7 +29,7 @@ setuptools.setup(
         "matplotlib>=3.8",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pyarrow>=15",
         "rich>=13",

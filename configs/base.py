@@ -17,7 +17,9 @@ def _stage(**values):
     stage.warmup_steps = 0  # linear warm-up from 0
     stage.final_lr_fraction = 0.1  # cosine decay ends at this fraction of the peak
     stage.ema_decay = 0.9995  # per step; 0 keeps no average (the EMA then equals the weights)
-    stage.init_from = ""  # stage to start from; "" is the stage before it in the pipeline
+    # Run to start from, by name or folder (OTHER_DIR/stages/RUN); "" is the stage before it in the
+    # pipeline, as it always is for later rounds of a repeated stage.
+    stage.init_from = ""
     for key, value in values.items():
         stage[key] = value
     return stage

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, PermissionError)
+USER_ERRORS = (ValueError, FloatingPointError, OSError)
 
 EXIT_CODE = 2
 
@@ -38,39 +38,47 @@ if "show_traceback" not in flags.FLAGS:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {explain_flag_error(str(error), _config())}", file=sys.stderr)
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS.get_flag_value("config", None) is not None:
+            flags.FLAGS.config.keys()  # a file that can't be read only shows at the first access
+        return rest
+    except Exception as error:  # ml_collections raises all kinds for keys, types and files
+        print(f"error: {_explain(error, argv)}", file=sys.stderr)
         sys.exit(EXIT_CODE)
-    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        # ml_collections raises these for unknown keys, wrong types and missing config files.
-        print(f"error: {explain_flag_error(_text(error), _config())}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
 
 
-def _text(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line for an error in the flags; names the nearest keys where a key is unknown."""
+    overrides = re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), re.M)
+    config = _config_without_overrides(argv)
+    if config is not None:
+        known = keys(config)
+        groups = {key.rsplit(".", 1)[0] for key in known if "." in key}
+        for wanted in overrides:
+            if wanted not in known and wanted not in groups:
+                return unknown_key(wanted, known)
+    text = " ".join(str(error).split())
+    return text.rsplit("Error: ", 1)[-1] if "Traceback" in text else text
 
 
-def _config() -> ConfigDict | None:
+def _config_without_overrides(argv: list[str]) -> ConfigDict | None:
+    """The config that argv names, None if it names none that can be read."""
+    plain = [part for part in argv if re.match(r"--?config=", part)]
     try:
-        return flags.FLAGS["config"].value
-    except Exception:  # the flag itself may be what failed
+        alone = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
+        alone([argv[0], *plain])
+        alone.config.keys()
+    except Exception:  # then the file is what is wrong, and the first error says so
         return None
+    return alone.config
 
 
-def explain_flag_error(message: str, config: ConfigDict | None) -> str:
-    """Adds the nearest known keys to a message about an unknown `config.KEY`."""
-    match = re.search(r"config\.([A-Za-z0-9_.]+)", message)
-    if config is None or match is None:
-        return message
-    wanted = match.group(1)
-    known = keys(config)
-    if wanted in known:
-        return message
+def unknown_key(wanted: str, known: list[str]) -> str:
+    """The message for an override of a key that no config declares."""
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    hint = ", ".join(f"config.{key}" for key in near) if near else "see configs/base.py"
-    return f"unknown configuration key config.{wanted}; the nearest are: {hint}."
+    hint = "the nearest are " + ", ".join(f"config.{key}" for key in near) + "; " if near else ""
+    return f"unknown configuration key config.{wanted}: {hint}see configs/base.py for all of them."
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:

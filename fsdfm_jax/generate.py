@@ -6,7 +6,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from fsdfm_jax import cli, data, inference, jumps, stages, workdir
+from fsdfm_jax import checkpoint, cli, data, inference, jumps, stages, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a trained run.")
 _STAGE = flags.DEFINE_string("stage", "", "Run to sample from; the last one trained by default.")
@@ -23,9 +23,11 @@ _PROMPT = flags.DEFINE_string("prompt", "", "Text that every sample begins with.
 
 
 def _pick_run(config, folder: pathlib.Path) -> str:
-    runs = [e.run for e in workdir.entries(config, folder) if e.stage != "autoregressive"]
+    runs = [run for run, _ in workdir.runs(config)]
     trained = [
-        run for run in runs if (workdir.stage_directory(folder, run) / "checkpoints").is_dir()
+        run
+        for run in runs
+        if checkpoint.latest_step(workdir.stage_directory(folder, run) / "checkpoints") is not None
     ]
     if not trained:
         raise ValueError(

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
 from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import suite
+from fsdfm_jax.evaluate import rows, suite
 from fsdfm_jax.stages import Process, refine
-from fsdfm_jax.train import Settings, train
+from fsdfm_jax.train import Settings, check_settings, train
 from fsdfm_jax.workdir import Entry
 from fsdfm_jax.writer import Progress
 
@@ -94,6 +94,17 @@ def make_pairs(
     return tuple(np.concatenate(side) for side in zip(*made, strict=True))
 
 
+def train_settings(config: ConfigDict, stage: str) -> Settings:
+    """The static numbers of a stage's training."""
+    return Settings(
+        num_steps=config[stage].num_steps,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_checkpoints=config.train.keep_checkpoints,
+        ema_decay=config[stage].ema_decay,
+    )
+
+
 def train_run(
     entry: Entry,
     recipe: dict,
@@ -119,13 +130,7 @@ def train_run(
 
     train(
         stage,
-        Settings(
-            num_steps=own.num_steps,
-            log_every=config.train.log_every,
-            checkpoint_every=config.train.checkpoint_every,
-            keep_checkpoints=config.train.keep_checkpoints,
-            ema_decay=own.ema_decay,
-        ),
+        train_settings(config, entry.stage),
         name=entry.run,
         optimizer=optim.make_optimizer(config.optim, own),
         batches=batches,
@@ -156,6 +161,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
     pipeline = workdir.entries(config, folder)
+    rows.plan(config, pipeline, config.data.block_length)
     mesh = sharding.make_mesh(config.mesh)
     # Token ids don't matter to what is checked here; the tokenizer is only known once the text is
     # prepared.
@@ -166,6 +172,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         sharding.check_batch_size(mesh, config[entry.stage].batch_size, key)
         stages.make_stage(entry.stage, config, process)
         optim.make_optimizer(config.optim, config[entry.stage])
+        check_settings(train_settings(config, entry.stage))
         base = None
         if entry.base is not None:
             base = recipes.get(entry.base) or workdir.saved_recipe(entry.base)

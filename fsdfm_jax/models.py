@@ -206,7 +206,8 @@ def add_conditioning(base: Params, fresh: Params) -> Params:
     """Starts a few-step network from base weights: `fresh` with every parameter that `base` has.
 
     Raises:
-      ValueError: naming parameters whose shapes differ, or that only `base` has.
+      ValueError: naming parameters whose shapes differ, that only `base` has, or that `base` lacks
+        although they have nothing to do with the step width.
     """
     problems = []
 
@@ -223,6 +224,10 @@ def add_conditioning(base: Params, fresh: Params) -> Params:
         problems.extend(
             f"{path}/{name}: only in the base" for name in sorted(base_node.keys() - fresh_node)
         )
+        problems.extend(
+            f"{path}/{name}: missing in the base"
+            for name in sorted(fresh_node.keys() - base_node - _STEP_CONDITIONING)
+        )
         return {
             name: merge(base_node[name], value, f"{path}/{name}") if name in base_node else value
             for name, value in fresh_node.items()
@@ -235,6 +240,12 @@ def add_conditioning(base: Params, fresh: Params) -> Params:
             + "; ".join(problems)
         )
     return merged
+
+
+# Groups of parameters that only networks conditioned on the step width have.
+_STEP_CONDITIONING = frozenset(
+    ("dt_embedding", "dt_proj", "time_condition_fuser", "condition_fuser")
+)
 
 
 def count_params(params: Params) -> int:

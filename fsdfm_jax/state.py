@@ -63,5 +63,5 @@ def train_step(state: TrainState, batch, root_key, *, loss, optimizer, ema_decay
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    metrics = metrics | {"grad_norm": optax.global_norm(grads)}
+    metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state), metrics

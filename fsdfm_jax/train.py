@@ -35,6 +35,15 @@ class Settings(NamedTuple):
     ema_decay: float
 
 
+def check_settings(settings: Settings) -> None:
+    """ValueError naming the first value that no run can have."""
+    for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(settings, field) < 1:
+            raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}.")
+
+
 def train(
     stage: Stage,
     settings: Settings,
@@ -70,9 +79,7 @@ def train(
         written.
       ValueError: if the stage can't start from `base`.
     """
-    for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(settings, field) < 1:
-            raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
+    check_settings(settings)
     init_key, step_key = jax.random.split(key)
     with (
         jax.set_mesh(mesh),

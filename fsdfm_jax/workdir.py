@@ -55,11 +55,11 @@ def data_directory(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
     return pathlib.Path(config.data.directory or workdir / "data")
 
 
-def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
-    """The training runs of `config.pipeline` in order.
+def runs(config: ConfigDict) -> list[tuple[str, str]]:
+    """(run, stage) of each entry of `config.pipeline`, in order.
 
     Raises:
-      ValueError: for an empty pipeline, an unknown stage, or a few-step stage without base weights.
+      ValueError: for an empty pipeline or an unknown stage.
     """
     names = [name.strip() for name in config.pipeline.split(",") if name.strip()]
     if not names:
@@ -67,22 +67,33 @@ def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
             f"config.pipeline names no stage, got {config.pipeline!r}; expected a comma-separated "
             f"choice of {', '.join(stages.NAMES)}."
         )
-    result: list[Entry] = []
-    for name in names:
+    result = []
+    for i, name in enumerate(names):
         if name not in stages.NAMES:
             raise ValueError(
                 f"config.pipeline names the unknown stage {name!r}; expected "
                 f"{', '.join(stages.NAMES)}."
             )
-        count = 1 + sum(entry.stage == name for entry in result)
-        run = name if count == 1 else f"{name}_{count}"
-        result.append(Entry(run, name, _base(name, run, config, workdir, result)))
+        earlier = names[:i].count(name)
+        result.append((f"{name}_{earlier + 1}" if earlier else name, name))
     return result
 
 
-def _base(name, run, config, workdir, earlier: list[Entry]) -> pathlib.Path | None:
+def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
+    """The training runs of `config.pipeline` in order, each with the run it starts from.
+
+    Raises:
+      ValueError: for an empty pipeline, an unknown stage, or a few-step stage without base weights.
+    """
+    result: list[Entry] = []
+    for run, name in runs(config):
+        result.append(Entry(run, name, _base(run, name, config, workdir, result)))
+    return result
+
+
+def _base(run, name, config, workdir, earlier: list[Entry]) -> pathlib.Path | None:
     given = config[name].init_from
-    if given:
+    if given and run == name:
         # A name is a run of this working directory; a path may point into another one.
         folder = pathlib.Path(given) if "/" in given else stage_directory(workdir, given)
         trained_before = any(stage_directory(workdir, e.run) == folder for e in earlier)
@@ -93,15 +104,16 @@ def _base(name, run, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
                 "WORKDIR/stages/RUN of another run."
             )
         return folder
-    if name in ("autoregressive", "pretrain"):
-        return None
     flow = [entry for entry in earlier if entry.stage != "autoregressive"]
-    if not flow:
+    if name in stages.FEW_STEP and not flow:
         raise ValueError(
             f"Stage {run!r} starts from trained base weights, but nothing stands before it in "
             f"the pipeline ({config.pipeline!r}); put 'pretrain' first, or set {name}.init_from."
         )
-    return stage_directory(workdir, flow[-1].run)
+    if name in stages.FEW_STEP:
+        return stage_directory(workdir, flow[-1].run)
+    same = [entry for entry in earlier if entry.stage == name]
+    return stage_directory(workdir, same[-1].run) if same else None
 
 
 def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[str, Any]:

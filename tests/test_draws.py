@@ -107,7 +107,7 @@ def test_uniform_numbers_reach_far_below_those_of_jax():
 
 def test_rare_tokens_beside_a_dominant_one_share_a_block_fairly():
     # A block of V=4096: a token of weight 1 and 63 of 1e-8 each. Given that the dominant one
-    # doesn't win, the others are equally likely; summed in float32 beside it, most would be out of reach.
+    # doesn't win, the others are equally likely; summed beside it, most would be out of reach.
     weights_V = jnp.full((64,), 1e-8, jnp.float32).at[0].set(1.0)
     v = (jnp.arange(2**12) + 0.5) / 2**12
     zero = jnp.zeros(v.shape)

@@ -327,6 +327,17 @@ def test_add_conditioning_names_what_does_not_fit():
         models.add_conditioning(base, fresh)
 
 
+@pytest.mark.parametrize("conditioning", ["additive", "official"])
+def test_add_conditioning_takes_complete_diffusion_networks_only(conditioning):
+    fresh = shapes(conditioned(SMALL, conditioning))
+    with pytest.raises(ValueError, match="/time_embedding: missing in the base"):
+        models.add_conditioning(shapes(dataclasses.replace(SMALL, causal=True)), fresh)
+    headless = shapes(SMALL)
+    del headless["head"]
+    with pytest.raises(ValueError, match="/head: missing in the base"):
+        models.add_conditioning(headless, fresh)
+
+
 # -------------------------------------------------------------------------------------- attention
 
 

@@ -25,5 +25,7 @@ def perplexity_a(nll_N: np.ndarray, tokens_N: np.ndarray) -> float:
 
 
 def perplexity_b(nll_N: np.ndarray, tokens_N: np.ndarray) -> float:
-    """Aggregation B (MDLM, DUO): exp(sum of NLL / number of tokens) over all samples."""
+    """Aggregation B (MDLM, DUO): exp(sum of NLL / number of tokens); nan without tokens."""
+    if not np.sum(tokens_N):
+        return math.nan
     return float(np.exp(np.sum(nll_N) / np.sum(tokens_N)))

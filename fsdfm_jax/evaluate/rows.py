@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax import inference, models, sampler, workdir, writer
+from fsdfm_jax import inference, jumps, models, sampler, workdir, writer
 from fsdfm_jax.evaluate import metrics
 from fsdfm_jax.evaluate.judges import AutoregressiveJudge
 from fsdfm_jax.stages import Process
@@ -51,7 +51,7 @@ def plan(config: ConfigDict, pipeline: list[workdir.Entry], length: int) -> list
     """All rows of a run, best reference first.
 
     Raises:
-      ValueError: if `config.eval` asks for no samples, or an unusable number of steps.
+      ValueError: for values of `config.eval` that can't be sampled with.
     """
     asked = config.eval
     if asked.num_samples < 1 or asked.batch_size < 1:
@@ -59,26 +59,22 @@ def plan(config: ConfigDict, pipeline: list[workdir.Entry], length: int) -> list
             "eval.num_samples and eval.batch_size must be at least 1, got "
             f"{asked.num_samples} and {asked.batch_size}."
         )
+    if not asked.temperature > 0:
+        raise ValueError(f"eval.temperature must be greater than 0, got {asked.temperature}.")
     for steps in (*asked.steps, asked.many_steps):
         sampler.uniform_grid(steps)
+    for jump in (*asked.jumps, asked.few_step_jump):
+        jumps.get_rule(jump)
     rows = [RowSpec("held-out text", None, None, None)]
-    for entry in pipeline:
-        if entry.stage == "autoregressive":
-            rows.append(RowSpec("autoregressive", entry.run, length, None))
-        elif entry.stage == "pretrain":
-            rows.append(
-                RowSpec(f"{entry.run} (cumulative)", entry.run, asked.many_steps, "cumulative")
-            )
-            for jump in asked.jumps:
-                group = f"{entry.run} ({jump})"
-                rows += [
-                    RowSpec(group, entry.run, s, jump)
-                    for s in asked.steps
-                    if RowSpec(group, entry.run, s, jump) not in rows
-                ]
+    for run, stage, _ in pipeline:
+        if stage == "autoregressive":
+            rows.append(RowSpec(run, run, length, None))
+        elif stage == "pretrain":
+            rows.append(RowSpec(f"{run} (cumulative)", run, asked.many_steps, "cumulative"))
+            rows += [RowSpec(f"{run} ({j})", run, s, j) for j in asked.jumps for s in asked.steps]
         else:
-            rows += [RowSpec(entry.run, entry.run, s, asked.few_step_jump) for s in asked.steps]
-    return rows
+            rows += [RowSpec(run, run, s, asked.few_step_jump) for s in asked.steps]
+    return list(dict.fromkeys(rows))
 
 
 class Samples(NamedTuple):

@@ -1,0 +1,130 @@
+"""Errors on the command line: one line on stderr, exit code 2, no traceback."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from configs import base
+from fsdfm_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = f"--config={ROOT}/configs/base.py"
+
+
+def _fails(*arguments, module="fsdfm_jax.main"):
+    """The one line that a program says before it ends with exit code 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == cli.EXIT_CODE == 2, done.stderr[-2000:]
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    line = _fails(BASE, "--config.pretrain.num_stps=3", f"--workdir={tmp_path}/run")
+    assert "config.pretrain.num_stps" in line
+    assert "config.pretrain.num_steps" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_type_names_key_and_value(tmp_path):
+    line = _fails(BASE, "--config.pretrain.num_steps=many", f"--workdir={tmp_path}/run")
+    assert "num_steps" in line
+    assert "many" in line
+
+
+def test_missing_config_file_is_named(tmp_path):
+    assert "none.py" in _fails(f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/run")
+
+
+def test_missing_flag_is_named():
+    assert "workdir" in _fails(BASE)
+
+
+def test_bad_value_inside_a_program(tmp_path):
+    line = _fails(BASE, "--config.pipeline=distill", f"--workdir={tmp_path}/run")
+    assert "distill.init_from" in line
+
+
+def test_generate_without_a_working_directory(tmp_path):
+    line = _fails(f"--workdir={tmp_path}", module="fsdfm_jax.generate")
+    assert f"{tmp_path} is not a working directory" in line
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nearest"),
+    [
+        ("pretrain.num_stps", "config.pretrain.num_steps"),
+        ("model.witdh", "config.model.width"),
+        ("sed", "config.seed"),
+        ("evals.steps", "config.eval.steps"),
+        ("distill.temprature", "config.distill.temperature"),
+    ],
+)
+def test_nearest_keys(wanted, nearest):
+    message = cli.explain_flag_error(f"Unknown flag config.{wanted}", base.get_config())
+    assert f"config.{wanted};" in message
+    # The first of those named is the nearest.
+    assert message.split("nearest are: ")[1].split(", ")[0].rstrip(".") == nearest
+
+
+def test_hopeless_keys_point_at_the_file_of_all_keys():
+    message = cli.explain_flag_error("Unknown flag config.zzzzzzzz", base.get_config())
+    assert "configs/base.py" in message
+
+
+@pytest.mark.parametrize("message", ["flag --workdir is missing", "bad config.seed: not an int"])
+def test_other_messages_stay(message):
+    assert cli.explain_flag_error(message, base.get_config()) == message
+    assert cli.explain_flag_error(message, None) == message
+
+
+def test_keys_are_the_leaves():
+    keys = cli.keys(base.get_config())
+    assert {"seed", "pipeline", "pretrain.num_steps", "eval.steps"} <= set(keys)
+    assert "pretrain" not in keys
+    assert len(keys) == len(set(keys))
+
+
+class _Stop(Exception):  # noqa: N818
+    pass
+
+
+def _run(monkeypatch, error, *, show_traceback=False):
+    """cli.run without absl's start-up, on a main that raises `error`."""
+
+    def main(argv):
+        raise error
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(cli.app, "run", lambda guarded, flags_parser: guarded(["program"]))
+    monkeypatch.setattr(flags.FLAGS["show_traceback"], "value", show_traceback)
+    cli.run(main)
+
+
+@pytest.mark.parametrize("kind", cli.USER_ERRORS)
+def test_user_errors_become_one_line(monkeypatch, capsys, kind):
+    with pytest.raises(SystemExit) as stop:
+        _run(monkeypatch, kind("give a folder"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: give a folder\n"
+
+
+def test_traceback_on_request_and_for_our_own_bugs(monkeypatch):
+    with pytest.raises(ValueError, match="give a folder"):
+        _run(monkeypatch, ValueError("give a folder"), show_traceback=True)
+    with pytest.raises(_Stop):
+        _run(monkeypatch, _Stop())

@@ -1,0 +1,270 @@
+"""Configuration files: they load, they agree on the keys, and a run reads every key."""
+
+import collections
+import importlib
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from fsdfm_jax import cli, data, main, models, stages, tokenizer, train, workdir
+from fsdfm_jax.evaluate import judges, report, rows
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
+# Every file of configs/ with its arguments.
+ARGUMENTS = {
+    "base": [""],
+    "tiny": ["", "smoke"],
+    "paper_170m": [""],
+    "paper_1b3": [""],
+    "paper_1b7": [""],
+} | {name: list(base.SIZES) for name in SIZED}
+ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
+
+
+def _load(name, arg):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def test_every_file_is_in_the_table():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert files == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(("name", "arg"), ALL)
+def test_keys_and_types_are_those_of_base(name, arg):
+    config, reference = _load(name, arg), base.get_config()
+    assert cli.keys(config) == cli.keys(reference)
+    for key in cli.keys(reference):
+        assert type(_get(config, key)) is type(_get(reference, key)), key
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(ValueError, match="'42B'"):
+        _load(name, "42B")
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_default_size_is_the_smallest(name):
+    module = importlib.import_module(f"configs.{name}")
+    assert module.get_config() == module.get_config("0.17B")
+
+
+@pytest.mark.parametrize(("name", "arg"), ALL)
+def test_every_file_makes_its_stages(name, arg, tmp_path):
+    config = _load(name, arg)
+    if name in ("step_aware", "distill", "refine"):  # starts from weights trained elsewhere
+        with pytest.raises(ValueError, match=f"{name}.init_from"):
+            main.check(config, tmp_path)
+        process = stages.make_process(config.path, num_tokens=2, eos_id=0)
+        stages.make_stage(name, config, process)
+        return
+    pipeline, _, _ = main.check(config, tmp_path)
+    assert ",".join(entry.stage for entry in pipeline) == config.pipeline
+    data.DataSpec.from_config(config.data)
+    rows.plan(config, pipeline, config.data.block_length)
+
+
+def _get(config, dotted):
+    for part in dotted.split("."):
+        config = config[part]
+    return config
+
+
+# ------------------------------------------------------------------------------- the paper's values
+PAPER = {
+    "data.block_length": 1024,
+    "data.tokenizer": "gpt2",
+    "model.dropout": 0.1,
+    "model.mlp_ratio": 4,
+    "model.dtype": "bfloat16",
+    "model.conditioning": "official",
+    "path.schedule": "polynomial",
+    "path.power": 1.0,
+    "path.source": "uniform",
+    "optim.b1": 0.9,
+    "optim.b2": 0.95,
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.03,
+    "optim.clip_norm": 1.0,
+    "pipeline": "pretrain,distill",
+    "pretrain.num_steps": 1_000_000,
+    "pretrain.batch_size": 128,
+    "pretrain.learning_rate": 3e-4,
+    "pretrain.warmup_steps": 10_000,
+    "pretrain.loss": "path",
+    "pretrain.time_eps": 1e-3,
+    "distill.num_steps": 500_000,
+    "distill.batch_size": 96,
+    "distill.learning_rate": 1e-5,
+    "distill.warmup_steps": 10_000,
+    "distill.ema_decay": 0.9995,
+    "distill.max_log2_steps": 10,
+    "distill.width_weights": "official",
+    "distill.time_eps": 1e-3,
+    "distill.rate": "cumulative",
+    "distill.rate_floor": 1e-8,
+    "distill.tau": 2.0**-9,
+    "distill.teacher_rule": "rk4",
+    "distill.teacher_jump": "cumulative",
+    "distill.teacher_end": "literal",
+    "distill.divergence": "forward_kl",
+    "distill.temperature": 1.0,
+    "eval.many_steps": 1024,
+    "eval.few_step_jump": "cumulative",
+}
+# Width, blocks, heads, conditioning width.
+PAPER_SIZES = {
+    "paper_170m": (768, 12, 12, 128),
+    "paper_1b3": (2048, 21, 32, 256),
+    "paper_1b7": (2048, 28, 32, 256),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_paper_values(name):
+    config = _load(name, "")
+    assert {key: _get(config, key) for key in PAPER} == PAPER
+    model = config.model
+    sizes = (model.width, model.num_blocks, model.num_heads, model.cond_width)
+    assert sizes == PAPER_SIZES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("paper_170m", 0.16e9, 0.18e9), ("paper_1b3", 1.25e9, 1.35e9), ("paper_1b7", 1.65e9, 1.75e9)],
+)
+def test_paper_sizes_are_their_names(name, low, high):
+    config = _load(name, "")
+    process = stages.make_process(config.path, num_tokens=50_257, eos_id=50_256)
+    stage = stages.make_stage("distill", config, process)
+    params = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    assert low < models.count_params(params) < high
+
+
+# ------------------------------------------------------------------------- a run reads every key
+class _Record:
+    """Dotted keys of one ConfigDict that package code asks for by name.
+
+    What `to_dict`, `items` and the like walk through is no reading: a recipe contains a key that
+    nobody uses as well as any other.
+    """
+
+    def __init__(self, config, monkeypatch):
+        self.read, self.missing = collections.Counter(), set()
+        self._names = {}
+        self._register(config, "")
+        self._config = config  # keeps the ids in use
+        plain = ConfigDict.__getitem__
+        internal = {ConfigDict.__getattr__.__code__}
+
+        def getitem(section, key):
+            frame = sys._getframe(1)
+            while frame.f_code in internal:
+                frame = frame.f_back
+            prefix = self._names.get(id(section))
+            in_package = "/fsdfm_jax/" in frame.f_code.co_filename.replace("\\", "/")
+            if prefix is not None and in_package:
+                if key in section.keys():  # noqa: SIM118 - `in` may record
+                    self.read[prefix + key] += 1
+                else:
+                    self.missing.add(prefix + key)
+            return plain(section, key)
+
+        monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
+
+    def _register(self, section, prefix):
+        self._names[id(section)] = prefix
+        for key, value in section.items():
+            if isinstance(value, ConfigDict):
+                self._register(value, f"{prefix}{key}.")
+
+
+class _Prepared:
+    """Prepared data without files."""
+
+    def __init__(self, folder):
+        texts = [f"the people of the united states number {i}" for i in range(40)]
+        self.tokenizer = tokenizer.train_bpe(texts, 260)
+        self.block_length, self.fingerprint, self.manifest = 4, "data", {}
+        self.directory = folder
+
+    def source(self, split):
+        return np.zeros((8, self.block_length), np.int32)
+
+
+def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch):
+    """Everything of main.main runs, but training steps, sampling and files."""
+    config = base.get_config()
+    config.update_from_flattened_dict(
+        {
+            "model.width": 8,
+            "model.num_blocks": 1,
+            "model.num_heads": 1,
+            "model.cond_width": 4,
+            "model.mlp_ratio": 1,
+            "refine.num_pairs": 2,
+            "refine.pair_batch_size": 2,
+            "refine.pair_steps": 1,
+            "eval.num_samples": 2,
+            "eval.batch_size": 2,
+        }
+    )
+    for stage in SIZED:
+        config[stage].batch_size = 8
+    prepared = _Prepared(tmp_path)
+    networks = {}
+
+    def fake_train(stage, settings, *, batches, name, metadata, **others):
+        assert isinstance(settings, train.Settings)
+        assert next(batches(0))["x1"].shape == (8, 4)
+        networks[name] = stage.model, metadata
+
+    def fake_weights(directory, *, tokenizer):
+        model, metadata = networks[directory.name]
+        shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+        params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return workdir.Weights(params, model, metadata, 1)
+
+    def fake_draw(spec, weights, process, *, num_samples, length, **others):
+        return rows.Samples(np.zeros((num_samples, length), np.int32), 1.0, 1.0)
+
+    monkeypatch.setattr(main.data, "prepare", lambda spec, directory: prepared)
+    monkeypatch.setattr(main, "train", fake_train)
+    monkeypatch.setattr(workdir, "load_weights", fake_weights)
+    monkeypatch.setattr(rows, "draw", fake_draw)
+    monkeypatch.setattr(report, "_picture", lambda path, rows: None)
+    zeros = lambda self, sequences: judges.Scores(np.ones(len(sequences)), np.ones(len(sequences)))
+    monkeypatch.setattr(judges.AutoregressiveJudge, "_score_lists", zeros)
+    for name, value in (("_CONFIG", config), ("_WORKDIR", str(tmp_path)), ("_EVALUATE", True)):
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+
+    everything = set(cli.keys(config))
+    with monkeypatch.context() as patch:
+        record = _Record(config, patch)
+        main.main(["main"])
+        read = set(record.read)
+    assert everything - read == set(), "keys that no run reads"
+    assert record.missing == set(), "keys that base.py doesn't have"
+    assert (tmp_path / "report" / "results.json").is_file()
+
+
+def test_the_record_sees_what_it_should(monkeypatch):
+    config = base.get_config()
+    with monkeypatch.context() as patch:
+        record = _Record(config, patch)
+        stages.make_process(config.path, num_tokens=5, eos_id=0)
+        config.to_dict()
+        _ = config.seed  # read by a test, not by the package
+        with pytest.raises(AttributeError):
+            main.optim.make_optimizer(config.optim, config.path)
+    leaves = set(record.read)
+    assert leaves == {"path.schedule", "path.power", "path.source"}
+    assert record.missing == {"path.num_steps"}

@@ -1,0 +1,443 @@
+"""The main job: refusals before work, a whole run, going on after kills, generating from it.
+
+The runs are subprocesses: what a kill leaves behind is only real in another process. They share a
+compilation cache, and XLA's optimisations are off, which saves most of their time.
+"""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from fsdfm_jax import checkpoint, data, main, workdir
+from fsdfm_jax.stages import autoregressive
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
+ROWS = 1 + 1 + 3 + 3 * 2  # text, autoregressive, pretrain at 4, 1, 2 steps, three stages at 1, 2
+TINY = {
+    "data.vocab_size": 300,
+    "data.block_length": 8,
+    "data.holdout": 0.3,
+    "model.width": 16,
+    "model.num_blocks": 1,
+    "model.num_heads": 2,
+    "model.cond_width": 8,
+    "model.mlp_ratio": 2,
+    "refine.num_pairs": 8,
+    "refine.pair_steps": 2,
+    "refine.pair_batch_size": 2,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "eval.num_samples": 4,
+    "eval.batch_size": 3,
+    "eval.many_steps": 4,
+    "eval.steps": (1, 2),
+    "eval.jumps": ("cumulative",),
+}
+for _stage in STAGES:
+    TINY |= {
+        f"{_stage}.num_steps": 12 if _stage == "pretrain" else 3,
+        f"{_stage}.batch_size": 8,
+        f"{_stage}.learning_rate": 1e-2,
+    }
+TIMINGS = ("milliseconds_per_sample", "compile_seconds")
+
+
+def _write_texts(folder, seed=0):
+    folder.mkdir(exist_ok=True)
+    text = "we the people of a more perfect union secure liberty and justice for all these "
+    text += "united states in order to form establish ensure domestic tranquility provide"
+    words = text.split()
+    rng = random.Random(seed)
+    for i in range(60):
+        text = " ".join(rng.choices(words, k=rng.randint(5, 60)))
+        (folder / f"{i:03}.txt").write_text(f"{text} {i}.\n")
+
+
+def _config(corpus, **changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(TINY | {"data.corpus": corpus})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+class World:
+    """Corpus and environment that the runs of this file share."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        _write_texts(folder / "texts")
+        self.corpus = f"{folder}/texts/*.txt"
+        self.flags = [f"--config={ROOT}/configs/base.py"]
+        for key, value in (TINY | {"data.corpus": self.corpus}).items():
+            self.flags.append(f"--config.{key}={value}")
+        self.env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            # No commit in the stamps: one that comes between two runs would make them differ.
+            "GIT_DIR": str(folder / "none"),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def start(self, module, *flags):
+        return subprocess.Popen(
+            [sys.executable, "-m", f"fsdfm_jax.{module}", *flags],
+            cwd=self.folder,  # anywhere but the repository
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, module, *flags):
+        process = self.start(module, *flags)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err[-3000:]
+        return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """(folder, stdout) of one uninterrupted run."""
+    folder = world.folder / "finished"
+    return folder, world.run("main", *world.flags, f"--workdir={folder}")
+
+
+def _results(folder):
+    return json.loads((folder / "report" / "results.json").read_text())
+
+
+def _table(out):
+    """The lines of the table in a program's output."""
+    lines = out.splitlines()
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("model")]
+    return lines[first : lines.index("", first)]
+
+
+def _files(folder):
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# ------------------------------------------------------------------ refused before any work is done
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # conftest's 8 devices
+        ({"pretrain.batch_size": 12}, r"pretrain\.batch_size=12 .*multiple of the 8"),
+        ({"refine.batch_size": 0}, r"refine\.batch_size=0"),
+        ({"mesh.data": 3}, r"mesh sizes \(data=3\).*8 device"),
+        ({"pipeline": "pretrain,distil"}, "unknown stage 'distil'"),
+        ({"pipeline": "distill"}, "distill.init_from"),
+        ({"pipeline": ""}, "names no stage"),
+        ({"path.source": "noise"}, "Unknown source 'noise'"),
+        ({"path.source": "mask"}, "needs path.source='uniform'"),
+        ({"path.schedule": "linear"}, "linear"),
+        ({"model.num_heads": 3}, r"model\.width=16.*num_heads=3"),
+        ({"model.conditioning": "none"}, "model.conditioning"),
+        ({"pretrain.loss": "mse"}, r"pretrain\.loss 'mse'"),
+        ({"pretrain.time_eps": 0.0}, r"pretrain\.time_eps"),
+        ({"distill.divergence": "kl"}, "kl"),
+        ({"distill.teacher_rule": "midpoint"}, "midpoint"),
+        ({"distill.teacher_end": "draw"}, "teacher_end 'draw'"),
+        ({"refine.pair_jump": "leap"}, "Unknown jump rule 'leap'"),
+        ({"refine.num_pairs": 7}, r"refine\.num_pairs=7"),
+        ({"refine.real_fraction": 1.5}, r"refine\.real_fraction"),
+        ({"step_aware.warmup_steps": 100}, "warmup_steps"),
+        ({"autoregressive.num_steps": 0}, "num_steps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_check_refuses(tmp_path, changes, message):
+    config = _config("no/such/*.txt", **changes)
+    with pytest.raises(ValueError, match=message):
+        main.check(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval.num_samples": 0},
+        {"eval.steps": (0,)},
+        {"eval.many_steps": 0},
+        {"eval.jumps": ("leap",)},
+        {"eval.few_step_jump": "leap"},
+        {"eval.temperature": 0.0},
+        {"train.log_every": 0},
+        {"train.checkpoint_every": 0},
+        {"train.keep_checkpoints": 0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_check_refuses_what_only_the_end_of_a_run_would_notice(tmp_path, changes):
+    (key,) = changes
+    with pytest.raises(ValueError, match=key.split(".")[1]):
+        main.check(_config("no/such/*.txt", **changes), tmp_path / "run")
+
+
+def test_workdir_may_not_be_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        main.check(_config("no/such/*.txt"), tmp_path / "file")
+
+
+def test_check_gives_each_run_its_recipe(tmp_path):
+    config = _config("texts", pipeline="pretrain,refine,refine")
+    pipeline, recipes, mesh = main.check(config, tmp_path)
+    assert [entry.run for entry in pipeline] == ["pretrain", "refine", "refine_2"]
+    assert list(recipes) == ["pretrain", "refine", "refine_2"]
+    assert recipes["pretrain"]["base"] is None
+    assert recipes["refine"]["base"] == workdir.digest(recipes["pretrain"])
+    assert recipes["refine_2"]["base"] == workdir.digest(recipes["refine"])
+    assert mesh.shape["data"] == 8
+
+
+def test_run_seeds_differ_between_runs_and_seeds():
+    config = base.get_config()
+    seeds = {main.run_seed(config, run) for run in ("pretrain", "refine", "refine_2")}
+    config.seed = 1
+    seeds |= {main.run_seed(config, run) for run in ("pretrain", "refine", "refine_2")}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def _run_here(monkeypatch, config, folder):
+    """main.main without its flags, in this process, without the evaluation."""
+    for name, value in (("_CONFIG", config), ("_WORKDIR", str(folder)), ("_EVALUATE", False)):
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    main.main(["main"])
+
+
+def test_missing_corpus_is_refused_and_leaves_no_stage(tmp_path, monkeypatch):
+    config = _config(f"{tmp_path}/none/*.txt")
+    with pytest.raises(FileNotFoundError, match="none/"):
+        _run_here(monkeypatch, config, tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+# -------------------------------------------------------------------------------------- a whole run
+def test_report_has_every_file_and_row(finished):
+    folder, out = finished
+    rows = _results(folder)["rows"]
+    assert len(rows) == ROWS == len({row["slug"] for row in rows})
+    assert len(_table(out)) == ROWS + 2  # header and rule
+    with open(folder / "report" / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == ROWS
+    assert (folder / "report" / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "samples.txt").stat().st_size > 0
+    for row in rows:
+        tokens_NL = np.load(folder / "report" / "rows" / row["slug"] / "samples.npy")
+        assert tokens_NL.shape == (4, 8)
+        assert tokens_NL.dtype == np.int32
+        assert row["perplexity_a"] > 1
+        assert row["perplexity_b"] > 1
+    assert str(folder / "report") in out
+    assert "Done in" in out
+
+
+def test_stages_are_trained_to_their_end(finished):
+    folder, _ = finished
+    for stage in STAGES:
+        directory = folder / "stages" / stage
+        steps = TINY[f"{stage}.num_steps"]
+        assert checkpoint.latest_step(directory / "checkpoints") == steps
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)
+    assert workdir.load_config(folder).model.width == 16
+
+
+def test_base_weights_reach_the_next_stage(finished):
+    """One Adam step of learning rate 1e-2 moves no weight by more than 1e-2 (1 + decay)."""
+    folder, _ = finished
+    base_params = workdir.load_weights(folder / "stages" / "pretrain").params
+    params = checkpoint.restore_part(folder / "stages" / "step_aware" / "checkpoints", ("params",))
+    kernel, then = params["params"]["head"]["kernel"], base_params["head"]["kernel"]
+    distance = float(np.abs(np.asarray(kernel) - np.asarray(then)).max())
+    moved = float(np.abs(np.asarray(then)).max())
+    assert 0 < distance <= 3 * 1e-2 * 1.1
+    assert moved > 0.005  # the head of fresh weights is zero
+
+
+def test_running_again_changes_nothing(world, finished):
+    folder, out = finished
+    stages, rows = _files(folder / "stages"), _files(folder / "report" / "rows")
+    results = _results(folder)
+    again = world.run("main", *world.flags, f"--workdir={folder}")
+    assert _files(folder / "stages") == stages
+    assert _files(folder / "report" / "rows") == rows
+    assert _results(folder) == results
+    assert _table(again) == _table(out)
+
+
+def test_figures_can_be_recomputed_from_the_saved_samples(finished):
+    """Aggregation A and entropy, by the judge's own token losses and NumPy."""
+    folder, _ = finished
+    judge = workdir.load_weights(folder / "stages" / "autoregressive")
+    eos_id = data.load(folder / "data").tokenizer.eos_id
+    losses = jax.jit(lambda x1: autoregressive.token_losses(judge.params, judge.model, eos_id, x1))
+    for row in _results(folder)["rows"]:
+        tokens_NL = np.load(folder / "report" / "rows" / row["slug"] / "samples.npy")
+        nll_NL = np.asarray(losses(tokens_NL), np.float64)
+        perplexity = np.exp(nll_NL.mean(1)).mean()
+        np.testing.assert_allclose(row["perplexity_a"], perplexity, rtol=1e-5)
+        shares = [np.unique(t, return_counts=True)[1] / len(t) for t in tokens_NL]
+        entropy = np.mean([-(p * np.log(p)).sum() for p in shares])
+        np.testing.assert_allclose(row["entropy_nats"], entropy, rtol=1e-6)
+        np.testing.assert_allclose(row["entropy_bits"], entropy / np.log(2), rtol=1e-6)
+
+
+def test_generate_prints_its_samples(world, finished):
+    folder, _ = finished
+    flags = [f"--workdir={folder}", "--steps=2", "--num_samples=3", "--prompt=we the people"]
+    out = world.run("generate", *flags)
+    heads = [line for line in out.splitlines() if line.startswith("--- sample ")]
+    assert heads == [f"--- sample {i} of 3: refine, 2 steps" for i in (1, 2, 3)]
+    texts = out.split("--- sample ")[1:]
+    assert all(text.split("\n", 1)[1].startswith("we the people") for text in texts)
+
+
+# ------------------------------------------------------------------------------------------- kills
+def _kill_when(process, happened):
+    deadline = time.monotonic() + 300
+    try:
+        while not happened():
+            assert process.poll() is None, process.stderr.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_three_times_ends_the_same_bit_for_bit(world, finished):
+    whole, _ = finished
+    folder = world.folder / "killed"
+    command = ("main", *world.flags, f"--workdir={folder}")
+    checkpoints = folder / "stages" / "pretrain" / "checkpoints"
+    pairs = folder / "stages" / "refine" / "pairs"
+    report = folder / "report"
+
+    # In the middle of a stage: its second checkpoint has begun, five are to come.
+    _kill_when(world.start(*command), lambda: any(checkpoints.glob("4*")))
+    assert 2 <= checkpoint.latest_step(checkpoints) < TINY["pretrain.num_steps"]
+    _kill_when(world.start(*command), lambda: any(pairs.glob("[0-9]*.npy")))
+    assert not report.exists()
+    kept = _files(folder / "stages" / "distill" / "checkpoints")
+    _kill_when(world.start(*command), lambda: any(report.glob("rows/*/row.json")))
+    assert not (report / "results.json").exists()
+    world.run(*command)
+    assert _files(folder / "stages" / "distill" / "checkpoints") == kept
+
+    for stage in STAGES:
+        ours, theirs = (f / "stages" / stage / "checkpoints" for f in (folder, whole))
+        parts = ("params", "opt_state", "step") + (
+            () if stage in ("autoregressive", "pretrain") else ("ema",)
+        )
+        ours, theirs = (checkpoint.restore_part(f, parts) for f in (ours, theirs))
+        _assert_bitwise(ours, theirs)
+        ours, theirs = (
+            [
+                {key: value for key, value in json.loads(line).items() if key != "time"}
+                for line in (f / "stages" / stage / "metrics.jsonl").open()
+            ]
+            for f in (folder, whole)
+        )
+        assert ours == theirs
+    ours, theirs = _results(folder), _results(whole)
+    for row in ours["rows"] + theirs["rows"]:
+        for key in TIMINGS:
+            del row[key]
+    # The header names the corpus by its path, and nothing of the folder.
+    assert ours == theirs
+    assert (report / "samples.txt").read_text() == (whole / "report" / "samples.txt").read_text()
+    left = [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    # A killed write may leave its temporary file, but never under a name that is read.
+    assert all(path.name.startswith(".") for path in left)
+
+
+def _assert_bitwise(ours, theirs):
+    ours, theirs = (jax.tree_util.tree_leaves_with_path(tree) for tree in (ours, theirs))
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (path, one), (_, other) in zip(ours, theirs, strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.dtype == other.dtype, path
+        assert one.tobytes() == other.tobytes(), path
+
+
+# ---------------------------------------------------------- a folder that belongs to something else
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.width", 32),
+        ("pretrain.num_steps", 5),
+        ("distill.tau", 2.0**-3),
+        ("seed", 1),
+        ("optim.b2", 0.99),
+        ("data.block_length", 4),
+        ("data.corpus", "other/*.txt"),
+        ("data.tokenizer", "gpt2"),
+    ],
+)
+def test_another_config_is_refused_naming_the_key(world, finished, key, value):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=rf"\b{key}: .*there, .*now") as caught:
+        main.check(_config(world.corpus, **{key: value}), folder)
+    assert "another --workdir" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["eval.seed", "eval.num_samples", "train.log_every", "mesh.data"])
+def test_keys_that_leave_the_weights_alone_are_accepted(world, finished, key):
+    folder, _ = finished
+    value = 8 if key == "mesh.data" else 7
+    main.check(_config(world.corpus, **{key: value}), folder)
+
+
+def test_prepared_data_of_another_spec_is_refused(world, finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    shutil.copytree(folder / "data", tmp_path / "run" / "data")
+    config = _config(world.corpus, **{"data.vocab_size": 310})
+    with pytest.raises(ValueError, match=r"data\.vocab_size is 310 but the folder has 300"):
+        _run_here(monkeypatch, config, tmp_path / "run")
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp_path, monkeypatch):
+    """Same configuration, but the files behind the glob are others and were prepared anew."""
+    shutil.copytree(finished[0] / "data", tmp_path / "run" / "data")
+    config = _config(world.corpus, pipeline="pretrain")
+    (entry,), recipes, _ = main.check(config, tmp_path / "run")
+    model = workdir.load_weights(finished[0] / "stages" / "pretrain").model
+    metadata = workdir.make_metadata(
+        config, entry, model, the_recipe=recipes["pretrain"], tokenizer="another", data="another"
+    )
+    directory = workdir.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
+    with checkpoint.Checkpoints(directory) as checkpoints:
+        checkpoints.save(2, {"params": {"w": np.zeros(2)}}, metadata)
+    # Whatever else is wrong with that checkpoint, this is what has to be said.
+    with pytest.raises(ValueError, match="tokenizer"):
+        _run_here(monkeypatch, config, tmp_path / "run")

@@ -1,0 +1,616 @@
+"""The stages: one signature, the numbers of their equations, and what they refuse.
+
+Numbers are checked with a network of one table in place of `models.apply`: everything it is asked
+is recorded, and what the loss must be follows from the record by the literal equations.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chance import assert_frequencies
+
+from configs import base as base_config
+from fsdfm_jax import jumps, losses, models, stages, teacher
+from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
+
+V, B, L = 11, 8, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_faster():
+    """These networks take seconds to compile and none to run; the results are the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_config():
+    config = base_config.get_config()
+    model = config.model
+    model.width, model.num_blocks, model.num_heads, model.cond_width = 8, 2, 2, 4
+    model.mlp_ratio = 2
+    for name in stages.FEW_STEP:
+        config[name].max_log2_steps = 4
+    for name in ("distill", "refine"):
+        config[name].tau = 0.25
+    return config
+
+
+def make_process(config, num_tokens=V):
+    return stages.make_process(config.path, num_tokens=num_tokens, eos_id=2)
+
+
+def make_stage(name, config=None):
+    config = config or make_config()
+    return stages.make_stage(name, config, make_process(config))
+
+
+def make_batch(seed=0, rows=B):
+    return {"x1": np.random.default_rng(seed).integers(0, V, (rows, L)).astype(np.int32)}
+
+
+def noised(params, seed=0):
+    """Away from the zeros of a fresh network, behind which no gradient flows."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype("f4"), params)
+
+
+@functools.cache
+def base_params():
+    return jax.jit(lambda key: make_stage("pretrain").init_params(key, None))(jax.random.key(0))
+
+
+def flat(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+
+
+# ------------------------------------------------------------------------------- one signature
+
+
+@pytest.mark.parametrize("name", stages.NAMES)
+def test_a_stage_has_one_signature_and_learns_everywhere_but_in_the_frozen_weights(name):
+    stage = make_stage(name)
+    assert stage.name == name
+    base = base_params() if name in stages.FEW_STEP else None
+    fresh = jax.jit(stage.init_params)(jax.random.key(1), base)
+    params, frozen = noised(fresh, 1), noised(fresh, 2)
+    batch = make_batch()
+    run = jax.jit(jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True))
+    (value, metrics), (grads, frozen_grads) = run(params, frozen, jax.random.key(2), batch)
+    assert value.shape == ()
+    assert np.isfinite(value)
+    assert metrics["loss"] == value
+    assert all(np.shape(metric) == () and np.isfinite(metric) for metric in metrics.values())
+    for path, grad in flat(grads).items():
+        assert np.isfinite(grad).all(), path
+        assert grad.any(), f"no gradient reaches {path}"
+    assert not any(grad.any() for grad in flat(frozen_grads).values())
+    # The average teaches in the distilling stages and nowhere else.
+    taught = name in ("distill", "refine")
+    assert ("distillation_loss" in metrics) == taught
+    (other, _), _ = run(params, noised(fresh, 3), jax.random.key(2), batch)
+    assert (other != value) == taught
+    # Noise, times and dropout come from the key; the same key repeats them.
+    (again, _), _ = run(params, frozen, jax.random.key(2), batch)
+    (different, _), _ = run(params, frozen, jax.random.key(3), batch)
+    assert again == value != different
+
+
+@pytest.mark.parametrize("name", stages.FEW_STEP)
+def test_a_few_step_stage_refuses_to_start_without_base_weights(name):
+    with pytest.raises(ValueError, match=f"Stage '{name}' .*base weights.* {name}.init_from"):
+        make_stage(name).init_params(jax.random.key(0), None)
+
+
+@pytest.mark.parametrize("name", stages.FEW_STEP)
+def test_a_few_step_stage_starts_from_the_base_weights(name):
+    started = flat(jax.jit(make_stage(name).init_params)(jax.random.key(9), base_params()))
+    base = flat(base_params())
+    assert {path.split("/")[0] for path in started.keys() - base} == {"dt_embedding", "dt_proj"}
+    for path, value in base.items():
+        np.testing.assert_array_equal(started[path], value, err_msg=path)
+
+
+def test_base_weights_of_another_shape_are_refused():
+    config = make_config()
+    config.model.width = 16
+    with pytest.raises(ValueError, match="don't fit"):
+        jax.eval_shape(make_stage("distill", config).init_params, jax.random.key(0), base_params())
+
+
+def test_pretraining_starts_fresh_or_goes_on():
+    stage = make_stage("pretrain")
+    init = jax.jit(stage.init_params)
+    fresh = flat(init(jax.random.key(1), None))
+    assert any((fresh[path] != value).any() for path, value in flat(base_params()).items())
+    went_on = flat(init(jax.random.key(1), base_params()))
+    for path, value in flat(base_params()).items():
+        np.testing.assert_array_equal(went_on[path], value)
+
+
+def test_the_model_of_each_stage():
+    for name in stages.NAMES:
+        model = make_stage(name).model
+        assert model.causal == (name == "autoregressive")
+        assert model.conditioning == ("additive" if name in stages.FEW_STEP else "none")
+        assert (model.vocab_size, model.width, model.dropout) == (V, 8, 0.1)
+
+
+def test_the_papers_literal_recipe_makes_stages():
+    config = make_config()
+    base_config.use_paper_recipe(config)
+    made = [make_stage(name, config) for name in config.pipeline.split(",")]
+    assert [stage.name for stage in made] == ["pretrain", "distill"]
+    stage = made[1]
+    assert stage.model.conditioning == "official"
+    params = jax.eval_shape(stage.init_params, jax.random.key(0), base_params())
+    assert {"dt_embedding", "time_condition_fuser"} <= set(params)
+    value, metrics = jax.eval_shape(stage.loss, params, params, jax.random.key(0), make_batch())
+    assert (value.shape, value.dtype) == ((), jnp.float32)
+    assert set(metrics) == {"loss", "path_loss", "distillation_loss"}
+
+
+def test_a_mask_source_serves_all_stages_but_refine():
+    config = make_config()
+    config.path.source = "mask"
+    for name in ("autoregressive", "pretrain", "step_aware", "distill"):
+        stage = make_stage(name, config)
+        assert stage.model.vocab_size == V + 1
+        base = jax.eval_shape(make_stage("pretrain", config).init_params, jax.random.key(0), None)
+        base = base if name in stages.FEW_STEP else None
+        params = jax.eval_shape(stage.init_params, jax.random.key(0), base)
+        value, _ = jax.eval_shape(stage.loss, params, params, jax.random.key(0), make_batch())
+        assert value.shape == ()
+    with pytest.raises(ValueError, match="path.source='uniform'"):
+        make_stage("refine", config)
+
+
+WRONG = [
+    ("distil", {}, "Unknown stage 'distil'; expected one of autoregressive, pretrain"),
+    *((name, {"model.conditioning": "none"}, "model.conditioning") for name in stages.FEW_STEP),
+    ("pretrain", {"pretrain.loss": "elbo"}, "pretrain.loss 'elbo'.*path, cross_entropy"),
+    ("pretrain", {"pretrain.time_eps": 0.0}, r"pretrain.time_eps must lie in \(0, 1\), got 0"),
+    ("pretrain", {"pretrain.time_eps": 1.0}, "pretrain.time_eps"),
+    ("pretrain", {"pretrain.rate_floor": 0.0}, "rate_floor must lie in"),
+    ("pretrain", {"path.schedule": "sine"}, "Unknown schedule 'sine'"),
+    ("step_aware", {"step_aware.rate": "exact"}, "Unknown rate 'exact'.*cumulative"),
+    ("step_aware", {"step_aware.rate_floor": 1.0}, "rate_floor must lie in"),
+    ("step_aware", {"step_aware.width_weights": "even"}, "Unknown width_weights 'even'"),
+    ("step_aware", {"step_aware.max_log2_steps": -1}, "max_log2_steps"),
+    ("step_aware", {"step_aware.time_eps": 1.0}, "time_eps"),
+    ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
+    ("distill", {"distill.teacher_rule": "rk3"}, "Unknown teacher rule 'rk3'.*heun, rk4"),
+    ("distill", {"distill.teacher_end": "stop"}, "Unknown teacher_end 'stop'.*literal"),
+    ("distill", {"distill.teacher_jump": "leap"}, "Unknown jump rule 'leap'"),
+    ("distill", {"distill.temperature": 0.0}, "temperature must be > 0"),
+    ("distill", {"distill.temperature": float("nan")}, "temperature must be > 0"),
+    ("refine", {"refine.real_fraction": 1.5}, r"real_fraction must lie in \[0, 1\], got 1.5"),
+    ("refine", {"refine.real_fraction": -0.1}, "real_fraction"),
+    ("refine", {"refine.num_pairs": 33}, "num_pairs=33.*pair_batch_size=32"),
+    ("refine", {"refine.num_pairs": 0}, "num_pairs=0"),
+    ("refine", {"refine.pair_steps": 0}, "pair_steps must be at least 1"),
+    ("refine", {"refine.pair_jump": "leap"}, "Unknown jump rule 'leap'"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "message"), WRONG)
+def test_wrong_values_are_refused_by_name(name, values, message):
+    config = make_config()
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ValueError, match=message):
+        make_stage(name, config)
+
+
+# ------------------------------------------------------------ a table in place of the network
+
+
+class Calls(list):
+    """Stands for `models.apply`: logits = table[x] + slope t + bend log2 h, each call recorded."""
+
+    def __call__(self, params, model, x, t=None, h=None, *, key=None):
+        self.append({"params": params, "x": x, "t": t, "h": h, "key": key})
+        logits = params["table"][x]
+        for value, name in ((t, "slope"), (None if h is None else jnp.log2(h), "bend")):
+            if value is not None:
+                logits = logits + value[:, None, None] * params[name][None, None]
+        return logits
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    recorded = Calls()
+    monkeypatch.setattr(models, "apply", recorded)
+    return recorded
+
+
+def table(seed=0, size=V):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {"table": draw(size, size), "slope": draw(size), "bend": 0.3 * draw(size)}
+
+
+def literal_logits(params, x, t=None, h=None):
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    logits = params["table"][x]
+    if t is not None:
+        logits = logits + np.asarray(t, np.float64)[:, None, None] * params["slope"]
+    if h is not None:
+        logits = logits + np.log2(np.asarray(h, np.float64))[:, None, None] * params["bend"]
+    return logits
+
+
+def literal_log_p(logits):
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def literal_path_loss(log_p, xt, x1, weight_B):
+    """Eq. 3.8, position by position."""
+    result = np.zeros(xt.shape)
+    for b, i in np.ndindex(*xt.shape):
+        z, y = xt[b, i], x1[b, i]
+        shown = z == y
+        bracket = np.exp(log_p[b, i, z]) - shown + (not shown) * log_p[b, i, y]
+        result[b, i] = -weight_B[b] * bracket
+    return result
+
+
+# --------------------------------------------------------------------------------------- pretrain
+
+
+def test_stratified_times_are_uniform_per_row_and_one_per_stratum():
+    rows, keys, eps = 4, 6000, 0.25
+    draw = jax.vmap(lambda key: pretrain.stratified_times(key, rows, time_eps=eps))
+    times = np.asarray(draw(jax.random.split(jax.random.key(0), keys))) / (1 - eps)
+    assert times.min() >= 0
+    assert times.max() < 1
+    strata = np.sort(np.floor(times * rows), axis=1)
+    np.testing.assert_array_equal(strata, np.tile(np.arange(rows), (keys, 1)))
+    for row in times.T:
+        assert_frequencies(np.histogram(row, 16, (0, 1))[0], np.full(16, 1 / 16))
+
+
+@pytest.mark.parametrize("name", ["path", "cross_entropy"])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_pretrain_losses_equal_their_equations(calls, name, power):
+    config = make_config()
+    config.pretrain.loss, config.path.power = name, power
+    params, x1 = table(), make_batch()["x1"]
+    value, _ = make_stage("pretrain", config).loss(params, None, jax.random.key(1), {"x1": x1})
+    (call,) = calls
+    assert call["key"] is not None
+    assert call["h"] is None
+    xt, t = np.asarray(call["x"]), np.asarray(call["t"], np.float64)
+    log_p = literal_log_p(literal_logits(params, xt, t))
+    g = power * t ** (power - 1) / (1 - t**power)
+    want = {
+        "path": literal_path_loss(log_p, xt, x1, g),
+        "cross_entropy": -np.take_along_axis(log_p, x1[..., None], -1)[..., 0],
+    }[name]
+    np.testing.assert_allclose(value, want.mean(), rtol=1e-5)
+
+
+def test_pretrain_text_is_noised_along_the_path(calls):
+    """At time t a position shows its data with probability t, or by accident 1/V."""
+    stage, x1 = make_stage("pretrain"), np.full((512, 32), 3, np.int32)
+    _, _, (call,), _ = recorded(calls, stage.loss, table(), None, jax.random.key(0), {"x1": x1})
+    t, shown = np.asarray(call["t"]), (np.asarray(call["x"]) == 3).mean(1)
+    assert t.max() < 1 - 1e-3
+    # each row: 5 standard errors of 32 draws; together: of 512 * 32
+    p = t + (1 - t) / V
+    assert np.all(np.abs(shown - p) <= 5 * np.sqrt(p * (1 - p) / 32) + 0.04)
+    assert abs((shown - p).mean()) <= 5 * np.sqrt((p * (1 - p)).mean() / shown.size / 32)
+
+
+# --------------------------------------------------------------------------------------- few_step
+
+
+def recorded(calls, loss, student, average, key, batch):
+    """loss under jit, with the calls for each set of weights: "key" tells whether there was one."""
+
+    def run(student, average, key, batch):
+        calls.clear()
+        value, metrics = loss(student, average, key, batch)
+        of = lambda params: [
+            {name: call[name] for name in "xth" if call[name] is not None}
+            for call in calls
+            if call["params"] is params
+        ]
+        return value, metrics, of(student), of(average)
+
+    result = jax.jit(run)(student, average, key, batch)
+    # the student is asked first
+    for call, traced in zip(result[2] + result[3], calls, strict=True):
+        call["key"] = traced["key"] is not None
+    return result
+
+
+def few_step_calls(calls, name, batch, **values):
+    config = make_config()
+    config[name].update(values)
+    loss = make_stage(name, config).loss
+    return recorded(calls, loss, table(1), table(2), jax.random.key(5), batch)
+
+
+@pytest.mark.parametrize(("rule", "nodes"), [("heun", (0, 1 / 2)), ("rk4", (0, 1 / 2, 1 / 2, 1))])
+def test_rows_below_tau_never_pay_for_a_teacher(calls, rule, nodes):
+    batch = make_batch(rows=10)
+    _, _, student, average = few_step_calls(calls, "distill", batch, teacher_rule=rule)
+    # Widths 1 .. 1/16, tau = 1/4: two of five widths are below, 4 of 10 rows.
+    (call,) = student
+    assert call["x"].shape == (10, L)
+    assert call["key"]  # the student drops out, the teacher doesn't
+    t, h = np.asarray(call["t"]), np.asarray(call["h"])
+    assert (h[:4] < 0.25).all()
+    assert (h[4:] >= 0.25).all()
+    assert len(average) == len(nodes)
+    for teacher_call, node in zip(average, nodes, strict=True):
+        assert teacher_call["x"].shape == (6, L)
+        assert not teacher_call["key"]
+        np.testing.assert_allclose(teacher_call["h"], h[4:] / 2)
+        np.testing.assert_allclose(teacher_call["t"], t[4:] + node * h[4:])
+    np.testing.assert_array_equal(average[0]["x"], call["x"][4:])
+
+
+def test_without_a_teacher_part_there_is_no_teacher_call(calls):
+    for name, values in [("step_aware", {}), ("distill", {"tau": 2.0}), ("refine", {"tau": 2.0})]:
+        _, metrics, student, average = few_step_calls(calls, name, make_batch(), **values)
+        assert ([c["x"].shape for c in student], average) == ([(B, L)], [])
+        assert set(metrics) == {"loss", "path_loss"}
+        assert metrics["loss"] == metrics["path_loss"]
+
+
+def test_without_a_path_part_all_rows_are_distilled(calls):
+    value, metrics, student, average = few_step_calls(calls, "distill", make_batch(), tau=1 / 16)
+    assert set(metrics) == {"loss", "distillation_loss"}
+    assert value == metrics["distillation_loss"]
+    assert [c["x"].shape for c in student + average] == [(B, L)] * 3
+
+
+def test_rows_of_path():
+    budgets = few_step.make_budgets(max_log2_steps=10, weights="log_uniform", time_eps=0.0)
+    rows = lambda batch, tau: few_step.rows_of_path(batch, *budgets.split(tau))
+    assert rows(96, 2.0**-9) == 9  # 96/11 = 8.7
+    assert rows(110, 2.0**-9) == 10
+    assert rows(4, 2.0**-9) == 1  # 4/11, but no part goes without a row
+    assert rows(4, 0.9) == 3  # 40/11 = 3.6, likewise
+    assert rows(96, 1.0) == 87
+    assert [rows(7, tau) for tau in (1.5, 1e-9, 2.0**-10)] == [7, 0, 0]
+    assert rows(1, 2.0) == 1
+    with pytest.raises(ValueError, match=r"batch of 1 row\(s\) can't hold 2 parts"):
+        rows(1, 2.0**-9)
+
+
+def test_given_noise_is_used_and_else_drawn(calls):
+    rows, length = 64, 32
+    x1 = np.full((rows, length), 3, np.int32)
+    coupled = {"x1": x1, "x0": np.full((rows, length), 7, np.int32)}
+    _, _, (call), _ = few_step_calls(calls, "refine", coupled)
+    x, t = np.asarray(call[0]["x"]), np.asarray(call[0]["t"])
+    assert set(np.unique(x)) == {3, 7}
+    # data with probability t: within 5 standard errors
+    assert abs(((x == 3).mean(1) - t).mean()) <= 5 * np.sqrt((t * (1 - t)).mean() / x.size)
+    _, _, call, _ = few_step_calls(calls, "refine", {"x1": x1})
+    assert set(np.unique(call[0]["x"])) == set(range(V))
+
+
+@pytest.mark.parametrize("rate", few_step.RATES)
+@pytest.mark.parametrize("floor", [1e-3, 0.2])
+def test_the_weight_of_the_path_loss(calls, rate, floor):
+    batch = make_batch(rows=32)
+    values = {"rate": rate, "rate_floor": floor}
+    _, metrics, (call,), _ = few_step_calls(calls, "step_aware", batch, **values)
+    x, t, h = (np.asarray(call[name]) for name in "xth")
+    left = lambda time: np.maximum(1 - time.astype(np.float64), floor)
+    weight = np.log(left(t) / left(t + h)) / h if rate == "cumulative" else 1 / left(t)
+    assert (t + h == 1).any()  # a step that reaches t=1 needs the floor
+    log_p = literal_log_p(literal_logits(table(1), x, t, h))
+    want = literal_path_loss(log_p, x, batch["x1"], weight)
+    np.testing.assert_allclose(metrics["path_loss"], want.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("forward_kl", 2.0), ("jsd", 1.0)])
+def test_the_distillation_part_equals_its_equation(calls, name, temperature):
+    batch = make_batch(rows=10)
+    values = {"divergence": name, "temperature": temperature}
+    _, metrics, (call,), average = few_step_calls(calls, "distill", batch, **values)
+    rows = slice(4, None)
+    x, t, h = (np.asarray(call[name])[rows] for name in "xth")
+    student = literal_log_p(literal_logits(table(1), x, t, h) / temperature)
+    asked = [literal_logits(table(2), *(np.asarray(c[name]) for name in "xth")) for c in average]
+    target = literal_log_p(np.mean(asked, 0) / temperature)
+    kl = lambda p, q: (np.exp(p) * (p - q)).sum(-1)
+    middle = np.log((np.exp(target) + np.exp(student)) / 2)
+    want = {
+        "forward_kl": kl(target, student),
+        "jsd": (kl(target, middle) + kl(student, middle)) / 2,
+    }[name]
+    np.testing.assert_allclose(
+        metrics["distillation_loss"], temperature**2 * want.mean(), rtol=1e-5
+    )
+
+
+def test_the_blend_is_unbiased(calls):
+    """Against eq. 4.5 row by row: h from all budgets, then data below tau and the teacher above.
+
+    Official weights and 5 rows, so that no count of rows is proportional to its probability (3 rows
+    of path loss stand for 8/15 of the mean).
+    """
+    size, rows, length, finest, tau = 4, 5, 3, 3, 0.25
+    config = make_config()
+    config.distill.update(
+        {"max_log2_steps": finest, "tau": tau, "width_weights": "official", "rate_floor": 0.01}
+    )
+    process = make_process(config, size)
+    stage = stages.make_stage("distill", config, process)
+    student, average = table(1, size), table(2, size)
+    key, rows_key = jax.random.split(jax.random.key(0))
+
+    def one_batch(key):
+        key, text_key = jax.random.split(key)
+        x1 = jax.random.randint(text_key, (rows, length), 0, 2)  # text is not uniform
+        return stage.loss(student, average, key, {"x1": x1})[0]
+
+    got = np.asarray(jax.jit(jax.vmap(one_batch))(jax.random.split(key, 8000)), np.float64)
+
+    def row_by_row(key, count=60_000):
+        keys = jax.random.split(key, 6)
+        x1 = jax.random.randint(keys[0], (count, length), 0, 2)
+        x0 = jax.random.randint(keys[1], (count, length), 0, size)
+        weights = jnp.asarray([1, 2, 4, 8]) / 15  # of h = 1, 1/2, 1/4, 1/8
+        h = 2.0 ** -jax.random.choice(keys[2], 4, (count,), p=weights)
+        cells = 2**finest
+        t = jnp.floor(jax.random.uniform(keys[3], (count,)) * ((1 - h) * cells + 1)) / cells
+        shows = jax.random.uniform(keys[4], x1.shape) < t[:, None]
+        xt = jnp.where(shows, x1, x0)
+        network = lambda params: lambda x, t, h: Calls()(params, None, x, t, h)
+        logits = network(student)(xt, t, h)
+        log_p = jax.nn.log_softmax(logits)
+        at = lambda x: jnp.take_along_axis(log_p, x[..., None], -1)[..., 0]
+        gbar = jnp.log((1 - t) / jnp.maximum(1 - t - h, 0.01)) / h
+        bracket = jnp.exp(at(xt)) - (xt == x1) + (xt != x1) * at(x1)
+        path = -gbar[:, None] * bracket
+        jump = jumps.make_jump(jumps.with_posterior_end(jumps.MIXTURE), process.schedule)
+        target = teacher.teacher_logits(keys[5], teacher.HEUN, network(average), jump, xt, t, h)
+        target = jax.nn.log_softmax(target)
+        distillation = jnp.sum(jnp.exp(target) * (target - log_p), -1)
+        return jnp.where((h < tau)[:, None], path, distillation).mean(1)
+
+    want = np.asarray(jax.jit(row_by_row)(rows_key), np.float64)
+    error = np.sqrt(got.var(ddof=1) / len(got) + want.var(ddof=1) / len(want))
+    assert error < 0.02 * want.mean()  # sharp enough to see 3/5 in place of 8/15
+    assert abs(got.mean() - want.mean()) <= 5 * error
+    # Strata vary less than rows drawn one by one.
+    assert got.var() < want.var() / rows
+
+
+# ----------------------------------------------------------------------------------------- refine
+
+
+def mixed(seed=0, step=0, fraction=0.25, rows=16):
+    """Pairs whose x0 tells their x1 (n, n + 1000), real rows of 5000 and more."""
+    x0 = np.arange(100)[:, None] + np.zeros((1, L), int)
+    real = np.arange(5000, 5000 + rows)[:, None] + np.zeros((1, L), np.int32)
+    batch = refine.mix_real(
+        (x0, x0 + 1000), real, source_size=V, real_fraction=fraction, seed=seed, step=step
+    )
+    return batch, batch["x1"][:, 0] >= 5000
+
+
+def test_mixed_batches_are_a_function_of_seed_and_step():
+    batches = {(seed, step): mixed(seed, step)[0] for seed in (0, 1) for step in (0, 1)}
+    for (seed, step), batch in batches.items():
+        again, _ = mixed(seed, step)
+        for side in ("x0", "x1"):
+            assert (batch[side].shape, batch[side].dtype) == ((16, L), np.int32)
+            np.testing.assert_array_equal(batch[side], again[side])
+    drawn = {batch["x1"].tobytes() for batch in batches.values()}
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0, 0), (0.25, 4), (0.3, 5), (1, 16)])
+def test_mixed_batches_hold_their_share_of_real_text(fraction, count):
+    batch, is_real = mixed(fraction=fraction)
+    assert is_real.sum() == count
+    np.testing.assert_array_equal(np.sort(batch["x1"][is_real, 0]), 5000 + np.arange(count))
+    # Pairs stay pairs.
+    np.testing.assert_array_equal(batch["x1"][~is_real], batch["x0"][~is_real] + 1000)
+
+
+def test_real_rows_get_fresh_uniform_noise_and_pairs_are_drawn_evenly():
+    noise, pairs, places = [], [], []
+    for step in range(600):
+        batch, is_real = mixed(step=step)
+        noise.append(batch["x0"][is_real])
+        pairs.append(batch["x0"][~is_real, 0])
+        places.append(is_real)
+    noise = np.stack(noise)
+    assert_frequencies(np.bincount(noise.ravel(), minlength=V), np.full(V, 1 / V))
+    assert len({rows.tobytes() for rows in noise}) == 600
+    assert_frequencies(np.bincount(np.ravel(pairs), minlength=100), np.full(100, 0.01))
+    # Random order: each of the 16 places holds real text in 1/4 of the steps, 5 standard errors.
+    assert np.abs(np.mean(places, 0) - 0.25).max() <= 5 * np.sqrt(0.25 * 0.75 / 600)
+
+
+def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
+    """A network sure that x1 = x0 + 1: the pair shows where its text came from."""
+    config = make_config()
+    config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
+    settings = refine.read_pair_settings(config.refine)
+    assert settings == (64, 1, 32, jumps.MIXTURE)
+    make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
+    zeros = jnp.zeros(V)
+    params = {"table": 100.0 * jnp.roll(jnp.eye(V), 1, axis=1), "slope": zeros, "bend": zeros}
+    keys = jax.random.split(jax.random.key(0), 20)
+    x0, x1 = (np.stack(side) for side in zip(*(make(params, key) for key in keys), strict=True))
+    assert x0.shape == x1.shape == (20, 32, L)
+    assert x0.dtype == x1.dtype == np.int32
+    np.testing.assert_array_equal(x1, (x0 + 1) % V)
+    assert_frequencies(np.bincount(x0.ravel()), np.full(V, 1 / V))
+    again = make(params, keys[0])
+    np.testing.assert_array_equal(again[0], x0[0])
+    assert len(calls) == 1  # one step, one network call, one compilation
+    assert calls[0]["key"] is None
+
+
+def test_the_pair_sampler_runs_the_network(monkeypatch):
+    config = make_config()
+    config.refine.update({"num_pairs": 4, "pair_batch_size": 4, "pair_steps": 3})
+    settings = refine.read_pair_settings(config.refine)
+    model, process = make_stage("pretrain").model, make_process(config)
+    make = refine.make_pair_sampler(model, process, settings, length=L)
+    x0, x1 = make(base_params(), jax.random.key(0))
+    assert x0.shape == x1.shape == (4, L)
+    assert ((x1 >= 0) & (x1 < V)).all()
+    _, other = make(base_params(), jax.random.key(1))
+    assert (x1 != other).any()
+    sure = base_params() | {"head": dict(base_params()["head"])}
+    sure["head"]["bias"] = jnp.zeros(V).at[5].set(100.0)
+    x0, x1 = make(sure, jax.random.key(0))
+    assert (x1 == 5).all()
+    assert (x0 != 5).any()
+
+
+# --------------------------------------------------------------------------------- autoregressive
+
+
+def test_shift_right_puts_the_end_of_text_first():
+    x1 = jnp.asarray([[3, 4, 5], [6, 7, 8]])
+    np.testing.assert_array_equal(autoregressive.shift_right(x1, 2), [[2, 3, 4], [2, 6, 7]])
+
+
+def test_token_losses_equal_a_cross_entropy_by_hand(calls):
+    params, x1 = table(), make_batch()["x1"]
+    got = autoregressive.token_losses(params, None, 2, jnp.asarray(x1))
+    want = np.zeros(x1.shape)
+    log_p = literal_log_p(np.asarray(params["table"], np.float64))
+    for b, i in np.ndindex(*x1.shape):
+        want[b, i] = -log_p[x1[b, i - 1] if i else 2, x1[b, i]]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    value, _ = make_stage("autoregressive").loss(params, None, jax.random.key(0), {"x1": x1})
+    np.testing.assert_allclose(value, want.mean(), rtol=1e-5)
+    assert [call["key"] is None for call in calls] == [True, False]  # dropout only in training
+
+
+def test_a_token_is_predicted_without_seeing_itself():
+    stage = make_stage("autoregressive")
+    params = noised(jax.jit(stage.init_params)(jax.random.key(0), None))
+    x1 = make_batch()["x1"]
+    changed = x1.copy()
+    changed[:, 3] = (changed[:, 3] + 1) % V
+    run = jax.jit(lambda x: models.apply(params, stage.model, autoregressive.shift_right(x, 2)))
+    same = np.isclose(run(x1), run(changed)).all((0, 2))
+    np.testing.assert_array_equal(same, [True] * 4 + [False] * 2)
+
+
+def test_divergences_are_those_of_the_losses_module():
+    config = make_config()
+    below, above = few_step.read_budgets(config.distill).split(0.25)
+    for name, divergence in losses.DIVERGENCES.items():
+        config.distill.divergence = name
+        term = few_step.read_teacher_term(config.distill, above, make_process(config))
+        assert (term.divergence, term.budgets, term.rule) == (divergence, above, teacher.HEUN)
+    assert few_step.read_path_term(config.distill, below) == (below, "cumulative", 1e-3)

@@ -1,0 +1,250 @@
+"""Working directories: pipelines, recipes, weights, the stored configuration."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import base
+from fsdfm_jax import checkpoint, stages, workdir
+from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.workdir import Entry
+
+MODEL = ModelConfig(vocab_size=5, width=4, num_blocks=1, num_heads=1, cond_width=4)
+
+
+def _config(pipeline="pretrain", **changes):
+    config = base.get_config()
+    config.pipeline = pipeline
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _save(directory, *, config=None, entry=None, recipe=None, steps=(1,), tokenizer="tok"):
+    """Checkpoints of a run whose weights are its step, their average the step / 2."""
+    config = config or _config()
+    entry = entry or Entry("pretrain", "pretrain", None)
+    metadata = workdir.make_metadata(
+        config, entry, MODEL, the_recipe=recipe or {}, tokenizer=tokenizer, data="data"
+    )
+    with checkpoint.Checkpoints(directory / "checkpoints", keep=9) as checkpoints:
+        for step in steps:
+            state = {"params": {"w": jnp.full(2, float(step))}, "ema": {"w": jnp.full(2, step / 2)}}
+            checkpoints.save(step, state, metadata)
+
+
+# ---------------------------------------------------------------------------------------- pipelines
+def test_entries_start_from_the_stage_before(tmp_path):
+    config = _config(" autoregressive, pretrain,step_aware,,distill , refine")
+    stage = tmp_path / "stages"
+    assert workdir.entries(config, tmp_path) == [
+        Entry("autoregressive", "autoregressive", None),
+        Entry("pretrain", "pretrain", None),
+        Entry("step_aware", "step_aware", stage / "pretrain"),
+        Entry("distill", "distill", stage / "step_aware"),
+        Entry("refine", "refine", stage / "distill"),
+    ]
+
+
+def test_repeated_stages_are_further_rounds(tmp_path):
+    config = _config("pretrain,refine,refine,autoregressive,refine")
+    found = workdir.entries(config, tmp_path)
+    assert [entry.run for entry in found] == [
+        "pretrain",
+        "refine",
+        "refine_2",
+        "autoregressive",
+        "refine_3",
+    ]
+    bases = [entry.base and entry.base.name for entry in found]
+    assert bases == [None, "pretrain", "refine", None, "refine_2"]
+    assert found[4].stage == "refine"
+
+
+@pytest.mark.parametrize("pipeline", ["", " , ", ","])
+def test_empty_pipeline(tmp_path, pipeline):
+    with pytest.raises(ValueError, match="names no stage.*pretrain"):
+        workdir.entries(_config(pipeline), tmp_path)
+
+
+def test_unknown_stage_is_named_with_the_known(tmp_path):
+    with pytest.raises(ValueError, match=f"'distll'; expected {', '.join(stages.NAMES)}"):
+        workdir.entries(_config("pretrain,distll"), tmp_path)
+
+
+@pytest.mark.parametrize("first", ["distill", "autoregressive,refine", "step_aware,pretrain"])
+def test_few_steps_need_base_weights(tmp_path, first):
+    name = first.split(",")[-1] if first.startswith("auto") else first.split(",")[0]
+    with pytest.raises(ValueError, match=rf"put 'pretrain' first, or set {name}\.init_from"):
+        workdir.entries(_config(first), tmp_path)
+
+
+def test_init_from_by_name_and_by_path(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    # A stage that stands earlier in the pipeline needs no checkpoint yet.
+    config = _config("pretrain,step_aware,distill", **{"distill.init_from": "pretrain"})
+    assert workdir.entries(config, here)[2].base == here / "stages" / "pretrain"
+    # A run that was trained here before, but isn't in the pipeline.
+    _save(here / "stages" / "old")
+    config = _config("distill", **{"distill.init_from": "old"})
+    assert workdir.entries(config, here)[0].base == here / "stages" / "old"
+    # A run of another working directory.
+    _save(there / "stages" / "pretrain")
+    path = str(there / "stages" / "pretrain")
+    config = _config("pretrain,distill", **{"distill.init_from": path})
+    assert workdir.entries(config, here)[1].base == there / "stages" / "pretrain"
+    # Further training of a base model.
+    config = _config("pretrain", **{"pretrain.init_from": path})
+    assert workdir.entries(config, here)[0].base == there / "stages" / "pretrain"
+
+
+@pytest.mark.parametrize("given", ["pretrain", "no/such/stages/pretrain", "distill"])
+def test_init_from_untrained(tmp_path, given):
+    config = _config("distill", **{"distill.init_from": given})
+    with pytest.raises(ValueError, match=f"distill.init_from='{given}' names no trained run"):
+        workdir.entries(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_directories(tmp_path):
+    config = _config()
+    assert workdir.data_directory(tmp_path, config) == tmp_path / "data"
+    config.data.directory = "elsewhere"
+    assert str(workdir.data_directory(tmp_path, config)) == "elsewhere"
+    assert workdir.stage_directory(tmp_path, "refine_2") == tmp_path / "stages" / "refine_2"
+
+
+# ------------------------------------------------------------------------------------------ recipes
+ENTRY = Entry("distill", "distill", None)
+
+
+def _recipe(base_recipe=None, **changes):
+    changes = {"pipeline": "pretrain,distill"} | changes
+    return workdir.recipe(_config(**changes), ENTRY, base_recipe)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of `distill` whose base has the recipe {"seed": 0}."""
+    directory = tmp_path_factory.mktemp("trained") / "stages" / "distill"
+    _save(directory, entry=ENTRY, recipe=_recipe({"seed": 0}))
+    return directory
+
+
+def test_recipes_are_json():
+    recipe = _recipe({"seed": 0})
+    assert json.loads(json.dumps(recipe)) == recipe
+
+
+def test_the_same_recipe_goes_on(trained, tmp_path):
+    workdir.check_recipe(trained, _recipe({"seed": 0}))
+    workdir.check_recipe(tmp_path, _recipe())  # nothing trained here
+    assert workdir.saved_recipe(trained) == _recipe({"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("seed", 0, 3),
+        ("data.corpus", "'sotu'", "texts/*.txt"),
+        ("data.block_length", 128, 64),
+        ("path.power", 1.0, 2.0),
+        ("model.width", 128, 64),
+        ("model.dropout", 0.1, 0.0),
+        ("optim.clip_norm", 1.0, 2.0),
+        ("distill.num_steps", 1000, 10),
+        ("distill.batch_size", 96, 8),
+        ("distill.teacher_rule", "'heun'", "rk4"),
+    ],
+)
+def test_a_changed_key_is_refused_by_name(trained, key, old, new):
+    with pytest.raises(ValueError, match=re.escape(f"({key}: {old} there, {new!r} now)")):
+        workdir.check_recipe(trained, _recipe({"seed": 0}, **{key: new}))
+
+
+def test_all_changed_keys_are_named(trained):
+    with pytest.raises(ValueError, match=r"base: .*; model.width: .*; seed: "):
+        workdir.check_recipe(trained, _recipe({"seed": 3}, **{"seed": 3, "model.width": 64}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eval.num_samples", 3),
+        ("eval.steps", (1,)),
+        ("train.log_every", 3),
+        ("train.checkpoint_every", 3),
+        ("mesh.data", 8),
+        ("data.directory", "elsewhere"),
+        ("pipeline", "distill"),
+        ("distill.init_from", "elsewhere"),
+        ("refine.tau", 0.5),
+    ],
+)
+def test_keys_that_leave_the_weights_alone(trained, key, value):
+    workdir.check_recipe(trained, _recipe({"seed": 0}, **{key: value}))
+
+
+def test_the_recipe_of_the_base_matters(trained):
+    for other in (None, {"seed": 1}):
+        with pytest.raises(ValueError, match=r"\(base: "):
+            workdir.check_recipe(trained, _recipe(other))
+
+
+def test_digest():
+    assert workdir.digest({"a": 1, "b": (2, 3)}) == workdir.digest({"b": [2, 3], "a": 1})
+    assert workdir.digest({"a": 1}) != workdir.digest({"a": 2})
+    assert workdir.digest({"a": 1}) != workdir.digest({"a": {"": 1}})
+
+
+# ------------------------------------------------------------------------------------------ weights
+def test_weights_of_the_newest_checkpoint(tmp_path):
+    """The average where the stage keeps one, the weights themselves where not."""
+    kept, plain = tmp_path / "kept", tmp_path / "plain"
+    _save(kept, config=_config(**{"pretrain.ema_decay": 0.9}), steps=(2, 4, 6))
+    _save(plain, config=_config(**{"pretrain.ema_decay": 0.0}), steps=(2, 4, 6))
+    for directory, expected in ((kept, 3.0), (plain, 6.0)):
+        weights = workdir.load_weights(directory, tokenizer="tok")
+        np.testing.assert_array_equal(weights.params["w"], np.full(2, expected))
+        assert weights.step == 6
+        assert weights.model == MODEL
+        assert weights.metadata["run"] == "pretrain"
+    assert isinstance(jax.tree.leaves(weights.params)[0], jax.Array)
+
+
+@pytest.mark.parametrize("folder", ["stages/none", "empty"])
+def test_no_weights(tmp_path, folder):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"no checkpoint in .*{folder}.*train that run first"):
+        workdir.load_weights(tmp_path / folder)
+    assert not (tmp_path / "stages").exists()
+
+
+def test_weights_of_another_tokenizer(trained):
+    with pytest.raises(ValueError, match="tokenizer tok, the data has other"):
+        workdir.load_weights(trained, tokenizer="other")
+    assert workdir.load_weights(trained).metadata["tokenizer"] == "tok"
+
+
+# ------------------------------------------------------------------------------------ configuration
+def test_config_round_trip(tmp_path):
+    config = _config("pretrain,refine", **{"eval.steps": (1, 3), "model.width": 64})
+    workdir.save_config(tmp_path / "new" / "run", config)
+    loaded = workdir.load_config(tmp_path / "new" / "run")
+    assert isinstance(loaded, ml_collections.ConfigDict)
+    # JSON has no tuples; nothing else changes.
+    assert json.dumps(loaded.to_dict(), sort_keys=True) == json.dumps(
+        config.to_dict(), sort_keys=True
+    )
+    assert loaded.model.width == 64
+    assert workdir.entries(loaded, tmp_path) == workdir.entries(config, tmp_path)
+    assert workdir.digest(loaded.to_dict()) == workdir.digest(config.to_dict())
+
+
+def test_a_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match="not a working directory.*fsdfm_jax.main"):
+        workdir.load_config(tmp_path)
