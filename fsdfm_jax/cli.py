@@ -39,7 +39,7 @@ if "show_traceback" not in flags.FLAGS:
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if flags.FLAGS.get_flag_value("config", None) is not None:
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             flags.FLAGS.config.keys()  # a file that can't be read only shows at the first access
         return rest
     except Exception as error:  # ml_collections raises all kinds for keys, types and files

@@ -305,6 +305,14 @@ def _modulate(x_BLD, shift_BD, scale_BD):
     return x_BLD * (1.0 + scale_BD[:, None]) + shift_BD[:, None]
 
 
+class _Linear(nn.Dense):
+    """`nn.Dense` on all rows as one matrix: the backward pass on a CPU takes half as long."""
+
+    def __call__(self, inputs):
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], self.features)
+
+
 class _Norm(nn.Module):
     """LayerNorm with a scale and no bias, float32."""
 
@@ -327,7 +335,7 @@ class _Embedder(nn.Module):
     @nn.compact
     def __call__(self, values_B):
         dense = functools.partial(
-            nn.Dense, self.cfg.cond_width, dtype=self.cfg.dtype, kernel_init=_small_init
+            _Linear, self.cfg.cond_width, dtype=self.cfg.dtype, kernel_init=_small_init
         )
         hidden = nn.silu(dense(name="in_proj")(_sinusoids(values_B).astype(self.cfg.dtype)))
         return dense(name="out_proj")(hidden)
@@ -343,11 +351,11 @@ class _AdaLN(nn.Module):
     def __call__(self, cond):
         cfg = self.cfg
         if cfg.conditioning == "official":
-            fuser = nn.Dense(
+            fuser = _Linear(
                 cfg.cond_width, dtype=cfg.dtype, kernel_init=_linear_init, name="condition_fuser"
             )
             cond = nn.silu(fuser(cond))
-        modulation = nn.Dense(
+        modulation = _Linear(
             self.parts * cfg.width,
             dtype=cfg.dtype,
             kernel_init=nn.initializers.zeros,
@@ -386,7 +394,7 @@ class _Block(nn.Module):
         cfg = self.cfg
         batch, length, _ = x_BLD.shape
         dense = functools.partial(
-            nn.Dense, cfg.width, use_bias=False, dtype=cfg.dtype, kernel_init=_linear_init
+            _Linear, cfg.width, use_bias=False, dtype=cfg.dtype, kernel_init=_linear_init
         )
 
         def heads(name):
@@ -410,7 +418,7 @@ class _Block(nn.Module):
 
     def _mlp(self, x_BLD):
         cfg = self.cfg
-        dense = functools.partial(nn.Dense, dtype=cfg.dtype, kernel_init=_linear_init)
+        dense = functools.partial(_Linear, dtype=cfg.dtype, kernel_init=_linear_init)
         hidden_BLF = nn.gelu(
             dense(cfg.mlp_ratio * cfg.width, name="mlp_in")(x_BLD), approximate=True
         )
@@ -461,7 +469,7 @@ class _Transformer(nn.Module):
             return nn.silu(time)
         if cfg.conditioning == "official":
             width = _Embedder(cfg, name="dt_embedding")(h_B)
-            fuser = nn.Dense(
+            fuser = _Linear(
                 2 * cfg.cond_width,
                 dtype=cfg.dtype,
                 kernel_init=_linear_init,
@@ -470,7 +478,7 @@ class _Transformer(nn.Module):
             return nn.silu(fuser(jnp.concatenate([time, width], axis=-1)))
         halvings_B = -jnp.log2(jnp.maximum(h_B.astype(jnp.float32), SMALLEST_WIDTH))
         width = _Embedder(cfg, name="dt_embedding")(halvings_B)
-        projected = nn.Dense(
+        projected = _Linear(
             cfg.cond_width,
             use_bias=False,
             dtype=cfg.dtype,
@@ -484,7 +492,7 @@ class _Transformer(nn.Module):
         x_BLD = _Norm(name="final_norm")(x_BLD)
         if cond_BC is not None:
             x_BLD = _modulate(x_BLD, *_AdaLN(cfg, 2, name="final_adaln")(cond_BC))
-        head = nn.Dense(
+        head = _Linear(
             cfg.vocab_size,
             dtype=cfg.dtype,
             kernel_init=nn.initializers.zeros,

@@ -61,10 +61,16 @@ def plan(config: ConfigDict, pipeline: list[workdir.Entry], length: int) -> list
         )
     if not asked.temperature > 0:
         raise ValueError(f"eval.temperature must be greater than 0, got {asked.temperature}.")
-    for steps in (*asked.steps, asked.many_steps):
-        sampler.uniform_grid(steps)
-    for jump in (*asked.jumps, asked.few_step_jump):
-        jumps.get_rule(jump)
+    for key, steps in (("steps", asked.steps), ("many_steps", (asked.many_steps,))):
+        if min(steps, default=1) < 1:
+            raise ValueError(f"eval.{key} must be at least 1, got {steps}.")
+    for key, rules in (("jumps", asked.jumps), ("few_step_jump", (asked.few_step_jump,))):
+        unknown = [rule for rule in rules if rule not in jumps.RULES]
+        if unknown:
+            raise ValueError(
+                f"eval.{key} names the unknown rule {unknown[0]!r}; expected one of "
+                f"{', '.join(jumps.RULES)}."
+            )
     rows = [RowSpec("held-out text", None, None, None)]
     for run, stage, _ in pipeline:
         if stage == "autoregressive":
