@@ -14,8 +14,7 @@ import numpy as np
 
 
 class Budgets(NamedTuple):
-    """Widths and their probabilities; plain Python numbers, so that a batch can be split at trace
-    time.
+    """Widths and their probabilities, plain numbers: a batch can be split at trace time.
 
     Attributes:
       log2_steps: exponents k of the widths h = 2^-k, ascending.

@@ -1,6 +1,4 @@
-"""Text out of a trained run: `python -m fsdfm_jax.generate --workdir=DIR --steps=8
---num_samples=4`.
-"""
+"""Text out of a trained run: `python -m fsdfm_jax.generate --workdir=DIR --steps=8`."""
 
 import pathlib
 

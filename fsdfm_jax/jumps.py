@@ -33,9 +33,7 @@ _END = 1.0 - 1e-6
 
 
 class JumpRule(NamedTuple):
-    """P(jump) as a function of (schedule, t, h, m), all broadcastable float32; see the module's
-    table.
-    """
+    """P(jump) as a function of (schedule, t, h, m), float32; see the table of the module."""
 
     name: str
     probability: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -105,8 +103,7 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
 
 
 def keep_revealed(jump: Jump, mask_id: int) -> Jump:
-    """For a mask source: positions that already show a token stay (masked diffusion's absorbing
-    path).
+    """For a mask source: positions that show a token stay, as in masked diffusion.
 
     Without this wrapper, as in the official solver, revealed tokens may jump again.
     """

@@ -1,5 +1,4 @@
-"""Losses per position; the mean over a batch is taken by the stages. All of them compute in
-float32.
+"""Losses per position, in float32; the mean over a batch is taken by the stages.
 
 Source: arXiv:2509.20624 eq. 3.8 and 4.4 (path loss), section 4.2 (distillation).
 """
@@ -44,8 +43,7 @@ def distillation_loss(
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """temperature^2 D(softmax(teacher/temperature), softmax(student/temperature)), float32 [B, L],
-    nats.
+    """temp^2 D(softmax(teacher/temp), softmax(student/temp)), float32 [B, L], nats.
 
     No gradient flows into the teacher. The square keeps the size of the gradient when the
     temperature changes.
@@ -57,9 +55,7 @@ def distillation_loss(
 
 
 def forward_kl(teacher_log_p: jax.Array, student_log_p: jax.Array) -> jax.Array:
-    """KL(teacher || student) over the last axis, both given as log-probabilities; the paper's
-    choice.
-    """
+    """KL(teacher || student) over the last axis, of log-probabilities; the paper's choice."""
     return _kl(teacher_log_p, student_log_p)
 
 

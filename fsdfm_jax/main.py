@@ -41,9 +41,7 @@ def batch_stream(
     folder: pathlib.Path,
     start: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A run's batches from step `start` on; first makes the pairs of `refine` where they aren't
-    there yet.
-    """
+    """A run's batches from step `start` on; first makes the pairs of `refine` that are missing."""
     own = config[entry.stage]
     seed = run_seed(config, entry.run)
     real = data.Batches(prepared.source("train"), batch_size=own.batch_size, seed=seed)

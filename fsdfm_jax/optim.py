@@ -1,6 +1,4 @@
-"""The optimiser as an optax chain: global-norm clipping, then AdamW on a warm-up and cosine
-schedule.
-"""
+"""The optimiser as an optax chain: clipping, then AdamW on a warm-up and cosine schedule."""
 
 import optax
 from ml_collections import ConfigDict

@@ -1,5 +1,4 @@
-"""The mixture path between noise and data: each position shows x1 with probability kappa(t), else
-x0.
+"""The mixture path: each position shows x1 with probability kappa(t), else x0.
 
 Source: arXiv:2407.15595 eq. 8; arXiv:2509.20624 section 3.
 """

@@ -59,9 +59,7 @@ def sample_trajectory(
     *,
     temperature: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `sample`, and also returns the tokens after each step, int [S, B, L] (the last equals the
-    sample).
-    """
+    """As `sample`; also returns the tokens after each step, int [S, B, L]."""
     if not isinstance(grid_S1, jax.core.Tracer):
         grid_S1 = check_grid(grid_S1)
     grid_S1 = jnp.asarray(grid_S1, jnp.float32)

@@ -114,9 +114,7 @@ def rate(schedule: Schedule, t: jax.Array, *, floor: float = FLOOR) -> jax.Array
 def log_survival(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """h gbar(t,h) = ln[(1-kappa(t)) / (1-kappa(t+h))], the integral of g over the step; t+h is
-    capped at 1.
-    """
+    """h gbar(t,h) = ln[(1-kappa(t)) / (1-kappa(t+h))], the integral of g; t+h is capped at 1."""
     end = jnp.minimum(_f32(t) + _f32(h), 1.0)
     start_left = jnp.maximum(schedule.remaining(t), floor)
     end_left = jnp.maximum(schedule.remaining(end), floor)
@@ -133,9 +131,7 @@ def cumulative_rate(
 def redraw_fraction(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """beta(t,h), the probability that the exact kernel of the path redraws a position during the
-    step.
-    """
+    """beta(t,h), the probability that the path's exact kernel redraws a position."""
     end = jnp.minimum(_f32(t) + _f32(h), 1.0)
     left = jnp.maximum(schedule.remaining(t), floor)
     return jnp.clip(1.0 - schedule.remaining(end) / left, 0.0, 1.0)

@@ -35,8 +35,7 @@ class Source:
 
 
 def make_source(name: str, *, num_tokens: int) -> Source:
-    """The source that a config names, over `num_tokens` real tokens: "uniform" or "mask" (one id
-    more).
+    """The source that a config names over real tokens: "uniform", or "mask" (one id more).
 
     Raises:
       ValueError: for another name.

@@ -28,9 +28,7 @@ class TrainState(NamedTuple):
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, ema_decay: float
 ) -> TrainState:
-    """The state before the first step. Build it under jit, so that the average gets buffers of its
-    own.
-    """
+    """The state before the first step. Build it under jit: the average needs its own buffers."""
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 

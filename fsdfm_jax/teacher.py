@@ -1,5 +1,4 @@
-"""The shortcut teacher: several small steps of the averaged student make the target of one big
-step.
+"""The shortcut teacher: small steps of the averaged student make the target of a big one.
 
 A rule is data, nodes and weights, so that RK-2 and RK-4 are one loop. Unlike classical Runge-Kutta
 the states chain: each evaluation sees the state that jumped from the *previous* state by h/2, and
@@ -20,9 +19,7 @@ Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Quadrature(NamedTuple):
-    """Where the teacher evaluates, in units of h from t, and how it averages; the weights add up to
-    1.
-    """
+    """Where the teacher evaluates, in units of h from t, and how it averages."""
 
     nodes: tuple[float, ...]
     weights: tuple[float, ...]

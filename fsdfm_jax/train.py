@@ -24,8 +24,13 @@ class Diverged(FloatingPointError):  # noqa: N818 - named after what happened
 
 
 class Settings(NamedTuple):
-    """Static numbers of a run: steps in all, steps between log lines and checkpoints, checkpoints
-    kept, EMA decay.
+    """Static numbers of a run.
+
+    Attributes:
+      num_steps: optimiser steps in all.
+      log_every, checkpoint_every: steps between lines of metrics and between checkpoints.
+      keep_checkpoints: newest checkpoints that are kept.
+      ema_decay: weight of the old average, 0 for none.
     """
 
     num_steps: int

@@ -117,9 +117,7 @@ def _base(run, name, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
 
 
 def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[str, Any]:
-    """Everything that determines a run's weights, as JSON; a run goes on only under the same
-    recipe.
-    """
+    """Everything that determines a run's weights, as JSON; a run only goes on under the same."""
     data = {key: value for key, value in config.data.items() if key != "directory"}
     own = config[entry.stage].to_dict()
     del own["init_from"]  # the base below says it, whatever way it was named

@@ -1,5 +1,4 @@
-"""The official PyTorch layout: state-dict names and [out, in] matrices to and from our parameter
-tree.
+"""The official PyTorch layout: state-dict names and [out, in] matrices to and from ours.
 
 Names: method of arXiv:2509.20624's published checkpoints. Blocks are stacked along a leading axis
 here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head width and has
@@ -50,9 +49,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def _official_name(path: str) -> tuple[str, bool]:
-    """Official name of our parameter (with {} for the block number), and whether it is a matrix to
-    transpose.
-    """
+    """Official name of our parameter ({} for the block number); whether to transpose it."""
     group, leaf = path.rsplit("/", 1)
     suffix = _LEAF[leaf]
     if group == "vocab_embed":

@@ -1,6 +1,4 @@
-"""Language models that score samples. Here: the in-house autoregressive model, over ids or over
-text.
-"""
+"""Language models that score samples: the in-house autoregressive model, on ids or text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,8 +23,7 @@ class Scores(NamedTuple):
 
 
 class AutoregressiveJudge:
-    """Scores with a run of the stage `autoregressive`; every token counts, the first given the end
-    of a document.
+    """Scores every token with a run of `autoregressive`; the first given the end of a document.
 
     Args:
       weights: of that run.

@@ -1,6 +1,4 @@
-"""Figures out of token ids and log-likelihoods, in NumPy float64: anyone can recompute them from
-the saved samples.
-"""
+"""Figures out of token ids and log-likelihoods, in NumPy: recomputable from saved samples."""
 
 import math
 

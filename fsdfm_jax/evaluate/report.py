@@ -1,6 +1,4 @@
-"""The report of a run: results.json, results.csv, results.png, samples.txt, and a table for the
-terminal.
-"""
+"""The report of a run: results.json and .csv, results.png, samples.txt, and a text table."""
 
 import csv
 import io

@@ -1,6 +1,4 @@
-"""The rows of the result table: which samples are drawn, and their figures. A finished row is never
-computed twice.
-"""
+"""The rows of the result table: samples and figures. A finished row is not computed twice."""
 
 import functools
 import pathlib
@@ -84,9 +82,7 @@ def plan(config: ConfigDict, pipeline: list[workdir.Entry], length: int) -> list
 
 
 class Samples(NamedTuple):
-    """Samples int32 [N, L]; seconds per sample of the fastest batch, after compilation; seconds of
-    compilation.
-    """
+    """Samples int32 [N, L]; seconds per sample of the fastest batch; seconds of compilation."""
 
     tokens: np.ndarray
     seconds_per_sample: float

@@ -25,9 +25,7 @@ def judge_run(pipeline: list[Entry]) -> str | None:
 def evaluate(
     config: ConfigDict, pipeline: list[Entry], folder: pathlib.Path, prepared: PreparedData
 ) -> str:
-    """Computes all rows that aren't there yet, writes WORKDIR/report, and returns the table as
-    text.
-    """
+    """Computes the rows that are missing, writes WORKDIR/report, returns the table as text."""
     tokenizer = prepared.tokenizer
     process = stages.make_process(
         config.path, num_tokens=tokenizer.vocab_size, eos_id=tokenizer.eos_id

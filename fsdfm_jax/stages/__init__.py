@@ -106,9 +106,7 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
 
 
 def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
-    """`init_params` of a stage that starts from random weights, or goes on from given ones of the
-    same shape.
-    """
+    """`init_params` of a stage that starts from random weights, or goes on from given ones."""
 
     def init_params(key, base):
         fresh = models.init_params(key, model)

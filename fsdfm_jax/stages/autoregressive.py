@@ -1,5 +1,4 @@
-"""The autoregressive baseline of the same blocks, also the in-house judge: next-token
-cross-entropy.
+"""The autoregressive baseline of the same blocks, also the in-house judge.
 
 Blocks of text have no BOS; the end-of-document token stands before the first position instead, so
 that every token of a block is predicted and counted.

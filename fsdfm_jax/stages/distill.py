@@ -1,5 +1,6 @@
-"""Second few-step stage: big steps learn from a shortcut teacher (arXiv:2509.20624 eq. 4.5,
-Algorithm 1).
+"""Second few-step stage: big steps learn from a shortcut teacher.
+
+Source: arXiv:2509.20624 eq. 4.5 and Algorithm 1.
 
 The teacher is the running average of the student itself, taking two (Heun) or four (RK-4)
 evaluations at half the width. Only widths below tau see data; every other width is anchored to them

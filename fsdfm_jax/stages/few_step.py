@@ -1,5 +1,4 @@
-"""The loss that the three few-step stages share: path loss on fine steps, distillation on coarse
-ones.
+"""The loss that the few-step stages share: path loss on fine steps, distillation on coarse.
 
     loss = E_h [ 1{h < tau} path(h) + 1{h >= tau} distillation(h) ]          eq. 4.5
 
@@ -26,9 +25,7 @@ RATES = ("cumulative", "instantaneous")
 
 
 class PathTerm(NamedTuple):
-    """The part trained on data: its budgets, and the weight of the path loss ("cumulative" is eq.
-    4.4).
-    """
+    """The part trained on data: its budgets and the weight of the path loss."""
 
     budgets: Budgets
     rate: str
@@ -69,9 +66,7 @@ def check_rate_floor(floor: float) -> float:
 
 
 def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:
-    """The teacher term of a stage's config on (a part of) its budgets; ValueError for unknown
-    values.
-    """
+    """The teacher term of a config on (a part of) its budgets; ValueError for unknown values."""
     rule = jumps.get_rule(config.teacher_jump)
     if config.teacher_end == "posterior_draw":
         rule = jumps.with_posterior_end(rule)
@@ -91,8 +86,7 @@ def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) ->
 
 
 def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
-    """Rows of a batch that get the path loss: in proportion, but no part with weight goes without a
-    row.
+    """Rows of a batch that get the path loss: in proportion, at least one a part.
 
     Raises:
       ValueError: if the batch has fewer rows than parts.

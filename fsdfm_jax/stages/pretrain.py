@@ -20,8 +20,7 @@ from fsdfm_jax.stages import Process, Stage, few_step, start_fresh
 
 
 def stratified_times(key: jax.Array, rows: int, *, time_eps: float) -> jax.Array:
-    """One time in each of `rows` equal strata of [0, 1 - time_eps), float32 [rows], in random
-    order.
+    """A time in each of `rows` equal strata of [0, 1 - time_eps), float32, in random order.
 
     Each row's time is uniform, as with independent draws; their mean loss varies less.
     """

@@ -1,5 +1,6 @@
-"""First few-step stage: the step budget becomes an input (arXiv:2509.20624 eq. 4.4 over all
-budgets).
+"""First few-step stage: the step budget becomes an input.
+
+Source: arXiv:2509.20624 eq. 4.4, over all budgets.
 
 All rows learn from data, with the path loss at the cumulative rate of their step. Its minimiser is
 the clean posterior at every width, so that the stage leaves the base model's predictions in place
