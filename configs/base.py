@@ -77,12 +77,19 @@ def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
     for name in ("step_aware", "distill", "refine"):
         config[name].num_steps = 500_000
         config[name].warmup_steps = 10_000
+    config.refine.num_pairs = 256_000
+    config.refine.pair_batch_size = 256
+    config.refine.pair_steps = 256
     config.train.checkpoint_every = 5_000
     config.train.log_every = 100
 
 
 def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
-    """The paper's literal recipe: pre-training, then distillation with the RK-4 teacher."""
+    """The published recipe: pre-training, then distillation with the RK-4 teacher.
+
+    Widths are weighted as in the official code (the paper's text says log-uniform); the path loss
+    has the paper's weight gbar (the code's is `distill.rate=instantaneous`).
+    """
     config.pipeline = "pretrain,distill"
     config.model.conditioning = "official"
     distill = config.distill

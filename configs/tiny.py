@@ -15,19 +15,19 @@ def get_config(arg: str = ""):
     config.model.remat = "full"  # CPU: recomputing a block is cheaper than writing and reading it
 
     autoregressive = config.autoregressive
-    autoregressive.num_steps = 700
+    autoregressive.num_steps = 600
     autoregressive.batch_size = 32
     autoregressive.learning_rate = 3e-3
     autoregressive.warmup_steps = 50
 
     pretrain = config.pretrain
     pretrain.loss = "cross_entropy"  # no plateau at the start; see fsdfm_jax/stages/pretrain.py
-    pretrain.num_steps = 1200
+    pretrain.num_steps = 1000
     pretrain.batch_size = 32
     pretrain.learning_rate = 3e-3
     pretrain.warmup_steps = 50
 
-    for name, num_steps in (("step_aware", 100), ("distill", 250), ("refine", 150)):
+    for name, num_steps in (("step_aware", 100), ("distill", 200), ("refine", 150)):
         stage = config[name]
         stage.num_steps = num_steps
         stage.batch_size = 32

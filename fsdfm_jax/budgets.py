@@ -1,7 +1,7 @@
 """Step budgets: which widths h = 2^-k and times t the few-step stages are trained on.
 
 Times lie on the grid of the finest budget, j 2^-K with K the largest k, such that the step ends by
-1 - time_eps (arXiv:2509.20624 App. B; method: t + h <= 1 - eps). A width too long for that bound
+1 - time_eps (arXiv:2509.20624 App. B). A width too long for that bound
 starts at t=0.
 """
 

@@ -1,6 +1,7 @@
 """What the programs share: flags that explain themselves, and errors of one line."""
 
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_CODE)
 
+    # A line for each accelerator that isn't there is noise to everyone else.
+    logging.getLogger("jax").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=_parse)
 
 

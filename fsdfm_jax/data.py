@@ -251,9 +251,18 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
 
 def _documents(spec: DataSpec, split: str) -> Iterator[corpus_lib.Document]:
     held_out = split == "validation"
+    total = taken = 0
     for document in corpus_lib.documents(spec.corpus, spec.text_field):
+        total += 1
         if corpus_lib.is_held_out(document, spec.holdout) == held_out:
+            taken += 1
             yield document
+    if not taken:
+        raise ValueError(
+            f"none of the corpus's {total} document(s) falls into the {split} split at "
+            f"data.holdout={spec.holdout}; a document is a .txt file or a record of a .jsonl or "
+            ".parquet file: cut long texts into more of them, or change data.holdout"
+        )
 
 
 def _check_same_spec(spec: DataSpec, data: PreparedData) -> None:

@@ -38,7 +38,7 @@ def _pick_run(config, folder: pathlib.Path) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    folder = pathlib.Path(_WORKDIR.value)
+    folder = pathlib.Path(_WORKDIR.value).expanduser()
     config = workdir.load_config(folder)
     prepared = data.load(workdir.data_directory(folder, config))
     tokenizer = prepared.tokenizer
@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
         temperature=_TEMPERATURE.value,
         prompt=tuple(tokenizer.encode(_PROMPT.value)) if _PROMPT.value else (),
     )
+    calls = prepared.block_length if weights.model.causal else _STEPS.value
     for i, ids in enumerate(tokens_BL):
-        print(f"--- sample {i + 1} of {len(tokens_BL)}: {name}, {_STEPS.value} steps")
+        print(f"--- sample {i + 1} of {len(tokens_BL)}: {name}, {calls} network calls")
         print(tokenizer.decode(ids.tolist()))
 
 

@@ -26,9 +26,7 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
       another shape (batch, length, number of steps) compiles again. The grid is not checked inside
       jit: use `sampler.check_grid`. With a mask source, revealed tokens stay.
     """
-    jump = jumps.make_jump(jumps.get_rule(jump_rule), process.schedule)
-    if process.source.mask_id is not None:
-        jump = jumps.keep_revealed(jump, process.source.mask_id)
+    jump = jumps.make_process_jump(jumps.get_rule(jump_rule), process.schedule, process.source)
     finalize = jumps.make_finalize(process.source)
 
     @jax.jit

@@ -77,8 +77,7 @@ def jump_probability(
     rule: JumpRule, schedule: Schedule, logits_BLV: jax.Array, xt_BL: jax.Array, t_B, h_B
 ) -> jax.Array:
     """P(jump) per position, float32 [B, L], as `make_jump` uses it."""
-    weights_BLV, m_BL = _off_diagonal(logits_BLV, xt_BL)
-    del weights_BLV
+    _, m_BL = _off_diagonal(logits_BLV, xt_BL)
     return rule.probability(schedule, _column(t_B), _column(h_B), m_BL)
 
 
@@ -112,6 +111,12 @@ def keep_revealed(jump: Jump, mask_id: int) -> Jump:
         return jnp.where(xt_BL == mask_id, jump(key, logits_BLV, xt_BL, t_B, h_B), xt_BL)
 
     return absorbing_jump
+
+
+def make_process_jump(rule: JumpRule, schedule: Schedule, source: Source) -> Jump:
+    """A rule as this project moves by it: with a mask source, revealed tokens stay."""
+    jump = make_jump(rule, schedule)
+    return jump if source.mask_id is None else keep_revealed(jump, source.mask_id)
 
 
 def make_finalize(source: Source) -> Finalize:

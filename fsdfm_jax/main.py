@@ -5,6 +5,7 @@ steps in WORKDIR/report. Killed at any moment, the same command goes on where it
 """
 
 import pathlib
+import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
+from fsdfm_jax import checkpoint, cli, data, optim, sharding, stages, workdir, writer
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import rows, suite
 from fsdfm_jax.stages import Process, refine
@@ -38,6 +39,7 @@ def batch_stream(
     config: ConfigDict,
     process: Process,
     prepared: PreparedData,
+    mesh: Mesh,
     folder: pathlib.Path,
     start: int,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -49,7 +51,7 @@ def batch_stream(
         for x1_BL in real.iterate(start):
             yield {"x1": x1_BL}
         return
-    pairs = make_pairs(entry, config, process, prepared, folder)
+    pairs = make_pairs(entry, config, process, prepared, mesh, folder)
     for step, x1_BL in enumerate(real.iterate(start), start):
         yield refine.mix_real(
             pairs,
@@ -66,18 +68,31 @@ def make_pairs(
     config: ConfigDict,
     process: Process,
     prepared: PreparedData,
+    mesh: Mesh,
     folder: pathlib.Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The (x0, x1) pairs of a run of `refine`, int [N, L] each, made by the run it starts from.
 
-    They are written part by part, so that a killed run loses one part at most.
+    They are written part by part, so that a killed run loses one part at most; pairs made by other
+    weights or settings are made anew.
     """
     settings = refine.read_pair_settings(config.refine)
     place = workdir.stage_directory(folder, entry.run) / "pairs"
+    generator = workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint)
+    made_from = {
+        "seed": config.seed,
+        "settings": [settings.num_pairs, settings.steps, settings.batch_size, settings.jump.name],
+        "generator": [workdir.digest(generator.metadata["recipe"]), generator.step],
+        "data": prepared.fingerprint,
+    }
+    stamp = place / "made_from.json"
+    if not stamp.is_file() or writer.read_json(stamp) != made_from:
+        shutil.rmtree(place, ignore_errors=True)
+        writer.write_json(stamp, made_from)
     parts = range(settings.num_pairs // settings.batch_size)
     missing = [part for part in parts if not (place / f"{part:05d}.npy").is_file()]
     if missing:
-        generator = workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint)
+        params = jax.device_put(generator.params, sharding.state_shardings(mesh, generator.params))
         run = refine.make_pair_sampler(
             generator.model, process, settings, length=prepared.block_length
         )
@@ -85,7 +100,7 @@ def make_pairs(
         with Progress(f"{entry.run}: making pairs", total=settings.num_pairs) as progress:
             progress.advance((len(parts) - len(missing)) * settings.batch_size)
             for part in missing:
-                pair = run(generator.params, jax.random.fold_in(key, part))
+                pair = run(params, jax.random.fold_in(key, part))
                 writer.write_array(place / f"{part:05d}.npy", np.stack(pair).astype(np.int32))
                 progress.advance(settings.batch_size)
     made = [np.load(place / f"{part:05d}.npy") for part in parts]
@@ -119,12 +134,17 @@ def train_run(
         directory, tokenizer=prepared.tokenizer.fingerprint, data=prepared.fingerprint
     )
     stage = stages.make_stage(entry.stage, config, process)
-    base = None
-    if entry.base is not None:
-        base = workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint).params
+    begun = checkpoint.latest_step(directory / "checkpoints") is not None
+
+    def load_base():
+        if entry.base is None:
+            return None
+        if begun:  # its weights hold all that mattered of the base; don't read it again
+            return workdir.weight_shapes(entry.base)
+        return workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint).params
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
-        return batch_stream(entry, config, process, prepared, folder, start)
+        return batch_stream(entry, config, process, prepared, mesh, folder, start)
 
     train(
         stage,
@@ -132,7 +152,7 @@ def train_run(
         name=entry.run,
         optimizer=optim.make_optimizer(config.optim, own),
         batches=batches,
-        base=base,
+        base=load_base(),
         key=jax.random.key(run_seed(config, entry.run)),
         mesh=mesh,
         directory=directory,
@@ -160,6 +180,11 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
     pipeline = workdir.entries(config, folder)
     rows.plan(config, pipeline, config.data.block_length)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"This version trains in one process, got {jax.process_count()}: run it on one host, "
+            "with all its devices."
+        )
     mesh = sharding.make_mesh(config.mesh)
     # Token ids don't matter to what is checked here; the tokenizer is only known once the text is
     # prepared.
@@ -168,12 +193,13 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     for entry in pipeline:
         key = f"{entry.stage}.batch_size"
         sharding.check_batch_size(mesh, config[entry.stage].batch_size, key)
-        stages.make_stage(entry.stage, config, process)
+        stage = stages.make_stage(entry.stage, config, process)
         optim.make_optimizer(config.optim, config[entry.stage])
         check_settings(train_settings(config, entry.stage))
         base = None
         if entry.base is not None:
             base = recipes.get(entry.base) or workdir.saved_recipe(entry.base)
+            workdir.check_base(entry.base, stage.model, config)
         directory = workdir.stage_directory(folder, entry.run)
         recipes[directory] = workdir.recipe(config, entry, base)
         workdir.check_recipe(directory, recipes[directory])
@@ -184,12 +210,19 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     began = time.monotonic()
-    config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
     pipeline, recipes, mesh = check(config, folder)
     logging.info("Devices: %d x %s.", jax.device_count(), jax.devices()[0].device_kind)
     prepared = data.prepare(
         data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)
     )
+    available = prepared.num_blocks("validation")
+    if _EVALUATE.value and available < config.eval.num_samples:
+        raise ValueError(
+            f"The held-out text has {available} blocks of {prepared.block_length} tokens, but "
+            f"eval.num_samples={config.eval.num_samples} are compared with it: lower "
+            "eval.num_samples or data.block_length, or raise data.holdout."
+        )
     workdir.save_config(folder, config)
     process = stages.make_process(
         config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id

@@ -128,6 +128,22 @@ def cumulative_rate(
     return log_survival(schedule, t, h, floor=floor) / _f32(h)
 
 
+def bounded_cumulative_rate(
+    schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float
+) -> jax.Array:
+    """gbar(t,h) of the rate kappa' / max(1-kappa, floor), for loss weights that must not explode.
+
+    The exact integral over the step divided by h, so that it is additive like gbar, never exceeds
+    kappa' / floor, and equals gbar where the step ends before 1-kappa falls to the floor. (Flooring
+    both ends of gbar's logarithm would give steps beyond that point no weight at all.)
+    """
+    end = jnp.minimum(_f32(t) + _f32(h), 1.0)
+    start_left, end_left = schedule.remaining(t), schedule.remaining(end)
+    above = jnp.log(jnp.maximum(start_left, floor) / jnp.maximum(end_left, floor))
+    below = (jnp.minimum(start_left, floor) - jnp.minimum(end_left, floor)) / floor
+    return (above + below) / _f32(h)
+
+
 def redraw_fraction(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:

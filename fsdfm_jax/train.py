@@ -73,7 +73,8 @@ def train(
       name: of the run, for progress.
       optimizer: from `optim.make_optimizer`.
       batches: start_step -> iterator over batches from that step on.
-      base: weights of the run this one starts from, or None.
+      base: weights of the run this one starts from, or None; their shapes do where it goes on from
+        a checkpoint of its own.
       key: root of the run's randomness.
       mesh: where to run.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/.
@@ -110,6 +111,7 @@ def train(
             # Weights read from a checkpoint sit on one device, which jit won't mix with a mesh.
             base = jax.device_put(base, sharding.state_shardings(mesh, base))
             train_state = jax.jit(init, out_shardings=shardings)(init_key, base)
+        del base  # not to be kept beside the state
         if start >= settings.num_steps:
             return
 

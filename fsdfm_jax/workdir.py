@@ -15,10 +15,11 @@ import pathlib
 import subprocess
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 import fsdfm_jax
-from fsdfm_jax import checkpoint, stages, writer
+from fsdfm_jax import checkpoint, models, stages, writer
 from fsdfm_jax.models import ModelConfig, Params
 
 
@@ -52,7 +53,7 @@ def stage_directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
 
 def data_directory(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
     """Folder of the prepared data: `data.directory`, or WORKDIR/data where that is empty."""
-    return pathlib.Path(config.data.directory or workdir / "data")
+    return pathlib.Path(config.data.directory or workdir / "data").expanduser()
 
 
 def runs(config: ConfigDict) -> list[tuple[str, str]]:
@@ -95,7 +96,9 @@ def _base(run, name, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
     given = config[name].init_from
     if given and run == name:
         # A name is a run of this working directory; a path may point into another one.
-        folder = pathlib.Path(given) if "/" in given else stage_directory(workdir, given)
+        folder = (
+            pathlib.Path(given).expanduser() if "/" in given else stage_directory(workdir, given)
+        )
         trained_before = any(stage_directory(workdir, e.run) == folder for e in earlier)
         if not trained_before and checkpoint.latest_step(folder / "checkpoints") is None:
             raise ValueError(
@@ -137,6 +140,40 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
 def saved_recipe(directory: pathlib.Path) -> dict[str, Any]:
     """The recipe of a trained run."""
     return checkpoint.read_metadata(directory / "checkpoints")["recipe"]
+
+
+# What may differ between a network and the one it starts from.
+_FREE_MODEL_KEYS = {"vocab_size", "conditioning", "dropout", "dtype", "attention", "remat"}
+
+
+def check_base(directory: pathlib.Path, model: ModelConfig, config: ConfigDict) -> None:
+    """Refuses weights of another network or noising process than the run that starts from them.
+
+    Shapes alone don't show it: the number of heads leaves none, nor does the schedule.
+
+    Args:
+      directory: folder of the base run; without a checkpoint there is nothing to refuse yet.
+      model, config: of the run that starts from it.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    folder = directory / "checkpoints"
+    if checkpoint.latest_step(folder) is None:
+        return
+    saved = checkpoint.read_metadata(folder)
+    pairs = [("model", saved["model"], dataclasses.asdict(model))]
+    pairs += [("path", saved["recipe"]["path"], config.path.to_dict())]
+    different = [
+        f"{group}.{key}: {theirs.get(key)!r} there, {value!r} here"
+        for group, theirs, ours in pairs
+        for key, value in ours.items()
+        if not (group == "model" and key in _FREE_MODEL_KEYS) and theirs.get(key) != value
+    ]
+    if different:
+        raise ValueError(
+            f"The weights in {directory} can't be started from ({'; '.join(different)})."
+        )
 
 
 def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
@@ -214,6 +251,12 @@ def load_weights(directory: pathlib.Path, *, tokenizer: str | None = None) -> We
     return Weights(params, ModelConfig(**metadata["model"]), metadata, step)
 
 
+def weight_shapes(directory: pathlib.Path) -> Params:
+    """Shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
+    model = ModelConfig(**checkpoint.read_metadata(directory / "checkpoints")["model"])
+    return jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+
+
 def make_metadata(
     config: ConfigDict,
     entry: Entry,
@@ -272,6 +315,16 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return fsdfm_jax.__version__
     return f"{fsdfm_jax.__version__}+{described.stdout.strip()}"
+
+
+@functools.cache
+def code_digest() -> str:
+    """Short hash of the package's source, which cached results depend on."""
+    package = pathlib.Path(fsdfm_jax.__file__).parent
+    content = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def digest(obj: Any) -> str:

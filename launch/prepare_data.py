@@ -2,22 +2,19 @@
 
   python -m launch.prepare_data --config=configs/base.py --directory=DIR
 
-Run it once, in one process, before runs on several hosts; a run on one host prepares its data
-itself.
+The main job prepares its data itself; this is for a folder that several runs share
+(`config.data.directory`).
 """
-
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from fsdfm_jax import data
+from fsdfm_jax import cli, data
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Configuration file.")
 _DIRECTORY = flags.DEFINE_string(
     "directory", "", "Folder to make; the configuration's data.directory if empty."
 )
-flags.mark_flag_as_required("config")
 
 
 def main(argv):
@@ -25,11 +22,8 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     directory = _DIRECTORY.value or _CONFIG.value.data.directory
     if not directory:
-        raise app.UsageError("give --directory=DIR (the configuration has no data.directory)")
-    try:
-        prepared = data.prepare(data.DataSpec.from_config(_CONFIG.value.data), directory)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        raise ValueError("give --directory=DIR (the configuration has no data.directory)")
+    prepared = data.prepare(data.DataSpec.from_config(_CONFIG.value.data), directory)
     facts = prepared.manifest["tokenizer"]
     print(f"prepared {prepared.directory}")
     print(f"tokenizer: {facts['vocab_size']} tokens, fingerprint {facts['fingerprint']}")
@@ -43,4 +37,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.mark_flag_as_required("config")
+    cli.run(main)

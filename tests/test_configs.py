@@ -196,6 +196,9 @@ class _Prepared:
         self.block_length, self.fingerprint, self.manifest = 4, "data", {}
         self.directory = folder
 
+    def num_blocks(self, split):
+        return 1_000_000
+
     def source(self, split):
         return np.zeros((8, self.block_length), np.int32)
 

@@ -242,7 +242,10 @@ def test_damaged_folders(corpus, tmp_path):
         ({"block_length": 0}, "data.block_length must be at least 1"),
         ({"holdout": 0.0}, "data.holdout must be between 0 and 1"),
         ({"block_length": 5000}, "the validation split has no full block of 5000 tokens: its 1"),
-        ({"holdout": 1e-9}, r"the validation split has no full block of 16 tokens: its 0 document"),
+        (
+            {"holdout": 1e-9},
+            r"none of the corpus's 60 document\(s\) falls into the validation split",
+        ),
         ({"vocab_size": 4096}, "too small for a BPE of 4096 tokens"),
         ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
     ],

@@ -176,8 +176,8 @@ def test_repeated_steps_are_one_row(stage):
     [
         ({"num_samples": 0}, "num_samples"),
         ({"batch_size": 0}, "batch_size"),
-        ({"steps": (1, 0)}, "at least 1 step"),
-        ({"many_steps": 0}, "at least 1 step"),
+        ({"steps": (1, 0)}, "eval.steps must be at least 1"),
+        ({"many_steps": 0}, "eval.many_steps must be at least 1"),
     ],
 )
 def test_plan_refuses(changes, message):

@@ -316,7 +316,7 @@ def test_generate_prints_its_samples(world, finished):
     flags = [f"--workdir={folder}", "--steps=2", "--num_samples=3", "--prompt=we the people"]
     out = world.run("generate", *flags)
     heads = [line for line in out.splitlines() if line.startswith("--- sample ")]
-    assert heads == [f"--- sample {i} of 3: refine, 2 steps" for i in (1, 2, 3)]
+    assert heads == [f"--- sample {i} of 3: refine, 2 network calls" for i in (1, 2, 3)]
     texts = out.split("--- sample ")[1:]
     assert all(text.split("\n", 1)[1].startswith("we the people") for text in texts)
 

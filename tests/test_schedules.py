@@ -189,3 +189,31 @@ def test_schedules_by_name():
     assert make_schedule("cosine") == Cosine()
     with pytest.raises(ValueError, match="'linear'.*'polynomial' or 'cosine'"):
         make_schedule("linear")
+
+
+@pytest.mark.parametrize("schedule", [Polynomial(1.0), Polynomial(2.0), Cosine()])
+def test_bounded_weight_is_the_mean_of_the_floored_rate(schedule):
+    floor = 0.05
+    for t, h in [(0.0, 1.0), (0.2, 0.5), (0.9, 0.1), (0.97, 2.0**-10), (1 - 2.0**-10, 2.0**-10)]:
+        s = t + h * (np.arange(20_000) + 0.5) / 20_000
+        expected = np.mean(schedules.rate(schedule, s, floor=floor))
+        weight = schedules.bounded_cumulative_rate(schedule, t, h, floor=floor)
+        # Float32: the difference of two remainders of about 1e-3 keeps 4 digits.
+        np.testing.assert_allclose(weight, expected, rtol=2e-3)
+
+
+def test_no_step_that_training_draws_goes_without_weight():
+    h = 2.0 ** -np.arange(11)
+    t = np.arange(1024) / 1024
+    t, h = (grid.ravel() for grid in np.meshgrid(t, h))
+    inside = t + h <= 1
+    for floor in (1e-8, 1e-3, 0.05):
+        weight = schedules.bounded_cumulative_rate(Polynomial(), t[inside], h[inside], floor=floor)
+        assert np.all(weight > 0.9)
+        assert np.all(weight <= 1.001 / floor)
+    # Above the floor it is gbar of the paper.
+    np.testing.assert_allclose(
+        schedules.bounded_cumulative_rate(Polynomial(), 0.3, 0.25, floor=1e-3),
+        schedules.cumulative_rate(Polynomial(), 0.3, 0.25),
+        rtol=1e-6,
+    )

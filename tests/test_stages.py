@@ -363,11 +363,12 @@ def test_without_a_teacher_part_there_is_no_teacher_call(calls):
         assert metrics["loss"] == metrics["path_loss"]
 
 
-def test_without_a_path_part_all_rows_are_distilled(calls):
-    value, metrics, student, average = few_step_calls(calls, "distill", make_batch(), tau=1 / 16)
-    assert set(metrics) == {"loss", "distillation_loss"}
-    assert value == metrics["distillation_loss"]
-    assert [c["x"].shape for c in student + average] == [(B, L)] * 3
+@pytest.mark.parametrize("name", ["distill", "refine"])
+def test_a_stage_without_any_width_on_data_is_refused(name):
+    config = make_config()
+    config[name].tau = 2.0 ** -config[name].max_log2_steps  # the finest width, not below itself
+    with pytest.raises(ValueError, match=rf"{name}\.tau=.* leaves no step width"):
+        stages.make_stage(name, config, make_process(config))
 
 
 def test_rows_of_path():
@@ -405,7 +406,10 @@ def test_the_weight_of_the_path_loss(calls, rate, floor):
     _, metrics, (call,), _ = few_step_calls(calls, "step_aware", batch, **values)
     x, t, h = (np.asarray(call[name]) for name in "xth")
     left = lambda time: np.maximum(1 - time.astype(np.float64), floor)
-    weight = np.log(left(t) / left(t + h)) / h if rate == "cumulative" else 1 / left(t)
+    weight = 1 / left(t)
+    if rate == "cumulative":  # the mean of the floored rate over the step, by the midpoint rule
+        middles = (np.arange(20_000) + 0.5) / 20_000
+        weight = np.mean(1 / left(t[:, None] + h[:, None] * middles), axis=1)
     assert (t + h == 1).any()  # a step that reaches t=1 needs the floor
     log_p = literal_log_p(literal_logits(table(1), x, t, h))
     want = literal_path_loss(log_p, x, batch["x1"], weight)
@@ -470,7 +474,10 @@ def test_the_blend_is_unbiased(calls):
         logits = network(student)(xt, t, h)
         log_p = jax.nn.log_softmax(logits)
         at = lambda x: jnp.take_along_axis(log_p, x[..., None], -1)[..., 0]
-        gbar = jnp.log((1 - t) / jnp.maximum(1 - t - h, 0.01)) / h
+        # t <= 7/8, so that only the end of a step falls below the floor.
+        left = 1 - t - h
+        gbar = jnp.log((1 - t) / jnp.maximum(left, 0.01)) + 1 - jnp.minimum(left, 0.01) / 0.01
+        gbar = gbar / h
         bracket = jnp.exp(at(xt)) - (xt == x1) + (xt != x1) * at(x1)
         path = -gbar[:, None] * bracket
         jump = jumps.make_jump(jumps.with_posterior_end(jumps.MIXTURE), process.schedule)

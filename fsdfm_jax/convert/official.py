@@ -1,8 +1,8 @@
 """The official PyTorch layout: state-dict names and [out, in] matrices to and from ours.
 
-Names: method of arXiv:2509.20624's published checkpoints. Blocks are stacked along a leading axis
-here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head width and has
-no counterpart. Only conditioning "none" and "official" have an official layout.
+The names are those of the published checkpoints of arXiv:2509.20624. Blocks are stacked along a
+leading axis here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head
+width and has no counterpart. Only conditioning "none" and "official" have an official layout.
 """
 
 from collections.abc import Mapping

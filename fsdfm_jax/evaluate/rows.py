@@ -189,7 +189,7 @@ def protocol(
         "judge": judge and _describe(judge),
         "num_samples": config.eval.num_samples,
         "data": data_fingerprint,
-        "code_version": workdir.code_version(),
+        "code": workdir.code_digest(),
     }
     if weights is None:
         return stamp
@@ -220,7 +220,10 @@ def load_finished(directory: pathlib.Path, stamp: dict[str, Any]) -> dict[str, A
     if not path.is_file() or not (directory / "samples.npy").is_file():
         return None
     row = writer.read_json(path)
-    return row if row["protocol"] == stamp else None
+    if row["protocol"] != stamp:
+        return None
+    # JSON has no nan and inf; the writer stores them as strings.
+    return {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}
 
 
 def store(directory: pathlib.Path, tokens_NL: np.ndarray, row: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     """The stage; reads the budget and teacher keys of its config."""
-    below, above = few_step.read_budgets(config).split(config.tau)
+    below, above = few_step.split_budgets(config, "distill")
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     loss = few_step.make_loss(model, process, path, taught)

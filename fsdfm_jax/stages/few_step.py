@@ -65,6 +65,22 @@ def check_rate_floor(floor: float) -> float:
     return floor
 
 
+def split_budgets(config: ConfigDict, name: str) -> tuple[Budgets, Budgets]:
+    """The budgets trained on data (h < tau) and those trained on the teacher (eq. 4.5).
+
+    Raises:
+      ValueError: if no width is trained on data: nothing would tie the teacher to the text.
+    """
+    budgets = read_budgets(config)
+    below, above = budgets.split(config.tau)
+    if not below.log2_steps:
+        raise ValueError(
+            f"{name}.tau={config.tau} leaves no step width to be trained on data; the finest is "
+            f"2^-{budgets.finest} = {2.0**-budgets.finest} and must be below tau."
+        )
+    return below, above
+
+
 def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:
     """The teacher term of a config on (a part of) its budgets; ValueError for unknown values."""
     rule = jumps.get_rule(config.teacher_jump)
@@ -79,7 +95,7 @@ def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) ->
     return TeacherTerm(
         budgets,
         teacher.get_rule(config.teacher_rule),
-        jumps.make_jump(rule, process.schedule),
+        jumps.make_process_jump(rule, process.schedule, process.source),
         losses.get_divergence(config.divergence),
         config.temperature,
     )
@@ -171,4 +187,4 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
 def _path_weight(path: PathTerm, process: Process, t_B, h_B):
     if path.rate == "instantaneous":
         return schedules.rate(process.schedule, t_B, floor=path.rate_floor)
-    return schedules.cumulative_rate(process.schedule, t_B, h_B, floor=path.rate_floor)
+    return schedules.bounded_cumulative_rate(process.schedule, t_B, h_B, floor=path.rate_floor)

@@ -118,7 +118,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     if not 0 <= config.real_fraction <= 1:
         raise ValueError(f"refine.real_fraction must lie in [0, 1], got {config.real_fraction}.")
     read_pair_settings(config)
-    below, above = few_step.read_budgets(config).split(config.tau)
+    below, above = few_step.split_budgets(config, "refine")
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     loss = few_step.make_loss(model, process, path, taught)
