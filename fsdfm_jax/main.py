@@ -206,6 +206,17 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     return pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh
 
 
+def check_held_out(config: ConfigDict, prepared: PreparedData) -> None:
+    """ValueError unless the held-out text has a block for each sample it is compared with."""
+    available = prepared.num_blocks("validation")
+    if available < config.eval.num_samples:
+        raise ValueError(
+            f"The held-out text has {available} blocks of {prepared.block_length} tokens, but "
+            f"eval.num_samples={config.eval.num_samples} are compared with it: lower "
+            "eval.num_samples or data.block_length, or raise data.holdout."
+        )
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -216,13 +227,8 @@ def main(argv: list[str]) -> None:
     prepared = data.prepare(
         data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)
     )
-    available = prepared.num_blocks("validation")
-    if _EVALUATE.value and available < config.eval.num_samples:
-        raise ValueError(
-            f"The held-out text has {available} blocks of {prepared.block_length} tokens, but "
-            f"eval.num_samples={config.eval.num_samples} are compared with it: lower "
-            "eval.num_samples or data.block_length, or raise data.holdout."
-        )
+    if _EVALUATE.value:
+        check_held_out(config, prepared)
     workdir.save_config(folder, config)
     process = stages.make_process(
         config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id

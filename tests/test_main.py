@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import checkpoint, data, main, workdir
+from fsdfm_jax import checkpoint, data, main, models, sharding, stages, workdir
 from fsdfm_jax.stages import autoregressive
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -441,3 +441,60 @@ def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp
     # Whatever else is wrong with that checkpoint, this is what has to be said.
     with pytest.raises(ValueError, match="tokenizer"):
         _run_here(monkeypatch, config, tmp_path / "run")
+
+
+def test_too_little_held_out_text_is_told_before_training():
+    config = _config("texts")
+    prepared = types.SimpleNamespace(num_blocks={"validation": 3}.get, block_length=8)
+    with pytest.raises(ValueError, match=r"has 3 blocks of 8 tokens, but eval\.num_samples=4"):
+        main.check_held_out(config, prepared)
+    config.eval.num_samples = 3
+    main.check_held_out(config, prepared)
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+
+def _pairs(folder, monkeypatch, step=3, **changes):
+    """The pairs of a refine run whose generator's weights sit on one device, as read from disk."""
+    config = _config("texts", pipeline="pretrain,refine", **changes)
+    process = stages.make_process(config.path, num_tokens=11, eos_id=0)
+    model = stages.model_config("pretrain", config.model, vocab_size=11)
+    params = jax.jit(lambda key: models.init_params(key, model))(jax.random.key(0))
+    params = jax.device_put(params, jax.devices()[0])
+    weights = workdir.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
+    monkeypatch.setattr(workdir, "load_weights", lambda *_, **__: weights)
+    prepared = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(fingerprint="tokens"), fingerprint="text", block_length=8
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    assert mesh.size == 8
+    entry = workdir.Entry("refine", "refine", folder / "stages" / "pretrain")
+    with jax.set_mesh(mesh):
+        return main.make_pairs(entry, config, process, prepared, mesh, folder)
+
+
+def test_pairs_are_made_on_any_mesh_and_only_once(tmp_path, monkeypatch):
+    x0, x1 = _pairs(tmp_path, monkeypatch)
+    assert x0.shape == x1.shape == (8, 8)
+    files = sorted((tmp_path / "stages" / "refine" / "pairs").glob("*.npy"))
+    assert len(files) == 4
+    # A part that is there is kept, one that is missing is made anew, the same as before.
+    files[1].unlink()
+    kept = files[0].stat().st_mtime_ns
+    again = _pairs(tmp_path, monkeypatch)
+    assert files[0].stat().st_mtime_ns == kept
+    np.testing.assert_array_equal(again, (x0, x1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"refine.pair_steps": 3}, {"step": 4}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_pairs_of_other_settings_or_weights_are_not_reused(tmp_path, monkeypatch, changes):
+    _pairs(tmp_path, monkeypatch)
+    first = tmp_path / "stages" / "refine" / "pairs" / "00000.npy"
+    made = first.stat().st_mtime_ns
+    _pairs(tmp_path, monkeypatch, **changes)
+    assert first.stat().st_mtime_ns != made

@@ -1,5 +1,6 @@
 """Working directories: pipelines, recipes, weights, the stored configuration."""
 
+import dataclasses
 import json
 import re
 
@@ -248,3 +249,22 @@ def test_config_round_trip(tmp_path):
 def test_a_folder_without_config(tmp_path):
     with pytest.raises(ValueError, match="not a working directory.*fsdfm_jax.main"):
         workdir.load_config(tmp_path)
+
+
+def test_bases_of_another_network_or_process_are_refused(trained, tmp_path):
+    """The number of heads leaves no trace in the shapes of weights, the schedule none at all."""
+    workdir.check_base(tmp_path / "nothing there yet", MODEL, _config())
+    workdir.check_base(trained, MODEL, _config())
+    few_step = dataclasses.replace(MODEL, conditioning="additive", dropout=0.5, remat="full")
+    workdir.check_base(trained, few_step, _config())
+    two_heads = dataclasses.replace(MODEL, num_heads=2)
+    with pytest.raises(ValueError, match=r"model\.num_heads: 1 there, 2 here"):
+        workdir.check_base(trained, two_heads, _config())
+    with pytest.raises(ValueError, match=r"path\.power: 1\.0 there, 2\.0 here"):
+        workdir.check_base(trained, MODEL, _config(**{"path.power": 2.0}))
+
+
+def test_weight_shapes_are_those_of_the_network(trained):
+    shapes = workdir.weight_shapes(trained)
+    assert shapes["vocab_embed"]["embedding"].shape == (5, 4)
+    assert isinstance(shapes["vocab_embed"]["embedding"], jax.ShapeDtypeStruct)
