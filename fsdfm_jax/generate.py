@@ -4,7 +4,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from fsdfm_jax import checkpoint, cli, data, inference, jumps, stages, workdir
+from fsdfm_jax import cli, data, inference, jumps, stages, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a trained run.")
 _STAGE = flags.DEFINE_string("stage", "", "Run to sample from; the last one trained by default.")
@@ -22,11 +22,7 @@ _PROMPT = flags.DEFINE_string("prompt", "", "Text that every sample begins with.
 
 def _pick_run(config, folder: pathlib.Path) -> str:
     runs = [run for run, _ in workdir.runs(config)]
-    trained = [
-        run
-        for run in runs
-        if checkpoint.latest_step(workdir.stage_directory(folder, run) / "checkpoints") is not None
-    ]
+    trained = [run for run in runs if workdir.saved_metadata(workdir.stage_directory(folder, run))]
     if not trained:
         raise ValueError(
             f"No stage of {folder} has been trained yet (expected one of {', '.join(runs)}); "

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import checkpoint, cli, data, optim, sharding, stages, workdir, writer
+from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import rows, suite
 from fsdfm_jax.stages import Process, refine
@@ -134,7 +134,7 @@ def train_run(
         directory, tokenizer=prepared.tokenizer.fingerprint, data=prepared.fingerprint
     )
     stage = stages.make_stage(entry.stage, config, process)
-    begun = checkpoint.latest_step(directory / "checkpoints") is not None
+    begun = workdir.saved_metadata(directory) is not None
 
     def load_base():
         if entry.base is None:
@@ -198,7 +198,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         check_settings(train_settings(config, entry.stage))
         base = None
         if entry.base is not None:
-            base = recipes.get(entry.base) or workdir.saved_recipe(entry.base)
+            base = recipes.get(entry.base) or workdir.saved_metadata(entry.base)["recipe"]
             workdir.check_base(entry.base, stage.model, config)
         directory = workdir.stage_directory(folder, entry.run)
         recipes[directory] = workdir.recipe(config, entry, base)

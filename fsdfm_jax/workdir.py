@@ -137,9 +137,11 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
     )
 
 
-def saved_recipe(directory: pathlib.Path) -> dict[str, Any]:
-    """The recipe of a trained run."""
-    return checkpoint.read_metadata(directory / "checkpoints")["recipe"]
+def saved_metadata(directory: pathlib.Path) -> dict[str, Any] | None:
+    """What the newest checkpoint of the run in `directory` says of itself, None without one."""
+    folder = directory / "checkpoints"
+    step = checkpoint.latest_step(folder)
+    return None if step is None else checkpoint.read_metadata(folder, step)
 
 
 # What may differ between a network and the one it starts from.
@@ -158,10 +160,9 @@ def check_base(directory: pathlib.Path, model: ModelConfig, config: ConfigDict) 
     Raises:
       ValueError: naming what differs.
     """
-    folder = directory / "checkpoints"
-    if checkpoint.latest_step(folder) is None:
+    saved = saved_metadata(directory)
+    if saved is None:
         return
-    saved = checkpoint.read_metadata(folder)
     pairs = [("model", saved["model"], dataclasses.asdict(model))]
     pairs += [("path", saved["recipe"]["path"], config.path.to_dict())]
     different = [
@@ -182,11 +183,10 @@ def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
     Raises:
       ValueError: naming each key that differs.
     """
-    folder = directory / "checkpoints"
-    if checkpoint.latest_step(folder) is None:
+    saved = saved_metadata(directory)
+    if saved is None:
         return
-    saved = checkpoint.read_metadata(folder).get("recipe", {})
-    ours, theirs = _flat(wanted), _flat(saved)
+    ours, theirs = _flat(wanted), _flat(saved.get("recipe", {}))
     different = [
         f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -210,10 +210,9 @@ def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
     Raises:
       ValueError: saying which of the two differs.
     """
-    folder = directory / "checkpoints"
-    if checkpoint.latest_step(folder) is None:
+    saved = saved_metadata(directory)
+    if saved is None:
         return
-    saved = checkpoint.read_metadata(folder)
     for name, now in (("tokenizer", tokenizer), ("data", data)):
         if saved[name] != now:
             raise ValueError(

@@ -144,7 +144,7 @@ def test_recipes_are_json():
 def test_the_same_recipe_goes_on(trained, tmp_path):
     workdir.check_recipe(trained, _recipe({"seed": 0}))
     workdir.check_recipe(tmp_path, _recipe())  # nothing trained here
-    assert workdir.saved_recipe(trained) == _recipe({"seed": 0})
+    assert workdir.saved_metadata(trained)["recipe"] == _recipe({"seed": 0})
 
 
 @pytest.mark.parametrize(
