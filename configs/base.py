@@ -92,6 +92,7 @@ def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
     """
     config.pipeline = "pretrain,distill"
     config.model.conditioning = "official"
+    config.path.revealed = "jump"  # says nothing with the paper's uniform source
     distill = config.distill
     distill.width_weights = "official"
     distill.time_eps = 1e-3
@@ -128,6 +129,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     path.schedule = "polynomial"  # kappa(t): polynomial | cosine
     path.power = 1.0  # n of kappa = t^n
     path.source = "uniform"  # noise at t=0: uniform | mask
+    path.revealed = "stay"  # mask source, tokens once revealed: stay | jump (the official solver)
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 128  # D

@@ -9,6 +9,7 @@ import numpy as np
 
 from fsdfm_jax import jumps, models, sampler, workdir
 from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
 
 
@@ -26,7 +27,7 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
       another shape (batch, length, number of steps) compiles again. The grid is not checked inside
       jit: use `sampler.check_grid`. With a mask source, revealed tokens stay.
     """
-    jump = jumps.make_process_jump(jumps.get_rule(jump_rule), process.schedule, process.source)
+    jump = process.make_jump(jumps.get_rule(jump_rule))
     finalize = jumps.make_finalize(process.source)
 
     @jax.jit
@@ -37,6 +38,44 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
         )
 
     return run
+
+
+def make_generator(
+    model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None = None
+) -> Callable[..., jax.Array]:
+    """All of a few-step generation, noise included, as one pure function to jit or to export.
+
+    Args:
+      model, process: of the run.
+      jump_rule: "cumulative" | "euler" | "mixture".
+      on_step: told the tokens after each step, see `sampler.sample`.
+
+    Returns:
+      `(params, seed, given_BL, frozen_BL, grid_S1, temperature) -> x_BL`: seed is a uint32 scalar;
+      frozen positions (bool) hold the tokens of given_BL (int32, of no meaning elsewhere); the rest
+      as in `make_sampler`.
+    """
+    jump = process.make_jump(jumps.get_rule(jump_rule))
+    finalize = jumps.make_finalize(process.source)
+
+    def generate_tokens(params: Params, seed, given_BL, frozen_BL, grid_S1, temperature):
+        noise_key, sample_key = jax.random.split(jax.random.key(seed))
+        x0_BL = process.source.sample(noise_key, given_BL.shape)
+        x0_BL = jnp.where(frozen_BL, given_BL, x0_BL).astype(jnp.int32)
+        denoise = lambda x, t, h: models.apply(params, model, x, t, h)
+        return sampler.sample(
+            sample_key,
+            denoise,
+            jump,
+            finalize,
+            x0_BL,
+            grid_S1,
+            frozen_BL,
+            temperature=temperature,
+            on_step=on_step,
+        )
+
+    return generate_tokens
 
 
 @functools.lru_cache(maxsize=8)

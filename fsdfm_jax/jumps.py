@@ -28,6 +28,8 @@ from fsdfm_jax.sources import Source
 Jump = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Finalize = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
+REVEALED = ("stay", "jump")
+
 # t + h of a step that reaches t=1 may miss it by the rounding of its grid.
 _END = 1.0 - 1e-6
 
@@ -113,10 +115,25 @@ def keep_revealed(jump: Jump, mask_id: int) -> Jump:
     return absorbing_jump
 
 
-def make_process_jump(rule: JumpRule, schedule: Schedule, source: Source) -> Jump:
-    """A rule as this project moves by it: with a mask source, revealed tokens stay."""
+def make_process_jump(
+    rule: JumpRule, schedule: Schedule, source: Source, revealed: str = "stay"
+) -> Jump:
+    """A rule as a process moves by it.
+
+    Args:
+      rule, schedule, source: of the process.
+      revealed: with a mask source, whether revealed tokens "stay" (`keep_revealed`) or may "jump"
+        again, as in the official solver; without effect on a uniform source.
+
+    Raises:
+      ValueError: for another value of `revealed`.
+    """
+    if revealed not in REVEALED:
+        raise ValueError(f"Unknown revealed={revealed!r}; expected one of {', '.join(REVEALED)}.")
     jump = make_jump(rule, schedule)
-    return jump if source.mask_id is None else keep_revealed(jump, source.mask_id)
+    if source.mask_id is None or revealed == "jump":
+        return jump
+    return keep_revealed(jump, source.mask_id)
 
 
 def make_finalize(source: Source) -> Finalize:

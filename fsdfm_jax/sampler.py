@@ -7,6 +7,8 @@ compiles once.
 Source: arXiv:2509.20624 App. B.1.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ import numpy as np
 from fsdfm_jax import draws
 from fsdfm_jax.jumps import Finalize, Jump
 from fsdfm_jax.teacher import Denoise
+
+OnStep = Callable[[np.ndarray, np.ndarray], None]
 
 
 def uniform_grid(steps: int) -> np.ndarray:
@@ -58,6 +62,7 @@ def sample_trajectory(
     frozen_BL: jax.Array | None = None,
     *,
     temperature: jax.Array | float = 1.0,
+    on_step: OnStep | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `sample`; also returns the tokens after each step, int [S, B, L]."""
     if not isinstance(grid_S1, jax.core.Tracer):
@@ -65,10 +70,11 @@ def sample_trajectory(
     grid_S1 = jnp.asarray(grid_S1, jnp.float32)
     times_S, widths_S = grid_S1[:-1], grid_S1[1:] - grid_S1[:-1]
     steps, batch = len(times_S), x0_BL.shape[0]
-    is_last_S = jnp.arange(steps) == steps - 1
+    index_S = jnp.arange(steps)
 
     def step(x_BL, inputs):
-        step_key, t, h, is_last = inputs
+        step_key, t, h, index = inputs
+        is_last = index == steps - 1
         t_B, h_B = jnp.full((batch,), t), jnp.full((batch,), h)
         logits_BLV = denoise(x_BL, t_B, h_B).astype(jnp.float32) / temperature
         new_BL = jax.lax.cond(
@@ -78,10 +84,12 @@ def sample_trajectory(
         )
         if frozen_BL is not None:
             new_BL = jnp.where(frozen_BL, x0_BL, new_BL)
+        if on_step is not None:
+            jax.debug.callback(on_step, index, new_BL, ordered=True)
         return new_BL, new_BL
 
     keys_S = jax.random.split(key, steps)
-    return jax.lax.scan(step, x0_BL, (keys_S, times_S, widths_S, is_last_S))
+    return jax.lax.scan(step, x0_BL, (keys_S, times_S, widths_S, index_S))
 
 
 def sample(
@@ -94,6 +102,7 @@ def sample(
     frozen_BL: jax.Array | None = None,
     *,
     temperature: jax.Array | float = 1.0,
+    on_step: OnStep | None = None,
 ) -> jax.Array:
     """Draws samples in S steps.
 
@@ -106,6 +115,8 @@ def sample(
       grid_S1: S+1 cumulative times from 0 to 1; a traced array is taken as checked.
       frozen_BL: bool [B, L], positions that never move, whatever their value; None freezes nothing.
       temperature: divides the logits, > 0; data, so that changing it doesn't recompile.
+      on_step: called on the host with (index of the step, x_BL after it) as each step ends, also
+        from within jit; for watching, it can't change anything.
 
     Returns:
       int [B, L].
@@ -114,7 +125,15 @@ def sample(
       ValueError: if a concrete grid doesn't increase from 0 to 1.
     """
     tokens_BL, _ = sample_trajectory(
-        key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL, temperature=temperature
+        key,
+        denoise,
+        jump,
+        finalize,
+        x0_BL,
+        grid_S1,
+        frozen_BL,
+        temperature=temperature,
+        on_step=on_step,
     )
     return tokens_BL
 

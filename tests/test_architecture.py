@@ -35,6 +35,7 @@ FLOORS = {
         "evaluate.rows",
         "evaluate.suite",
         "convert",
+        "convert.bundle",
         "convert.official",
     ),
     6: ("train", "main", "generate", "cli"),

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from fsdfm_jax import models, schedules, sources
+from fsdfm_jax import jumps, models, schedules, sources
+from fsdfm_jax.jumps import Jump, JumpRule
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.schedules import Schedule
 from fsdfm_jax.sources import Source
@@ -30,11 +31,19 @@ Batch = dict[str, jax.Array]
 
 
 class Process(NamedTuple):
-    """The noising process that all stages of a run share, and the token between documents."""
+    """The noising process that all stages of a run share, and the token between documents.
+
+    `revealed` says whether, with a mask source, tokens once revealed "stay" or may "jump" again.
+    """
 
     schedule: Schedule
     source: Source
     eos_id: int
+    revealed: str = "stay"
+
+    def make_jump(self, rule: JumpRule) -> Jump:
+        """The rule on this process, see `jumps.make_process_jump`."""
+        return jumps.make_process_jump(rule, self.schedule, self.source, self.revealed)
 
 
 class Stage(NamedTuple):
@@ -57,11 +66,14 @@ class Stage(NamedTuple):
 
 def make_process(path: ConfigDict, *, num_tokens: int, eos_id: int) -> Process:
     """The process of `config.path` over a tokenizer's `num_tokens` ids."""
-    return Process(
+    process = Process(
         schedules.make_schedule(path.schedule, power=path.power),
         sources.make_source(path.source, num_tokens=num_tokens),
         eos_id,
+        path.revealed,
     )
+    process.make_jump(jumps.EULER)  # refuses what no jump can be made of
+    return process
 
 
 def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfig:

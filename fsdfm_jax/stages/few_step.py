@@ -95,7 +95,7 @@ def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) ->
     return TeacherTerm(
         budgets,
         teacher.get_rule(config.teacher_rule),
-        jumps.make_process_jump(rule, process.schedule, process.source),
+        process.make_jump(rule),
         losses.get_divergence(config.divergence),
         config.temperature,
     )
