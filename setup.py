@@ -23,6 +23,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
+        "flatbuffers>=24",
         "flax>=0.12",
         "grain>=0.2.12",
         "jax>=0.10",
@@ -33,6 +34,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12",
         "pyarrow>=15",
         "rich>=13",
+        "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",

@@ -200,6 +200,30 @@ def restore_part(
     return {part: _lookup(tree, part) for part in names}
 
 
+def leaf_shapes(
+    directory: str | os.PathLike, part: str, step: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name within `part`: abstract leaf} of one subtree of a checkpoint, without reading it.
+
+    Raises:
+      NotACheckpoint: There is no such checkpoint, or it has no such subtree.
+    """
+    directory = _absolute(directory)
+    with _open_to_read(directory, partial=True) as checkpointer:
+        saved = _saved_leaves(checkpointer, directory, step)
+    inside = {
+        name.removeprefix(f"{part}/"): leaf
+        for name, leaf in saved.items()
+        if name.startswith(f"{part}/")
+    }
+    if not inside:
+        tops = sorted({name.split("/")[0] for name in saved})
+        raise NotACheckpoint(
+            f"the checkpoint in {directory} has no part {part!r}; it has {', '.join(tops)}"
+        )
+    return inside
+
+
 def read_metadata(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
     """The JSON dict of a checkpoint, read without opening the directory for training.
 

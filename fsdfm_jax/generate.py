@@ -1,68 +1,588 @@
-"""Text out of a trained run: `python -m fsdfm_jax.generate --workdir=DIR --steps=8`."""
+"""Text out of any model, from nothing, after a prompt or in the gaps of a text.
 
+    python -m fsdfm_jax.generate --workdir=runs/tiny --steps=8 --prompt="My fellow citizens"
+    python -m fsdfm_jax.generate --checkpoint=model.safetensors --tokenizer=gpt2 \\
+        --infill="The [8] of the Union" --stream
+    python -m fsdfm_jax.generate --workdir=runs/tiny --batch_file=prompts.jsonl --output=texts.jsonl
+
+The syntax of gaps and of batch files is that of fsdfm_jax/prompts.py. With a batch file or an
+output, each sample is one line of JSON. The rows of all requests are drawn in batches of one shape;
+the same arguments, --batch_size included, give the same tokens. An interrupted --output goes on
+where it ended.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
 import pathlib
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.live
+import rich.panel
+import rich.text
 from absl import app, flags, logging
 
-from fsdfm_jax import cli, data, inference, jumps, stages, workdir
+from fsdfm_jax import cli, inference, jumps, prompts, workdir, writer
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import formats
+from fsdfm_jax.convert.bundle import Bundle
+from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.prompts import Request
+from fsdfm_jax.stages import Process
+from fsdfm_jax.tokenizer import Tokenizer
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a trained run.")
-_STAGE = flags.DEFINE_string("stage", "", "Run to sample from; the last one trained by default.")
-_STEPS = flags.DEFINE_integer("steps", 8, "Network calls per sample.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 4, "Texts to print.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Divides the logits; below 1 is more careful."
-)
-_JUMP = flags.DEFINE_enum(
-    "jump", "", ["", *jumps.RULES], "Jump rule; the config's eval.few_step_jump by default."
-)
-_PROMPT = flags.DEFINE_string("prompt", "", "Text that every sample begins with.")
+_DEFAULT_LENGTH = 1024  # tokens; the block of the paper
+_DEFAULT_BATCH = 32  # rows
+_LIVE_SAMPLES = 4  # rows that the live view shows
+_MIN_FRAME, _MAX_SLOWDOWN = 0.15, 3.0  # seconds: small models are done before anyone has looked
+_MASKED = "░"
+_STYLES = {"given": "bold", "masked": "dim", "changed": "black on green", "kept": ""}
 
 
-def _pick_run(config, folder: pathlib.Path) -> str:
-    runs = [run for run, _ in workdir.runs(config)]
-    trained = [run for run in runs if workdir.saved_metadata(workdir.stage_directory(folder, run))]
-    if not trained:
-        raise ValueError(
-            f"No stage of {folder} has been trained yet (expected one of {', '.join(runs)}); "
-            "run python -m fsdfm_jax.main with this --workdir first."
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, see `define_flags`; None and "" leave a value to the model."""
+
+    workdir: str | None = None
+    checkpoint: str | None = None
+    stage: str = ""
+    which: str = "ema"
+    num_heads: int | None = None
+    tokenizer: str = ""
+    source: str = ""
+    prompt: str | None = None
+    infill: str | None = None
+    batch_file: str | None = None
+    length: int | None = None
+    num_samples: int = 4
+    batch_size: int | None = None
+    steps: int = 8
+    seed: int = 0
+    temperature: float = 1.0
+    jump: str = ""
+    output: str | None = None
+    stream: bool = False
+
+
+def define_flags() -> None:
+    """Defines a flag for each of `Options`; the program does, importing this file doesn't."""
+    default = Options()
+    text = lambda name, help_: flags.DEFINE_string(name, getattr(default, name), help_)
+    number = lambda name, help_: flags.DEFINE_integer(name, getattr(default, name), help_)
+    choice = lambda name, values, help_: flags.DEFINE_enum(
+        name, getattr(default, name), values, help_
+    )
+    text("workdir", "Working directory of a trained run; or give --checkpoint.")
+    text("checkpoint", "Any model file or folder that the package reads; or give --workdir.")
+    text("stage", "Run of a working directory to sample from; the last one trained by default.")
+    choice("which", ["ema", "student", "teacher", "model"], "Which of the checkpoint's weights.")
+    number("num_heads", "Attention heads, where the checkpoint doesn't say.")
+    text("tokenizer", '"gpt2" or a tokenizer.json, where the checkpoint holds none.')
+    choice("source", ["", "uniform", "mask"], "Noise, where the checkpoint doesn't say.")
+    text("prompt", "Text that every sample begins with.")
+    text("infill", 'Text with gaps of so many tokens to fill in: "The [8] of the Union".')
+    text("batch_file", 'Prompts: .jsonl of {"prompt" or "infill": .., "id": ..}, or .txt lines.')
+    number("length", "Tokens of a block; by default that of the training, else 1024.")
+    number("num_samples", "Samples of each prompt.")
+    number("batch_size", "Rows of one call of the sampler; by default all of them, at most 32.")
+    number("steps", "Network calls per sample; an autoregressive model takes one a token.")
+    number("seed", "Seed of the samples.")
+    flags.DEFINE_float(
+        "temperature", default.temperature, "Divides the logits; below 1 is more careful."
+    )
+    choice("jump", ["", *jumps.RULES], "Jump rule; by default the run's eval.few_step_jump.")
+    text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
+    flags.DEFINE_bool("stream", default.stream, "Show the text as it is refined.")
+
+
+# ------------------------------------------------------------------------------------------ the job
+class Row(NamedTuple):
+    """One sample to draw: number `sample` (from 0) of a request."""
+
+    request: Request
+    sample: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A model and all the samples to draw from it.
+
+    Attributes:
+      name: of the model, to show.
+      stamp: JSON dict of everything that a row's tokens depend on, besides the rows.
+      rows: in the order they are drawn.
+    """
+
+    name: str
+    params: Params
+    model: ModelConfig
+    process: Process
+    tokenizer: Tokenizer
+    rows: list[Row]
+    length: int
+    batch_size: int
+    steps: int
+    jump: str
+    seed: int
+    temperature: float
+    stamp: dict[str, Any]
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a sample."""
+        return self.length if self.model.causal else self.steps
+
+    def line(self, row: Row, tokens_L: np.ndarray) -> dict[str, Any]:
+        """What the output says of a sample."""
+        tokens = tokens_L[: row.request.template.shown].tolist()
+        return (
+            _line_head(row) | {"text": self.tokenizer.decode(tokens), "tokens": tokens} | self.stamp
         )
-    return trained[-1]
+
+
+def _line_head(row: Row) -> dict[str, Any]:
+    head = {"id": row.request.id, "sample": row.sample}
+    return head | ({row.request.kind: row.request.text} if row.request.kind else {})
+
+
+def check_options(options: Options) -> None:
+    """Refuses flags that can't work together, before anything is read.
+
+    Raises:
+      ValueError: naming the flags.
+    """
+    if (options.workdir is None) == (options.checkpoint is None):
+        raise ValueError("Give either --workdir=DIR or --checkpoint=PATH, and not both.")
+    names = ("prompt", "infill", "batch_file")
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them.")
+    for name in ("length", "num_samples", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    inference.check_settings(
+        steps=options.steps, seed=options.seed, temperature=options.temperature
+    )
+    if options.jump:
+        jumps.get_rule(options.jump)
+    if options.stream and (options.batch_file or options.output):
+        raise ValueError("--stream shows texts to you; leave out --batch_file and --output.")
+    if options.output and pathlib.Path(options.output).suffix != ".jsonl":
+        raise ValueError(f"--output must be a .jsonl file, got {options.output!r}.")
+
+
+def open_model(options: Options) -> Bundle:
+    """The model that the flags name, with a tokenizer that fits it.
+
+    Raises:
+      ValueError: if there is no tokenizer, or one of another vocabulary; see `formats.open_bundle`.
+    """
+    if options.workdir is not None:
+        workdir.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
+    path = pathlib.Path(options.workdir or options.checkpoint).expanduser()
+    passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
+    bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})
+    if bundle.tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer; give the one it was trained with: --tokenizer=gpt2, or "
+            "--tokenizer=PATH of a tokenizer.json."
+        )
+    source = bundle.process().source
+    num_tokens = source.vocab_size - (source.mask_id is not None)
+    if bundle.tokenizer.vocab_size != num_tokens:
+        raise ValueError(
+            f"The tokenizer has {bundle.tokenizer.vocab_size} tokens, the network of {path} "
+            f"{num_tokens} without its mask token; give the --tokenizer (or --source) it was "
+            "trained with."
+        )
+    return bundle
+
+
+def make_job(options: Options, bundle: Bundle) -> Job:
+    """All that is to be drawn; every prompt is checked here.
+
+    Raises:
+      ValueError: for a prompt that can't be used, by its line if it is one of a file.
+    """
+    process, model = bundle.process(), bundle.model
+    length = options.length or bundle.block_length or _DEFAULT_LENGTH
+    if options.stream and model.causal:
+        raise ValueError(
+            "--stream shows a block being refined; an autoregressive model writes each token "
+            "once. Leave it out."
+        )
+
+    def check(template):
+        inference.check_given(model, process, template.given_L[None], template.frozen_L[None])
+
+    if options.batch_file:
+        requests = prompts.read_requests(options.batch_file, bundle.tokenizer, length, check)
+    else:
+        kind = next((k for k in prompts.MAKERS if getattr(options, k) is not None), "")
+        text = getattr(options, kind) if kind else ""
+        requests = [prompts.make_request(kind, text, bundle.tokenizer, length)]
+        check(requests[0].template)
+    rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
+    params = bundle.params()
+    job = Job(
+        name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
+        params=jax.device_put(params),
+        model=model,
+        process=process,
+        tokenizer=bundle.tokenizer,
+        rows=rows,
+        length=length,
+        batch_size=options.batch_size or min(len(rows), _DEFAULT_BATCH),
+        steps=options.steps,
+        jump=options.jump or _trained_jump(bundle),
+        seed=options.seed,
+        temperature=options.temperature,
+        stamp={},
+    )
+    if not (options.batch_file or options.output):
+        return job  # without lines nothing has to be stamped
+    return dataclasses.replace(job, stamp=_stamp(job, bundle, params))
+
+
+def _trained_jump(bundle: Bundle) -> str:
+    evaluation = (bundle.provenance.get("config") or {}).get("eval") or {}
+    return evaluation.get("few_step_jump") or jumps.CUMULATIVE.name
+
+
+def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
+    content = hashlib.sha256()
+    for path, array in bundle_lib.flatten(params).items():
+        content.update(f"{path} {bundle_lib.checksum(array)}\n".encode())
+    known = {key: bundle.provenance.get(key) for key in ("run", "stage", "weights", "step")}
+    return {
+        "seed": job.seed,
+        "batch_size": job.batch_size,
+        "steps": job.calls,
+        "temperature": job.temperature,
+        "jump": None if job.model.causal else job.jump,
+        "length": job.length,
+        "model": {key: value for key, value in known.items() if value is not None}
+        | {
+            "sha256": content.hexdigest()[:16],
+            "tokenizer": job.tokenizer.fingerprint,
+            "path": dict(bundle.path),
+        },
+    }
+
+
+def draw(
+    job: Job, *, start: int = 0, view: "View | None" = None
+) -> Iterator[list[tuple[int, Row, np.ndarray]]]:
+    """Draws the batches of a job.
+
+    Args:
+      job: what to draw.
+      start: index of the first row wanted, of those there are; batches before its own are left
+        out.
+      view: watches each batch being refined.
+
+    Yields:
+      (index, row, int32 [L]) of the rows of one batch, in order, from `start`.
+    """
+    for index in range(start // job.batch_size, -(-len(job.rows) // job.batch_size)):
+        first = index * job.batch_size
+        rows = job.rows[first : first + job.batch_size]
+        # The last batch is filled up with copies of its last row: another shape would compile anew.
+        padded = rows + rows[-1:] * (job.batch_size - len(rows))
+        given_BL = np.stack([row.request.template.given_L for row in padded])
+        frozen_BL = np.stack([row.request.template.frozen_L for row in padded])
+        seed = inference.batch_seed(job.seed, index)
+        with view.batch(rows, frozen_BL, _start(job, seed, given_BL, frozen_BL)) if view else _NONE:
+            tokens_BL = inference.generate(
+                job.params,
+                job.model,
+                job.process,
+                given_BL=given_BL,
+                frozen_BL=frozen_BL,
+                steps=job.steps,
+                seed=seed,
+                jump_rule=job.jump,
+                temperature=job.temperature,
+                on_step=view.on_step if view else None,
+            )
+        drawn = [(first + i, row, tokens_BL[i]) for i, row in enumerate(rows)]
+        yield [part for part in drawn if part[0] >= start]
+
+
+_NONE = contextlib.nullcontext()
+
+
+def _start(job: Job, seed: int, given_BL: np.ndarray, frozen_BL: np.ndarray) -> np.ndarray:
+    x0_BL, _ = inference.draw_noise(
+        job.process, jnp.uint32(seed), jnp.asarray(given_BL), jnp.asarray(frozen_BL)
+    )
+    return np.asarray(x0_BL)
+
+
+# ------------------------------------------------------------------------------------ lines of JSON
+def rows_written(path: pathlib.Path, job: Job) -> int:
+    """How many of a job's rows an output holds, all of them checked to be of this job.
+
+    Raises:
+      ValueError: if the file holds anything else; it is left as it is.
+    """
+    if not path.exists():
+        return 0
+    remedy = f"remove {path} or choose another --output"
+    torn = path.read_bytes().rpartition(b"\n")[2]
+    head = b'{"id": '
+    if not (torn.startswith(head) or head.startswith(torn)):
+        raise ValueError(f"{path} was not written by this program; {remedy}.")
+    lines = writer.read_jsonl(path)
+    if len(lines) > len(job.rows):
+        raise ValueError(
+            f"{path} has {len(lines)} samples, more than the {len(job.rows)} asked for; {remedy}."
+        )
+    for number, (line, row) in enumerate(zip(lines, job.rows, strict=False), start=1):
+        wanted = _line_head(row) | job.stamp
+        found = line if isinstance(line, dict) else {}
+        different = [
+            f"{key}: {found.get(key, 'absent')!r} there, {value!r} now"
+            for key, value in wanted.items()
+            if key not in found or found[key] != value
+        ]
+        if different:
+            raise ValueError(
+                f"{path} line {number} is of another job ({'; '.join(different)}); {remedy}."
+            )
+    return len(lines)
+
+
+def write_lines(job: Job, emit: Callable[[dict], None], *, start: int, progress: bool) -> None:
+    """Draws a job from row `start` on and hands each line to `emit` as its batch is done."""
+    total = len(job.rows) - start
+    if not total:
+        return
+    with writer.Progress("sampling", total=total) if progress else _NONE as counter:
+        for batch in draw(job, start=start):
+            for _, row, tokens_L in batch:
+                emit(job.line(row, tokens_L))
+            if counter is not None:
+                counter.advance(len(batch))
+
+
+def _print_line(line: dict, out: TextIO) -> None:
+    print(json.dumps(line), file=out, flush=True)
+
+
+# -------------------------------------------------------------------------------------- for people
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""Text without characters that steer a terminal: "\x1b" becomes four harmless ones."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in ("Cc", "Cs") and char not in keep
+        else char
+        for char in text
+    )
+
+
+def print_samples(job: Job, out: TextIO, view: "View | None" = None) -> None:
+    """Draws a job and prints its texts, each under a line that names it."""
+    clean = printable if out.isatty() else lambda text: text
+    for batch in draw(job, view=view):
+        for i, row, tokens_L in batch:
+            shown = tokens_L[: row.request.template.shown].tolist()
+            head = f"--- sample {i + 1} of {len(job.rows)}: {job.name}, {job.calls} network calls"
+            print(head, file=out)
+            print(clean(job.tokenizer.decode(shown)), file=out, flush=True)
+
+
+class Piece(NamedTuple):
+    """A stretch of a text that is on its way; kind: "given", "masked", "changed" or "kept"."""
+
+    text: str
+    kind: str
+
+
+def pieces(
+    tokens_L: np.ndarray,
+    given_L: np.ndarray,
+    changed_L: np.ndarray,
+    mask_id: int | None,
+    tokenizer: Tokenizer,
+) -> list[Piece]:
+    """Text between two steps, cut where the state of its tokens changes.
+
+    A character whose bytes lie in two pieces shows as replacement characters.
+
+    Args:
+      tokens_L: int [L], may hold the mask id.
+      given_L, changed_L: bool [L].
+      mask_id: shown as a block a token.
+      tokenizer: of the other tokens.
+    """
+    kinds_L = np.select(
+        [given_L, tokens_L == (-1 if mask_id is None else mask_id), changed_L],
+        ["given", "masked", "changed"],
+        "kept",
+    ).tolist()
+    result = []
+    for kind, group in itertools.groupby(range(len(tokens_L)), key=kinds_L.__getitem__):
+        ids = tokens_L[list(group)].tolist()
+        result.append(
+            Piece(_MASKED * len(ids) if kind == "masked" else tokenizer.decode(ids), kind)
+        )
+    return result
+
+
+class View:
+    """Watches batches being refined: plain lines for the first sample of each.
+
+    Args:
+      job: what is drawn.
+      out: where to write.
+    """
+
+    def __init__(self, job: Job, out: TextIO):
+        self._job, self._out = job, out
+        self._error: Exception | None = None
+
+    @contextlib.contextmanager
+    def batch(self, rows: list[Row], frozen_BL: np.ndarray, x0_BL: np.ndarray) -> Iterator[None]:
+        """Around the drawing of one batch that starts from `x0_BL`.
+
+        Raises:
+          OSError: if the view could not be written.
+        """
+        self._rows, self._frozen_BL, self._before_BL = rows, frozen_BL, x0_BL
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+        if self._error is not None:
+            raise self._error
+
+    def on_step(self, index: Any, x_BL: Any) -> None:
+        """`sampler.OnStep`."""
+        after_BL = np.asarray(x_BL)
+        changed_BL = after_BL != self._before_BL
+        self._before_BL = after_BL
+        try:
+            if self._error is None:
+                self.show(int(index) + 1, changed_BL)
+        except OSError as error:  # a closed pipe; raised here it would be an error of the runtime
+            self._error = error
+
+    def row_pieces(self, i: int, changed_BL: np.ndarray) -> list[Piece]:
+        """Row `i` of the batch as it is now."""
+        shown = slice(self._rows[i].request.template.shown)
+        return pieces(
+            self._before_BL[i, shown],
+            self._frozen_BL[i, shown],
+            changed_BL[i, shown],
+            self._job.process.source.mask_id,
+            self._job.tokenizer,
+        )
+
+    def summary(self, step: int, changed_BL: np.ndarray, rows: int) -> str:
+        """How far it is and how much has moved, in the first `rows` rows."""
+        if not step:
+            return f"step 0/{self._job.calls}, noise"
+        lengths = [row.request.template.shown for row in self._rows[:rows]]
+        changed = sum(int(changed_BL[i, :length].sum()) for i, length in enumerate(lengths))
+        return f"step {step}/{self._job.calls}, {changed} of {sum(lengths)} tokens changed"
+
+    def begin(self) -> None:
+        """Before the first step."""
+
+    def end(self) -> None:
+        """After the last one, whether it came or not."""
+
+    def show(self, step: int, changed_BL: np.ndarray) -> None:
+        """After step number `step` = 1 .. S."""
+        none_changed_BL = np.zeros_like(changed_BL)  # in fewer pieces
+        text = "".join(piece.text for piece in self.row_pieces(0, none_changed_BL))
+        summary = self.summary(step, changed_BL, 1)
+        print(f"{summary}: {printable(text, keep='')}", file=self._out, flush=True)
+
+
+class LiveView(View):
+    """The first samples of a batch in place on a terminal; gone when the batch is done."""
+
+    def begin(self) -> None:
+        """Shows the noise."""
+        console = rich.console.Console(file=self._out)
+        self._live = rich.live.Live(console=console, auto_refresh=False, transient=True)
+        self._live.start()
+        self._frame = min(_MIN_FRAME, _MAX_SLOWDOWN / self._job.calls)
+        self._due = time.monotonic()
+        self.show(0, np.zeros_like(self._frozen_BL))
+
+    def end(self) -> None:
+        """Leaves the last step up for a moment."""
+        self._pause()
+        self._live.stop()
+
+    def show(self, step: int, changed_BL: np.ndarray) -> None:
+        """Replaces the texts."""
+        self._pause()
+        rows = min(_LIVE_SAMPLES, len(self._rows))
+        panels = []
+        for i in range(rows):
+            text = rich.text.Text()  # takes no markup
+            for piece in self.row_pieces(i, changed_BL):
+                text.append(printable(piece.text), _STYLES[piece.kind])
+            panels.append(rich.panel.Panel(text, title=f"sample {self._rows[i].sample + 1}"))
+        summary = rich.text.Text(self.summary(step, changed_BL, rows), "bold")
+        self._live.update(rich.console.Group(summary, *panels), refresh=True)
+
+    def _pause(self) -> None:
+        time.sleep(max(self._due - time.monotonic(), 0))
+        self._due = time.monotonic() + self._frame
+
+
+# -------------------------------------------------------------------------------------- the program
+def run(options: Options, out: TextIO) -> None:
+    """Does what the flags say; `out` gets the texts, or lines of JSON and nothing else.
+
+    Raises:
+      ValueError, OSError: for what the user can mend; then nothing has been written.
+    """
+    check_options(options)
+    job = make_job(options, open_model(options))
+    logging.info("Sampling %d rows from %s.", len(job.rows), job.name)
+    if options.output:
+        path = pathlib.Path(options.output).expanduser()
+        start = rows_written(path, job)
+        if start:
+            print(f"{path} holds {start} of {len(job.rows)} samples already.", file=sys.stderr)
+        emit = functools.partial(writer.append_jsonl, path)
+        write_lines(job, emit, start=start, progress=True)
+    elif options.batch_file:
+        # A bar on stderr and lines on one terminal would overwrite each other. `out` is held
+        # here because the bar redirects sys.stdout to itself.
+        emit = functools.partial(_print_line, out=out)
+        write_lines(job, emit, start=0, progress=not out.isatty())
+    else:
+        view = (LiveView if out.isatty() else View)(job, out) if options.stream else None
+        print_samples(job, out, view)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    folder = pathlib.Path(_WORKDIR.value).expanduser()
-    config = workdir.load_config(folder)
-    prepared = data.load(workdir.data_directory(folder, config))
-    tokenizer = prepared.tokenizer
-    process = stages.make_process(
-        config.path, num_tokens=tokenizer.vocab_size, eos_id=tokenizer.eos_id
-    )
-    name = _STAGE.value or _pick_run(config, folder)
-    weights = workdir.load_weights(
-        workdir.stage_directory(folder, name), tokenizer=tokenizer.fingerprint
-    )
-    logging.info("Sampling from %s, step %d.", name, weights.step)
-    tokens_BL = inference.generate(
-        weights,
-        process,
-        num_samples=_NUM_SAMPLES.value,
-        length=prepared.block_length,
-        steps=_STEPS.value,
-        seed=_SEED.value,
-        jump_rule=_JUMP.value or config.eval.few_step_jump,
-        temperature=_TEMPERATURE.value,
-        prompt=tuple(tokenizer.encode(_PROMPT.value)) if _PROMPT.value else (),
-    )
-    calls = prepared.block_length if weights.model.causal else _STEPS.value
-    for i, ids in enumerate(tokens_BL):
-        print(f"--- sample {i + 1} of {len(tokens_BL)}: {name}, {calls} network calls")
-        print(tokenizer.decode(ids.tolist()))
+    names = [field.name for field in dataclasses.fields(Options)]
+    run(Options(**{name: flags.FLAGS[name].value for name in names}), sys.stdout)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
+    define_flags()
     cli.run(main)

@@ -1,13 +1,14 @@
 """Trained weights to samples: jitted samplers for any stage, compiled once per shape."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import jumps, models, sampler, workdir
+from fsdfm_jax import jumps, models, sampler
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
@@ -40,6 +41,17 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
     return run
 
 
+def draw_noise(process: Process, seed, given_BL, frozen_BL) -> tuple[jax.Array, jax.Array]:
+    """What `make_generator` starts from: noise around the given tokens, and the key of the steps.
+
+    Returns:
+      (x0_BL int32, typed key).
+    """
+    noise_key, sample_key = jax.random.split(jax.random.key(seed))
+    x0_BL = process.source.sample(noise_key, given_BL.shape)
+    return jnp.where(frozen_BL, given_BL, x0_BL).astype(jnp.int32), sample_key
+
+
 def make_generator(
     model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None = None
 ) -> Callable[..., jax.Array]:
@@ -59,9 +71,7 @@ def make_generator(
     finalize = jumps.make_finalize(process.source)
 
     def generate_tokens(params: Params, seed, given_BL, frozen_BL, grid_S1, temperature):
-        noise_key, sample_key = jax.random.split(jax.random.key(seed))
-        x0_BL = process.source.sample(noise_key, given_BL.shape)
-        x0_BL = jnp.where(frozen_BL, given_BL, x0_BL).astype(jnp.int32)
+        x0_BL, sample_key = draw_noise(process, seed, given_BL, frozen_BL)
         denoise = lambda x, t, h: models.apply(params, model, x, t, h)
         return sampler.sample(
             sample_key,
@@ -78,76 +88,167 @@ def make_generator(
     return generate_tokens
 
 
+@functools.lru_cache(maxsize=64)
+def jit_generator(
+    model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None
+) -> Callable[..., jax.Array]:
+    """`make_generator`, jitted; equal arguments return the same function, with what it compiled."""
+    return jax.jit(make_generator(model, process, jump_rule, on_step))
+
+
 @functools.lru_cache(maxsize=8)
-def make_autoregressive_sampler(model: ModelConfig, length: int) -> Callable[..., jax.Array]:
+def make_autoregressive_sampler(
+    model: ModelConfig, length: int, mask_id: int | None = None
+) -> Callable[..., jax.Array]:
     """A jitted left-to-right sampler with key-value cache.
 
+    Args:
+      model: causal network.
+      length: L.
+      mask_id: a token that is never drawn, that of a mask source's vocabulary.
+
     Returns:
-      `(params, key, first_B, temperature) -> int [B, length]`; `first_B` is the token before the
-      text, the end-of-document token to start a block as the network was trained to.
+      `(params, key, first_B, temperature, given_BL=None, frozen_BL=None) -> int [B, length]`;
+      `first_B` is the token before the text, the end-of-document token to start a block as the
+      network was trained to; the last two as in `sampler.sample_autoregressive`.
     """
 
     @jax.jit
-    def run(params: Params, key, first_B, temperature):
-        decode = functools.partial(models.decode_step, params, model)
-        cache = models.empty_cache(model, first_B.shape[0], length)
+    def run(params: Params, key, first_B, temperature, given_BL=None, frozen_BL=None):
+        def decode(token_B, position, cache):
+            logits_BV, cache = models.decode_step(params, model, token_B, position, cache)
+            if mask_id is not None:
+                logits_BV = logits_BV.at[:, mask_id].set(-jnp.inf)
+            return logits_BV, cache
+
         return sampler.sample_autoregressive(
-            key, decode, cache, first_B, length, temperature=temperature
+            key,
+            decode,
+            models.empty_cache(model, first_B.shape[0], length),
+            first_B,
+            length,
+            given_BL=given_BL,
+            frozen_BL=frozen_BL,
+            temperature=temperature,
         )
 
     return run
 
 
 def generate(
-    weights: workdir.Weights,
+    params: Params,
+    model: ModelConfig,
     process: Process,
     *,
-    num_samples: int,
-    length: int,
+    given_BL: np.ndarray,
+    frozen_BL: np.ndarray,
     steps: int,
     seed: int,
     jump_rule: str = "cumulative",
     temperature: float = 1.0,
-    prompt: tuple[int, ...] = (),
+    on_step: OnStep | None = None,
 ) -> np.ndarray:
-    """Samples token ids from any stage.
+    """Samples token ids from any network, around given tokens.
+
+    The tokens are those of `make_generator` with `sampler.uniform_grid(steps)`; an autoregressive
+    network draws them left to right.
 
     Args:
-      weights: from `workdir.load_weights`.
-      process: from `stages.make_process`.
-      num_samples, length: B and L.
+      params, model: of any stage.
+      process: the noising process it was trained on.
+      given_BL: int [B, L], of no meaning where nothing is frozen.
+      frozen_BL: bool [B, L], positions that hold the given token and never move.
       steps: S, network calls; an autoregressive network always takes L.
-      seed: of everything random.
-      jump_rule: of the first S-1 steps.
+      seed: of everything random, in [0, 2^32); see `batch_seed` for more than one batch.
+      jump_rule: of the first S-1 steps; unused by an autoregressive network.
       temperature: divides the logits, > 0.
-      prompt: token ids that every sample begins with; they never change.
+      on_step: called on the host with (index of the step, x_BL after it), in order, S times before
+        this returns. The same function object shares one compiled program.
 
     Returns:
       int32 [B, L].
 
     Raises:
-      ValueError: for values outside their range, or a prompt for an autoregressive network.
+      ValueError: for values outside their range (`check_settings`), tokens that can't be given
+        (`check_given`), an unknown jump rule, or `on_step` with an autoregressive network.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}.")
-    if len(prompt) >= length:
+    check_settings(steps=steps, seed=seed, temperature=temperature)
+    check_given(model, process, given_BL, frozen_BL)
+    given_BL = jnp.asarray(np.where(frozen_BL, given_BL, 0), jnp.int32)
+    frozen_BL = jnp.asarray(frozen_BL)
+    seed, temperature = jnp.uint32(seed), jnp.float32(temperature)
+    if model.causal:
+        if on_step is not None:
+            raise ValueError(
+                "on_step watches a block being refined; an autoregressive network writes each "
+                "token once, so there is nothing to watch."
+            )
+        first_B = jnp.full(given_BL.shape[:1], process.eos_id, jnp.int32)
+        _, sample_key = jax.random.split(jax.random.key(seed))
+        run = make_autoregressive_sampler(model, given_BL.shape[1], process.source.mask_id)
+        return np.asarray(run(params, sample_key, first_B, temperature, given_BL, frozen_BL))
+    grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
+    run = jit_generator(model, process, jump_rule, on_step)
+    tokens_BL = np.asarray(run(params, seed, given_BL, frozen_BL, grid_S1, temperature))
+    if on_step is not None:
+        jax.effects_barrier()  # the result may be there before the last call is
+    return tokens_BL
+
+
+def batch_seed(seed: int, index: int) -> int:
+    """Seed of a job's batch `index` = 0, 1, ..: the job's own for the first, then derived from it.
+
+    So the first batch is what one call with `seed` gives, and a job's tokens depend on its seed and
+    its batch size, not on where it was interrupted.
+    """
+    if index == 0:
+        return seed
+    return int(jax.random.bits(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), index)))
+
+
+def check_settings(*, steps: int, seed: int, temperature: float) -> None:
+    """Refuses what no sample can be drawn with.
+
+    Raises:
+      ValueError: steps < 1, a seed outside [0, 2^32), or a temperature that isn't above 0 and
+        finite.
+    """
+    sampler.uniform_grid(steps)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
+
+
+def check_given(
+    model: ModelConfig, process: Process, given_BL: np.ndarray, frozen_BL: np.ndarray
+) -> None:
+    """Refuses given tokens that the network can't be conditioned on.
+
+    Raises:
+      ValueError: for arrays that aren't [B, L] of one shape with B, L >= 1, an id that is no text
+        token, or a causal network and frozen positions that are not the head of their row.
+    """
+    given_BL, frozen_BL = np.asarray(given_BL), np.asarray(frozen_BL)
+    if given_BL.ndim != 2 or given_BL.shape != frozen_BL.shape or not given_BL.size:
         raise ValueError(
-            f"The prompt has {len(prompt)} tokens and leaves nothing to write in {length}."
+            "given_BL and frozen_BL must have one shape [B, L] with at least one row and one "
+            f"position, got {given_BL.shape} and {frozen_BL.shape}."
         )
-    noise_key, sample_key = jax.random.split(jax.random.key(seed))
-    temperature = jnp.float32(temperature)
-    if weights.model.causal:
-        if prompt:
-            raise ValueError("A prompt works with the few-step and base stages only.")
-        first_B = jnp.full((num_samples,), process.eos_id, jnp.int32)
-        run = make_autoregressive_sampler(weights.model, length)
-        return np.asarray(run(weights.params, sample_key, first_B, temperature))
-    grid_S1 = sampler.uniform_grid(steps)
-    x0_BL = process.source.sample(noise_key, (num_samples, length))
-    x0_BL = x0_BL.at[:, : len(prompt)].set(jnp.asarray(prompt, jnp.int32)[None])
-    frozen_BL = jnp.broadcast_to(jnp.arange(length) < len(prompt), (num_samples, length))
-    run = make_sampler(weights.model, process, jump_rule)
-    tokens = run(weights.params, sample_key, x0_BL, frozen_BL, jnp.asarray(grid_S1), temperature)
-    return np.asarray(tokens)
+    if frozen_BL.dtype != bool or not np.issubdtype(given_BL.dtype, np.integer):
+        raise ValueError(
+            f"given_BL must hold integers and frozen_BL bools, got {given_BL.dtype} and "
+            f"{frozen_BL.dtype}."
+        )
+    vocab_size, mask_id = process.source.vocab_size, process.source.mask_id
+    held = given_BL[frozen_BL]
+    wrong = held[(held < 0) | (held >= vocab_size) | (held == mask_id)]
+    if wrong.size:
+        masked = "" if mask_id is None else f" other than the mask token {mask_id}"
+        raise ValueError(f"Given tokens must be in [0, {vocab_size}){masked}, got {wrong[0]}.")
+    if model.causal and (frozen_BL[:, 1:] & ~frozen_BL[:, :-1]).any():
+        raise ValueError(
+            "An autoregressive network writes from left to right and can't see text that stands "
+            "after a gap: give it a prompt that the text begins with, or fill gaps with a "
+            "few-step or base model."
+        )

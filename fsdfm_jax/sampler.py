@@ -145,6 +145,8 @@ def sample_autoregressive(
     first_B: jax.Array,
     length: int,
     *,
+    given_BL: jax.Array | None = None,
+    frozen_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
     """The baseline: one token after the other, `length` network calls on a key-value cache.
@@ -154,20 +156,27 @@ def sample_autoregressive(
       decode: (token_B, position, cache) -> (logits_BV, cache).
       cache: the empty cache.
       first_B: int [B], the token that stands before the first one; not part of the result.
-      length: L, tokens to draw.
+      length: L, tokens of the result.
+      given_BL, frozen_BL: int and bool [B, length]; frozen positions hold the given token instead
+        of a draw, and the network reads it from there on. What comes before a given token is drawn
+        without knowing it: only frozen heads are conditional samples. None forces nothing.
       temperature: divides the logits, > 0.
 
     Returns:
       int [B, length].
     """
+    if frozen_BL is None:
+        given_BL = jnp.zeros((first_B.shape[0], length), first_B.dtype)
+        frozen_BL = jnp.zeros(given_BL.shape, bool)
 
     def step(carry, inputs):
         token_B, cache = carry
-        step_key, position = inputs
+        step_key, position, given_B, frozen_B = inputs
         logits_BV, cache = decode(token_B, position, cache)
-        token_B = draws.categorical(step_key, logits_BV / temperature).astype(token_B.dtype)
+        drawn_B = draws.categorical(step_key, logits_BV / temperature).astype(token_B.dtype)
+        token_B = jnp.where(frozen_B, given_B.astype(token_B.dtype), drawn_B)
         return (token_B, cache), token_B
 
-    inputs = (jax.random.split(key, length), jnp.arange(length))
+    inputs = (jax.random.split(key, length), jnp.arange(length), given_BL.T, frozen_BL.T)
     _, tokens_LB = jax.lax.scan(step, (first_B, cache), inputs)
     return tokens_LB.T

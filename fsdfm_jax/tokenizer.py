@@ -102,11 +102,15 @@ class Tokenizer:
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return self._backend.to_str(pretty=True)
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a tokenizer.json to the file `path`, whole or not at all."""
         path = pathlib.Path(path)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        partial.write_text(self.to_json(), encoding="utf-8")
         os.replace(partial, path)
 
 
@@ -140,14 +144,23 @@ def load(spec: str | os.PathLike) -> Tokenizer:
             f'no tokenizer at {path}: expected "bpe", "gpt2", a tokenizer.json, a folder that '
             'holds one, or "package:NAME/PATH"'
         )
+    return from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def from_json(text: str, name: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content; `name` says in errors where it came from.
+
+    Raises:
+      ValueError: it is no tokenizer.json, or the tokenizer has no end-of-text token.
+    """
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
     try:
         return Tokenizer(backend)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

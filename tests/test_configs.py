@@ -89,6 +89,7 @@ PAPER = {
     "path.schedule": "polynomial",
     "path.power": 1.0,
     "path.source": "uniform",
+    "path.revealed": "stay",
     "optim.b1": 0.9,
     "optim.b2": 0.95,
     "optim.eps": 1e-8,
@@ -269,5 +270,5 @@ def test_the_record_sees_what_it_should(monkeypatch):
         with pytest.raises(AttributeError):
             main.optim.make_optimizer(config.optim, config.path)
     leaves = set(record.read)
-    assert leaves == {"path.schedule", "path.power", "path.source"}
+    assert leaves == {"path.schedule", "path.power", "path.source", "path.revealed"}
     assert record.missing == {"path.num_steps"}

@@ -38,9 +38,19 @@ FEW_STEP = _weights(conditioning="additive")
 CAUSAL = _weights(causal=True)
 
 
-def _generate(weights=FEW_STEP, process=UNIFORM_PROCESS, **changes):
-    wanted = {"num_samples": B, "length": L, "steps": 3, "seed": 0} | changes
-    return inference.generate(weights, process, **wanted)
+def _given(tokens=(), num_samples=B, length=L):
+    """(given_BL, frozen_BL) of rows that all begin so; None leaves a gap."""
+    given_BL, frozen_BL = np.zeros((num_samples, length), np.int32), np.zeros((1, length), bool)
+    for i, token in enumerate(tokens):
+        if token is not None:
+            given_BL[:, i], frozen_BL[:, i] = token, True
+    return given_BL, np.repeat(frozen_BL, num_samples, axis=0)
+
+
+def _generate(weights=FEW_STEP, process=UNIFORM_PROCESS, *, given=(), num_samples=B, **changes):
+    given_BL, frozen_BL = _given(given, num_samples)
+    wanted = {"given_BL": given_BL, "frozen_BL": frozen_BL, "steps": 3, "seed": 0} | changes
+    return inference.generate(weights.params, weights.model, process, **wanted)
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -60,14 +70,24 @@ def test_shape_and_seed(weights):
     ("changes", "message"),
     [
         ({"steps": 0}, "at least 1 step"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^32\), got -1"),
+        ({"seed": 2**32}, "seed must be in"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"temperature": -1.0}, "temperature must be greater than 0"),
         ({"temperature": float("nan")}, "temperature must be greater than 0"),
-        ({"prompt": (1,) * L}, f"prompt has {L} tokens"),
+        ({"temperature": float("inf")}, "temperature must be greater than 0 and finite"),
         ({"jump_rule": "leap"}, "Unknown jump rule 'leap'"),
-        ({"weights": CAUSAL, "prompt": (1,)}, "few-step and base stages only"),
-        ({"weights": CAUSAL, "num_samples": 0}, "num_samples"),
+        ({"num_samples": 0}, "at least one row"),
+        ({"frozen_BL": np.zeros((B, L + 1), bool)}, r"\(16, 5\) and \(16, 6\)"),
+        ({"frozen_BL": np.zeros((B, L), np.int32)}, "frozen_BL bools"),
+        ({"given_BL": np.zeros((B, L))}, "given_BL must hold integers"),
+        ({"given": (V,)}, r"in \[0, 6\), got 6"),
+        ({"given": (-1,)}, r"in \[0, 6\), got -1"),
+        ({"given": (MASK,), "process": MASK_PROCESS}, "other than the mask token 5, got 5"),
+        ({"weights": CAUSAL, "given": (1, None, 2)}, "can't see text that stands after a gap"),
+        ({"weights": CAUSAL, "given": (None, 2)}, "can't see text that stands after a gap"),
+        ({"weights": CAUSAL, "on_step": print}, "nothing to watch"),
+        ({"weights": CAUSAL, "temperature": 0.0}, "temperature"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -76,17 +96,63 @@ def test_bad_arguments(changes, message):
 
 
 @pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
-@pytest.mark.parametrize("prompt", [(3,), (1, 4, 2)])
-def test_the_prompt_stays(process, prompt):
-    tokens = _generate(process=process, prompt=prompt)
-    np.testing.assert_array_equal(tokens[:, : len(prompt)], [prompt] * B)
-    assert len({tuple(row) for row in tokens[:, len(prompt) :]}) > 1
+@pytest.mark.parametrize("given", [(3,), (1, 4, 2), (2, None, None, 1), (None, 3, None, None, 0)])
+def test_given_tokens_stay(process, given):
+    tokens = _generate(process=process, given=given)
+    given_BL, frozen_BL = _given(given)
+    np.testing.assert_array_equal(tokens[frozen_BL], given_BL[frozen_BL])
+    assert len({tuple(row) for row in tokens}) > 1
 
 
-def test_the_prompt_is_seen():
-    """The tokens after it are drawn given it, not given the noise in its place."""
-    one, other = _generate(prompt=(1, 1, 1)), _generate(prompt=(4, 4, 4))
-    assert (one[:, 3:] != other[:, 3:]).any()
+def test_given_tokens_are_seen():
+    """The others are drawn given them, not given the noise in their place."""
+    for one, other in (((1, 1, 1), (4, 4, 4)), ((None, None, 1, 1), (None, None, 4, 4))):
+        first, second = _generate(given=one), _generate(given=other)
+        free_BL = ~_given(one)[1]
+        assert (first[free_BL] != second[free_BL]).any()
+
+
+def test_the_tokens_are_those_of_the_generator_that_is_exported():
+    given_BL, frozen_BL = _given((1, None, 2))
+    run = inference.make_generator(FEW_STEP.model, MASK_PROCESS, "cumulative")
+    grid = sampler.uniform_grid(3)
+    wanted = run(FEW_STEP.params, np.uint32(5), given_BL, frozen_BL, grid, np.float32(0.8))
+    tokens = _generate(process=MASK_PROCESS, given=(1, None, 2), seed=5, temperature=0.8)
+    np.testing.assert_array_equal(tokens, wanted)
+
+
+def test_what_stands_where_nothing_is_frozen_has_no_meaning():
+    given_BL, frozen_BL = _given((1, 4))
+    scribbled = np.where(frozen_BL, given_BL, 10**6)
+    np.testing.assert_array_equal(
+        _generate(given=(1, 4)), _generate(given_BL=scribbled, frozen_BL=frozen_BL)
+    )
+
+
+def test_batches_have_seeds_of_their_own():
+    seeds = [inference.batch_seed(seed, index) for seed in (0, 1, 2**32 - 1) for index in range(50)]
+    assert seeds[::50] == [0, 1, 2**32 - 1]  # the first batch is the plain call
+    assert len(set(seeds)) == len(seeds)
+    assert all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    assert inference.batch_seed(1, 3) == seeds[53]
+
+
+# ---------------------------------------------------------------------------------------- watching
+@pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
+def test_watching_sees_each_step_in_order_and_changes_nothing(process):
+    seen = []
+    watch = lambda index, x_BL: seen.append((int(index), np.array(x_BL)))
+    tokens = _generate(process=process, given=(1, None, 2), on_step=watch)
+    assert [index for index, _ in seen] == [0, 1, 2]  # all of them before generate returned
+    np.testing.assert_array_equal(seen[-1][1], tokens)
+    np.testing.assert_array_equal(_generate(process=process, given=(1, None, 2)), tokens)
+    for _, x_BL in seen:
+        np.testing.assert_array_equal(x_BL[:, [0, 2]], [[1, 2]] * B)
+    noise_BL, _ = inference.draw_noise(process, np.uint32(0), *_given((1, None, 2)))
+    np.testing.assert_array_equal(noise_BL[:, [0, 2]], [[1, 2]] * B)
+    if process is MASK_PROCESS:  # the states are in between: masks go, step by step
+        masks = [int((x == MASK).sum()) for x in (np.asarray(noise_BL), *(x for _, x in seen))]
+        assert masks[0] == B * (L - 2) > masks[1] > masks[2] > masks[3] == 0
 
 
 @pytest.mark.parametrize(
@@ -138,18 +204,22 @@ def test_one_program_for_all_grids_of_a_length_and_all_temperatures():
     assert len({result.tobytes() for result in results}) > 1
 
 
-def test_generate_compiles_once_for_seeds_prompts_and_temperatures():
-    run = inference.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "cumulative")
+def test_generate_compiles_once_for_seeds_templates_and_temperatures():
+    run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "cumulative", None)
     _generate()
     compiled = run._cache_size()
-    for seed, prompt, temperature in ((1, (2,), 0.5), (2, (2, 3), 0.7)):
-        _generate(seed=seed, prompt=prompt, temperature=temperature)
-    assert run._cache_size() == compiled
+    for seed, given, temperature in ((1, (2,), 0.5), (2**32 - 1, (2, None, 3), 0.7)):
+        _generate(seed=seed, given=given, temperature=temperature)
+    assert run._cache_size() == compiled > 0
 
 
 # ---------------------------------------------------------------------------------- left to right
-def test_autoregressive_samples_have_the_networks_distribution():
-    """All 27 texts of three tokens, from 20,000 draws, against the exact product of posteriors."""
+@pytest.mark.parametrize("given", [(), (1,), (0, 2)])
+def test_autoregressive_samples_have_the_networks_distribution(given):
+    """All 27 texts of three tokens, from 20,000 draws, against the exact product of posteriors.
+
+    After given tokens: those of the texts that begin so, in the same proportions.
+    """
     weights = _weights(vocab_size=3, causal=True, width=4, num_heads=1, num_blocks=2, scale=1.0)
     process, temperature = Process(Polynomial(), Source(3), eos_id=2), 0.6
     texts = np.asarray(list(itertools.product(range(3), repeat=3)), np.int32)
@@ -160,19 +230,22 @@ def test_autoregressive_samples_have_the_networks_distribution():
     logits = logits / temperature
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     exact = np.exp(np.take_along_axis(logp, texts[..., None], axis=2)[..., 0].sum(1))
-    assert exact.max() / exact.min() > 5  # not flat: a mistake would show
+    possible = (texts[:, : len(given)] == np.asarray(given, np.int32)).all(1)
+    exact = np.where(possible, exact, 0) / exact[possible].sum()
+    assert exact.max() / exact[possible].min() > 1.5  # not flat: a mistake would show
 
-    drawn = inference.generate(
-        weights,
-        process,
-        num_samples=20_000,
-        length=3,
-        steps=1,
-        seed=0,
-        temperature=temperature,
+    given_BL, frozen_BL = _given(given, 20_000, 3)
+    drawn = _generate(
+        weights, process, given_BL=given_BL, frozen_BL=frozen_BL, temperature=temperature
     )
     counts = np.bincount(drawn @ np.asarray([9, 3, 1]), minlength=27)
     assert_frequencies(counts, exact)
+
+
+def test_autoregressive_samples_never_hold_the_mask():
+    """Its network has a logit for it, although no text it learns from holds one."""
+    assert (_generate(CAUSAL, UNIFORM_PROCESS) == MASK).any()
+    assert not (_generate(CAUSAL, MASK_PROCESS) == MASK).any()
 
 
 def test_the_cache_gives_the_logits_of_the_whole_text():
@@ -187,6 +260,14 @@ def test_the_cache_gives_the_logits_of_the_whole_text():
         )
         # Same sums in another order: a few float32 roundings of values around 1.
         np.testing.assert_allclose(logits_BV, whole[:, position], atol=2e-5, rtol=2e-5)
+
+
+def test_autoregressive_tokens_of_a_seed_are_those_of_its_sampler():
+    run = inference.make_autoregressive_sampler(CAUSAL.model, L)
+    _, key = jax.random.split(jax.random.key(5))  # the first is that of the noise
+    first_B = jnp.full((B,), UNIFORM_PROCESS.eos_id)
+    wanted = run(CAUSAL.params, key, first_B, jnp.float32(1))
+    np.testing.assert_array_equal(_generate(CAUSAL, seed=5), wanted)
 
 
 def test_autoregressive_sampler_takes_the_token_before_the_text():

@@ -6,15 +6,18 @@ a large model never holds more than one stacked matrix in memory where the targe
 
 import dataclasses
 import hashlib
+import json
+import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
-from ml_collections import ConfigDict
 
 from fsdfm_jax import models, stages
+from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
@@ -79,7 +82,7 @@ class Bundle:
         """Its noising process, over the network's vocabulary."""
         masked = self.path["source"] == "mask"
         return stages.make_process(
-            ConfigDict(dict(self.path)),
+            types.SimpleNamespace(**self.path),
             num_tokens=self.model.vocab_size - masked,
             eos_id=0 if self.tokenizer is None else self.tokenizer.eos_id,
         )
@@ -125,3 +128,134 @@ def from_params(params: Params, model: ModelConfig, **fields: Any) -> Bundle:
 def checksum(array: np.ndarray) -> str:
     """sha256 of an array's bytes in row-major order, first 16 hex digits."""
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------- descriptions
+
+_MOST_JSON = 2**26  # bytes; tokenizers of large vocabularies take a few MB
+FORMAT = 1
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """All that a bundle knows besides its parameters and tokenizer, as JSON; see `from_parts`."""
+    return {
+        "fsdfm_jax": FORMAT,
+        "model": dataclasses.asdict(bundle.model),
+        "path": dict(bundle.path),
+        "block_length": bundle.block_length,
+        "provenance": dict(bundle.provenance),
+    }
+
+
+def from_parts(
+    leaves: Mapping[str, Leaf],
+    description: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    name: str,
+) -> Bundle:
+    """A bundle of parameters and what `describe` said of them; `name` is the file, for errors.
+
+    Raises:
+      BadFile: the description isn't one, or the parameters aren't its network's: each missing,
+        unexpected or misshapen one is named.
+    """
+    try:
+        if description["fsdfm_jax"] != FORMAT:
+            raise BadFile(
+                f"{name} has format {str(description['fsdfm_jax'])[:40]}, this version reads "
+                f"{FORMAT}; convert it with the version that wrote it."
+            )
+        model = make_model(description["model"])
+        length = description["block_length"]
+        if length is not None and (type(length) is not int or not 0 < length < 2**31):
+            raise ValueError(f"block_length {str(length)[:40]}")
+        path, provenance = dict(description["path"]), dict(description["provenance"])
+        if model.causal or set(path) == set(DEFAULT_PATH):
+            bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
+            if not model.causal:
+                bundle.process()
+        else:
+            raise ValueError(f"path has the keys {', '.join(map(str, path))[:200]}")
+    except BadFile:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise BadFile(f"{name} doesn't describe a model: {str(error)[:300]}.") from error
+    check_leaves(leaves, model, name)
+    trained_with = provenance.get("tokenizer")
+    if tokenizer is not None and trained_with not in (None, tokenizer.fingerprint):
+        raise BadFile(
+            f"{name} was trained with tokenizer {str(trained_with)[:40]}, the one beside it is "
+            f"{tokenizer.fingerprint}: their token ids mean different text."
+        )
+    return bundle
+
+
+def make_model(fields: Mapping[str, Any]) -> ModelConfig:
+    """A network out of JSON, every field of the type it must have.
+
+    Raises:
+      ValueError, TypeError: it is none.
+    """
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in fields:
+            raise ValueError(f"model.{field.name} is missing")
+        value = fields[field.name]
+        wanted = (int, float) if field.type is float else (field.type,)
+        if type(value) not in wanted or (type(value) is int and abs(value) >= 2**31):
+            raise ValueError(f"model.{field.name} is {str(value)[:40]!r}")
+    return ModelConfig(**fields)
+
+
+def check_leaves(leaves: Mapping[str, Leaf], model: ModelConfig, name: str) -> None:
+    """BadFile naming each parameter that the network lacks, doesn't have or has otherwise."""
+    if model.num_blocks > 10_000:
+        raise BadFile(f"{name}: a network of {model.num_blocks} blocks can't be meant.")
+    try:
+        expected = expected_shapes(model)
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise BadFile(f"{name}: no such network can be made: {str(error)[:200]}") from error
+    problems = [f"{path}: missing" for path in expected if path not in leaves]
+    problems += [f"{path[:80]}: unexpected" for path in leaves if path not in expected]
+    problems += [
+        f"{path}: shape {tuple(leaves[path].shape)}, expected {shape}"
+        for path, shape in expected.items()
+        if path in leaves and tuple(leaves[path].shape) != shape
+    ]
+    if problems:
+        raise BadFile(f"{name} doesn't fit its network: " + listed(problems))
+
+
+def listed(problems: list[str]) -> str:
+    """Problems in one line, the first sixty of many."""
+    return "; ".join(problems[:60] + [f"and {len(problems) - 60} more"] * (len(problems) > 60))
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """A JSON object; BadFile, naming `name`, for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise BadFile(f"{name} is no JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise BadFile(f"{name} is a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Content of a small text file; BadFile if it is too large or not UTF-8."""
+    if path.stat().st_size > _MOST_JSON:
+        raise BadFile(f"{path} has {path.stat().st_size} bytes, at most {_MOST_JSON} are read.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path} is no UTF-8 text: {error}") from error
+
+
+def read_tokenizer(text: str, name: str) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json's content, None for an empty one; BadFile on damage."""
+    if not text:
+        return None
+    try:
+        return tokenizer_lib.from_json(text, name)
+    except ValueError as error:
+        raise BadFile(str(error)[:500]) from error

@@ -1,17 +1,37 @@
-"""The official PyTorch layout: state-dict names and [out, in] matrices to and from ours.
+"""The official PyTorch layout: files, state-dict names and [out, in] matrices to and from ours.
+
+    params, cfg = official.load("checkpoint.pth")
+    logits_BLV = models.apply(params, cfg, xt_BL, t_B, h_B)      # h_B ignored by base networks
+    official.save("mine.pth", params, cfg)
 
 The names are those of the published checkpoints of arXiv:2509.20624. Blocks are stacked along a
 leading axis here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head
 width and has no counterpart. Only conditioning "none" and "official" have an official layout.
+
+PyTorch is not needed, and nothing that a file has pickled is ever run (see torch_file.py).
 """
 
-from collections.abc import Mapping
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import jax
 import numpy as np
 
-from fsdfm_jax import models
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import torch_file
+from fsdfm_jax.convert.bundle import BadFile, Leaf
 from fsdfm_jax.models import ModelConfig, Params
+
+# Whose weights: key of the file -> the name it goes by here.
+WHICH = {
+    "ema": "student_ema_model",
+    "student": "student_model",
+    "teacher": "teacher_model",
+    "model": "model",
+}
+DEFAULT_HEAD_WIDTH = 64  # of all published networks
 
 # Ours -> official, of one linear or norm; kernels are transposed.
 _TOP = {
@@ -38,14 +58,316 @@ _BLOCK = {
     "adaln/modulation": "adaLN_modulation",
 }
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_BUFFER = "rotary_emb.inv_freq"
+_WRAPPERS = {"module", "_orig_mod"}  # DistributedDataParallel's and torch.compile's
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
-    flat = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else name
-        flat |= _flatten(value, path) if isinstance(value, Mapping) else {path: value}
-    return flat
+# ---------------------------------------------------------------------------------------- files
+
+
+def load(
+    path: str | os.PathLike, which: str = "ema", num_heads: int | None = None
+) -> tuple[Params, ModelConfig]:
+    """Weights and network of an official checkpoint.
+
+    Args:
+      path: a `.pth` file, or an `.npz` of its state dict (names may begin with "sd/").
+      which: "ema" (also takes the only weights of a base run) | "student" | "teacher" | "model".
+      num_heads: H; None takes what the rotary buffer says, or heads of width 64 without it.
+
+    Returns:
+      (parameters as nested dicts of float32 numpy arrays, their network).
+
+    Raises:
+      ValueError: the file is damaged, hostile or of another kind, has no such weights, or they make
+        no such network: each missing, unexpected or misshapen key is named.
+      OSError: the file can't be opened.
+    """
+    path = pathlib.Path(path)
+    with open_file(path) as file:
+        tensors, _ = file.state_dict(which)
+        cfg = infer_config(tensors, num_heads)
+        leaves = to_leaves(tensors, cfg)
+        return bundle_lib.unflatten({name: leaf.read() for name, leaf in leaves.items()}), cfg
+
+
+def save(
+    path: str | os.PathLike,
+    params: Params,
+    cfg: ModelConfig,
+    *,
+    step: int = 0,
+    dtype: str = "float32",
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an official checkpoint, whole or not at all.
+
+    A base network's weights stand under "model"; an h-conditioned one's under "student_ema_model"
+    and, the same tensors, "student_model".
+
+    Args:
+      path: of the file; replaced if it exists.
+      params, cfg: weights and network.
+      step: optimiser steps completed.
+      dtype: of the weights in the file, "float32" | "bfloat16".
+      extra: further strings to keep beside the weights.
+
+    Raises:
+      ValueError: for a network without official layout, or parameters that aren't the network's.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        bundle = bundle_lib.from_params(params, cfg)
+        write_file(temporary, bundle, step=step, dtype=dtype, extra=extra)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(
+    path: pathlib.Path,
+    bundle: bundle_lib.Bundle,
+    *,
+    step: int,
+    dtype: str = "float32",
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """As `save`, of a bundle and to exactly this path, one stacked parameter in memory at a time.
+
+    Raises:
+      ValueError: as `save`.
+    """
+    pending = {
+        name: torch_file.Pending(
+            name, np.dtype(np.float32) if name == _BUFFER else bundle_lib.DTYPES[dtype], shape
+        )
+        for name, shape in state_shapes(bundle).items()
+    }
+    groups = ("model",) if bundle.model.conditioning == "none" else (WHICH["ema"], WHICH["student"])
+    tree = {group: pending for group in groups} | {"step": step} | dict(extra or {})
+    torch_file.write(path, tree, stream(bundle, dtype))
+
+
+class StateFile:
+    """An opened `.pth` or `.npz`: the state dicts it holds, still unread."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._torch = None
+        if torch_file.is_torch_file(path):
+            self._torch = torch_file.TorchFile(path)
+            self.tree = self._torch.tree
+        else:
+            self.tree = _open_npz(path)
+
+    def __enter__(self) -> "StateFile":
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        if self._torch is not None:
+            self._torch.close()
+
+    def state_dict(self, which: str) -> tuple[dict[str, Leaf], str]:
+        """The tensors of one of the file's state dicts, names without prefixes; whose they are.
+
+        Raises:
+          BadFile: there is no such state dict, or it holds other things than float tensors.
+          ValueError: for an unknown `which`.
+        """
+        if which not in WHICH:
+            raise ValueError(f"Unknown which={which!r}; expected one of {', '.join(WHICH)}.")
+        tree = self.tree
+        if not isinstance(tree, dict):
+            raise BadFile(f"{self.path} holds a {type(tree).__name__}, expected a dict of weights.")
+        if any(_plain_name(name) == "vocab_embed.weight" for name in tree):
+            found, state = "model", tree  # a bare state dict
+        else:
+            present = {name: tree[key] for name, key in WHICH.items() if key in tree}
+            found = which
+            if which == "ema" and "ema" not in present and set(present) == {"model"}:
+                found = "model"  # a base run keeps no average
+            if found not in present:
+                has = ", ".join(f"--which={name}" for name in present) or "none of them"
+                keys = ", ".join(str(key)[:40] for key in list(tree)[:10])
+                raise BadFile(
+                    f"{self.path} has no weights {WHICH[found]!r} ({which=}); it has {has} "
+                    f"(keys: {keys})."
+                )
+            state = present[found]
+        if not isinstance(state, dict):
+            raise BadFile(f"{self.path}: the weights {found!r} are no dict of tensors.")
+        return self._tensors(state), found
+
+    def _tensors(self, state: dict) -> dict[str, Leaf]:
+        tensors: dict[str, Leaf] = {}
+        problems = []
+        for name, value in state.items():
+            plain = _plain_name(name)
+            if isinstance(value, torch_file.TorchTensor):
+                dtype = value.dtype
+                leaf = Leaf(value.shape, lambda value=value: self._torch.read(value))
+            elif isinstance(value, _NpzLeaf):
+                dtype, leaf = value.dtype, Leaf(value.shape, value.read)
+            else:
+                problems.append(f"{str(name)[:80]}: a {type(value).__name__}, expected a tensor")
+                continue
+            if dtype.name not in _FLOATS:
+                problems.append(f"{plain[:80]}: {dtype.name}, expected {' or '.join(_FLOATS)}")
+            if plain in tensors:
+                problems.append(f"{plain[:80]}: there twice, under different prefixes")
+            tensors[plain] = leaf
+        if problems:
+            raise BadFile(f"{self.path} is no state dict of weights: {bundle_lib.listed(problems)}")
+        return tensors
+
+    @property
+    def step(self) -> int | None:
+        """Optimiser steps, where the file says so."""
+        step = self.tree.get("step") if isinstance(self.tree, dict) else None
+        return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def open_file(path: pathlib.Path) -> StateFile:
+    """Opens a `.pth` or `.npz` by its content.
+
+    Raises:
+      BadFile: it is neither, or damaged.
+      OSError: it can't be opened.
+    """
+    return StateFile(path)
+
+
+def _plain_name(name: Any) -> str:
+    return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+
+
+class _NpzLeaf:
+    """One array of an `.npz`, still in its file."""
+
+    def __init__(self, archive, name: str, array: np.ndarray):
+        self.dtype, self.shape, self.read = array.dtype, array.shape, lambda: array
+
+
+def _open_npz(path: pathlib.Path) -> dict[str, Any]:
+    """The arrays under "sd/", or all of them; small files by nature, read at once."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(info.file_size > _MOST_NPZ for info in archive.infolist()):
+                raise BadFile(f"{path} holds an array of more than {_MOST_NPZ} bytes.")
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = {name for name in members if name.startswith("sd/")} or set(members)
+            arrays = {}
+            for name in sorted(wanted):
+                with archive.open(members[name]) as file:
+                    arrays[name.removeprefix("sd/")] = _read_npy(file, members[name].file_size)
+    except BadFile:
+        raise
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and numpy raise all kinds on damage
+        raise BadFile(
+            f"{path} is neither a PyTorch checkpoint nor an .npz of one that can be read: "
+            f"{str(error)[:200]}"
+        ) from error
+    return {name: _NpzLeaf(path, name, array) for name, array in arrays.items()}
+
+
+_MOST_NPZ = 2**31
+
+
+def _read_npy(file, size: int) -> np.ndarray:
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, column_major, dtype = read_header(file)
+    content = file.read()
+    if dtype.hasobject or len(content) != int(np.prod(shape, dtype=object)) * dtype.itemsize:
+        raise ValueError("an array's header doesn't agree with its size")
+    array = np.frombuffer(content, dtype)
+    return array.reshape(shape[::-1]).T if column_major else array.reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------- networks
+
+
+def infer_config(tensors: Mapping[str, Leaf], num_heads: int | None = None) -> ModelConfig:
+    """The network that a state dict belongs to, told by its shapes.
+
+    Args:
+      tensors: official name -> tensor, prefixes already removed.
+      num_heads: H, where the file doesn't tell; see `load`.
+
+    Raises:
+      ValueError: naming the tensors that are missing or of the wrong rank for that, or the number
+        of heads that doesn't fit.
+    """
+    needed = {"vocab_embed.weight": 2, "time_embedding.mlp.0.weight": 2, "blocks.0.mlp.0.weight": 2}
+    problems = [
+        f"{name}: missing"
+        if name not in tensors
+        else f"{name}: shape {tensors[name].shape}, expected {rank} axes"
+        for name, rank in needed.items()
+        if name not in tensors or len(tensors[name].shape) != rank
+    ]
+    if problems:
+        raise BadFile("This is no official state dict: " + bundle_lib.listed(problems))
+    vocab_size, width = tensors["vocab_embed.weight"].shape
+    cond_width = tensors["time_embedding.mlp.0.weight"].shape[0]
+    hidden = tensors["blocks.0.mlp.0.weight"].shape[0]
+    if not width or hidden % width or not hidden:
+        raise BadFile(
+            f"blocks.0.mlp.0.weight: {hidden} rows, expected a multiple of the width {width}."
+        )
+    blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    conditioned = any(name.startswith("dt_embedding.") for name in tensors)
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size,
+            width=width,
+            num_blocks=len(blocks),
+            num_heads=_heads(tensors, width, num_heads),
+            cond_width=cond_width,
+            mlp_ratio=hidden // width,
+            conditioning="official" if conditioned else "none",
+        )
+    except ValueError as error:
+        raise BadFile(f"The state dict makes no network: {error}") from None
+
+
+def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> int:
+    if num_heads is not None and (num_heads < 1 or width % num_heads):
+        raise BadFile(f"num_heads={num_heads} doesn't divide the width {width}.")
+    buffer = tensors.get(_BUFFER)
+    if buffer is not None:
+        head_width = 2 * buffer.shape[0] if len(buffer.shape) == 1 else 0
+        if not head_width or width % head_width:
+            raise BadFile(
+                f"{_BUFFER}: shape {buffer.shape}, expected half a head's width, a divisor of "
+                f"the width {width}."
+            )
+        if num_heads is not None and num_heads != width // head_width:
+            raise BadFile(
+                f"num_heads={num_heads}, but {_BUFFER} has {buffer.shape[0]} frequencies, those of "
+                f"{width // head_width} heads; leave num_heads out."
+            )
+        return width // head_width
+    if num_heads is not None:
+        return num_heads
+    if width % DEFAULT_HEAD_WIDTH:
+        raise BadFile(
+            f"The state dict doesn't say how many heads it has, and its width {width} doesn't "
+            f"divide into heads of {DEFAULT_HEAD_WIDTH}; give num_heads."
+        )
+    return width // DEFAULT_HEAD_WIDTH
+
+
+# ---------------------------------------------------------------------------------------- layout
 
 
 def _official_name(path: str) -> tuple[str, bool]:
@@ -59,48 +381,107 @@ def _official_name(path: str) -> tuple[str, bool]:
     return f"{_TOP[group]}.{suffix}", leaf == "kernel"
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> Params:
-    """Our parameters out of an official state dict.
+def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
+    """Our parameters, each stacked and transposed from an official state dict when it is read.
 
     Args:
-      state: official name -> array, prefixes already removed.
+      tensors: official name -> tensor, prefixes already removed.
       cfg: the network they are for.
-
-    Returns:
-      Parameters as float32 numpy arrays.
 
     Raises:
       ValueError: naming every missing, unexpected or misshapen key; for additive conditioning and
         causal networks, which have no official layout.
     """
-    _check_layout(cfg)
-    shapes = jax.eval_shape(lambda key: models.init_params(key, cfg), jax.random.key(0))
-    problems, used, flat = [], {"rotary_emb.inv_freq"}, {}
-    for path, shape in _flatten(shapes).items():
+    check_layout(cfg)
+    problems, used, leaves = [], {_BUFFER}, {}
+    for path, shape in bundle_lib.expected_shapes(cfg).items():
         name, transpose = _official_name(path)
         stacked = "{}" in name
-        names = [name.format(i) for i in range(shape.shape[0])] if stacked else [name]
-        expected = shape.shape[1:] if stacked else shape.shape
+        names = [name.format(i) for i in range(shape[0])] if stacked else [name]
+        expected = shape[1:] if stacked else shape
+        expected = expected[::-1] if transpose else expected
         used.update(names)
-        arrays = []
         for one in names:
-            if one not in state:
+            if one not in tensors:
                 problems.append(f"{one}: missing")
-                continue
-            array = np.asarray(state[one], np.float32)
-            array = array.T if transpose else array
-            if array.shape != expected:
-                flip = reversed if transpose else tuple
-                problems.append(
-                    f"{one}: shape {tuple(flip(array.shape))}, expected {tuple(flip(expected))}"
-                )
-            arrays.append(array)
-        if not problems:
-            flat[path] = np.stack(arrays) if stacked else arrays[0]
-    problems += [f"{name}: unexpected" for name in sorted(set(state) - used)]
+            elif tuple(tensors[one].shape) != expected:
+                problems.append(f"{one}: shape {tuple(tensors[one].shape)}, expected {expected}")
+        parts = [tensors.get(one) for one in names]
+        leaves[path] = Leaf(shape, lambda p=parts, s=shape, t=transpose: _stack(p, s, t))
+    problems += [f"{name[:80]}: unexpected" for name in sorted(set(tensors) - used)]
     if problems:
-        raise ValueError("The state dict doesn't fit the network: " + "; ".join(problems))
-    return _unflatten(flat)
+        raise BadFile("The state dict doesn't fit the network: " + bundle_lib.listed(problems))
+    return leaves
+
+
+def _stack(parts: list[Leaf], shape: tuple[int, ...], transpose: bool) -> np.ndarray:
+    out = np.empty(shape, np.float32)
+    rows = out if len(shape) > len(parts[0].shape) else out[None]
+    for row, part in zip(rows, parts, strict=True):
+        array = np.asarray(part.read())
+        row[...] = array.T if transpose else array
+    return out
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> Params:
+    """Our parameters, float32, out of an official state dict in memory; raises as `to_leaves`."""
+    tensors = {
+        name: Leaf(np.shape(array), lambda array=array: np.asarray(array, np.float32))
+        for name, array in state.items()
+    }
+    leaves = to_leaves(tensors, cfg)
+    return bundle_lib.unflatten({path: leaf.read() for path, leaf in leaves.items()})
+
+
+def state_shapes(bundle: bundle_lib.Bundle) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of a network's state dict, in the official order.
+
+    Raises:
+      ValueError: for a network without official layout, or parameters that aren't the network's.
+    """
+    cfg = bundle.model
+    check_layout(cfg)
+    expected = bundle_lib.expected_shapes(cfg)
+    found = {path: tuple(leaf.shape) for path, leaf in bundle.leaves.items()}
+    if found != expected:
+        wrong = sorted(path for path, _ in found.items() ^ expected.items())
+        raise ValueError("The parameters aren't those of the network: " + bundle_lib.listed(wrong))
+    shapes = {}
+    for path, shape in expected.items():
+        name, transpose = _official_name(path)
+        stacked = "{}" in name
+        one = shape[1:] if stacked else shape
+        one = one[::-1] if transpose else one
+        shapes |= {name.format(i): one for i in range(shape[0] if stacked else 1)}
+    shapes[_BUFFER] = (cfg.head_width // 2,)
+    return {name: shapes[name] for name in sorted(shapes, key=_official_order)}
+
+
+def _official_order(name: str) -> tuple:
+    head, _, rest = name.partition(".")
+    groups = ("vocab_embed", "time_embedding", "dt_embedding", "time_condition_fuser")
+    groups += ("rotary_emb", "blocks", "output_layer")
+    number, _, rest = rest.partition(".") if head == "blocks" else ("0", "", rest)
+    return groups.index(head), int(number), rest
+
+
+def stream(bundle: bundle_lib.Bundle, dtype: str = "float32") -> Iterator[tuple[str, np.ndarray]]:
+    """(official name, array) of a bundle's state dict; one stacked parameter in memory at a time.
+
+    Weights are of `dtype`, the rotary buffer is float32.
+    """
+    for path, array in bundle.arrays():
+        name, transpose = _official_name(path)
+        rows = enumerate(array) if "{}" in name else [(0, array)]
+        for i, one in rows:
+            one = np.ascontiguousarray(one.T if transpose else one)
+            yield name.format(i), one.astype(bundle_lib.DTYPES[dtype], copy=False)
+    # Rounded from float64, as the float32 power of the original is.
+    exponents = np.arange(0, bundle.model.head_width, 2, dtype=np.float32) / np.float32(
+        bundle.model.head_width
+    )
+    powers = (10_000.0 ** exponents.astype(np.float64)).astype(np.float32)
+    yield _BUFFER, np.float32(1.0) / powers
 
 
 def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
@@ -109,33 +490,16 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for additive conditioning and causal networks, which have no official layout.
     """
-    _check_layout(cfg)
-    state = {}
-    for path, value in _flatten(params).items():
-        name, transpose = _official_name(path)
-        array = np.asarray(value, np.float32)
-        rows = enumerate(array) if "{}" in name else [(0, array)]
-        for i, one in rows:
-            state[name.format(i)] = np.ascontiguousarray(one.T if transpose else one)
-    exponents = np.arange(0, cfg.head_width, 2, dtype=np.float32) / cfg.head_width
-    state["rotary_emb.inv_freq"] = (1.0 / 10_000.0**exponents).astype(np.float32)
-    return state
+    bundle = bundle_lib.from_params(params, cfg)
+    names = state_shapes(bundle)
+    state = dict(stream(bundle))
+    return {name: state[name] for name in names}
 
 
-def _check_layout(cfg: ModelConfig) -> None:
+def check_layout(cfg: ModelConfig) -> None:
+    """ValueError for a network that has no official layout."""
     if cfg.conditioning == "additive" or cfg.causal:
         what = "autoregressive networks" if cfg.causal else "conditioning='additive'"
         raise ValueError(
             f"The official layout has no place for {what}; use model.conditioning='official'."
         )
-
-
-def _unflatten(flat: Mapping[str, np.ndarray]) -> Params:
-    tree: Params = {}
-    for path, value in flat.items():
-        *groups, leaf = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value
-    return tree

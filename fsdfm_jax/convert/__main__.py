@@ -1,0 +1,158 @@
+"""Models from one format to another: `python -m fsdfm_jax.convert SOURCE TARGET`.
+
+    python -m fsdfm_jax.convert checkpoint.pth model.safetensors --check
+    python -m fsdfm_jax.convert checkpoint.pth runs/published --to=orbax --tokenizer=gpt2
+    python -m fsdfm_jax.convert runs/mine model.pth --stage=distill
+    python -m fsdfm_jax.convert runs/mine exported --to=sampler --steps=8
+
+Formats are those of fsdfm_jax/convert/formats.py. A target appears whole or not at all.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from absl import app, flags
+
+from fsdfm_jax import cli, jumps, workdir, writer
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import formats, official, parity, safetensors_file
+from fsdfm_jax.convert.bundle import Bundle, Leaf
+from fsdfm_jax.convert.formats import Target
+
+
+def define_flags() -> None:
+    """The flags of the program; called when it runs as one."""
+    flags.DEFINE_enum("to", "", ["", *formats.FORMATS], "Format of TARGET; its suffix by default.")
+    flags.DEFINE_enum("which", "ema", list(official.WHICH), "Whose weights of SOURCE.")
+    flags.DEFINE_string("stage", "", "Run of a working directory; the last one trained by default.")
+    flags.DEFINE_integer(
+        "num_heads", None, "Heads of an official network; of width 64 by default.", lower_bound=1
+    )
+    flags.DEFINE_string("tokenizer", "", '"gpt2" or a tokenizer.json, where SOURCE has none.')
+    flags.DEFINE_enum(
+        "source", "", ["", "uniform", "mask"], "Noise of an official network; told by its size."
+    )
+    flags.DEFINE_enum("layout", "ours", safetensors_file.LAYOUTS, "Names in safetensors.")
+    flags.DEFINE_enum("dtype", "float32", list(bundle_lib.DTYPES), "Of the weights in TARGET.")
+    flags.DEFINE_integer("steps", 8, "Network calls of an exported sampler.", lower_bound=1)
+    flags.DEFINE_integer("length", None, "Tokens of an exported sampler.", lower_bound=1)
+    flags.DEFINE_enum("jump", "cumulative", list(jumps.RULES), "Jump rule of an exported sampler.")
+    flags.DEFINE_bool("check", False, "Compare the logits of SOURCE and TARGET.")
+    flags.DEFINE_float("tolerance", None, "Of --check; by default what rounding explains.")
+    flags.DEFINE_bool("overwrite", False, "Replace TARGET.")
+
+
+def with_progress(bundle: Bundle, progress: writer.Progress) -> Bundle:
+    """The same bundle, counting megabytes as its parameters are read."""
+
+    done = 0
+
+    def counted(leaf: Leaf) -> np.ndarray:
+        nonlocal done
+        array = leaf.read()
+        progress.advance(_megabytes(done + array.size) - _megabytes(done))
+        done += array.size
+        return array
+
+    leaves = {
+        path: Leaf(leaf.shape, lambda leaf=leaf: counted(leaf))
+        for path, leaf in bundle.leaves.items()
+    }
+    return dataclasses.replace(bundle, leaves=leaves)
+
+
+def _megabytes(size: int) -> int:
+    return -(-4 * size // 10**6)
+
+
+def convert(
+    source: Bundle,
+    target: Target,
+    *,
+    overwrite: bool = False,
+    check: bool = False,
+    tolerance: float | None = None,
+) -> Iterator[str]:
+    """Converts, with progress on stderr, and yields lines to print.
+
+    Args:
+      source: from `formats.open_bundle`.
+      target: what to write.
+      overwrite: replace what is there.
+      check: compare logits before the target appears under its name.
+      tolerance: largest difference allowed; None is what rounding explains.
+
+    Raises:
+      ValueError: see `formats.write`; or the logits differ.
+    """
+    provenance = dict(source.provenance) | {"converted_by": workdir.code_version()}
+    source = dataclasses.replace(source, provenance=provenance)
+    formats.check_target(source, target)
+    lines = []
+
+    def compare(path: pathlib.Path) -> None:
+        inputs = parity.random_inputs(source)
+        # One after the other: a large model may fit the memory only once.
+        expected_BLV = parity.logits_of(source, inputs)
+        written = formats.open_bundle(path)
+        found = parity.compare(expected_BLV, parity.logits_of(written, inputs))
+        bound = parity.TOLERANCE[target.dtype] if tolerance is None else tolerance
+        lines.append(
+            f"Largest difference of two logits {found.max_deviation:.3g} (allowed {bound:g}), "
+            f"largest KL {found.max_kl:.3g} nats."
+        )
+        parity.check(found, bound)
+
+    total = _megabytes(source.num_params())
+    with writer.Progress(f"{target.path.name}, MB read", total=total) as progress:
+        formats.write(
+            with_progress(source, progress),
+            target,
+            overwrite=overwrite,
+            before_publishing=compare if check else None,
+        )
+    yield from lines
+    said = source.provenance
+    yield (
+        f"{target.path}: {target.format}, {source.num_params() / 1e6:.2f}M parameters, "
+        f"conditioning {source.model.conditioning}, weights {said.get('weights')}, "
+        f"step {said.get('step')}."
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 3:
+        raise app.UsageError("Expected SOURCE and TARGET.")
+    values = flags.FLAGS
+    source = formats.open_bundle(
+        argv[1],
+        which=values.which,
+        num_heads=values.num_heads,
+        tokenizer=values.tokenizer,
+        stage=values.stage,
+        source=values.source,
+    )
+    target = Target(
+        pathlib.Path(argv[2]).expanduser(),
+        to=values.to,
+        layout=values.layout,
+        dtype=values.dtype,
+        steps=values.steps,
+        length=values.length,
+        jump=values.jump,
+    )
+    for line in convert(
+        source,
+        target,
+        overwrite=values.overwrite,
+        check=values.check,
+        tolerance=values.tolerance,
+    ):
+        print(line)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

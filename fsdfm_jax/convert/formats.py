@@ -1,0 +1,328 @@
+"""Every format behind two functions: `open_bundle` tells it by content, `write` by name.
+
+    official      X.pth                    the published layout, PyTorch's file format
+    safetensors   X.safetensors, a folder  see safetensors_file.py
+    orbax         a folder                 our checkpoints, see run_folder.py
+    sampler       a folder                 an exported program with its weights, see exported.py
+
+`.npz` files of an official state dict are read as well.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import exported, official, run_folder, safetensors_file
+from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
+from fsdfm_jax.tokenizer import Tokenizer
+
+FORMATS = ("official", "safetensors", "orbax", "sampler")
+_SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
+_GPT2_TOKENS = 50_257
+
+
+def open_bundle(
+    path: str | os.PathLike,
+    *,
+    which: str = "ema",
+    num_heads: int | None = None,
+    tokenizer: str = "",
+    stage: str = "",
+    source: str = "",
+) -> Bundle:
+    """Opens a model of any format; its parameters are read when they are asked for.
+
+    Args:
+      path: file or folder.
+      which: whose weights, "ema" | "student" | "teacher" | "model", where the file has several.
+      num_heads: H of an official file that doesn't say it; None is heads of width 64.
+      tokenizer: "gpt2" or the path of a tokenizer.json, where the file has none; must be the one it
+        was trained with where the file says which.
+      stage: run of a working directory; "" is the last one trained.
+      source: noise of an official file that doesn't say it, "uniform" | "mask"; "" tells it by
+        comparing the vocabulary with the tokenizer.
+
+    Returns:
+      The bundle. A file with GPT-2's vocabulary gets GPT-2's tokenizer where that is installed.
+
+    Raises:
+      ValueError: damaged, hostile, or of no known format; names what was expected and what came.
+      FileNotFoundError: there is nothing at `path`.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {path}.")
+    if source not in ("", "uniform", "mask"):
+        raise ValueError(f"Unknown source {source!r}; expected 'uniform' or 'mask'.")
+    given = tokenizer_lib.load(tokenizer) if tokenizer else None
+    _check_not_told(path, which, stage)
+    if exported.is_exported(path):
+        bundle, name = exported.read(path), "sampler"
+    elif run_folder.is_run_folder(path):
+        bundle, name = run_folder.read(path, which=which, stage=stage), "orbax"
+    elif safetensors_file.is_safetensors(path):
+        bundle, name = _read_safetensors(path, num_heads, given, source), "safetensors"
+    elif path.is_file():
+        bundle, name = _read_official(path, which, num_heads, given, source), "official"
+    else:
+        raise BadFile(
+            f"{path} is a folder of no known kind; expected a working directory, a run with "
+            "checkpoints/, a folder with .safetensors files or an exported sampler."
+        )
+    bundle = _with_tokenizer(bundle, given, path)
+    _check_vocabulary(bundle, path)
+    if source and not bundle.model.causal and bundle.path["source"] != source:
+        raise ValueError(f"{path} has source {bundle.path['source']!r}, got source={source!r}.")
+    provenance = dict(bundle.provenance)
+    provenance.setdefault("source", {"file": path.name, "format": name})
+    if bundle.tokenizer is not None:
+        provenance["tokenizer"] = bundle.tokenizer.fingerprint
+    return dataclasses.replace(bundle, provenance=provenance)
+
+
+def _check_not_told(path: pathlib.Path, which: str, stage: str) -> None:
+    """Refuses choices that a format doesn't have, rather than ignore them."""
+    if stage and not run_folder.is_run_folder(path):
+        raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
+    single = exported.is_exported(path) or safetensors_file.is_safetensors(path)
+    if which != "ema" and single and not run_folder.is_run_folder(path):
+        raise ValueError(f"{path} holds one set of weights; leave out which={which!r}.")
+
+
+def _read_safetensors(path, num_heads, given, source) -> Bundle:
+    tensors, description, text = safetensors_file.read(path)
+    own = bundle_lib.read_tokenizer(text, f"the tokenizer of {path}")
+    tensors_are_official = "vocab_embed.weight" in tensors
+    if description is None:
+        if not tensors_are_official:
+            raise BadFile(
+                f"{path} says nothing of its network: expected the metadata that this project "
+                "writes, a config.json beside it, or the names of the official layout."
+            )
+        return _describe_official(tensors, path, num_heads, given or own, source, {})
+    if tensors_are_official:
+        try:
+            model = bundle_lib.make_model(description["model"])
+            tensors = official.to_leaves(tensors, model)
+        except BadFile:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFile(f"{path} doesn't describe a model: {str(error)[:300]}") from error
+    return bundle_lib.from_parts(tensors, description, own, str(path))
+
+
+def _read_official(path, which, num_heads, given, source) -> Bundle:
+    file = official.open_file(path)
+    tensors, found = file.state_dict(which)
+    text = file.tree.get("fsdfm_jax") if isinstance(file.tree, dict) else None
+    if isinstance(text, str):
+        description = bundle_lib.parse_json(text, f"the description in {path}")
+        own = bundle_lib.read_tokenizer(
+            str(description.pop("tokenizer", "")), f"the tokenizer in {path}"
+        )
+        cfg = official.infer_config(tensors, num_heads)
+        leaves = official.to_leaves(tensors, cfg)
+        bundle = bundle_lib.from_parts(leaves, description, own, str(path))
+        shapes = ("vocab_size", "width", "num_blocks", "num_heads", "cond_width", "mlp_ratio")
+        for field in (*shapes, "conditioning"):
+            ours, theirs = getattr(cfg, field), getattr(bundle.model, field)
+            if ours != theirs:
+                raise BadFile(f"{path} describes {field}={theirs}, its tensors have {ours}.")
+        return bundle
+    said = {"weights": found, "step": file.step}
+    return _describe_official(tensors, path, num_heads, given, source, said)
+
+
+def _describe_official(
+    tensors: dict[str, Leaf],
+    path: pathlib.Path,
+    num_heads: int | None,
+    tokenizer: Tokenizer | None,
+    source: str,
+    said: dict[str, Any],
+) -> Bundle:
+    """A bundle of weights that come without any word of ours."""
+    cfg = official.infer_config(tensors, num_heads)
+    leaves = official.to_leaves(tensors, cfg)
+    if tokenizer is None and cfg.vocab_size in (_GPT2_TOKENS, _GPT2_TOKENS + 1):
+        try:
+            tokenizer = tokenizer_lib.load("gpt2")
+        except ValueError:  # not installed; weights can be converted without
+            tokenizer = None
+    if not source:
+        plain = _GPT2_TOKENS if tokenizer is None else tokenizer.vocab_size
+        source = "mask" if cfg.vocab_size == plain + 1 else "uniform"
+    path_keys = bundle_lib.DEFAULT_PATH | {"source": source}
+    return Bundle(cfg, leaves, path_keys, tokenizer, None, _PROVENANCE | said)
+
+
+_PROVENANCE = dict.fromkeys(
+    ("run", "stage", "weights", "step", "ema_decay", "data", "tokenizer", "code_version")
+)
+
+
+def _with_tokenizer(bundle: Bundle, given: Tokenizer | None, path: pathlib.Path) -> Bundle:
+    if given is None:
+        return bundle
+    trained_with = bundle.provenance.get("tokenizer")
+    if trained_with not in (None, given.fingerprint):
+        raise ValueError(
+            f"{path} was trained with tokenizer {trained_with}, the one given is "
+            f"{given.fingerprint}: their token ids mean different text."
+        )
+    return dataclasses.replace(bundle, tokenizer=given)
+
+
+def _check_vocabulary(bundle: Bundle, path: pathlib.Path) -> None:
+    tokenizer = bundle.tokenizer
+    if tokenizer is None:
+        return
+    masked = bundle.path.get("source") == "mask"
+    num_tokens = bundle.model.vocab_size - masked
+    if tokenizer.vocab_size != num_tokens:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the network in {path} has "
+            f"{num_tokens} besides its mask token ({bundle.path.get('source')} noise); give the "
+            "tokenizer (and source) it was trained with."
+        )
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to write.
+
+    Attributes:
+      path: file or folder.
+      to: one of `FORMATS`, "" tells it by the suffix.
+      layout: names in safetensors, "ours" | "official".
+      dtype: of the weights in official and safetensors files, "float32" | "bfloat16".
+      steps, length, jump: of an exported sampler; length None is the model's block length.
+    """
+
+    path: pathlib.Path
+    to: str = ""
+    layout: str = "ours"
+    dtype: str = "float32"
+    steps: int = 8
+    length: int | None = None
+    jump: str = "cumulative"
+
+    @property
+    def format(self) -> str:
+        """The format; ValueError if neither `to` nor the suffix tells it."""
+        by_suffix = _SUFFIXES.get(self.path.suffix.lower(), "")
+        if self.to and self.to not in FORMATS:
+            raise ValueError(f"Unknown format {self.to!r}; expected one of {', '.join(FORMATS)}.")
+        if self.to and by_suffix and self.to != by_suffix:
+            raise ValueError(
+                f"{self.path.name} has the suffix of the format {by_suffix!r}, got to={self.to!r}."
+            )
+        if not (self.to or by_suffix):
+            raise ValueError(
+                f"{self.path.name} doesn't say the format; give --to={'|'.join(FORMATS)} for a "
+                f"folder, or one of the suffixes {', '.join(_SUFFIXES)}."
+            )
+        if self.to == "official" and not by_suffix:
+            raise ValueError(f"An official checkpoint is a file X.pth, got {self.path.name!r}.")
+        return self.to or by_suffix
+
+
+def check_target(bundle: Bundle, target: Target) -> None:
+    """Everything about a target that can be refused before any work is done.
+
+    Raises:
+      ValueError: no such format, or it has no place for this network.
+    """
+    if target.dtype not in bundle_lib.DTYPES:
+        known = ", ".join(bundle_lib.DTYPES)
+        raise ValueError(f"Unknown dtype {target.dtype!r}; expected one of {known}.")
+    if target.format in ("orbax", "sampler") and target.dtype != "float32":
+        raise ValueError(
+            f"The format {target.format!r} holds float32 weights, got dtype={target.dtype!r}."
+        )
+    if target.format != "safetensors" and target.layout != "ours":
+        raise ValueError("layout is a choice of safetensors; the other formats have one each.")
+    if target.format == "official" or target.layout == "official":
+        official.check_layout(bundle.model)
+
+
+def write(
+    bundle: Bundle,
+    target: Target,
+    *,
+    overwrite: bool = False,
+    before_publishing: Callable[[pathlib.Path], None] | None = None,
+) -> None:
+    """Writes a bundle, whole or not at all: under a temporary name that is renamed at the end.
+
+    Args:
+      bundle: the model.
+      target: where and how.
+      overwrite: replace what is there; by default that is an error.
+      before_publishing: called with the finished file or folder under its temporary name; what it
+        raises leaves nothing behind.
+
+    Raises:
+      ValueError: the target exists, or `check_target`'s.
+    """
+    check_target(bundle, target)
+    path = target.path
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another name or give --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, so that what it says of the format does.
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    _remove(temporary)
+    try:
+        _write(bundle, dataclasses.replace(target, path=temporary))
+        if before_publishing is not None:
+            before_publishing(temporary)
+        if path.exists():
+            aside = path.with_name(f".{os.getpid()}.old.{path.name}")
+            os.replace(path, aside)
+            os.replace(temporary, path)
+            _remove(aside)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _write(bundle: Bundle, target: Target) -> None:
+    path, name = target.path, target.format
+    if name == "official":
+        tokenizer = "" if bundle.tokenizer is None else bundle.tokenizer.to_json()
+        description = bundle_lib.describe(bundle) | {"tokenizer": tokenizer}
+        official.write_file(
+            path,
+            bundle,
+            step=bundle.provenance.get("step") or 0,
+            dtype=target.dtype,
+            extra={"fsdfm_jax": json.dumps(description)},
+        )
+    elif name == "safetensors":
+        one_file = path.suffix == safetensors_file.SUFFIX
+        write_it = safetensors_file.write_file if one_file else safetensors_file.write_folder
+        write_it(path, bundle, layout=target.layout, dtype=target.dtype)
+    elif name == "orbax":
+        run_folder.write(path, bundle)
+    else:
+        exported.write(
+            path, bundle, steps=target.steps, length=target.length, jump_rule=target.jump
+        )
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""Training runs of this project as bundles: Orbax checkpoints, saved on whatever mesh.
+
+    WORKDIR                        a working directory; `stage` names the run, else the last trained
+    WORKDIR/stages/RUN             one run, or a folder that `write` made
+    WORKDIR/stages/RUN/checkpoints
+    WORKDIR/stages/RUN/checkpoints/STEP
+
+A folder that `write` made is a run to start from (`config.STAGE.init_from`), not one to go on with:
+it has no optimiser state.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from fsdfm_jax import checkpoint, workdir
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
+
+# Part of the checkpoint that holds whose weights; "ema" falls back on what a stage without average
+# has.
+_PARTS = {"ema": "ema", "student": "params", "model": "params"}
+_TOKENIZER = "tokenizer.json"
+
+
+def is_run_folder(path: pathlib.Path) -> bool:
+    """Whether `path` is one of the folders that the module lists."""
+    if not path.is_dir():
+        return False
+    if (path / "config.json").is_file() and (path / "stages").is_dir():
+        return True
+    return (path / "checkpoints").is_dir() or _step_folder(path) or _has_steps(path)
+
+
+def _step_folder(path: pathlib.Path) -> bool:
+    return path.name.isdecimal() and path.parent.name == "checkpoints"
+
+
+def _has_steps(path: pathlib.Path) -> bool:
+    return path.name == "checkpoints" and any(child.name.isdecimal() for child in path.iterdir())
+
+
+def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
+    """Opens a run; its parameters are read one by one, on this process's first device.
+
+    Args:
+      path: one of the folders that the module lists.
+      which: "ema" (the weights as the stage uses them) | "student" or "model" (as they are
+        trained).
+      stage: run of a working directory.
+
+    Raises:
+      ValueError: no such run or weights, or the checkpoint is damaged.
+    """
+    path = path.absolute()
+    if which not in _PARTS:
+        raise ValueError(
+            f"which={which!r} isn't kept in a training run; expected one of {', '.join(_PARTS)}."
+        )
+    step = None
+    if (path / "stages").is_dir():
+        path = workdir.stage_directory(path, stage or _last_trained(path))
+    elif stage:
+        raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
+    if _step_folder(path):
+        step, path = int(path.name), path.parent
+    if path.name == "checkpoints":
+        path = path.parent
+    try:
+        return _open(path, which, step)
+    except (BadFile, checkpoint.NotACheckpoint):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise all kinds on damage
+        raise BadFile(
+            f"The checkpoint in {path} can't be read; it is damaged or not one of this project: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _last_trained(folder: pathlib.Path) -> str:
+    runs = [run for run, _ in workdir.runs(workdir.load_config(folder))]
+    trained = [run for run in runs if workdir.saved_metadata(workdir.stage_directory(folder, run))]
+    if not trained:
+        raise ValueError(
+            f"No stage of {folder} has been trained yet (expected one of {', '.join(runs)}); "
+            "run python -m fsdfm_jax.main with this --workdir first."
+        )
+    return trained[-1]
+
+
+def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
+    folder = directory / "checkpoints"
+    if step is None:
+        step = checkpoint.latest_step(folder)
+        if step is None:
+            raise checkpoint.NotACheckpoint(
+                f"There is no checkpoint in {folder}; train that run first "
+                "(python -m fsdfm_jax.main)."
+            )
+    metadata = checkpoint.read_metadata(folder, step)
+    part = metadata["weights"] if which == "ema" else _PARTS[which]
+    leaves = {
+        name: Leaf(tuple(leaf.shape), lambda name=name: _read(folder, f"{part}/{name}", step))
+        for name, leaf in checkpoint.leaf_shapes(folder, part, step).items()
+    }
+    config, recipe = metadata["config"], metadata["recipe"]
+    provenance = {
+        "run": metadata["run"],
+        "stage": metadata["stage"],
+        "weights": "ema" if part == "ema" else "student",
+        "step": step,
+        "ema_decay": config.get(metadata["stage"], {}).get("ema_decay"),
+        "tokenizer": metadata["tokenizer"] or None,
+        "data": metadata["data"],
+        "code_version": metadata["code_version"],
+        "config": config,
+        "recipe": recipe,
+    }
+    # A folder that `write` made keeps what its source said.
+    provenance |= metadata.get("provenance", {})
+    description = {
+        "fsdfm_jax": bundle_lib.FORMAT,
+        "model": dict(metadata["model"]),
+        "path": bundle_lib.DEFAULT_PATH | recipe["path"],
+        "block_length": config["data"]["block_length"],
+        "provenance": provenance,
+    }
+    text = _tokenizer_text(directory, config)
+    tokenizer = bundle_lib.read_tokenizer(text, f"the tokenizer of {directory}")
+    if tokenizer is not None and tokenizer.fingerprint != provenance["tokenizer"]:
+        tokenizer = None  # of other text prepared in the same place; the caller may name the right
+    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory))
+
+
+def _read(folder: pathlib.Path, name: str, step: int) -> np.ndarray:
+    try:
+        array = checkpoint.restore_part(folder, (name,), step)[name]
+    except Exception as error:
+        raise BadFile(
+            f"{name} of the checkpoint in {folder} can't be read: {_first_line(error)}"
+        ) from error
+    return np.asarray(array, np.float32)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _tokenizer_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
+    places = [directory, directory.parents[1] / "data"] if len(directory.parents) > 1 else []
+    if given := config["data"].get("directory"):
+        places.append(pathlib.Path(given).expanduser())
+    for place in places:
+        if (place / _TOKENIZER).is_file():
+            return bundle_lib.read_text(place / _TOKENIZER)
+    return ""
+
+
+def write(directory: pathlib.Path, bundle: Bundle) -> None:
+    """Writes a run folder that training can start from and every program can sample.
+
+    Unlike the other formats this one holds all parameters in memory at once.
+
+    Args:
+      directory: made here.
+      bundle: the model.
+    """
+    step = bundle.provenance.get("step") or 0
+    config = dict(bundle.provenance.get("config") or {})
+    config["data"] = dict(config.get("data") or {}) | {"block_length": bundle.block_length}
+    fingerprint = None if bundle.tokenizer is None else bundle.tokenizer.fingerprint
+    metadata = {
+        "format": 1,
+        "code_version": workdir.code_version(),
+        "run": bundle.provenance.get("run") or "converted",
+        "stage": bundle.provenance.get("stage") or "converted",
+        "weights": "params",
+        "model": dataclasses.asdict(bundle.model),
+        "tokenizer": fingerprint or bundle.provenance.get("tokenizer"),
+        "data": bundle.provenance.get("data"),
+        "recipe": {"path": dict(bundle.path), "converted": dict(bundle.provenance)},
+        "config": config,
+        "provenance": dict(bundle.provenance),
+    }
+    with checkpoint.Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(step, {"params": bundle.params()}, json.loads(json.dumps(metadata)))
+    if bundle.tokenizer is not None:
+        bundle.tokenizer.save(directory / _TOKENIZER)

@@ -1,0 +1,602 @@
+"""The generation program: its jobs and their lines, going on after a kill, the view, the errors."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from fsdfm_jax import checkpoint, generate, inference, models, prompts, tokenizer, workdir
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import formats
+from fsdfm_jax.generate import Options
+from fsdfm_jax.models import ModelConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+# One shape for all that is drawn: compiling is what costs time here.
+B, L, STEPS, V = 3, 16, 3, 280
+BPE = tokenizer.train_bpe(["The state of the Union. The people of the Union and the state."] * 4, V)
+NETWORK = {"width": 8, "num_blocks": 1, "num_heads": 2, "cond_width": 4, "mlp_ratio": 2}
+PROVENANCE = {"stage": "distill", "weights": "ema", "step": 7, "data": None}
+
+
+def _params(model, seed=0):
+    """Random everywhere: fresh weights have a head of zeros, which hides every mistake."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+    draw = lambda leaf: rng.normal(size=leaf.shape) * 0.3  # more would make one token sure
+    return jax.tree.map(lambda leaf: draw(leaf).astype(np.float32), shapes)
+
+
+def _bundle(*, source="uniform", causal=False, seed=0, **fields):
+    conditioning = "none" if causal else "additive"
+    model = ModelConfig(
+        vocab_size=V + (source == "mask"), causal=causal, conditioning=conditioning, **NETWORK
+    )
+    path = bundle_lib.DEFAULT_PATH | {"source": source}
+    defaults = {"path": path, "tokenizer": BPE, "block_length": L, "provenance": PROVENANCE}
+    return bundle_lib.from_params(_params(model, seed), model, **(defaults | fields))
+
+
+UNIFORM, MASK, CAUSAL = _bundle(), _bundle(source="mask"), _bundle(causal=True)
+NETWORKS = pytest.mark.parametrize("bundle", [UNIFORM, MASK], ids=["uniform", "mask"])
+
+
+def _options(**changes):
+    return Options(**({"checkpoint": "x", "steps": STEPS, "batch_size": B} | changes))
+
+
+def _run(monkeypatch, bundle, out=None, **changes):
+    """The program without its flags; returns what it printed."""
+    out = out or io.StringIO()
+    monkeypatch.setattr(formats, "open_bundle", lambda path, **flags: bundle)
+    generate.run(_options(**changes), out)
+    return out.getvalue()
+
+
+def _lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def batch_file(tmp_path):
+    """Five requests of two kinds."""
+    lines = [
+        {"prompt": "The state", "id": "a"},
+        {"infill": "The [3] of the [2]"},
+        {"infill": "[2] state", "id": "c"},
+        {"prompt": "The people of"},
+        {"prompt": "and"},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+# ------------------------------------------------------------------------------------------- flags
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": None}, "either --workdir=DIR or --checkpoint=PATH"),
+        ({"workdir": "y"}, "not both"),
+        ({"prompt": "a", "infill": "[1]"}, "--prompt and --infill exclude each other"),
+        ({"prompt": "a", "batch_file": "b.txt"}, "--prompt and --batch_file exclude"),
+        ({"infill": "", "batch_file": ""}, "--infill and --batch_file exclude"),
+        ({"length": 0}, "--length must be at least 1, got 0"),
+        ({"num_samples": 0}, "--num_samples must be at least 1"),
+        ({"batch_size": -1}, "--batch_size must be at least 1, got -1"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"seed": -1}, "seed must be in"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"jump": "leap"}, "Unknown jump rule 'leap'"),
+        ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
+        ({"stream": True, "output": "o.jsonl"}, "--stream shows texts to you"),
+        ({"output": "o.txt"}, "--output must be a .jsonl file, got 'o.txt'"),
+    ],
+)
+def test_bad_flags_are_told_before_anything_is_read(monkeypatch, changes, message):
+    monkeypatch.setattr(formats, "open_bundle", None)
+    with pytest.raises(ValueError, match=message):
+        generate.run(_options(**changes), io.StringIO())
+
+
+def test_what_says_how_to_read_the_model_is_passed_on(monkeypatch):
+    calls = []
+
+    def open_bundle(path, **given):
+        calls.append((path, given))
+        return UNIFORM
+
+    monkeypatch.setattr(formats, "open_bundle", open_bundle)
+    given = {
+        "which": "student",
+        "num_heads": 3,
+        "tokenizer": "gpt2",
+        "stage": "refine",
+        "source": "mask",
+    }
+    generate.open_model(_options(checkpoint="some/file", **given))
+    assert calls == [(pathlib.Path("some/file"), given)]
+
+
+def test_a_working_directory_has_a_config(monkeypatch, tmp_path):
+    monkeypatch.setattr(formats, "open_bundle", lambda path, **given: UNIFORM)
+    options = Options(workdir=str(tmp_path))
+    with pytest.raises(ValueError, match="is not a working directory"):
+        generate.open_model(options)
+    workdir.save_config(tmp_path, base.get_config())
+    assert generate.open_model(options) is UNIFORM
+
+
+@pytest.mark.parametrize(
+    ("bundle", "message"),
+    [
+        (_bundle(tokenizer=None), "holds no tokenizer; .*--tokenizer=gpt2"),
+        (
+            _bundle(tokenizer=tokenizer.train_bpe(["ab ab"], 257)),
+            "tokenizer has 257 tokens, the network of x 280",
+        ),
+        # The same sizes, but one of the ids is the mask.
+        (_bundle(path=MASK.path), "tokenizer has 280 tokens, the network of x 279"),
+    ],
+)
+def test_the_tokenizer_has_to_fit(monkeypatch, bundle, message):
+    with pytest.raises(ValueError, match=message):
+        _run(monkeypatch, bundle)
+
+
+def test_lengths_and_jumps_by_default():
+    job = lambda bundle, **changes: generate.make_job(_options(**changes), bundle)
+    assert job(UNIFORM).length == L
+    assert job(UNIFORM, length=9).length == 9
+    assert job(_bundle(block_length=None)).length == 1024
+    assert job(UNIFORM).jump == "cumulative"
+    configured = _bundle(provenance={"config": {"eval": {"few_step_jump": "mixture"}}})
+    assert job(configured).jump == "mixture"
+    assert job(configured, jump="euler").jump == "euler"
+    assert job(UNIFORM, batch_size=None, num_samples=5).batch_size == 5
+    assert job(UNIFORM, batch_size=None, num_samples=70).batch_size == 32
+
+
+# ------------------------------------------------------------------------------------ what is drawn
+def _call(bundle, templates, *, seed, steps=STEPS):
+    """The library's answer for one batch."""
+    return inference.generate(
+        bundle.params(),
+        bundle.model,
+        bundle.process(),
+        given_BL=np.stack([t.given_L for t in templates]),
+        frozen_BL=np.stack([t.frozen_L for t in templates]),
+        steps=steps,
+        seed=seed,
+    )
+
+
+@NETWORKS
+def test_lines_are_the_librarys_calls_in_order(monkeypatch, batch_file, bundle):
+    """Five rows in batches of three: two calls of one shape, each with its seed."""
+    lines = _lines(_run(monkeypatch, bundle, batch_file=str(batch_file), num_samples=1, seed=9))
+    requests = prompts.read_requests(batch_file, BPE, L)
+    assert [line["id"] for line in lines] == ["a", 2, "c", 4, 5]
+    templates = [request.template for request in requests]
+    first = _call(bundle, templates[:B], seed=9)
+    # What the last batch is filled up with doesn't matter.
+    second = _call(bundle, [*templates[B:], prompts.blank(L)], seed=inference.batch_seed(9, 1))
+    for line, request, tokens_L in zip(lines, requests, [*first, *second[:2]], strict=True):
+        template = request.template
+        shown = tokens_L[: template.shown]
+        assert line["tokens"] == shown.tolist()
+        assert line["text"] == BPE.decode(shown)
+        assert line[request.kind] == request.text
+        frozen = template.frozen_L[: template.shown]
+        np.testing.assert_array_equal(shown[frozen], template.given_L[: template.shown][frozen])
+        assert not {"prompt", "infill"} - {request.kind} & line.keys()
+    assert len(set(lines[0]["tokens"])) > 8  # a network that knows one token would show nothing
+    assert len(lines[0]["tokens"]) == L  # all of a prompt's block, only the template of an infill
+    assert len(lines[2]["tokens"]) == templates[2].shown < L
+
+
+def test_samples_of_a_request_stand_together(monkeypatch, batch_file):
+    lines = _lines(_run(monkeypatch, UNIFORM, batch_file=str(batch_file), num_samples=2))
+    ids = ["a", 2, "c", 4, 5]
+    assert [(line["id"], line["sample"]) for line in lines] == [(i, s) for i in ids for s in (0, 1)]
+    assert lines[0]["tokens"] != lines[1]["tokens"]
+
+
+def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
+    line = _lines(_run(monkeypatch, MASK, batch_file=str(batch_file), seed=4, temperature=0.5))[0]
+    model = line.pop("model")
+    assert {key: line[key] for key in line.keys() - {"text", "tokens"}} == {
+        "id": "a",
+        "sample": 0,
+        "prompt": "The state",
+        "seed": 4,
+        "batch_size": B,
+        "steps": STEPS,
+        "temperature": 0.5,
+        "jump": "cumulative",
+        "length": L,
+    }
+    assert re.fullmatch("[0-9a-f]{16}", model.pop("sha256"))
+    assert model == {
+        "stage": "distill",
+        "weights": "ema",
+        "step": 7,
+        "tokenizer": BPE.fingerprint,
+        "path": dict(MASK.path),
+    }
+
+
+def test_the_text_of_one_prompt(monkeypatch):
+    out = _run(monkeypatch, UNIFORM, prompt="The state", num_samples=4, seed=2)
+    blocks = re.split(r"--- sample (\d) of 4: distill, 3 network calls\n", out)
+    assert blocks[1::2] == ["1", "2", "3", "4"]
+    template = prompts.prefix("The state", BPE, L)
+    tokens_BL = _call(UNIFORM, [template] * B, seed=2)
+    for text, tokens_L in zip(blocks[2::2], tokens_BL, strict=False):
+        assert text == BPE.decode(tokens_L) + "\n"
+        assert text.startswith("The state")
+
+
+def test_without_a_prompt(monkeypatch):
+    out = _run(monkeypatch, MASK, num_samples=B, seed=2)
+    for tokens_L in _call(MASK, [prompts.blank(L)] * B, seed=2):
+        assert BPE.decode(tokens_L) in out
+
+
+def test_left_to_right(monkeypatch, batch_file, tmp_path):
+    out = _run(monkeypatch, CAUSAL, prompt="The state", num_samples=B)
+    assert out.count("\nThe state") == B
+    assert out.count(f"distill, {L} network calls") == B
+    prompt_file = tmp_path / "a.txt"
+    prompt_file.write_text("The\nof\nthe\n")
+    line = _lines(_run(monkeypatch, CAUSAL, batch_file=str(prompt_file), num_samples=1))[2]
+    assert (line["steps"], line["jump"]) == (L, None)
+    assert line["text"].startswith("the")
+    monkeypatch.setattr(inference, "generate", None)
+    for changes, message in (
+        ({"infill": "The [2] of"}, "can't see text that stands after a gap"),
+        ({"batch_file": str(batch_file)}, "prompts.jsonl line 2: .*after a gap"),
+        ({"stream": True}, "autoregressive model writes each token once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _run(monkeypatch, CAUSAL, **changes)
+
+
+# ------------------------------------------------------------------------------------- output files
+@pytest.fixture
+def complete(monkeypatch, batch_file, tmp_path):
+    """(flags, output) of an uninterrupted job of five rows in two batches."""
+    flags = {
+        "batch_file": str(batch_file),
+        "output": str(tmp_path / "new" / "a.jsonl"),
+        "num_samples": 1,
+    }
+    assert _run(monkeypatch, UNIFORM, **flags) == ""
+    return flags, pathlib.Path(flags["output"])
+
+
+def test_the_file_is_what_stdout_would_get(monkeypatch, complete):
+    flags, path = complete
+    assert path.read_text() == _run(monkeypatch, UNIFORM, **(flags | {"output": None}))
+
+
+def test_an_interrupted_output_goes_on_to_the_same_bytes(monkeypatch, complete):
+    flags, path = complete
+    whole = path.read_bytes()
+    ends = [match.end() for match in re.finditer(b"\n", whole)]
+    assert len(ends) == 5
+    # Nothing; torn early and late in a line; after a line within and between batches.
+    for cut in (0, 1, 5, 40, ends[0], ends[0] + 100, ends[2] - 1, ends[2], ends[3], ends[4] - 1):
+        path.write_bytes(whole[:cut])
+        _run(monkeypatch, UNIFORM, **flags)
+        assert path.read_bytes() == whole, cut
+
+
+def test_a_complete_output_is_left_alone(monkeypatch, complete, capsys):
+    flags, path = complete
+    whole = path.read_bytes()
+    monkeypatch.setattr(inference, "generate", None)
+    _run(monkeypatch, UNIFORM, **flags)
+    assert path.read_bytes() == whole
+    assert "holds 5 of 5 samples" in capsys.readouterr().err
+
+
+def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
+    flags, path = complete
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    seeds, draw = [], inference.generate
+    monkeypatch.setattr(
+        inference, "generate", lambda *args, **k: seeds.append(k["seed"]) or draw(*args, **k)
+    )
+    _run(monkeypatch, UNIFORM, **flags)
+    assert seeds == [inference.batch_seed(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "line 1 is of another job .seed: 0 there, 1 now"),
+        ({"steps": 2}, "steps: 3 there, 2 now"),
+        ({"temperature": 0.5}, "temperature: 1.0 there, 0.5 now"),
+        ({"jump": "euler"}, "jump: 'cumulative' there, 'euler' now"),
+        ({"length": 15}, "length: 16 there, 15 now"),
+        ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
+        ({"num_samples": 2}, "line 2 is of another job .id: 2 there, 'a' now"),
+        ({"batch_file": None, "num_samples": 9}, "id: 'a' there, 1 now"),
+        ({"batch_file": None}, "has 5 samples, more than the 1 asked for"),
+        ({"bundle": _bundle(seed=1)}, "sha256"),
+        ({"bundle": _bundle(path=UNIFORM.path | {"power": 2.0})}, "'power': 2.0"),
+    ],
+)
+def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, changes, message):
+    flags, path = complete
+    whole = path.read_bytes()
+    changes = dict(changes)
+    bundle = changes.pop("bundle", UNIFORM)
+    monkeypatch.setattr(inference, "generate", None)
+    with pytest.raises(ValueError, match=message) as error:
+        _run(monkeypatch, bundle, **(flags | changes))
+    assert "remove" in str(error.value)
+    assert path.read_bytes() == whole
+
+
+def test_an_output_of_another_prompt_is_refused(monkeypatch, complete, batch_file):
+    batch_file.write_text(batch_file.read_text().replace("The people of", "The people"))
+    with pytest.raises(ValueError, match="line 4 .*prompt: 'The people of' there, 'The people' no"):
+        _run(monkeypatch, UNIFORM, **complete[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"my only notes", "was not written by this program"),
+        (b'{"id": 1}\nmy notes', "was not written by this program"),
+        (b"my notes\n", "line 1 is no JSON"),
+        (b"[3]\n", "line 1 is of another job"),
+    ],
+)
+def test_another_file_is_refused_and_kept(monkeypatch, complete, content, message):
+    flags, path = complete
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        _run(monkeypatch, UNIFORM, **flags)
+    assert path.read_bytes() == content
+
+
+def test_a_bad_line_stops_it_before_anything_is_drawn(monkeypatch, batch_file, tmp_path):
+    batch_file.write_text(batch_file.read_text() + '{"infill": "no gap"}\n')
+    monkeypatch.setattr(inference, "generate", None)
+    out = io.StringIO()
+    for output in (None, str(tmp_path / "new" / "a.jsonl")):
+        with pytest.raises(ValueError, match="prompts.jsonl line 6: .*has no gap"):
+            _run(monkeypatch, UNIFORM, out, batch_file=str(batch_file), output=output)
+    assert out.getvalue() == ""
+    assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------- stdout
+def test_lines_go_to_stdout_and_progress_to_the_terminal(monkeypatch, batch_file):
+    """A live bar redirects sys.stdout to the terminal it is on."""
+    screen, out = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("TERM", "xterm")
+    _run(monkeypatch, UNIFORM, sys.stdout, batch_file=str(batch_file), num_samples=1)
+    assert len(_lines(out.getvalue())) == 5
+    assert "sampling" in screen.getvalue()
+    assert '"tokens"' not in screen.getvalue()
+
+
+HOSTILE = "\x1b]0;owned\x07[red]a\x9b2J\r\n\tb\x7f"
+
+
+def test_printable():
+    escaped = r"\x1b]0;owned\x07[red]a\x9b2J\r"
+    assert generate.printable(HOSTILE) == escaped + "\n\tb\\x7f"
+    assert generate.printable(HOSTILE, keep="") == escaped + r"\n\tb\x7f"
+    assert generate.printable("naïve 日本 \U0001f600") == "naïve 日本 \U0001f600"
+    assert generate.printable("\ud800") == r"\ud800"
+
+
+def _always(text, monkeypatch, length=64):
+    """Makes the library answer `text` to everything; returns its tokens."""
+    ids = BPE.encode(text)
+    row = np.asarray(ids + BPE.encode("q") * (length - len(ids)), np.int32)
+    monkeypatch.setattr(inference, "generate", lambda *_, given_BL, **__: row[None].repeat(B, 0))
+    return row
+
+
+def test_control_characters_stay_off_a_terminal(monkeypatch):
+    _always(HOSTILE, monkeypatch)
+    flags = {"length": 64, "num_samples": 1}
+    screen = _run(monkeypatch, UNIFORM, Terminal(), **flags)
+    assert not set(screen) & {"\x1b", "\x07", "\x9b", "\r", "\x7f"}
+    assert r"\x1b]0;owned\x07[red]a" in screen
+    assert HOSTILE in _run(monkeypatch, UNIFORM, **flags)  # a file gets the text as it is
+    line = _run(monkeypatch, UNIFORM, Terminal(), batch_file=_hostile_file(monkeypatch), **flags)
+    assert not set(line) & {"\x1b", "\x07", "\x9b", "\r", "\x7f"}
+    assert json.loads(line)["text"].startswith(HOSTILE)
+
+
+def _hostile_file(monkeypatch):
+    monkeypatch.setattr(
+        prompts,
+        "read_requests",
+        lambda *_: [prompts.Request(1, "prompt", HOSTILE, prompts.blank(64))],
+    )
+    return "a.jsonl"
+
+
+# --------------------------------------------------------------------------------------------- view
+@NETWORKS
+def test_streaming_changes_no_token_and_shows_each_step(monkeypatch, bundle):
+    flags = {"infill": "The [3] of the [2]", "num_samples": 4}
+    alone = _run(monkeypatch, bundle, **flags)
+    out = _run(monkeypatch, bundle, stream=True, **flags)
+    steps = re.findall("^(step .*)\n", out, re.M)
+    assert re.sub("^step .*\n", "", out, flags=re.M) == alone
+    texts = re.split(r"--- sample \d of 4: distill, 3 network calls\n", alone)[1:]
+    shown = prompts.infill(flags["infill"], BPE, L).shown
+    heads = [re.match(r"step (\d)/3, (\d+) of (\d+) tokens changed: The", line) for line in steps]
+    assert [int(head[1]) for head in heads] == [1, 2, 3] * 2  # of two batches
+    assert {int(head[3]) for head in heads} == {shown}
+    for step, text in ((steps[2], texts[0]), (steps[5], texts[3])):  # the first of each batch
+        assert step.endswith("changed: " + generate.printable(text[:-1], keep=""))
+    if bundle is MASK:
+        changed = [int(head[2]) for head in heads[:3]]
+        assert sum(changed) == 5  # each gap token once
+        for i, line in enumerate(steps[:3]):
+            assert line.count("░") == 5 - sum(changed[: i + 1])
+
+
+def _view(kind, out, bundle=MASK, rows=1, **changes):
+    job = generate.make_job(_options(num_samples=rows, **changes), bundle)
+    return kind(job, out), job
+
+
+@pytest.mark.parametrize("kind", [generate.View, generate.LiveView])
+def test_views_cope_with_masks_markup_and_control_characters(monkeypatch, kind):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = Terminal()
+    view, job = _view(kind, out, rows=2, length=64)
+    mask_id = job.process.source.mask_id
+    ids = BPE.encode(HOSTILE)
+    noise = np.full((2, 64), mask_id, np.int32)
+    state = noise.copy()
+    state[0, : len(ids)] = ids
+    with view.batch(job.rows, np.zeros((2, 64), bool), noise):
+        view.on_step(np.int32(0), jax.numpy.asarray(state))
+    text = out.getvalue()
+    assert f"step 1/3, {len(ids)} of {64 if kind is generate.View else 128} tokens changed" in text
+    assert "\x1b]0;" not in text
+    assert "\x07" not in text
+    assert "\x9b" not in text
+    assert "\x7f" not in text
+    assert r"\x1b]0;owned\x07[red]a\x9b2J\r" in text
+    assert "░" * 20 in text
+    assert ("noise" in text) == (kind is generate.LiveView)
+
+
+def test_pieces():
+    tokens_L = np.asarray([*BPE.encode("The"), V, V, *BPE.encode(" of the"), 0], np.int32)
+    given_L = tokens_L == tokens_L[0]
+    changed_L = np.asarray([False, False, True, True, False, False])
+    assert len(tokens_L) == 6
+    pieces = generate.pieces(tokens_L, given_L, changed_L, V, BPE)
+    assert pieces == [
+        ("The", "given"),
+        ("░░", "masked"),
+        (" of", "changed"),
+        (" the", "kept"),  # the end-of-text token has no text
+    ]
+    whole = generate.pieces(tokens_L[[0, 3, 4]], given_L[:3], given_L[:3], None, BPE)
+    assert whole == [("The", "given"), (" of the", "kept")]
+
+
+def test_a_closed_pipe_is_told_once_and_as_itself(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError("closed")
+
+    with pytest.raises(BrokenPipeError, match="closed"):
+        _run(monkeypatch, UNIFORM, Closed(), num_samples=B, stream=True)
+
+
+# ------------------------------------------------------------------------------------ as a program
+def test_importing_it_defines_no_flags():
+    """Two programs of the package can be imported by one process, as the tests do."""
+    from absl import flags
+
+    assert "batch_file" not in flags.FLAGS
+    assert {f.name for f in dataclasses.fields(Options)} >= {"workdir", "checkpoint", "stream"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(checkpoint, tokenizer.json) of a run of random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    config = base.get_config()
+    config.pipeline = "pretrain,distill"
+    config.data.block_length = L
+    model = MASK.model
+    config.update_from_flattened_dict({f"model.{key}": value for key, value in NETWORK.items()})
+    config.path.source = "mask"
+    config.distill.ema_decay = 0.9
+    entry = workdir.entries(config, folder)[1]
+    metadata = workdir.make_metadata(
+        config,
+        entry,
+        model,
+        the_recipe=workdir.recipe(config, entry, None),
+        tokenizer=BPE.fingerprint,
+        data="d" * 16,
+    )
+    run = folder / "stages" / "distill"
+    with checkpoint.Checkpoints(run / "checkpoints") as checkpoints:
+        state = {"params": _params(model, 1), "ema": MASK.params(), "step": np.asarray(7)}
+        checkpoints.save(7, state, metadata)
+    BPE.save(folder / "tokenizer.json")
+    return run, folder / "tokenizer.json"
+
+
+def _program(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "fsdfm_jax.generate", *flags],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_from_a_checkpoint_to_lines_and_back(trained, batch_file):
+    run, spec = trained
+    flags = [
+        f"--checkpoint={run}",
+        f"--tokenizer={spec}",
+        f"--steps={STEPS}",
+        "--num_samples=1",
+        "--batch_size=3",
+        "--seed=9",
+    ]
+    done = _program(*flags, f"--batch_file={batch_file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = _lines(done.stdout)  # and nothing else
+    assert [line["id"] for line in lines] == ["a", 2, "c", 4, 5]
+    assert lines[0]["length"] == L
+    assert lines[0]["model"]["weights"] == "ema"
+    templates = [r.template for r in prompts.read_requests(batch_file, BPE, L)]
+    wanted = _call(MASK, templates[:B], seed=9)[0]
+    assert lines[0]["tokens"] == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "Give either --workdir=DIR or --checkpoint=PATH"),
+        (("--workdir=a", "--checkpoint=b"), "and not both"),
+        (("--checkpoint=b", "--jump=leap"), "leap"),
+    ],
+)
+def test_errors_are_one_line(flags, message):
+    done = _program(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
