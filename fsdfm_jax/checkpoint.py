@@ -79,17 +79,7 @@ class Checkpoints:
           ValueError: `step` does not increase, a leaf is no array, a name is not usable, or
             `metadata` is no JSON.
         """
-        leaves = _named_leaves(state)
-        for name, leaf in leaves.items():
-            if not isinstance(leaf, jax.Array) and not hasattr(leaf, "__array_interface__"):
-                raise ValueError(
-                    f"a state holds arrays only, but {name!r} is {type(leaf).__name__}; "
-                    "put numbers into arrays and everything else into the metadata"
-                )
-        try:
-            metadata = json.loads(json.dumps(dict(metadata), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"checkpoint metadata must be a JSON dict: {error}") from error
+        leaves, metadata = _checked_leaves(state), _checked_metadata(metadata)
         latest = self.latest_step()  # waits for the save before
         if latest is not None and step <= latest:
             raise ValueError(
@@ -152,6 +142,36 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a running save and frees the writer's threads; the object ends here."""
         self._checkpointer.close()
+
+
+def save_once(
+    directory: str | os.PathLike, step: int, state: PyTree, metadata: Mapping[str, Any]
+) -> None:
+    """Writes one checkpoint into a new directory, with next to no memory besides `state` itself.
+
+    For conversion: unlike `Checkpoints.save` it returns when all is on the disk, copies nothing and
+    doesn't compress (float weights hardly shrink).
+
+    Args:
+      directory: Folder of the checkpoints, made here.
+      step, state, metadata: As in `Checkpoints.save`; numpy arrays, not changed meanwhile.
+
+    Raises:
+      ValueError: As `Checkpoints.save`, or the directory has checkpoints already.
+    """
+    directory = _absolute(directory)
+    if directory.exists():
+        raise ValueError(f"{directory} exists already; a new folder was expected")
+    leaves, metadata = _checked_leaves(state), _checked_metadata(metadata)
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = _MOST_IN_FLIGHT
+    context.array.saving.use_compression = False
+    with ocp.training.Checkpointer(directory, context=context) as checkpointer:
+        checkpointer.save(int(step), _nest(leaves), force=True, custom_metadata=metadata)
+
+
+_MOST_IN_FLIGHT = 256 * 2**20  # bytes
 
 
 def restore_part(
@@ -243,6 +263,24 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     with _open_to_read(directory) as checkpointer:
         latest = checkpointer.latest
     return None if latest is None else latest.step
+
+
+def _checked_leaves(state: PyTree) -> dict[str, Any]:
+    leaves = _named_leaves(state)
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array) and not hasattr(leaf, "__array_interface__"):
+            raise ValueError(
+                f"a state holds arrays only, but {name!r} is {type(leaf).__name__}; "
+                "put numbers into arrays and everything else into the metadata"
+            )
+    return leaves
+
+
+def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint metadata must be a JSON dict: {error}") from error
 
 
 def _absolute(directory) -> epath.Path:

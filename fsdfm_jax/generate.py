@@ -235,10 +235,10 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         requests = [prompts.make_request(kind, text, bundle.tokenizer, length)]
         check(requests[0].template)
     rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
-    params = bundle.params()
+    params = bundle.device_params()
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
-        params=jax.device_put(params),
+        params=params,
         model=model,
         process=process,
         tokenizer=bundle.tokenizer,

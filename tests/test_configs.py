@@ -89,7 +89,7 @@ PAPER = {
     "path.schedule": "polynomial",
     "path.power": 1.0,
     "path.source": "uniform",
-    "path.revealed": "stay",
+    "path.revealed": "jump",
     "optim.b1": 0.9,
     "optim.b2": 0.95,
     "optim.eps": 1e-8,

@@ -74,6 +74,10 @@ class Bundle:
         """All parameters, as nested dicts of float32 numpy arrays."""
         return unflatten(dict(self.arrays()))
 
+    def device_params(self) -> Params:
+        """As `params`, on the default device; never more than one of them twice in memory."""
+        return unflatten({path: jax.device_put(array) for path, array in self.arrays()})
+
     def num_params(self) -> int:
         """Number of scalars."""
         return sum(int(np.prod(leaf.shape)) for leaf in self.leaves.values())

@@ -476,6 +476,7 @@ def stream(bundle: bundle_lib.Bundle, dtype: str = "float32") -> Iterator[tuple[
         for i, one in rows:
             one = np.ascontiguousarray(one.T if transpose else one)
             yield name.format(i), one.astype(bundle_lib.DTYPES[dtype], copy=False)
+        del array, rows, one  # or they would stay while the next parameter is read
     # Rounded from float64, as the float32 power of the original is.
     exponents = np.arange(0, bundle.model.head_width, 2, dtype=np.float32) / np.float32(
         bundle.model.head_width

@@ -40,7 +40,7 @@ def random_inputs(
 def logits_of(bundle: Bundle, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     """Logits, float32 [B, L, V]; the parameters are in memory only meanwhile."""
     run = jax.jit(models.apply, static_argnums=1)
-    return np.asarray(run(bundle.params(), bundle.model, *inputs))
+    return np.asarray(run(bundle.device_params(), bundle.model, *inputs))
 
 
 def compare(source_BLV: np.ndarray, target_BLV: np.ndarray) -> Parity:

@@ -10,7 +10,6 @@ it has no optimiser state.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -102,8 +101,9 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
             )
     metadata = checkpoint.read_metadata(folder, step)
     part = metadata["weights"] if which == "ema" else _PARTS[which]
+    checksums = metadata.get("checksums", {}) if part == "params" else {}
     leaves = {
-        name: Leaf(tuple(leaf.shape), lambda name=name: _read(folder, f"{part}/{name}", step))
+        name: Leaf(tuple(leaf.shape), lambda name=name: _read(folder, part, name, step, checksums))
         for name, leaf in checkpoint.leaf_shapes(folder, part, step).items()
     }
     config, recipe = metadata["config"], metadata["recipe"]
@@ -135,14 +135,20 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     return bundle_lib.from_parts(leaves, description, tokenizer, str(directory))
 
 
-def _read(folder: pathlib.Path, name: str, step: int) -> np.ndarray:
+def _read(folder: pathlib.Path, part: str, name: str, step: int, checksums) -> np.ndarray:
+    whole = f"{part}/{name}"
     try:
-        array = checkpoint.restore_part(folder, (name,), step)[name]
+        array = np.asarray(checkpoint.restore_part(folder, (whole,), step)[whole], np.float32)
     except Exception as error:
         raise BadFile(
-            f"{name} of the checkpoint in {folder} can't be read: {_first_line(error)}"
+            f"{whole} of the checkpoint in {folder} can't be read: {_first_line(error)}"
         ) from error
-    return np.asarray(array, np.float32)
+    if name in checksums and bundle_lib.checksum(array) != checksums[name]:
+        raise BadFile(
+            f"{whole} of the checkpoint in {folder} is damaged (its checksum differs); convert "
+            "it again."
+        )
+    return array
 
 
 def _first_line(error: Exception) -> str:
@@ -173,6 +179,7 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
     config = dict(bundle.provenance.get("config") or {})
     config["data"] = dict(config.get("data") or {}) | {"block_length": bundle.block_length}
     fingerprint = None if bundle.tokenizer is None else bundle.tokenizer.fingerprint
+    params = bundle.params()
     metadata = {
         "format": 1,
         "code_version": workdir.code_version(),
@@ -185,8 +192,10 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
         "recipe": {"path": dict(bundle.path), "converted": dict(bundle.provenance)},
         "config": config,
         "provenance": dict(bundle.provenance),
+        "checksums": {
+            path: bundle_lib.checksum(array) for path, array in bundle_lib.flatten(params).items()
+        },
     }
-    with checkpoint.Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(step, {"params": bundle.params()}, json.loads(json.dumps(metadata)))
+    checkpoint.save_once(directory / "checkpoints", step, {"params": params}, metadata)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(directory / _TOKENIZER)
