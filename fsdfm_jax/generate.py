@@ -24,7 +24,6 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
@@ -198,14 +197,6 @@ def open_model(options: Options) -> Bundle:
         raise ValueError(
             f"{path} holds no tokenizer; give the one it was trained with: --tokenizer=gpt2, or "
             "--tokenizer=PATH of a tokenizer.json."
-        )
-    source = bundle.process().source
-    num_tokens = source.vocab_size - (source.mask_id is not None)
-    if bundle.tokenizer.vocab_size != num_tokens:
-        raise ValueError(
-            f"The tokenizer has {bundle.tokenizer.vocab_size} tokens, the network of {path} "
-            f"{num_tokens} without its mask token; give the --tokenizer (or --source) it was "
-            "trained with."
         )
     return bundle
 

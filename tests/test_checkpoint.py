@@ -356,3 +356,35 @@ def test_one_device_process_reads_what_eight_devices_saved(tmp_path):
     read = np.load(tmp_path / "read.npz")
     assert read["step"] == 7
     np.testing.assert_array_equal(read["embed"], state.ema["embed"])
+
+
+def test_saving_once(tmp_path):
+    tree = {"params": {"kernel": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)}}
+    checkpoint.save_once(tmp_path / "new", 7, tree, {"a": [1]})
+    assert checkpoint.latest_step(tmp_path / "new") == 7
+    assert checkpoint.read_metadata(tmp_path / "new") == {"a": [1]}
+    read = restore_part(tmp_path / "new", ("params",))["params"]
+    np.testing.assert_array_equal(read["kernel"], tree["params"]["kernel"])
+    with pytest.raises(ValueError, match="exists already"):
+        checkpoint.save_once(tmp_path / "new", 8, tree, {})
+    with pytest.raises(ValueError, match="arrays only, but 'params/kernel' is float"):
+        checkpoint.save_once(tmp_path / "other", 7, {"params": {"kernel": 1.0}}, {})
+    with pytest.raises(ValueError, match="must be a JSON dict"):
+        checkpoint.save_once(tmp_path / "other", 7, tree, {"a": np.nan})
+    assert not (tmp_path / "other").exists()
+
+
+def test_shapes_of_a_part(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(3, state, {})
+    shapes = checkpoint.leaf_shapes(tmp_path / "run", "ema")
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} == {
+        "embed": ((8, 16), jnp.float32),
+        "block/kernel": ((16, 8), jnp.bfloat16),
+        "block/bias": ((4,), jnp.float32),
+    }
+    with pytest.raises(NotACheckpoint, match="has no part 'teacher'; it has ema, opt_state"):
+        checkpoint.leaf_shapes(tmp_path / "run", "teacher")
+    with pytest.raises(NotACheckpoint):
+        checkpoint.leaf_shapes(tmp_path / "run", "ema", 4)

@@ -185,6 +185,30 @@ def test_keep_revealed():
     np.testing.assert_array_equal(bare_L[3 * N :], x_L[3 * N :])
 
 
+def test_the_jump_of_a_process():
+    logits_BLV = jax.random.normal(jax.random.key(0), (2, 200, 4))
+    xt_BL = jax.random.randint(jax.random.key(1), (2, 200), 0, 4)
+    bare = make_jump(CUMULATIVE, Polynomial())
+
+    def moved(*args):
+        jump = jumps.make_process_jump(CUMULATIVE, Polynomial(), *args)
+        return jump(jax.random.key(2), logits_BLV, xt_BL, 0.25, 0.5)
+
+    literal = bare(jax.random.key(2), logits_BLV, xt_BL, 0.25, 0.5)
+    kept = jnp.where(xt_BL == 3, literal, xt_BL)
+    assert (kept != literal).any()
+    for source, revealed, expected in (
+        (Source(4), "stay", literal),
+        (Source(4), "jump", literal),
+        (Source(4, mask_id=3), "stay", kept),
+        (Source(4, mask_id=3), "jump", literal),
+    ):
+        np.testing.assert_array_equal(moved(source, revealed), expected)
+    np.testing.assert_array_equal(moved(Source(4, mask_id=3)), kept)  # the default
+    with pytest.raises(ValueError, match="revealed='leap'; expected one of stay, jump"):
+        jumps.make_process_jump(CUMULATIVE, Polynomial(), Source(4), "leap")
+
+
 def test_finalize_with_uniform_noise_draws_every_position():
     p = np.array([0.1, 0.2, 0.3, 0.4])
     logits_BLV = jnp.tile(jnp.asarray(np.log(p), jnp.float32)[None, None], (4, N, 1))

@@ -247,3 +247,28 @@ def test_bad_grids(grid):
 def test_grids_of_another_shape(grid):
     with pytest.raises(ValueError, match=r"cumulative times in one dimension"):
         check_grid(grid)
+
+
+def test_steps_can_be_watched():
+    """on_step is told every state in order, also from within jit, and changes nothing."""
+    jump, finalize, x0_BL = setting(UNIFORM)
+    seen = []
+
+    @jax.jit
+    def watched(key, x0_BL, grid_S1):
+        return sample_trajectory(
+            key,
+            denoise,
+            jump,
+            finalize,
+            x0_BL,
+            grid_S1,
+            on_step=lambda index, x_BL: seen.append((int(index), np.asarray(x_BL))),
+        )
+
+    tokens_BL, _ = watched(jax.random.key(1), x0_BL, UNEVEN)
+    jax.effects_barrier()
+    expected_BL, steps_SBL = trajectory(UNIFORM, jax.random.key(1), x0_BL, UNEVEN)
+    np.testing.assert_array_equal(tokens_BL, expected_BL)
+    assert [index for index, _ in seen] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(np.stack([x_BL for _, x_BL in seen]), steps_SBL)

@@ -142,7 +142,7 @@ def _inputs(model, process, steps, batch_size, length, key, temperature):
 def _compile(model, process, jump, steps, batch_size, length):
     """A shape's compiled sampler, shared by all stages of one network, and seconds of compiling."""
     if steps is None:
-        run = inference.make_autoregressive_sampler(model, length)
+        run = inference.make_autoregressive_sampler(model, length, process.source.mask_id)
     else:
         run = inference.make_sampler(model, process, jump)
     key = jax.random.key(0)
