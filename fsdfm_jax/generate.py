@@ -43,6 +43,7 @@ from fsdfm_jax.tokenizer import Tokenizer
 
 _DEFAULT_LENGTH = 1024  # tokens; the block of the paper
 _DEFAULT_BATCH = 32  # rows
+_MOST = 2**20  # of rows, and of tokens in one: more is a slip
 _LIVE_SAMPLES = 4  # rows that the live view shows
 _MIN_FRAME, _MAX_SLOWDOWN = 0.15, 3.0  # seconds: small models are done before anyone has looked
 _MASKED = "░"
@@ -169,8 +170,8 @@ def check_options(options: Options) -> None:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them.")
     for name in ("length", "num_samples", "batch_size"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if value is not None and not 1 <= value <= _MOST:
+            raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
     inference.check_settings(
         steps=options.steps, seed=options.seed, temperature=options.temperature
     )
@@ -178,6 +179,8 @@ def check_options(options: Options) -> None:
         jumps.get_rule(options.jump)
     if options.stream and (options.batch_file or options.output):
         raise ValueError("--stream shows texts to you; leave out --batch_file and --output.")
+    if options.output and options.output == options.batch_file:
+        raise ValueError(f"--output and --batch_file are the same file, {options.output!r}.")
     if options.output and pathlib.Path(options.output).suffix != ".jsonl":
         raise ValueError(f"--output must be a .jsonl file, got {options.output!r}.")
 
@@ -207,7 +210,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     Raises:
       ValueError: for a prompt that can't be used, by its line if it is one of a file.
     """
-    process, model = bundle.process(), bundle.model
+    process, model = bundle.process(), inference.portable(bundle.model)
     length = options.length or bundle.block_length or _DEFAULT_LENGTH
     if options.stream and model.causal:
         raise ValueError(

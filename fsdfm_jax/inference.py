@@ -1,5 +1,6 @@
 """Trained weights to samples: jitted samplers for any stage, compiled once per shape."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -206,6 +207,19 @@ def batch_seed(seed: int, index: int) -> int:
     return int(jax.random.bits(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), index)))
 
 
+_CUDNN_BACKEND = "gpu"
+
+
+def portable(model: ModelConfig) -> ModelConfig:
+    """The same network without a kernel that this process's devices lack.
+
+    So that a model trained on one kind of device can be sampled on any.
+    """
+    if model.attention == "cudnn" and jax.default_backend() != _CUDNN_BACKEND:
+        return dataclasses.replace(model, attention="manual")
+    return model
+
+
 def check_settings(*, steps: int, seed: int, temperature: float) -> None:
     """Refuses what no sample can be drawn with.
 
@@ -216,7 +230,8 @@ def check_settings(*, steps: int, seed: int, temperature: float) -> None:
     sampler.uniform_grid(steps)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    # What float32 rounds to 0 would divide by it.
+    if not (temperature >= np.finfo(np.float32).tiny and math.isfinite(temperature)):
         raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
 
 

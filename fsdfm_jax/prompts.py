@@ -97,6 +97,8 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         if escaped:
             literal += match.group()[1:]
             continue
+        if len(digits) > 20:
+            raise ValueError(f"A gap of {digits[:20]}.. tokens is longer than any block.")
         if int(digits) < 1:
             raise ValueError(f"A gap needs at least 1 token, got {match.group()} in {text!r}.")
         pieces += [_encode(literal.rstrip(" "), tokenizer), int(digits)]

@@ -36,12 +36,16 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("layout", "ours", safetensors_file.LAYOUTS, "Names in safetensors.")
     flags.DEFINE_enum("dtype", "float32", list(bundle_lib.DTYPES), "Of the weights in TARGET.")
-    flags.DEFINE_integer("steps", 8, "Network calls of an exported sampler.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Network calls of an exported sampler; 8.", lower_bound=1)
     flags.DEFINE_integer("length", None, "Tokens of an exported sampler.", lower_bound=1)
-    flags.DEFINE_enum("jump", "cumulative", list(jumps.RULES), "Jump rule of an exported sampler.")
-    flags.DEFINE_bool("check", False, "Compare the logits of SOURCE and TARGET.")
-    flags.DEFINE_float("tolerance", None, "Of --check; by default what rounding explains.")
-    flags.DEFINE_bool("overwrite", False, "Replace TARGET.")
+    flags.DEFINE_enum(
+        "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; cumulative."
+    )
+    flags.DEFINE_bool("check", False, "Compare SOURCE and TARGET: parameters and logits.")
+    flags.DEFINE_float(
+        "tolerance", None, "Of --check's logits; what rounding explains.", lower_bound=0.0
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace TARGET if it is a model of that format.")
 
 
 def with_progress(bundle: Bundle, progress: writer.Progress) -> Bundle:
@@ -71,6 +75,7 @@ def convert(
     source: Bundle,
     target: Target,
     *,
+    place: pathlib.Path | None = None,
     overwrite: bool = False,
     check: bool = False,
     tolerance: float | None = None,
@@ -80,16 +85,19 @@ def convert(
     Args:
       source: from `formats.open_bundle`.
       target: what to write.
-      overwrite: replace what is there.
-      check: compare logits before the target appears under its name.
-      tolerance: largest difference allowed; None is what rounding explains.
+      place: where `source` is read from.
+      overwrite: replace a model of that format.
+      check: compare both before the target appears under its name.
+      tolerance: largest difference of two logits allowed; None is what rounding explains.
 
     Raises:
-      ValueError: see `formats.write`; or the logits differ.
+      ValueError: see `formats.write`; or the two differ.
     """
+    if tolerance is not None and not check:
+        raise ValueError("--tolerance is the bound of --check; give both or neither.")
     provenance = dict(source.provenance) | {"converted_by": workdir.code_version()}
     source = dataclasses.replace(source, provenance=provenance)
-    formats.check_target(source, target)
+    formats.check_target(source, target, source=place, overwrite=overwrite)
     lines = []
 
     def compare(path: pathlib.Path) -> None:
@@ -97,6 +105,7 @@ def convert(
         # One after the other: a large model may fit the memory only once.
         expected_BLV = parity.logits_of(source, inputs)
         written = formats.open_bundle(path)
+        parity.check_parameters(source, written, target.dtype)
         found = parity.compare(expected_BLV, parity.logits_of(written, inputs))
         bound = parity.TOLERANCE[target.dtype] if tolerance is None else tolerance
         lines.append(
@@ -104,12 +113,16 @@ def convert(
             f"largest KL {found.max_kl:.3g} nats."
         )
         parity.check(found, bound)
+        if target.format == "sampler":
+            parity.check_program(source, path, jump_rule=target.jump or jumps.CUMULATIVE.name)
+            lines.append("The exported program draws the library's tokens.")
 
     total = _megabytes(source.num_params())
     with writer.Progress(f"{target.path.name}, MB read", total=total) as progress:
         formats.write(
             with_progress(source, progress),
             target,
+            source=place,
             overwrite=overwrite,
             before_publishing=compare if check else None,
         )
@@ -120,6 +133,11 @@ def convert(
         f"conditioning {source.model.conditioning}, weights {said.get('weights')}, "
         f"step {said.get('step')}."
     )
+    if said.get("source_is_assumed"):
+        yield (
+            "Nothing says whether its noise is uniform or a mask token; "
+            f"{source.path['source']} is assumed. Give --source or --tokenizer if that is wrong."
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -146,6 +164,7 @@ def main(argv: list[str]) -> None:
     for line in convert(
         source,
         target,
+        place=pathlib.Path(argv[1]).expanduser(),
         overwrite=values.overwrite,
         check=values.check,
         tolerance=values.tolerance,

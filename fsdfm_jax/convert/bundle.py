@@ -174,12 +174,11 @@ def from_parts(
         if length is not None and (type(length) is not int or not 0 < length < 2**31):
             raise ValueError(f"block_length {str(length)[:40]}")
         path, provenance = dict(description["path"]), dict(description["provenance"])
-        if model.causal or set(path) == set(DEFAULT_PATH):
-            bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
-            if not model.causal:
-                bundle.process()
-        else:
+        if set(path) != set(DEFAULT_PATH):
             raise ValueError(f"path has the keys {', '.join(map(str, path))[:200]}")
+        _check_provenance(provenance)
+        bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
+        bundle.process()
     except BadFile:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -192,6 +191,19 @@ def from_parts(
             f"{tokenizer.fingerprint}: their token ids mean different text."
         )
     return bundle
+
+
+def _check_provenance(provenance: Mapping[str, Any]) -> None:
+    """ValueError unless what programs read of it has its type."""
+    step, config = provenance.get("step"), provenance.get("config")
+    if step is not None and (type(step) is not int or not 0 <= step < 2**53):
+        raise ValueError(f"provenance.step is {str(step)[:40]!r}")
+    for name in ("run", "stage", "weights", "tokenizer", "data", "code_version"):
+        if not isinstance(provenance.get(name), str | None):
+            raise ValueError(f"provenance.{name} is {str(provenance[name])[:40]!r}")
+    sections = [config, *((config or {}).get(key) for key in ("data", "eval"))] if config else []
+    if not all(isinstance(section, dict | None) for section in sections):
+        raise ValueError("provenance.config is no configuration")
 
 
 def make_model(fields: Mapping[str, Any]) -> ModelConfig:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+from fsdfm_jax import jumps
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import exported, official, run_folder, safetensors_file
@@ -25,6 +26,7 @@ from fsdfm_jax.tokenizer import Tokenizer
 FORMATS = ("official", "safetensors", "orbax", "sampler")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
 _GPT2_TOKENS = 50_257
+DEFAULT_STEPS = 8
 
 
 def open_bundle(
@@ -75,10 +77,10 @@ def open_bundle(
             f"{path} is a folder of no known kind; expected a working directory, a run with "
             "checkpoints/, a folder with .safetensors files or an exported sampler."
         )
-    bundle = _with_tokenizer(bundle, given, path)
+    bundle = _with_source(_with_tokenizer(bundle, given, path), source, path)
     _check_vocabulary(bundle, path)
-    if source and not bundle.model.causal and bundle.path["source"] != source:
-        raise ValueError(f"{path} has source {bundle.path['source']!r}, got source={source!r}.")
+    if num_heads is not None and num_heads != bundle.model.num_heads:
+        raise ValueError(f"{path} has {bundle.model.num_heads} heads, got num_heads={num_heads}.")
     provenance = dict(bundle.provenance)
     provenance.setdefault("source", {"file": path.name, "format": name})
     if bundle.tokenizer is not None:
@@ -155,10 +157,12 @@ def _describe_official(
             tokenizer = tokenizer_lib.load("gpt2")
         except ValueError:  # not installed; weights can be converted without
             tokenizer = None
+    assumed = not source and tokenizer is None and cfg.vocab_size != _GPT2_TOKENS + 1
     if not source:
         plain = _GPT2_TOKENS if tokenizer is None else tokenizer.vocab_size
         source = "mask" if cfg.vocab_size == plain + 1 else "uniform"
     path_keys = bundle_lib.DEFAULT_PATH | {"source": source}
+    said = said | ({"source_is_assumed": True} if assumed else {})
     return Bundle(cfg, leaves, path_keys, tokenizer, None, _PROVENANCE | said)
 
 
@@ -177,6 +181,17 @@ def _with_tokenizer(bundle: Bundle, given: Tokenizer | None, path: pathlib.Path)
             f"{given.fingerprint}: their token ids mean different text."
         )
     return dataclasses.replace(bundle, tokenizer=given)
+
+
+def _with_source(bundle: Bundle, source: str, path: pathlib.Path) -> Bundle:
+    if not source or bundle.path.get("source") == source:
+        return bundle
+    if not bundle.provenance.get("source_is_assumed"):
+        raise ValueError(
+            f"{path} says that its noise is {bundle.path['source']!r}, got source={source!r}."
+        )
+    said = {k: v for k, v in bundle.provenance.items() if k != "source_is_assumed"}
+    return dataclasses.replace(bundle, path=dict(bundle.path) | {"source": source}, provenance=said)
 
 
 def _check_vocabulary(bundle: Bundle, path: pathlib.Path) -> None:
@@ -205,16 +220,17 @@ class Target:
       to: one of `FORMATS`, "" tells it by the suffix.
       layout: names in safetensors, "ours" | "official".
       dtype: of the weights in official and safetensors files, "float32" | "bfloat16".
-      steps, length, jump: of an exported sampler; length None is the model's block length.
+      steps, length, jump: of an exported sampler; None is 8, the model's block length and
+        "cumulative".
     """
 
     path: pathlib.Path
     to: str = ""
     layout: str = "ours"
     dtype: str = "float32"
-    steps: int = 8
+    steps: int | None = None
     length: int | None = None
-    jump: str = "cumulative"
+    jump: str | None = None
 
     @property
     def format(self) -> str:
@@ -236,11 +252,23 @@ class Target:
         return self.to or by_suffix
 
 
-def check_target(bundle: Bundle, target: Target) -> None:
+def check_target(
+    bundle: Bundle,
+    target: Target,
+    *,
+    source: pathlib.Path | None = None,
+    overwrite: bool = False,
+) -> None:
     """Everything about a target that can be refused before any work is done.
 
+    Args:
+      bundle: what is to be written.
+      target: where and how.
+      source: where the bundle is read from, which no target may replace.
+      overwrite: whether a model of the same format that is there may be replaced.
+
     Raises:
-      ValueError: no such format, or it has no place for this network.
+      ValueError: no such format, it has no place for this network, or the target exists.
     """
     if target.dtype not in bundle_lib.DTYPES:
         known = ", ".join(bundle_lib.DTYPES)
@@ -251,33 +279,71 @@ def check_target(bundle: Bundle, target: Target) -> None:
         )
     if target.format != "safetensors" and target.layout != "ours":
         raise ValueError("layout is a choice of safetensors; the other formats have one each.")
+    options = {"steps": target.steps, "length": target.length, "jump": target.jump}
+    given = [name for name, value in options.items() if value is not None]
+    if given and target.format != "sampler":
+        raise ValueError(f"{', '.join(given)}: choices of an exported sampler (--to=sampler) only.")
     if target.format == "official" or target.layout == "official":
         official.check_layout(bundle.model)
+    _check_place(target, source, overwrite)
+
+
+def _check_place(target: Target, source: pathlib.Path | None, overwrite: bool) -> None:
+    path = target.path.resolve()
+    if source is not None:
+        source = source.resolve()
+        if path == source or path in source.parents:
+            raise ValueError(f"The target {target.path} is the source, or holds it.")
+    parents = [parent for parent in path.parents if parent.exists()]
+    if not parents or not parents[0].is_dir():
+        raise ValueError(f"{target.path} can't be made: one of the names before it is a file.")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{target.path} exists already; choose another name or give --overwrite.")
+    if not _replaceable(path, target.format):
+        raise ValueError(
+            f"{target.path} isn't a model of the format {target.format!r} and nothing else; only "
+            "such a one is overwritten. Choose another name."
+        )
+
+
+# What a folder of each format holds, as patterns.
+_CONTENTS = {
+    "orbax": ("checkpoints", "tokenizer.json"),
+    "safetensors": ("model*.safetensors", "model.safetensors.index.json", "*.json"),
+}
+
+
+def _replaceable(path: pathlib.Path, name: str) -> bool:
+    if path.is_file():
+        return _SUFFIXES.get(path.suffix.lower()) == name
+    if name == "sampler":
+        return exported.is_exported(path)
+    patterns = _CONTENTS.get(name, ())
+    return all(any(child.match(p) for p in patterns) for child in path.iterdir())
 
 
 def write(
     bundle: Bundle,
     target: Target,
     *,
+    source: pathlib.Path | None = None,
     overwrite: bool = False,
     before_publishing: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a bundle, whole or not at all: under a temporary name that is renamed at the end.
 
     Args:
-      bundle: the model.
-      target: where and how.
-      overwrite: replace what is there; by default that is an error.
+      bundle, target, source, overwrite: see `check_target`. A link is followed.
       before_publishing: called with the finished file or folder under its temporary name; what it
         raises leaves nothing behind.
 
     Raises:
-      ValueError: the target exists, or `check_target`'s.
+      ValueError: `check_target`'s.
     """
-    check_target(bundle, target)
-    path = target.path
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another name or give --overwrite.")
+    check_target(bundle, target, source=source, overwrite=overwrite)
+    path = target.path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, so that what it says of the format does.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -286,15 +352,23 @@ def write(
         _write(bundle, dataclasses.replace(target, path=temporary))
         if before_publishing is not None:
             before_publishing(temporary)
-        if path.exists():
-            aside = path.with_name(f".{os.getpid()}.old.{path.name}")
-            os.replace(path, aside)
-            os.replace(temporary, path)
-            _remove(aside)
-        else:
-            os.replace(temporary, path)
+        _publish(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    if not path.is_dir():
+        os.replace(temporary, path)
+        return
+    aside = path.with_name(f".{os.getpid()}.old.{path.name}")  # a folder can't be replaced at once
+    os.replace(path, aside)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
+    _remove(aside)
 
 
 def _write(bundle: Bundle, target: Target) -> None:
@@ -310,19 +384,23 @@ def _write(bundle: Bundle, target: Target) -> None:
             extra={"fsdfm_jax": json.dumps(description)},
         )
     elif name == "safetensors":
-        one_file = path.suffix == safetensors_file.SUFFIX
+        one_file = path.suffix.lower() == safetensors_file.SUFFIX
         write_it = safetensors_file.write_file if one_file else safetensors_file.write_folder
         write_it(path, bundle, layout=target.layout, dtype=target.dtype)
     elif name == "orbax":
         run_folder.write(path, bundle)
     else:
         exported.write(
-            path, bundle, steps=target.steps, length=target.length, jump_rule=target.jump
+            path,
+            bundle,
+            steps=DEFAULT_STEPS if target.steps is None else target.steps,
+            length=target.length,
+            jump_rule=target.jump or jumps.CUMULATIVE.name,
         )
 
 
 def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ PyTorch is not needed, and nothing that a file has pickled is ever run (see torc
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def load(
         no such network: each missing, unexpected or misshapen key is named.
       OSError: the file can't be opened.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     with open_file(path) as file:
         tensors, _ = file.state_dict(which)
         cfg = infer_config(tensors, num_heads)
@@ -116,7 +117,9 @@ def save(
     Raises:
       ValueError: for a network without official layout, or parameters that aren't the network's.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of a file, X.pth.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         bundle = bundle_lib.from_params(params, cfg)
@@ -151,7 +154,10 @@ def write_file(
 
 
 class StateFile:
-    """An opened `.pth` or `.npz`: the state dicts it holds, still unread."""
+    """An opened `.pth` or `.npz`: the state dicts it holds, still unread.
+
+    A `.pth` stays open as long as one of its tensors may be read.
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -182,20 +188,20 @@ class StateFile:
         if not isinstance(tree, dict):
             raise BadFile(f"{self.path} holds a {type(tree).__name__}, expected a dict of weights.")
         if any(_plain_name(name) == "vocab_embed.weight" for name in tree):
-            found, state = "model", tree  # a bare state dict
+            present = {"model": tree}  # a bare state dict
         else:
             present = {name: tree[key] for name, key in WHICH.items() if key in tree}
-            found = which
-            if which == "ema" and "ema" not in present and set(present) == {"model"}:
-                found = "model"  # a base run keeps no average
-            if found not in present:
-                has = ", ".join(f"--which={name}" for name in present) or "none of them"
-                keys = ", ".join(str(key)[:40] for key in list(tree)[:10])
-                raise BadFile(
-                    f"{self.path} has no weights {WHICH[found]!r} ({which=}); it has {has} "
-                    f"(keys: {keys})."
-                )
-            state = present[found]
+        found, usual = which, [name for name in present if name != "teacher"]
+        if which == "ema" and which not in present and len(usual) == 1:
+            found = usual[0]  # a base run keeps no average
+        if found not in present:
+            has = ", ".join(f"{name!r}" for name in present) or "none that is known"
+            keys = ", ".join(str(key)[:40] for key in list(tree)[:10])
+            raise BadFile(
+                f"{self.path} has no weights {which!r} (key {WHICH[which]!r}); it has {has} "
+                f"(keys: {keys}). Choose with which."
+            )
+        state = present[found]
         if not isinstance(state, dict):
             raise BadFile(f"{self.path}: the weights {found!r} are no dict of tensors.")
         return self._tensors(state), found
@@ -244,16 +250,14 @@ def _plain_name(name: Any) -> str:
 
 
 class _NpzLeaf:
-    """One array of an `.npz`, still in its file."""
+    """One array of an `.npz`."""
 
-    def __init__(self, archive, name: str, array: np.ndarray):
+    def __init__(self, array: np.ndarray):
         self.dtype, self.shape, self.read = array.dtype, array.shape, lambda: array
 
 
 def _open_npz(path: pathlib.Path) -> dict[str, Any]:
     """The arrays under "sd/", or all of them; small files by nature, read at once."""
-    import zipfile
-
     try:
         with zipfile.ZipFile(path) as archive:
             if any(info.file_size > _MOST_NPZ for info in archive.infolist()):
@@ -270,10 +274,10 @@ def _open_npz(path: pathlib.Path) -> dict[str, Any]:
         raise
     except Exception as error:  # zipfile and numpy raise all kinds on damage
         raise BadFile(
-            f"{path} is neither a PyTorch checkpoint nor an .npz of one that can be read: "
-            f"{str(error)[:200]}"
+            f"{path} is neither a PyTorch checkpoint nor an .npz of one that can be read "
+            f"({str(error)[:200]}); python -m fsdfm_jax.convert reads the other formats."
         ) from error
-    return {name: _NpzLeaf(path, name, array) for name, array in arrays.items()}
+    return {name: _NpzLeaf(array) for name, array in arrays.items()}
 
 
 _MOST_NPZ = 2**31
@@ -341,6 +345,8 @@ def infer_config(tensors: Mapping[str, Leaf], num_heads: int | None = None) -> M
 
 
 def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> int:
+    if num_heads is not None and not isinstance(num_heads, int):
+        raise ValueError(f"num_heads must be an int or None, got {num_heads!r}.")
     if num_heads is not None and (num_heads < 1 or width % num_heads):
         raise BadFile(f"num_heads={num_heads} doesn't divide the width {width}.")
     buffer = tensors.get(_BUFFER)
@@ -409,9 +415,30 @@ def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
         parts = [tensors.get(one) for one in names]
         leaves[path] = Leaf(shape, lambda p=parts, s=shape, t=transpose: _stack(p, s, t))
     problems += [f"{name[:80]}: unexpected" for name in sorted(set(tensors) - used)]
+    problems += _buffer_problems(tensors, cfg)
     if problems:
         raise BadFile("The state dict doesn't fit the network: " + bundle_lib.listed(problems))
     return leaves
+
+
+def _buffer_problems(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> list[str]:
+    """The rotary frequencies aren't parameters here, so a file must have the ones we compute."""
+    buffer, expected = tensors.get(_BUFFER), _frequencies(cfg.head_width)
+    if buffer is None:
+        return []
+    if tuple(buffer.shape) != expected.shape:
+        return [f"{_BUFFER}: shape {tuple(buffer.shape)}, expected {expected.shape}"]
+    # Wide enough for a buffer that was stored in bfloat16.
+    if not np.allclose(np.asarray(buffer.read(), np.float32), expected, rtol=1e-2, atol=0):
+        return [f"{_BUFFER}: other frequencies than 10000^(-2i/{cfg.head_width})"]
+    return []
+
+
+def _frequencies(head_width: int) -> np.ndarray:
+    """`rotary_emb.inv_freq`, float32; the power is rounded from float64, as the original's is."""
+    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
+    powers = (10_000.0 ** exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / powers
 
 
 def _stack(parts: list[Leaf], shape: tuple[int, ...], transpose: bool) -> np.ndarray:
@@ -477,12 +504,7 @@ def stream(bundle: bundle_lib.Bundle, dtype: str = "float32") -> Iterator[tuple[
             one = np.ascontiguousarray(one.T if transpose else one)
             yield name.format(i), one.astype(bundle_lib.DTYPES[dtype], copy=False)
         del array, rows, one  # or they would stay while the next parameter is read
-    # Rounded from float64, as the float32 power of the original is.
-    exponents = np.arange(0, bundle.model.head_width, 2, dtype=np.float32) / np.float32(
-        bundle.model.head_width
-    )
-    powers = (10_000.0 ** exponents.astype(np.float64)).astype(np.float32)
-    yield _BUFFER, np.float32(1.0) / powers
+    yield _BUFFER, _frequencies(bundle.model.head_width)
 
 
 def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
@@ -502,5 +524,6 @@ def check_layout(cfg: ModelConfig) -> None:
     if cfg.conditioning == "additive" or cfg.causal:
         what = "autoregressive networks" if cfg.causal else "conditioning='additive'"
         raise ValueError(
-            f"The official layout has no place for {what}; use model.conditioning='official'."
+            f"The official layout has no place for {what}; it can be converted to safetensors or "
+            "orbax with our names. (model.conditioning='official' has one.)"
         )

@@ -1,12 +1,20 @@
-"""Do two models compute the same? Logits on random inputs, compared position by position."""
+"""Do two models compute the same?
 
+Parameter by parameter (equal bit for bit, after rounding to the dtype of the target), logits on
+random inputs, and for an exported sampler its tokens against the library's.
+"""
+
+import dataclasses
+import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import models
+from fsdfm_jax import inference, models, sampler
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import exported
 from fsdfm_jax.convert.bundle import Bundle
 
 # Largest difference of two logits that rounding explains, by the dtype of the weights in the file.
@@ -40,7 +48,8 @@ def random_inputs(
 def logits_of(bundle: Bundle, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     """Logits, float32 [B, L, V]; the parameters are in memory only meanwhile."""
     run = jax.jit(models.apply, static_argnums=1)
-    return np.asarray(run(bundle.device_params(), bundle.model, *inputs))
+    model = inference.portable(bundle.model)
+    return np.asarray(run(bundle.device_params(), model, *inputs))
 
 
 def compare(source_BLV: np.ndarray, target_BLV: np.ndarray) -> Parity:
@@ -58,5 +67,43 @@ def check(parity: Parity, tolerance: float) -> None:
         raise ValueError(
             f"The target computes something else than the source: logits differ by up to "
             f"{parity.max_deviation:.3g} (KL {parity.max_kl:.3g} nats), allowed are {tolerance:g}. "
-            "Nothing was written; --tolerance sets the bound."
+            "No target was written; --tolerance sets the bound."
+        )
+
+
+def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
+    """ValueError naming the parameters of `target` that aren't the source's, rounded to `dtype`.
+
+    Logits alone don't tell small models apart. One parameter of each is in memory at a time.
+    """
+    different = []
+    for path, leaf in source.leaves.items():
+        expected = leaf.read().astype(bundle_lib.DTYPES[dtype]).astype(np.float32)
+        if not np.array_equal(expected.view(np.int32), target.leaves[path].read().view(np.int32)):
+            different.append(path)
+    if different:
+        raise ValueError(
+            "The target holds other parameters than the source: " + bundle_lib.listed(different)
+        )
+
+
+def check_program(source: Bundle, folder: pathlib.Path, *, jump_rule: str, rows: int = 2) -> None:
+    """ValueError unless an exported sampler draws the library's tokens, half of a row given."""
+    program = exported.load_program(folder)
+    *_, tokens, _, grid, _ = program.in_avals  # weights, seed, given, frozen, grid, temperature
+    length, steps = tokens.shape[1], grid.shape[0] - 1
+    rng = np.random.default_rng(0)
+    shape = (rows, length)
+    given_BL = rng.integers(0, source.process().source.vocab_size, shape).astype(np.int32)
+    frozen_BL = (np.arange(length) < length // 2) & (np.arange(rows) == 0)[:, None]
+    numbers = np.uint32(7), given_BL, frozen_BL, sampler.uniform_grid(steps), np.float32(0.8)
+    params = source.device_params()
+    model = dataclasses.replace(source.model, attention="manual", remat="none")  # as exported
+    generate = inference.make_generator(model, source.process(), jump_rule)
+    expected_BL = jax.jit(generate)(params, *numbers)
+    found_BL = program.call(bundle_lib.flatten(params), *numbers)
+    if not np.array_equal(expected_BL, found_BL):
+        share = float(np.mean(np.asarray(expected_BL) != np.asarray(found_BL)))
+        raise ValueError(
+            f"The exported program draws other tokens than the library ({share:.1%} of them)."
         )

@@ -101,6 +101,11 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
             )
     metadata = checkpoint.read_metadata(folder, step)
     part = metadata["weights"] if which == "ema" else _PARTS[which]
+    kept = metadata.get("provenance", {}).get("weights")
+    if kept and which not in ("ema", kept):
+        raise ValueError(
+            f"{directory} is a converted model that kept the weights {kept!r} only, got {which=}."
+        )
     checksums = metadata.get("checksums", {}) if part == "params" else {}
     leaves = {
         name: Leaf(tuple(leaf.shape), lambda name=name: _read(folder, part, name, step, checksums))

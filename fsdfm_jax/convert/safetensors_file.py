@@ -169,7 +169,9 @@ def is_safetensors(path: pathlib.Path) -> bool:
         return False
     with open(path, "rb") as file:
         head = file.read(9)
-    return path.suffix == SUFFIX or (len(head) == 9 and head[8:] == b"{" and not any(head[4:8]))
+    return path.suffix.lower() == SUFFIX or (
+        len(head) == 9 and head[8:] == b"{" and not any(head[4:8])
+    )
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Leaf], dict[str, Any] | None, str]:
