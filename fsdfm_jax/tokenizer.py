@@ -35,6 +35,7 @@ _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+_MOST_TOKENS = 2**24  # the library takes minutes to write a vocabulary of larger ids
 _BYTES = 256  # a byte-level vocabulary starts from one token per byte
 
 
@@ -61,6 +62,11 @@ class Tokenizer:
             )
         self.eos_id = vocabulary[eos]
         self.vocab_size = max(vocabulary.values()) + 1  # ids of some vocabularies have gaps
+        if self.vocab_size > _MOST_TOKENS:
+            raise ValueError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}; at most {_MOST_TOKENS} tokens "
+                "can be meant"
+            )
         added = backend.get_added_tokens_decoder().get(self.eos_id)
         if added is None or not added.special:
             backend.add_special_tokens([tokenizers.AddedToken(eos, special=True)])

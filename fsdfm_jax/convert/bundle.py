@@ -1,10 +1,12 @@
 """A model at rest, whatever file it lies in: the common form of all formats of this package.
 
 Readers make a `Bundle`, writers take one. Its parameters are read leaf by leaf, so that converting
-a large model never holds more than one stacked matrix in memory where the target allows it.
+a large model holds one stacked parameter in memory; a shard where the target is safetensors, and
+all of them, once, where it is Orbax.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -115,6 +117,11 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each parameter of a network, by its path."""
+    return dict(_expected_shapes(model))
+
+
+@functools.lru_cache(maxsize=16)
+def _expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
     return {path: leaf.shape for path, leaf in flatten(tree).items()}
 

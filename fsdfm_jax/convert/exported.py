@@ -218,7 +218,7 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
 
 
 def _inputs(model: ModelConfig, steps: int, length: int) -> list[dict[str, Any]]:
-    shapes = {path: list(shape) for path, shape in _expected_shapes(model).items()}
+    shapes = {path: list(shape) for path, shape in bundles.expected_shapes(model).items()}
     rows = [
         ("weights", "float32", shapes, "the arrays of weights.npz, as a dict"),
         ("seed", "uint32", [], "of everything random"),
@@ -467,14 +467,9 @@ def _make_model(folder: pathlib.Path, fields: Mapping[str, Any]) -> ModelConfig:
     return model
 
 
-@functools.lru_cache(maxsize=16)
-def _expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return bundles.expected_shapes(model)
-
-
 def _leaves(path: pathlib.Path, model: ModelConfig) -> dict[str, Leaf]:
     """The parameters of weights.npz, which must be exactly the network's."""
-    shapes = _expected_shapes(model)
+    shapes = bundles.expected_shapes(model)
     with _opened(path) as archive:
         names = [info.filename for info in archive.infolist()]
         expected = {f"{name}.npy" for name in shapes}

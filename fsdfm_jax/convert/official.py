@@ -258,32 +258,34 @@ class _NpzLeaf:
 
 def _open_npz(path: pathlib.Path) -> dict[str, Any]:
     """The arrays under "sd/", or all of them; small files by nature, read at once."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(info.file_size > _MOST_NPZ for info in archive.infolist()):
-                raise BadFile(f"{path} holds an array of more than {_MOST_NPZ} bytes.")
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            wanted = {name for name in members if name.startswith("sd/")} or set(members)
-            arrays = {}
-            for name in sorted(wanted):
-                with archive.open(members[name]) as file:
-                    arrays[name.removeprefix("sd/")] = _read_npy(file, members[name].file_size)
-    except BadFile:
-        raise
-    except OSError:
-        raise
-    except Exception as error:  # zipfile and numpy raise all kinds on damage
-        raise BadFile(
-            f"{path} is neither a PyTorch checkpoint nor an .npz of one that can be read "
-            f"({str(error)[:200]}); python -m fsdfm_jax.convert reads the other formats."
-        ) from error
+    with open(path, "rb") as opened:  # what fails from here on is the content's fault
+        try:
+            arrays = _read_arrays(opened)
+        except Exception as error:  # zipfile and numpy raise all kinds on damage
+            raise BadFile(
+                f"{path} is neither a PyTorch checkpoint nor an .npz of one that can be read "
+                f"({str(error)[:200]}); python -m fsdfm_jax.convert reads the other formats."
+            ) from error
     return {name: _NpzLeaf(array) for name, array in arrays.items()}
 
 
 _MOST_NPZ = 2**31
 
 
-def _read_npy(file, size: int) -> np.ndarray:
+def _read_arrays(opened) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(opened) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if sum(info.file_size for info in members.values()) > _MOST_NPZ:
+            raise ValueError(f"more than {_MOST_NPZ} bytes of arrays")
+        wanted = {name for name in members if name.startswith("sd/")} or set(members)
+        arrays = {}
+        for name in sorted(wanted):
+            with archive.open(members[name]) as file:
+                arrays[name.removeprefix("sd/")] = _read_npy(file)
+    return arrays
+
+
+def _read_npy(file) -> np.ndarray:
     version = np.lib.format.read_magic(file)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
