@@ -1044,3 +1044,106 @@ def test_a_causal_network_can_be_checked(tmp_path, form):
     bundle = _bundle(_model(conditioning="none", causal=True))
     first, _ = program.convert(bundle, _target(tmp_path, form), check=True)
     assert first.startswith("Largest difference of two logits 0 (allowed 0.0001)")
+
+
+def test_parameters_are_compared_bit_by_bit():
+    """Logits alone don't tell small models apart."""
+    bundle = _bundle()
+    parity.check_parameters(bundle, _bundle(), "float32")
+    params = _params(_model())
+    params["blocks"]["q_proj"]["kernel"][0, 0, 0] += np.float32(1e-6)
+    other = bundle_lib.from_params(params, _model())
+    with pytest.raises(ValueError, match="other parameters .*: blocks/q_proj/kernel$"):
+        parity.check_parameters(bundle, other, "float32")
+    rounded = {
+        path: array.astype(bundle_lib.DTYPES["bfloat16"]).astype(np.float32)
+        for path, array in bundle.arrays()
+    }
+    rounded = bundle_lib.from_params(bundle_lib.unflatten(rounded), _model())
+    parity.check_parameters(bundle, rounded, "bfloat16")
+    with pytest.raises(ValueError, match="other parameters"):
+        parity.check_parameters(bundle, rounded, "float32")
+    with pytest.raises(ValueError, match="other parameters"):
+        parity.check_parameters(bundle, bundle, "bfloat16")
+
+
+def test_an_exported_program_is_run_by_the_check(written):
+    bundle, folder = written
+    exported_folder = folder / FORMS["sampler"][0]
+    parity.check_program(bundle, exported_folder, jump_rule="cumulative", rows=16)
+    other = dataclasses.replace(bundle, path=bundle.path | {"schedule": "polynomial", "power": 9.0})
+    with pytest.raises(ValueError, match="draws other tokens than the library"):
+        parity.check_program(other, exported_folder, jump_rule="cumulative", rows=16)
+
+
+# ------------------------------------------------------------------------- what isn't overwritten
+
+
+def _refused(bundle, target, message, **changes):
+    with pytest.raises(ValueError, match=message):
+        formats.write(bundle, target, overwrite=True, **changes)
+
+
+@pytest.mark.parametrize("to", ["orbax", "safetensors", "sampler"])
+def test_only_models_of_the_format_are_overwritten(tmp_path, to):
+    bundle = _bundle(block_length=6)
+    for name in ("thesis.txt", "config.json", "stages"):
+        if (to, name) == ("safetensors", "config.json"):
+            continue  # a model's own
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("years of work")
+        _refused(bundle, Target(folder, to=to), f"isn't a model of the format '{to}'")
+        assert (folder / name).read_text() == "years of work"
+    other = tmp_path / "x.pth"
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    _refused(bundle, Target(other), "isn't a model")
+
+
+def test_a_target_is_not_its_source(tmp_path):
+    bundle = _bundle()
+    path = tmp_path / "run" / "m.safetensors"
+    formats.write(bundle, Target(path))
+    before = path.read_bytes()
+    _refused(bundle, Target(path), "is the source, or holds it", source=path)
+    _refused(bundle, Target(path.parent, to="safetensors"), "holds it", source=path)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    _refused(bundle, Target(link), "is the source", source=path)
+    assert path.read_bytes() == before
+    _refused(bundle, Target(path / "x.pth"), "names before it is a file")
+
+
+def test_links_are_followed(tmp_path):
+    for name, target in (("m.safetensors", {}), ("run", {"to": "orbax"})):
+        real, link = tmp_path / "real" / name, tmp_path / name
+        formats.write(_bundle(_model(num_blocks=1)), Target(real, **target))
+        link.symlink_to(real)
+        new = _bundle()
+        formats.write(new, Target(link, **target), overwrite=True)
+        assert link.is_symlink()
+        _same(formats.open_bundle(real).params(), new.params())
+
+
+def test_choices_without_effect_are_refused(tmp_path, written):
+    _, folder = written
+    for choice in ({"steps": 4}, {"length": 3}, {"jump": "euler"}):
+        target = Target(tmp_path / "m.pth", **choice)
+        with pytest.raises(ValueError, match="choices of an exported sampler"):
+            formats.write(_bundle(), target)
+    target = Target(tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="--tolerance is the bound of --check"):
+        list(program.convert(_bundle(), target, tolerance=1.0))
+    with pytest.raises(ValueError, match="converted model that kept the weights 'ema' only"):
+        formats.open_bundle(folder / "run", which="student")
+    with pytest.raises(ValueError, match="holds one set of weights; leave out which='student'"):
+        formats.open_bundle(folder / "m.safetensors", which="student")
+
+
+def test_rotary_frequencies_must_be_ours(tmp_path):
+    state = _state()
+    state[BUFFER] = state[BUFFER] * 3
+    path = _write_pth(tmp_path / "a.pth", model=state)
+    with pytest.raises(BadFile, match=f"{BUFFER}: other frequencies"):
+        official.load(path)

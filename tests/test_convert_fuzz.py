@@ -30,7 +30,7 @@ MODEL = models.ModelConfig(
     mlp_ratio=1,
     conditioning="official",
 )
-SECONDS = 3.0  # of one broken file
+SECONDS = 10.0  # of one broken file
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,8 @@ def _bundle(model=MODEL):
 class Outcomes:
     """Opens one broken copy after the other and keeps count of what came of it."""
 
-    def __init__(self, path, original, *, same=True):
-        self.path, self.same = path, same
+    def __init__(self, path, original):
+        self.path = path
         self.expected = dict(original.arrays())
         self.read = self.refused = self.changed = 0
         self.slowest = 0.0
@@ -84,7 +84,7 @@ class Outcomes:
                 for name, array in arrays.items()
             )
             self.changed += not equal
-            assert equal or not self.same, f"{case}: other parameters were read"
+            assert equal, f"{case}: other parameters were read"
         self.slowest = max(self.slowest, time.perf_counter() - began)
         assert self.slowest < SECONDS, case
 
