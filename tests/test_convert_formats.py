@@ -1067,13 +1067,17 @@ def test_parameters_are_compared_bit_by_bit():
         parity.check_parameters(bundle, bundle, "bfloat16")
 
 
-def test_an_exported_program_is_run_by_the_check(written):
-    bundle, folder = written
-    exported_folder = folder / FORMS["sampler"][0]
-    parity.check_program(bundle, exported_folder, jump_rule="cumulative", rows=16)
-    other = dataclasses.replace(bundle, path=bundle.path | {"schedule": "polynomial", "power": 9.0})
+def test_an_exported_program_is_run_by_the_check(tmp_path):
+    flat = {path: array * np.float32(0.3) for path, array in _bundle().arrays()}
+    bundle = bundle_lib.from_params(bundle_lib.unflatten(flat), _model(), block_length=6)
+    target = Target(tmp_path / "exported", to="sampler", steps=3)
+    lines = list(program.convert(bundle, target, check=True))
+    assert "The exported program draws the library's tokens." in lines
+    other = dataclasses.replace(bundle, path=bundle.path | {"power": 9.0})
     with pytest.raises(ValueError, match="draws other tokens than the library"):
-        parity.check_program(other, exported_folder, jump_rule="cumulative", rows=16)
+        parity.check_program(other, target.path, jump_rule="cumulative", rows=16)
+    with pytest.raises(ValueError, match="draws other tokens than the library"):
+        parity.check_program(bundle, target.path, jump_rule="euler", rows=16)
 
 
 # ------------------------------------------------------------------------- what isn't overwritten
