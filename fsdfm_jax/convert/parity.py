@@ -87,7 +87,7 @@ def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
         )
 
 
-def check_program(source: Bundle, folder: pathlib.Path, *, jump_rule: str, rows: int = 2) -> None:
+def check_program(source: Bundle, folder: pathlib.Path, *, jump_rule: str, rows: int = 1) -> None:
     """ValueError unless an exported sampler draws the library's tokens, half of a row given."""
     program = exported.load_program(folder)
     *_, tokens, _, grid, _ = program.in_avals  # weights, seed, given, frozen, grid, temperature
