@@ -206,13 +206,7 @@ def restore_part(
         saved = _saved_leaves(checkpointer, directory, step)
         wanted = {}
         for part in names:
-            inside = {k: v for k, v in saved.items() if k == part or k.startswith(part + "/")}
-            if not inside:
-                tops = sorted({name.split("/")[0] for name in saved})
-                raise NotACheckpoint(
-                    f"the checkpoint in {directory} has no part {part!r}; it has {', '.join(tops)}"
-                )
-            wanted |= inside
+            wanted |= _part(saved, part, directory)
         for name, leaf in wanted.items():
             place = sharding(name, leaf) if callable(sharding) else sharding
             wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -231,17 +225,8 @@ def leaf_shapes(
     directory = _absolute(directory)
     with _open_to_read(directory, partial=True) as checkpointer:
         saved = _saved_leaves(checkpointer, directory, step)
-    inside = {
-        name.removeprefix(f"{part}/"): leaf
-        for name, leaf in saved.items()
-        if name.startswith(f"{part}/")
-    }
-    if not inside:
-        tops = sorted({name.split("/")[0] for name in saved})
-        raise NotACheckpoint(
-            f"the checkpoint in {directory} has no part {part!r}; it has {', '.join(tops)}"
-        )
-    return inside
+    inside = _part(saved, part, directory)
+    return {name.removeprefix(f"{part}/"): leaf for name, leaf in inside.items()}
 
 
 def read_metadata(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
@@ -263,6 +248,17 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     with _open_to_read(directory) as checkpointer:
         latest = checkpointer.latest
     return None if latest is None else latest.step
+
+
+def _part(saved: Mapping[str, Any], part: str, directory) -> dict[str, Any]:
+    """The leaves of one subtree, or the one leaf of that name; NotACheckpoint if there is none."""
+    inside = {k: v for k, v in saved.items() if k == part or k.startswith(part + "/")}
+    if not inside:
+        tops = sorted({name.split("/")[0] for name in saved})
+        raise NotACheckpoint(
+            f"the checkpoint in {directory} has no part {part!r}; it has {', '.join(tops)}"
+        )
+    return inside
 
 
 def _checked_leaves(state: PyTree) -> dict[str, Any]:

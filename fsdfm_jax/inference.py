@@ -27,16 +27,30 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
     Returns:
       `(params, key, x0_BL, frozen_BL, grid_S1, temperature) -> x_BL`, everything in it data: only
       another shape (batch, length, number of steps) compiles again. The grid is not checked inside
-      jit: use `sampler.check_grid`. With a mask source, revealed tokens stay.
+      jit: use `sampler.check_grid`.
     """
+    return jax.jit(_make_steps(model, process, jump_rule, None))
+
+
+def _make_steps(
+    model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None
+) -> Callable[..., jax.Array]:
+    """What `make_sampler` jits: the S steps from given noise."""
     jump = process.make_jump(jumps.get_rule(jump_rule))
     finalize = jumps.make_finalize(process.source)
 
-    @jax.jit
     def run(params: Params, key, x0_BL, frozen_BL, grid_S1, temperature):
         denoise = lambda x, t, h: models.apply(params, model, x, t, h)
         return sampler.sample(
-            key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL, temperature=temperature
+            key,
+            denoise,
+            jump,
+            finalize,
+            x0_BL,
+            grid_S1,
+            frozen_BL,
+            temperature=temperature,
+            on_step=on_step,
         )
 
     return run
@@ -68,23 +82,11 @@ def make_generator(
       frozen positions (bool) hold the tokens of given_BL (int32, of no meaning elsewhere); the rest
       as in `make_sampler`.
     """
-    jump = process.make_jump(jumps.get_rule(jump_rule))
-    finalize = jumps.make_finalize(process.source)
+    run = _make_steps(model, process, jump_rule, on_step)
 
     def generate_tokens(params: Params, seed, given_BL, frozen_BL, grid_S1, temperature):
         x0_BL, sample_key = draw_noise(process, seed, given_BL, frozen_BL)
-        denoise = lambda x, t, h: models.apply(params, model, x, t, h)
-        return sampler.sample(
-            sample_key,
-            denoise,
-            jump,
-            finalize,
-            x0_BL,
-            grid_S1,
-            frozen_BL,
-            temperature=temperature,
-            on_step=on_step,
-        )
+        return run(params, sample_key, x0_BL, frozen_BL, grid_S1, temperature)
 
     return generate_tokens
 

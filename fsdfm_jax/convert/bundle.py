@@ -84,12 +84,16 @@ class Bundle:
         """Number of scalars."""
         return sum(int(np.prod(leaf.shape)) for leaf in self.leaves.values())
 
+    @property
+    def num_tokens(self) -> int:
+        """Ids of text that the network knows: its vocabulary without a mask token."""
+        return self.model.vocab_size - (self.path["source"] == "mask")
+
     def process(self) -> Process:
         """Its noising process, over the network's vocabulary."""
-        masked = self.path["source"] == "mask"
         return stages.make_process(
             types.SimpleNamespace(**self.path),
-            num_tokens=self.model.vocab_size - masked,
+            num_tokens=self.num_tokens,
             eos_id=0 if self.tokenizer is None else self.tokenizer.eos_id,
         )
 

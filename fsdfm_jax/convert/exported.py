@@ -128,11 +128,10 @@ def _check_request(bundle: Bundle, steps: int, length: int | None) -> int:
 
 
 def _check_tokenizer(bundle: Bundle) -> None:
-    num_tokens = bundle.model.vocab_size - (bundle.path["source"] == "mask")
-    if bundle.tokenizer is not None and bundle.tokenizer.vocab_size > num_tokens:
+    if bundle.tokenizer is not None and bundle.tokenizer.vocab_size > bundle.num_tokens:
         raise ValueError(
             f"The tokenizer has {bundle.tokenizer.vocab_size} tokens, the network knows "
-            f"{num_tokens}; use the tokenizer it was trained with."
+            f"{bundle.num_tokens}; use the tokenizer it was trained with."
         )
 
 

@@ -63,20 +63,19 @@ def open_bundle(
     if source not in ("", "uniform", "mask"):
         raise ValueError(f"Unknown source {source!r}; expected 'uniform' or 'mask'.")
     given = tokenizer_lib.load(tokenizer) if tokenizer else None
-    _check_not_told(path, which, stage)
-    if exported.is_exported(path):
-        bundle, name = exported.read(path), "sampler"
-    elif run_folder.is_run_folder(path):
-        bundle, name = run_folder.read(path, which=which, stage=stage), "orbax"
-    elif safetensors_file.is_safetensors(path):
-        bundle, name = _read_safetensors(path, num_heads, given, source), "safetensors"
-    elif path.is_file():
-        bundle, name = _read_official(path, which, num_heads, given, source), "official"
+    name = _format_of(path)
+    if stage and name != "orbax":
+        raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
+    if which != "ema" and name in ("sampler", "safetensors"):
+        raise ValueError(f"{path} holds one set of weights; leave out which={which!r}.")
+    if name == "sampler":
+        bundle = exported.read(path)
+    elif name == "orbax":
+        bundle = run_folder.read(path, which=which, stage=stage)
+    elif name == "safetensors":
+        bundle = _read_safetensors(path, num_heads, given, source)
     else:
-        raise BadFile(
-            f"{path} is a folder of no known kind; expected a working directory, a run with "
-            "checkpoints/, a folder with .safetensors files or an exported sampler."
-        )
+        bundle = _read_official(path, which, num_heads, given, source)
     bundle = _with_source(_with_tokenizer(bundle, given, path), source, path)
     _check_vocabulary(bundle, path)
     if num_heads is not None and num_heads != bundle.model.num_heads:
@@ -88,13 +87,20 @@ def open_bundle(
     return dataclasses.replace(bundle, provenance=provenance)
 
 
-def _check_not_told(path: pathlib.Path, which: str, stage: str) -> None:
-    """Refuses choices that a format doesn't have, rather than ignore them."""
-    if stage and not run_folder.is_run_folder(path):
-        raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
-    single = exported.is_exported(path) or safetensors_file.is_safetensors(path)
-    if which != "ema" and single and not run_folder.is_run_folder(path):
-        raise ValueError(f"{path} holds one set of weights; leave out which={which!r}.")
+def _format_of(path: pathlib.Path) -> str:
+    """The format of what is at `path`, one of `FORMATS`; BadFile for a folder of none."""
+    if exported.is_exported(path):
+        return "sampler"
+    if run_folder.is_run_folder(path):
+        return "orbax"
+    if safetensors_file.is_safetensors(path):
+        return "safetensors"
+    if path.is_file():
+        return "official"
+    raise BadFile(
+        f"{path} is a folder of no known kind; expected a working directory, a run with "
+        "checkpoints/, a folder with .safetensors files or an exported sampler."
+    )
 
 
 def _read_safetensors(path, num_heads, given, source) -> Bundle:
@@ -120,7 +126,7 @@ def _read_safetensors(path, num_heads, given, source) -> Bundle:
 
 
 def _read_official(path, which, num_heads, given, source) -> Bundle:
-    file = official.open_file(path)
+    file = official.StateFile(path)
     tensors, found = file.state_dict(which)
     text = file.tree.get("fsdfm_jax") if isinstance(file.tree, dict) else None
     if isinstance(text, str):
@@ -198,12 +204,10 @@ def _check_vocabulary(bundle: Bundle, path: pathlib.Path) -> None:
     tokenizer = bundle.tokenizer
     if tokenizer is None:
         return
-    masked = bundle.path.get("source") == "mask"
-    num_tokens = bundle.model.vocab_size - masked
-    if tokenizer.vocab_size != num_tokens:
+    if tokenizer.vocab_size != bundle.num_tokens:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, the network in {path} has "
-            f"{num_tokens} besides its mask token ({bundle.path.get('source')} noise); give the "
+            f"{bundle.num_tokens} besides its mask token ({bundle.path['source']} noise); give the "
             "tokenizer (and source) it was trained with."
         )
 

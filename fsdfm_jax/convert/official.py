@@ -86,7 +86,7 @@ def load(
       OSError: the file can't be opened.
     """
     path = pathlib.Path(path).expanduser()
-    with open_file(path) as file:
+    with StateFile(path) as file:
         tensors, _ = file.state_dict(which)
         cfg = infer_config(tensors, num_heads)
         leaves = to_leaves(tensors, cfg)
@@ -156,7 +156,12 @@ def write_file(
 class StateFile:
     """An opened `.pth` or `.npz`: the state dicts it holds, still unread.
 
-    A `.pth` stays open as long as one of its tensors may be read.
+    Its content tells which of the two it is. A `.pth` stays open as long as one of its tensors may
+    be read.
+
+    Raises:
+      BadFile: it is neither, or damaged.
+      OSError: it can't be opened.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -233,16 +238,6 @@ class StateFile:
         """Optimiser steps, where the file says so."""
         step = self.tree.get("step") if isinstance(self.tree, dict) else None
         return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def open_file(path: pathlib.Path) -> StateFile:
-    """Opens a `.pth` or `.npz` by its content.
-
-    Raises:
-      BadFile: it is neither, or damaged.
-      OSError: it can't be opened.
-    """
-    return StateFile(path)
 
 
 def _plain_name(name: Any) -> str:
