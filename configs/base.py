@@ -66,6 +66,7 @@ def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
     model.width, model.num_blocks, model.num_heads, model.cond_width = SIZES[size]
     model.dtype = "bfloat16"
     model.remat = "dots"
+    model.logits_mib = 1024
     # FineWeb-Edu's parquet files, to be put there or named by --config.data.corpus.
     config.data.corpus = "fineweb-edu/*.parquet"
     config.data.tokenizer = "gpt2"
@@ -142,8 +143,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     model.dtype = (
         "float32"  # of activations; parameters, norms, residual stream and logits are float32
     )
-    model.attention = "manual"  # manual | xla | cudnn (the last two: jax.nn.dot_product_attention)
+    model.attention = "auto"  # auto (by the device) | blocked | manual | xla | cudnn
     model.remat = "none"  # rematerialise blocks in the backward pass: none | full | dots
+    model.logits_mib = 128  # MiB of float32 logits held at once, over all devices; 0: no chunks
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.b1 = 0.9

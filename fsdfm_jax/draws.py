@@ -17,6 +17,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+# Uniform numbers that one draw takes.
+NUMBERS = 4
+
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 numbers in [0, 1) with steps of 2^-32 near 0.
@@ -28,32 +31,68 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.minimum(bits.astype(jnp.float32) * 2.0**-32, 1.0 - 2.0**-24)
 
 
-def from_weights(key: jax.Array, weights: jax.Array) -> jax.Array:
-    """Draws ids in proportion to non-negative weights that need not be normalised.
+def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Draws ids from softmax(logits); logits float [..., V], may hold -inf; returns int32 [...]."""
+    return pick(uniform(key, (*logits.shape[:-1], NUMBERS)), logits)
+
+
+def pick(u: jax.Array, logits: jax.Array) -> jax.Array:
+    """The ids that given numbers draw from softmax(logits).
 
     Args:
-      key: typed PRNG key.
-      weights: float32 [..., V]. A row without any weight yields an arbitrary id.
+      u: float32 [..., NUMBERS] from `uniform`.
+      logits: float [..., V], may hold -inf; a row of nothing else yields an arbitrary id.
 
     Returns:
       int32 [...], ids in [0, V).
     """
-    *rows, size = weights.shape
-    block = max(1, math.isqrt(size))
-    padding = -size % block
-    if padding:
-        weights = jnp.pad(weights, [(0, 0)] * len(rows) + [(0, padding)])
-    blocks = weights.reshape(*rows, -1, block)
-    u = uniform(key, (4, *rows))
-    outer = _pick(u[0], u[1], jnp.sum(blocks, axis=-1))
-    chosen = jnp.take_along_axis(blocks, outer[..., None, None], axis=-2)[..., 0, :]
-    return jnp.minimum(outer * block + _pick(u[2], u[3], chosen), size - 1)
+    return _descend(u, logits.astype(jnp.float32), None)[0]
 
 
-def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws ids from softmax(logits); logits float [..., V], may hold -inf; returns int32 [...]."""
+def pick_other(u: jax.Array, logits: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `pick`, of all ids but the current one.
+
+    The mass is a sum over the other ids, not 1 - p(current): where the network is nearly sure, the
+    difference would cancel.
+
+    Args:
+      u: float32 [..., NUMBERS] from `uniform`.
+      logits: float [..., V].
+      current: int [...], the ids left out.
+
+    Returns:
+      (ids int32 [...], mass float32 [...]): mass = 1 - p(current); where it is 0, the id is
+      arbitrary.
+    """
     logits = logits.astype(jnp.float32)
-    return from_weights(key, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
+    ids, top, off = _descend(u, logits, current)
+    held = jnp.exp(jnp.take_along_axis(logits, current[..., None], axis=-1)[..., 0] - top)
+    return ids, off / (off + held)
+
+
+def _descend(u, logits, left_out):
+    """(ids, the largest logit, sum of exp(logit - it) over all ids that are not left out)."""
+    *rows, size = logits.shape
+    block = max(1, math.isqrt(size))
+    top = jnp.max(logits, axis=-1)
+
+    def weigh(some_logits, ids):
+        weights = jnp.exp(some_logits - top[..., None])
+        return weights if left_out is None else jnp.where(ids == left_out[..., None], 0.0, weights)
+
+    weights = weigh(logits, _ids(logits.shape))
+    padded = jnp.pad(weights, [(0, 0)] * len(rows) + [(0, -size % block)])
+    totals = jnp.sum(padded.reshape(*rows, -1, block), axis=-1)
+    outer = _pick(u[..., 0], u[..., 1], totals)
+    # Weighed anew: reading one block again is cheaper than keeping the weights of all.
+    ids = outer[..., None] * block + _ids((*rows, block))
+    inside = weigh(jnp.take_along_axis(logits, jnp.minimum(ids, size - 1), axis=-1), ids)
+    inner = _pick(u[..., 2], u[..., 3], jnp.where(ids < size, inside, 0.0))
+    return jnp.minimum(outer * block + inner, size - 1), top, jnp.sum(totals, axis=-1)
+
+
+def _ids(shape):
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
 def _pick(u: jax.Array, v: jax.Array, weights: jax.Array) -> jax.Array:

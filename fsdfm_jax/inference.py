@@ -32,6 +32,10 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
     return jax.jit(_make_steps(model, process, jump_rule, None))
 
 
+# MiB that the modulations of all steps may take; beyond, each step computes its own.
+_AHEAD_MIB = 256
+
+
 def _make_steps(
     model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None
 ) -> Callable[..., jax.Array]:
@@ -40,16 +44,30 @@ def _make_steps(
     finalize = jumps.make_finalize(process.source)
 
     def run(params: Params, key, x0_BL, frozen_BL, grid_S1, temperature):
-        denoise = lambda x, t, h: models.apply(params, model, x, t, h)
+        def denoise(x_BL, t_B, h_B):
+            return models.predict(params, model, x_BL, t_B, h_B)
+
+        def condition(t_S, h_S):
+            blocks_NS6D, final_S2D = models.modulate(params, model, t_S, h_S)
+            return models.Modulation(
+                jnp.swapaxes(blocks_NS6D, 0, 1)[:, :, None], final_S2D[:, None]
+            )
+
+        def denoise_modulated(x_BL, modulation):
+            return models.predict_modulated(params, model, x_BL, modulation)
+
+        steps = len(grid_S1) - 1
+        ahead = steps * models.modulation_size(model) * 4 <= _AHEAD_MIB * 2**20
         return sampler.sample(
             key,
-            denoise,
+            denoise_modulated if ahead else denoise,
             jump,
             finalize,
             x0_BL,
             grid_S1,
             frozen_BL,
             temperature=temperature,
+            condition=condition if ahead else None,
             on_step=on_step,
         )
 
@@ -177,8 +195,12 @@ def generate(
     """
     check_settings(steps=steps, seed=seed, temperature=temperature)
     check_given(model, process, given_BL, frozen_BL)
-    given_BL = jnp.asarray(np.where(frozen_BL, given_BL, 0), jnp.int32)
-    frozen_BL = jnp.asarray(frozen_BL)
+    num_rows = len(given_BL)
+    # Who watches is shown the rows that were asked for, and no others.
+    added = 0 if on_step is not None else bucket(num_rows) - num_rows
+    frozen_BL = np.pad(frozen_BL, [(0, added), (0, 0)])
+    given_BL = np.where(frozen_BL, np.pad(given_BL, [(0, added), (0, 0)]), 0)
+    given_BL, frozen_BL = jnp.asarray(given_BL, jnp.int32), jnp.asarray(frozen_BL)
     seed, temperature = jnp.uint32(seed), jnp.float32(temperature)
     if model.causal:
         if on_step is not None:
@@ -189,13 +211,24 @@ def generate(
         first_B = jnp.full(given_BL.shape[:1], process.eos_id, jnp.int32)
         _, sample_key = jax.random.split(jax.random.key(seed))
         run = make_autoregressive_sampler(model, given_BL.shape[1], process.source.mask_id)
-        return np.asarray(run(params, sample_key, first_B, temperature, given_BL, frozen_BL))
+        tokens_BL = run(params, sample_key, first_B, temperature, given_BL, frozen_BL)
+        return np.asarray(tokens_BL)[:num_rows]
     grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
     run = jit_generator(model, process, jump_rule, on_step)
     tokens_BL = np.asarray(run(params, seed, given_BL, frozen_BL, grid_S1, temperature))
     if on_step is not None:
         jax.effects_barrier()  # the result may be there before the last call is
-    return tokens_BL
+    return tokens_BL[:num_rows]
+
+
+def bucket(num_rows: int) -> int:
+    """The batch size that `generate` computes for so many rows: 1, 2, 3, 4, 6, 8, 12, 16 ..
+
+    So that a handful of programs serve all batches, at most a third of each thrown away. What is
+    drawn in a row doesn't depend on how many stand below it.
+    """
+    power = 1 << (num_rows - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and num_rows <= power * 3 // 4 else power
 
 
 def batch_seed(seed: int, index: int) -> int:
@@ -218,7 +251,7 @@ def portable(model: ModelConfig) -> ModelConfig:
     So that a model trained on one kind of device can be sampled on any.
     """
     if model.attention == "cudnn" and jax.default_backend() != _CUDNN_BACKEND:
-        return dataclasses.replace(model, attention="manual")
+        return dataclasses.replace(model, attention="auto")
     return model
 
 

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from fsdfm_jax import draws, schedules
+from fsdfm_jax.logits import Logits, map_positions
 from fsdfm_jax.schedules import Schedule
 from fsdfm_jax.sources import Source
 
-Jump = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-Finalize = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Jump = Callable[[jax.Array, Logits, jax.Array, jax.Array, jax.Array], jax.Array]
+Finalize = Callable[[jax.Array, Logits, jax.Array], jax.Array]
 
 REVEALED = ("stay", "jump")
 
@@ -75,30 +76,26 @@ def with_posterior_end(rule: JumpRule) -> JumpRule:
     return JumpRule(rule.name, probability)
 
 
-def jump_probability(
-    rule: JumpRule, schedule: Schedule, logits_BLV: jax.Array, xt_BL: jax.Array, t_B, h_B
-) -> jax.Array:
-    """P(jump) per position, float32 [B, L], as `make_jump` uses it."""
-    _, m_BL = _off_diagonal(logits_BLV, xt_BL)
-    return rule.probability(schedule, _column(t_B), _column(h_B), m_BL)
-
-
 def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
     """A rule on a schedule, as a jump.
 
     Returns:
-      `jump(key, logits_BLV, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1;
-      current tokens, int; time and width of the step, float32 with t + h <= 1. The result keeps
-      xt's shape and dtype.
+      `jump(key, logits, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1,
+      float [B, L, V] or factored; current tokens, int; time and width of the step, float32 with
+      t + h <= 1. The result keeps xt's shape and dtype. What is drawn in a row depends on the key,
+      the row's index and its inputs, not on the number of rows.
     """
 
-    def jump(key, logits_BLV, xt_BL, t_B, h_B):
-        move_key, token_key = jax.random.split(key)
-        weights_BLV, m_BL = _off_diagonal(logits_BLV, xt_BL)
-        probability_BL = rule.probability(schedule, _column(t_B), _column(h_B), m_BL)
-        moves_BL = draws.uniform(move_key, xt_BL.shape) < probability_BL
-        tokens_BL = draws.from_weights(token_key, weights_BLV).astype(xt_BL.dtype)
-        return jnp.where(moves_BL, tokens_BL, xt_BL)
+    def jump(key, logits, xt_BL, t_B, h_B):
+        t_B1, h_B1 = _column(t_B), _column(h_B)
+
+        def move(logits_BLV, xt_BL, u_BLU):
+            others_BL, m_BL = draws.pick_other(u_BLU[..., 1:], logits_BLV, xt_BL)
+            moves_BL = u_BLU[..., 0] < rule.probability(schedule, t_B1, h_B1, m_BL)
+            return jnp.where(moves_BL, others_BL.astype(xt_BL.dtype), xt_BL)
+
+        u_BLU = draws.uniform(key, (*xt_BL.shape, 1 + draws.NUMBERS))
+        return map_positions(move, logits, xt_BL, u_BLU)
 
     return jump
 
@@ -140,36 +137,25 @@ def make_finalize(source: Source) -> Finalize:
     """The sampler's last step (arXiv:2509.20624 App. B.1).
 
     Returns:
-      `finalize(key, logits_BLV, xt_BL) -> x_BL`: one draw of every position from the full posterior
+      `finalize(key, logits, xt_BL) -> x_BL`: one draw of every position from the full posterior
       (uniform source), or of the positions still masked, with the mask token excluded (mask
-      source).
+      source). Logits as in `make_jump`.
     """
 
-    def draw_all(key, logits_BLV, xt_BL):
-        return draws.categorical(key, logits_BLV).astype(xt_BL.dtype)
+    def draw(logits_BLV, xt_BL, u_BLU):
+        if source.mask_id is None:
+            return draws.pick(u_BLU, logits_BLV).astype(xt_BL.dtype)
+        is_mask_V = jnp.arange(logits_BLV.shape[-1]) == source.mask_id
+        drawn_BL = draws.pick(u_BLU, jnp.where(is_mask_V[None, None], -jnp.inf, logits_BLV))
+        return jnp.where(xt_BL == source.mask_id, drawn_BL.astype(xt_BL.dtype), xt_BL)
 
-    def draw_masked(key, logits_BLV, xt_BL):
-        unmasked_BLV = logits_BLV.astype(jnp.float32).at[..., source.mask_id].set(-jnp.inf)
-        return jnp.where(xt_BL == source.mask_id, draw_all(key, unmasked_BLV, xt_BL), xt_BL)
+    def finalize(key, logits, xt_BL):
+        u_BLU = draws.uniform(key, (*xt_BL.shape, draws.NUMBERS))
+        return map_positions(draw, logits, xt_BL, u_BLU)
 
-    return draw_all if source.mask_id is None else draw_masked
+    return finalize
 
 
 def _column(t_B) -> jax.Array:
     """A number per row as a float32 column [B, 1] (a scalar becomes [1, 1])."""
     return jnp.reshape(jnp.asarray(t_B, jnp.float32), (-1, 1))
-
-
-def _off_diagonal(logits_BLV: jax.Array, xt_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Unnormalised p without the current token, and m = 1 - p(z).
-
-    m is a sum over the other tokens, not 1 - p(z): where the network is nearly sure, the difference
-    would cancel.
-    """
-    logits_BLV = logits_BLV.astype(jnp.float32)
-    weights_BLV = jnp.exp(logits_BLV - jnp.max(logits_BLV, axis=-1, keepdims=True))
-    is_current_BLV = jnp.arange(logits_BLV.shape[-1])[None, None] == xt_BL[..., None]
-    others_BLV = jnp.where(is_current_BLV, 0.0, weights_BLV)
-    off_BL = jnp.sum(others_BLV, axis=-1)
-    current_BL = jnp.sum(jnp.where(is_current_BLV, weights_BLV, 0.0), axis=-1)
-    return others_BLV, off_BL / (off_BL + current_BL)

@@ -3,6 +3,7 @@
 Source: arXiv:2509.20624 eq. 3.8 and 4.4 (path loss), section 4.2 (distillation).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,7 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def path_loss(
-    logits_BLV: jax.Array, xt_BL: jax.Array, x1_BL: jax.Array, weight_B: jax.Array
+    logits_BLV: jax.Array, xt_BL: jax.Array, x1_BL: jax.Array, weight_BL: jax.Array
 ) -> jax.Array:
     """Generalised KL (Bregman) loss of the mixture path.
 
@@ -24,16 +25,17 @@ def path_loss(
     Args:
       logits_BLV: float [B, L, V], p = softmax over V.
       xt_BL, x1_BL: current and data tokens, int [B, L].
-      weight_B: rate of each row, float32 [B], 1/time.
+      weight_BL: rate of each position, that of its row, float32 [B, L] or [B, 1], 1/time.
 
     Returns:
       float32 [B, L], nats per position and unit of time.
     """
-    log_p_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
-    p_xt_BL = jnp.exp(_at(log_p_BLV, xt_BL))
-    shown_BL = xt_BL == x1_BL
-    bracket_BL = jnp.where(shown_BL, p_xt_BL - 1.0, p_xt_BL + _at(log_p_BLV, x1_BL))
-    return -weight_B.astype(jnp.float32)[:, None] * bracket_BL
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    log_z = _log_normaliser(logits_BLV)
+    p_xt_BL = jnp.exp(_log_p_at(logits_BLV, log_z, xt_BL))
+    log_p_x1_BL = _log_p_at(logits_BLV, log_z, x1_BL)
+    bracket_BL = jnp.where(xt_BL == x1_BL, p_xt_BL - 1.0, p_xt_BL + log_p_x1_BL)
+    return -weight_BL.astype(jnp.float32) * bracket_BL
 
 
 def distillation_loss(
@@ -48,23 +50,91 @@ def distillation_loss(
     No gradient flows into the teacher. The square keeps the size of the gradient when the
     temperature changes.
     """
-    teacher = jax.lax.stop_gradient(teacher_logits_BLV).astype(jnp.float32) / temperature
-    student = student_logits_BLV.astype(jnp.float32) / temperature
-    value = divergence(jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1))
-    return temperature**2 * value
+    teacher = jax.lax.stop_gradient(teacher_logits_BLV).astype(jnp.float32)
+    student = student_logits_BLV.astype(jnp.float32)
+    if temperature != 1.0:
+        teacher, student = teacher / temperature, student / temperature
+    return temperature**2 * divergence(teacher, student)
 
 
-def forward_kl(teacher_log_p: jax.Array, student_log_p: jax.Array) -> jax.Array:
-    """KL(teacher || student) over the last axis, of log-probabilities; the paper's choice."""
-    return _kl(teacher_log_p, student_log_p)
+# The gradients of both divergences are written out: those of their log_softmax cost several passes
+# over the vocabulary, one of which the CPU compiler turns into slow products of vectors.
 
 
-def jensen_shannon(teacher_log_p: jax.Array, student_log_p: jax.Array) -> jax.Array:
-    """Jensen-Shannon divergence, the mean KL of both to their midpoint; bounded by ln 2."""
-    # Not logaddexp: its gradient is nan where both exclude a token.
-    mean = 0.5 * (jnp.exp(teacher_log_p) + jnp.exp(student_log_p))
-    midpoint = jnp.log(jnp.where(mean > 0, mean, 1.0))
-    return 0.5 * (_kl(teacher_log_p, midpoint) + _kl(student_log_p, midpoint))
+@jax.custom_vjp
+def forward_kl(teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
+    """KL(teacher || student) over the last axis; the paper's choice. Differentiable in the student.
+
+    Tokens that the teacher excludes (-inf) contribute 0.
+    """
+    return _forward_kl(teacher_logits, student_logits)[0]
+
+
+def _forward_kl(teacher_logits, student_logits):
+    log_z, log_w = _log_normaliser(teacher_logits), _log_normaliser(student_logits)
+    teacher, student = _log_p(teacher_logits, log_z), _log_p(student_logits, log_w)
+    return _mean_under(teacher, teacher - student), (teacher_logits, student_logits, log_z, log_w)
+
+
+def _forward_kl_backward(residuals, cotangent):
+    teacher_logits, student_logits, log_z, log_w = residuals
+    difference = jnp.exp(_log_p(student_logits, log_w)) - jnp.exp(_log_p(teacher_logits, log_z))
+    return None, cotangent[..., None] * difference
+
+
+forward_kl.defvjp(_forward_kl, _forward_kl_backward)
+
+
+@jax.custom_vjp
+def jensen_shannon(teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
+    """Jensen-Shannon divergence over the last axis: the mean KL of both to their midpoint.
+
+    Bounded by ln 2. Differentiable in the student.
+    """
+    return _jensen_shannon(teacher_logits, student_logits)[0]
+
+
+def _jensen_shannon(teacher_logits, student_logits):
+    teacher = _log_p(teacher_logits, _log_normaliser(teacher_logits))
+    student = _log_p(student_logits, _log_normaliser(student_logits))
+    midpoint = _log_midpoint(teacher, student)
+    student_kl = _mean_under(student, student - midpoint)
+    value = 0.5 * (_mean_under(teacher, teacher - midpoint) + student_kl)
+    return value, (teacher, student, student_kl)
+
+
+def _jensen_shannon_backward(residuals, cotangent):
+    teacher, student, student_kl = residuals
+    log_ratio = jnp.where(student > -jnp.inf, student - _log_midpoint(teacher, student), 0.0)
+    gradient = jnp.exp(student) * (log_ratio - student_kl[..., None])
+    return None, 0.5 * cotangent[..., None] * gradient
+
+
+jensen_shannon.defvjp(_jensen_shannon, _jensen_shannon_backward)
+
+
+def _log_midpoint(log_p, log_q):
+    mean = 0.5 * (jnp.exp(log_p) + jnp.exp(log_q))
+    return jnp.log(jnp.where(mean > 0, mean, 1.0))
+
+
+def _log_normaliser(logits):
+    """(largest logit, log of the sum of exp(logit - it)), [..., 1] each.
+
+    Kept apart: their sum would round at the size of the logits.
+    """
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return top, jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
+
+
+def _log_p(logits, log_normaliser):
+    top, log_sum = log_normaliser
+    return (logits - top) - log_sum
+
+
+def _mean_under(log_p, values):
+    """Sum of p * values over the last axis; what p excludes contributes 0, not nan."""
+    return jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * values, 0.0), axis=-1)
 
 
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl, "jsd": jensen_shannon}
@@ -79,14 +149,25 @@ def get_divergence(name: str) -> Divergence:
 
 def cross_entropy(logits_BLV: jax.Array, x1_BL: jax.Array) -> jax.Array:
     """-log p(x1), float32 [B, L], nats; logits at position i predict x1 at position i."""
-    return -_at(jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1), x1_BL)
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    return -_log_p_at(logits_BLV, _log_normaliser(logits_BLV), x1_BL)
 
 
-def _at(values_BLV: jax.Array, index_BL: jax.Array) -> jax.Array:
+def _log_p_at(logits_BLV: jax.Array, log_normaliser, index_BL: jax.Array) -> jax.Array:
+    at_BL1 = _take(logits_BLV.shape[-1], logits_BLV, index_BL)[..., None]
+    return _log_p(at_BL1, log_normaliser)[..., 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(size, values_BLV, index_BL):
+    del size
     return jnp.take_along_axis(values_BLV, index_BL[..., None], axis=-1)[..., 0]
 
 
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    # A token the first distribution excludes (-inf) contributes 0, not nan.
-    p = jnp.exp(log_p)
-    return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0.0) - log_q), 0.0), axis=-1)
+def _take_backward(size, index_BL, cotangent_BL):
+    # As a comparison it melts into the gradient around it; a scatter would be a pass of its own.
+    is_it_BLV = jnp.arange(size, dtype=index_BL.dtype)[None, None] == index_BL[..., None]
+    return jnp.where(is_it_BLV, cotangent_BL[..., None], 0.0), None
+
+
+_take.defvjp(lambda size, values, index: (_take(size, values, index), index), _take_backward)

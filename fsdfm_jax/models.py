@@ -1,4 +1,4 @@
-"""The network: a diffusion transformer over tokens, behind `init_params` and `apply`.
+"""The network: a diffusion transformer over tokens, behind `init_params`, `predict` and `apply`.
 
 Token embedding (untied from the head), N blocks of rotary bidirectional attention and a tanh-GELU
 MLP, each branch modulated by the time through adaLN, then a modulated linear head. The layout is
@@ -28,14 +28,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fsdfm_jax import attention
+from fsdfm_jax import logits as logits_lib
+from fsdfm_jax.logits import Factored, Logits
+
 Params = dict[str, Any]
 
 CONDITIONINGS = ("none", "official", "additive")
-ATTENTIONS = ("manual", "xla", "cudnn")
 REMATS = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        attention.saved,
+    ),
 }
 DTYPES = ("float32", "bfloat16")
 
@@ -58,9 +64,11 @@ class ModelConfig:
       conditioning: "none" | "official" | "additive".
       causal: autoregressive baseline; needs conditioning "none".
       dtype: of activations, "float32" | "bfloat16".
-      attention: "manual", or an `implementation` of `jax.nn.dot_product_attention` ("xla" |
-        "cudnn").
-      remat: what the backward pass recomputes, "none" | "full" | "dots" (matmul outputs are kept).
+      attention: see `attention`, one of its `IMPLEMENTATIONS`.
+      remat: what the backward pass recomputes, "none" | "full" | "dots" (what matrix products and
+        attention give is kept).
+      logits_mib: MiB of float32 logits held at once, over all devices. Changes no result but by
+        rounding. 0 writes all of them down, as arrays: the reference for the other values.
     """
 
     vocab_size: int
@@ -73,8 +81,9 @@ class ModelConfig:
     conditioning: str = "none"
     causal: bool = False
     dtype: str = "float32"
-    attention: str = "manual"
+    attention: str = "auto"
     remat: str = "none"
+    logits_mib: int = 128
 
     def __post_init__(self):
         for field in ("vocab_size", "width", "num_blocks", "num_heads", "cond_width", "mlp_ratio"):
@@ -85,11 +94,13 @@ class ModelConfig:
                 f"model.width={self.width} must split into num_heads={self.num_heads} heads of "
                 "even width (rotary attention turns pairs of channels)."
             )
+        if self.logits_mib < 0:
+            raise ValueError(f"model.logits_mib must be at least 0, got {self.logits_mib}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}.")
         choices = {
             "conditioning": CONDITIONINGS,
-            "attention": ATTENTIONS,
+            "attention": attention.IMPLEMENTATIONS,
             "remat": tuple(REMATS),
             "dtype": DTYPES,
         }
@@ -114,12 +125,33 @@ class KeyValueCache(NamedTuple):
     values: jax.Array
 
 
+class Modulation(NamedTuple):
+    """All that a network computes from time and step width alone, float32.
+
+    Attributes:
+      blocks_NB6D: shift, scale, gate of attention, then of the MLP, of each block.
+      final_B2D: shift and scale before the head.
+    """
+
+    blocks_NB6D: jax.Array
+    final_B2D: jax.Array
+
+
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     """Fresh parameters, float32; blocks are stacked along a leading axis of N."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    time = None if cfg.causal else jnp.zeros((1,), jnp.float32)
-    width = None if cfg.conditioning == "none" else jnp.ones((1,), jnp.float32)
-    return _Transformer(cfg).init({"params": key}, tokens, time, width)["params"]
+    rngs, tokens = {"params": key}, jnp.zeros((1, 1), jnp.int32)
+    params = {
+        "head": {
+            "kernel": jnp.zeros((cfg.width, cfg.vocab_size), jnp.float32),
+            "bias": jnp.zeros((cfg.vocab_size,), jnp.float32),
+        }
+    }
+    modulation = None
+    if not cfg.causal:
+        width = None if cfg.conditioning == "none" else jnp.ones((1,), jnp.float32)
+        modulation, variables = _Conditioner(cfg).init_with_output(rngs, jnp.zeros((1,)), width)
+        params = _join(params, variables["params"])
+    return _join(params, _Trunk(cfg).init(rngs, tokens, modulation)["params"])
 
 
 def apply(
@@ -131,7 +163,23 @@ def apply(
     *,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits of the posterior over x1 at each position.
+    """Logits of the posterior over x1 at each position, written down: float32 [B, L, V].
+
+    Arguments and errors as in `predict`.
+    """
+    return logits_lib.dense(predict(params, cfg, xt_BL, t_B, h_B, key=key))
+
+
+def predict(
+    params: Params,
+    cfg: ModelConfig,
+    xt_BL: jax.Array,
+    t_B: jax.Array | None = None,
+    h_B: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+) -> Logits:
+    """Logits of the posterior over x1 at each position, not written down unless logits_mib is 0.
 
     Args:
       params: from `init_params` or a checkpoint.
@@ -142,30 +190,81 @@ def apply(
       key: typed PRNG key that switches dropout on; None is evaluation mode.
 
     Returns:
-      float32 [B, L, V].
+      [B, L, V], see `logits`.
 
     Raises:
       ValueError: if a time or width the network needs is missing, or isn't one per row.
     """
-    if t_B is None and not cfg.causal:
-        raise ValueError("A diffusion network needs the time t_B of each row, got None.")
-    if h_B is None and cfg.conditioning != "none":
-        raise ValueError(
-            f"A network with conditioning={cfg.conditioning!r} needs the step width h_B of "
-            "each row, got None."
-        )
     for name, value in (("t_B", t_B), ("h_B", h_B)):
         if value is not None and jnp.shape(value) != xt_BL.shape[:1]:
             raise ValueError(
                 f"{name} must hold one number per row, shape {xt_BL.shape[:1]}, got shape "
                 f"{jnp.shape(value)}."
             )
-    t_B = None if cfg.causal else t_B
+    return predict_modulated(params, cfg, xt_BL, modulate(params, cfg, t_B, h_B), key=key)
+
+
+def modulate(
+    params: Params, cfg: ModelConfig, t_B: jax.Array | None, h_B: jax.Array | None
+) -> Modulation | None:
+    """What times and widths do to the network; None for a causal one, which knows neither.
+
+    Raises:
+      ValueError: if a time or width the network needs is missing.
+    """
+    if cfg.causal:
+        return None
+    if t_B is None:
+        raise ValueError("A diffusion network needs the time t_B of each row, got None.")
+    if h_B is None and cfg.conditioning != "none":
+        raise ValueError(
+            f"A network with conditioning={cfg.conditioning!r} needs the step width h_B of "
+            "each row, got None."
+        )
     h_B = None if cfg.conditioning == "none" else h_B
+    return _Conditioner(cfg).apply({"params": params}, t_B, h_B)
+
+
+def modulation_size(cfg: ModelConfig) -> int:
+    """Numbers that a row's `Modulation` holds."""
+    return (6 * cfg.num_blocks + 2) * cfg.width
+
+
+def predict_modulated(
+    params: Params,
+    cfg: ModelConfig,
+    xt_BL: jax.Array,
+    modulation: Modulation | None,
+    *,
+    key: jax.Array | None = None,
+) -> Logits:
+    """As `predict`, from what `modulate` gave for the rows, or for one row in place of all."""
     rngs = {} if key is None else {"dropout": key}
-    return _Transformer(cfg, train=key is not None).apply(
-        {"params": params}, xt_BL, t_B, h_B, rngs=rngs
+    features_BLD, _ = _Trunk(cfg, train=key is not None).apply(
+        {"params": params}, xt_BL, modulation, rngs=rngs
     )
+    logits = _factored(params, cfg, features_BLD)
+    return logits if cfg.logits_mib else logits_lib.dense(logits)
+
+
+def _factored(params: Params, cfg: ModelConfig, features_BLD: jax.Array) -> Factored:
+    chunk_size = cfg.logits_mib * 2**18  # entries of 4 bytes
+    head = params["head"]
+    return Factored(
+        features_BLD, head["kernel"], head["bias"], dtype=cfg.dtype, chunk_size=chunk_size
+    )
+
+
+def _join(tree: Params, other: Params) -> Params:
+    """Both trees of parameters in one."""
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        name: _join(tree[name], other[name])
+        if name in tree and name in other
+        else (tree | other)[name]
+        for name in tree | other
+    }
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> KeyValueCache:
@@ -196,10 +295,10 @@ def decode_step(
     if not cfg.causal:
         raise ValueError("Decoding token by token needs a causal network (causal=True).")
     position = jnp.asarray(position, jnp.int32)
-    logits, cache = _Transformer(cfg).apply(
-        {"params": params}, token_B[:, None], None, None, position, cache
+    features_B1D, cache = _Trunk(cfg).apply(
+        {"params": params}, token_B[:, None], None, position, cache
     )
-    return logits[:, 0], cache
+    return logits_lib.dense(_factored(params, cfg, features_B1D))[:, 0], cache
 
 
 def add_conditioning(base: Params, fresh: Params) -> Params:
@@ -282,25 +381,6 @@ def _rotate(x_BHLK: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array
     return turned.astype(x_BHLK.dtype)
 
 
-def _attend(q_BHLK, k_BHMK, v_BHMK, mask_LM, implementation: str) -> jax.Array:
-    """Softmax attention, [B, H, L, K]; mask_LM is bool (True attends) or None."""
-    if implementation != "manual":
-        swap = lambda x: jnp.swapaxes(x, 1, 2)
-        mask = None if mask_LM is None else mask_LM[None, None]
-        return swap(
-            jax.nn.dot_product_attention(
-                swap(q_BHLK), swap(k_BHMK), swap(v_BHMK), mask=mask, implementation=implementation
-            )
-        )
-    # Heads before positions: the layout in which CPU matmuls run at full speed.
-    scores = jnp.einsum("bhlk,bhmk->bhlm", q_BHLK, k_BHMK, preferred_element_type=jnp.float32)
-    scores = scores * (q_BHLK.shape[-1] ** -0.5)
-    if mask_LM is not None:
-        scores = jnp.where(mask_LM[None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BHMK.dtype)
-    return jnp.einsum("bhlm,bhmk->bhlk", weights, v_BHMK)
-
-
 def _modulate(x_BLD, shift_BD, scale_BD):
     return x_BLD * (1.0 + scale_BD[:, None]) + shift_BD[:, None]
 
@@ -361,106 +441,56 @@ class _AdaLN(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="modulation",
         )
-        return jnp.split(modulation(cond).astype(jnp.float32), self.parts, axis=-1)
+        return modulation(cond).astype(jnp.float32)
 
 
-class _Block(nn.Module):
-    """x + gate * dropout(branch(LN(x) (1 + scale) + shift)), for attention and MLP in turn."""
+class _Dropout(nn.Module):
+    """Sets a share `rate` of the entries to 0 in training and scales up the others.
 
-    cfg: ModelConfig
+    `nn.Dropout` turns the random bits into floats first, which on a CPU takes twice as long.
+    """
+
+    rate: float
     train: bool
 
     @nn.compact
-    def __call__(self, x_BLD, cache, cond_BC, rotary, mask_LM, position):
-        cfg = self.cfg
-        if cond_BC is None:
-            zeros = jnp.zeros((1, cfg.width), jnp.float32)
-            shift1 = scale1 = shift2 = scale2 = zeros
-            gate1 = gate2 = zeros + 1.0
-        else:
-            shift1, scale1, gate1, shift2, scale2, gate2 = _AdaLN(cfg, 6, name="adaln")(cond_BC)
-        drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
-
-        branch = _modulate(_Norm(name="norm1")(x_BLD), shift1, scale1).astype(cfg.dtype)
-        branch, cache = self._attention(branch, cache, rotary, mask_LM, position)
-        x_BLD = x_BLD + gate1[:, None] * drop(branch).astype(jnp.float32)
-
-        branch = _modulate(_Norm(name="norm2")(x_BLD), shift2, scale2).astype(cfg.dtype)
-        branch = self._mlp(branch)
-        x_BLD = x_BLD + gate2[:, None] * drop(branch).astype(jnp.float32)
-        return x_BLD, cache
-
-    def _attention(self, x_BLD, cache, rotary, mask_LM, position):
-        cfg = self.cfg
-        batch, length, _ = x_BLD.shape
-        dense = functools.partial(
-            _Linear, cfg.width, use_bias=False, dtype=cfg.dtype, kernel_init=_linear_init
-        )
-
-        def heads(name):
-            projected = dense(name=name)(x_BLD).reshape(
-                batch, length, cfg.num_heads, cfg.head_width
-            )
-            return jnp.swapaxes(projected, 1, 2)
-
-        q_BHLK, k_BHLK = _rotate(heads("q_proj"), rotary), _rotate(heads("k_proj"), rotary)
-        v_BHLK = heads("v_proj")
-        if cache is not None:
-            at = (0, 0, position, 0)
-            cache = KeyValueCache(
-                jax.lax.dynamic_update_slice(cache.keys, k_BHLK, at),
-                jax.lax.dynamic_update_slice(cache.values, v_BHLK, at),
-            )
-            k_BHLK, v_BHLK = cache
-        mixed_BHLK = _attend(q_BHLK, k_BHLK, v_BHLK, mask_LM, cfg.attention)
-        merged_BLD = jnp.swapaxes(mixed_BHLK, 1, 2).reshape(batch, length, cfg.width)
-        return dense(name="out_proj")(merged_BLD), cache
-
-    def _mlp(self, x_BLD):
-        cfg = self.cfg
-        dense = functools.partial(_Linear, dtype=cfg.dtype, kernel_init=_linear_init)
-        hidden_BLF = nn.gelu(
-            dense(cfg.mlp_ratio * cfg.width, name="mlp_in")(x_BLD), approximate=True
-        )
-        return dense(cfg.width, name="mlp_out")(hidden_BLF)
+    def __call__(self, x):
+        if not self.train or self.rate == 0.0:
+            return x
+        bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint32)
+        dropped = bits < jnp.uint32(self.rate * 2**32)
+        return jnp.where(dropped, jnp.zeros((), x.dtype), x / (1.0 - self.rate))
 
 
-class _Transformer(nn.Module):
-    """The whole network. `position` and `cache` are given only when a causal network decodes."""
+class _BlockModulation(nn.Module):
+    """The adaLN of one block, in the place of the tree where the block's other parameters are."""
 
     cfg: ModelConfig
-    train: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BL, t_B, h_B, position=None, cache=None):
+    def __call__(self, cond_BC):
+        return _AdaLN(self.cfg, 6, name="adaln")(cond_BC)
+
+
+class _Conditioner(nn.Module):
+    """Time and step width to a `Modulation`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, t_B, h_B):
         cfg = self.cfg
-        length = tokens_BL.shape[1]
-        embed = nn.Embed(cfg.vocab_size, cfg.width, embedding_init=_small_init, name="vocab_embed")
-        x_BLD = embed(tokens_BL).astype(jnp.float32)
-        cond_BC = None if cfg.causal else self._condition(t_B, h_B)
-
-        if cache is None:
-            rotary = _rotary(jnp.arange(length), cfg.head_width)
-            mask_LM = jnp.tril(jnp.ones((length, length), bool)) if cfg.causal else None
-        else:
-            rotary = _rotary(position[None], cfg.head_width)
-            mask_LM = (jnp.arange(cache.keys.shape[3]) <= position)[None]
-
-        block = _Block
-        if cfg.remat != "none":
-            block = nn.remat(_Block, prevent_cse=False, policy=REMATS[cfg.remat])
-        blocks = nn.scan(
-            block,
+        cond_BC = self._condition(t_B, h_B)
+        every_block = nn.vmap(
+            _BlockModulation,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=cfg.num_blocks,
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=cfg.num_blocks,
         )
-        x_BLD, cache = blocks(cfg, self.train, name="blocks")(
-            x_BLD, cache, cond_BC, rotary, mask_LM, position
+        return Modulation(
+            every_block(cfg, name="blocks")(cond_BC), _AdaLN(cfg, 2, name="final_adaln")(cond_BC)
         )
-        logits_BLV = self._head(x_BLD, cond_BC)
-        return logits_BLV if position is None else (logits_BLV, cache)
 
     def _condition(self, t_B, h_B):
         cfg = self.cfg
@@ -487,16 +517,108 @@ class _Transformer(nn.Module):
         )(width)
         return nn.silu(time + projected)
 
-    def _head(self, x_BLD, cond_BC):
+
+class _Block(nn.Module):
+    """x + gate * dropout(branch(LN(x) (1 + scale) + shift)), for attention and MLP in turn."""
+
+    cfg: ModelConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BLD, cache, modulation_B6D, rotary, position):
         cfg = self.cfg
-        x_BLD = _Norm(name="final_norm")(x_BLD)
-        if cond_BC is not None:
-            x_BLD = _modulate(x_BLD, *_AdaLN(cfg, 2, name="final_adaln")(cond_BC))
-        head = _Linear(
-            cfg.vocab_size,
-            dtype=cfg.dtype,
-            kernel_init=nn.initializers.zeros,
-            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-            name="head",
+        if modulation_B6D is None:
+            zeros = jnp.zeros((1, cfg.width), jnp.float32)
+            shift1 = scale1 = shift2 = scale2 = zeros
+            gate1 = gate2 = zeros + 1.0
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation_B6D, 6, axis=-1)
+        drop = _Dropout(cfg.dropout, self.train, name="dropout")
+
+        branch = _modulate(_Norm(name="norm1")(x_BLD), shift1, scale1).astype(cfg.dtype)
+        branch, cache = self._attention(branch, cache, rotary, position)
+        x_BLD = x_BLD + gate1[:, None] * drop(branch).astype(jnp.float32)
+
+        branch = _modulate(_Norm(name="norm2")(x_BLD), shift2, scale2).astype(cfg.dtype)
+        branch = self._mlp(branch)
+        x_BLD = x_BLD + gate2[:, None] * drop(branch).astype(jnp.float32)
+        return x_BLD, cache
+
+    def _attention(self, x_BLD, cache, rotary, position):
+        cfg = self.cfg
+        batch, length, _ = x_BLD.shape
+        dense = functools.partial(
+            _Linear, cfg.width, use_bias=False, dtype=cfg.dtype, kernel_init=_linear_init
         )
-        return head(x_BLD.astype(cfg.dtype)).astype(jnp.float32)
+
+        def heads(name):
+            projected = dense(name=name)(x_BLD).reshape(
+                batch, length, cfg.num_heads, cfg.head_width
+            )
+            return jnp.swapaxes(projected, 1, 2)
+
+        q_BHLK, k_BHLK = _rotate(heads("q_proj"), rotary), _rotate(heads("k_proj"), rotary)
+        v_BHLK = heads("v_proj")
+        seen_LM = None
+        if cache is not None:
+            at = (0, 0, position, 0)
+            cache = KeyValueCache(
+                jax.lax.dynamic_update_slice(cache.keys, k_BHLK, at),
+                jax.lax.dynamic_update_slice(cache.values, v_BHLK, at),
+            )
+            k_BHLK, v_BHLK = cache
+            seen_LM = (jnp.arange(k_BHLK.shape[2]) <= position)[None]
+        mixed_BHLK = attention.attend(
+            q_BHLK,
+            k_BHLK,
+            v_BHLK,
+            mask_LM=seen_LM,
+            causal=cfg.causal and cache is None,
+            implementation=cfg.attention,
+        )
+        merged_BLD = jnp.swapaxes(mixed_BHLK, 1, 2).reshape(batch, length, cfg.width)
+        return dense(name="out_proj")(merged_BLD), cache
+
+    def _mlp(self, x_BLD):
+        cfg = self.cfg
+        dense = functools.partial(_Linear, dtype=cfg.dtype, kernel_init=_linear_init)
+        hidden_BLF = nn.gelu(
+            dense(cfg.mlp_ratio * cfg.width, name="mlp_in")(x_BLD), approximate=True
+        )
+        return dense(cfg.width, name="mlp_out")(hidden_BLF)
+
+
+class _Trunk(nn.Module):
+    """Tokens to the features before the head, float32 [B, L, D].
+
+    `position` and `cache` are given only when a causal network decodes.
+    """
+
+    cfg: ModelConfig
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BL, modulation, position=None, cache=None):
+        cfg = self.cfg
+        embed = nn.Embed(cfg.vocab_size, cfg.width, embedding_init=_small_init, name="vocab_embed")
+        x_BLD = embed(tokens_BL).astype(jnp.float32)
+        positions_L = jnp.arange(tokens_BL.shape[1]) if position is None else position[None]
+        rotary = _rotary(positions_L, cfg.head_width)
+
+        block = _Block
+        if cfg.remat != "none":
+            block = nn.remat(_Block, prevent_cse=False, policy=REMATS[cfg.remat])
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=cfg.num_blocks,
+        )
+        x_BLD, cache = blocks(cfg, self.train, name="blocks")(
+            x_BLD, cache, None if modulation is None else modulation.blocks_NB6D, rotary, position
+        )
+        x_BLD = _Norm(name="final_norm")(x_BLD)
+        if modulation is not None:
+            x_BLD = _modulate(x_BLD, *jnp.split(modulation.final_B2D, 2, axis=-1))
+        return x_BLD, cache

@@ -36,8 +36,8 @@ class Template(NamedTuple):
       shown: how many leading tokens are the answer; what follows only fills the block.
     """
 
-    given_L: np.ndarray  # noqa: N815 - the dimension letter
-    frozen_L: np.ndarray  # noqa: N815
+    given_L: np.ndarray
+    frozen_L: np.ndarray
     shown: int
 
 

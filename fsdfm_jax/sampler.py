@@ -8,16 +8,19 @@ Source: arXiv:2509.20624 App. B.1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fsdfm_jax import draws
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.jumps import Finalize, Jump
 from fsdfm_jax.teacher import Denoise
 
 OnStep = Callable[[np.ndarray, np.ndarray], None]
+Condition = Callable[[jax.Array, jax.Array], Any]
 
 
 def uniform_grid(steps: int) -> np.ndarray:
@@ -62,6 +65,7 @@ def sample_trajectory(
     frozen_BL: jax.Array | None = None,
     *,
     temperature: jax.Array | float = 1.0,
+    condition: Condition | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `sample`; also returns the tokens after each step, int [S, B, L]."""
@@ -72,15 +76,19 @@ def sample_trajectory(
     steps, batch = len(times_S), x0_BL.shape[0]
     index_S = jnp.arange(steps)
 
+    # What depends on the time alone doesn't wait for the tokens.
+    ahead_S = None if condition is None else condition(times_S, widths_S)
+
     def step(x_BL, inputs):
-        step_key, t, h, index = inputs
+        step_key, t, h, index, ahead = inputs
         is_last = index == steps - 1
         t_B, h_B = jnp.full((batch,), t), jnp.full((batch,), h)
-        logits_BLV = denoise(x_BL, t_B, h_B).astype(jnp.float32) / temperature
+        logits = denoise(x_BL, t_B, h_B) if condition is None else denoise(x_BL, ahead)
+        logits = logits_lib.divide(logits, temperature)
         new_BL = jax.lax.cond(
             is_last,
-            lambda: finalize(step_key, logits_BLV, x_BL),
-            lambda: jump(step_key, logits_BLV, x_BL, t_B, h_B),
+            lambda: finalize(step_key, logits, x_BL),
+            lambda: jump(step_key, logits, x_BL, t_B, h_B),
         )
         if frozen_BL is not None:
             new_BL = jnp.where(frozen_BL, x0_BL, new_BL)
@@ -89,7 +97,7 @@ def sample_trajectory(
         return new_BL, new_BL
 
     keys_S = jax.random.split(key, steps)
-    return jax.lax.scan(step, x0_BL, (keys_S, times_S, widths_S, index_S))
+    return jax.lax.scan(step, x0_BL, (keys_S, times_S, widths_S, index_S, ahead_S))
 
 
 def sample(
@@ -102,19 +110,23 @@ def sample(
     frozen_BL: jax.Array | None = None,
     *,
     temperature: jax.Array | float = 1.0,
+    condition: Condition | None = None,
     on_step: OnStep | None = None,
 ) -> jax.Array:
     """Draws samples in S steps.
 
     Args:
       key: typed PRNG key.
-      denoise: (x_BL, t_B, h_B) -> logits_BLV; called S times, with the width h of each step.
+      denoise: (x_BL, t_B, h_B) -> logits [B, L, V], as an array or factored; called S times, with
+        the width h of each step. With `condition`, (x_BL, what it gave for the step) -> logits.
       jump: (key, logits, x, t, h) -> x for the first S-1 steps, see `jumps.make_jump`.
       finalize: (key, logits, x) -> x for the last one, see `jumps.make_finalize`.
       x0_BL: noise from the source, int [B, L]; frozen positions hold the given tokens.
       grid_S1: S+1 cumulative times from 0 to 1; a traced array is taken as checked.
       frozen_BL: bool [B, L], positions that never move, whatever their value; None freezes nothing.
       temperature: divides the logits, > 0; data, so that changing it doesn't recompile.
+      condition: (t_S, h_S) -> a tree of arrays with leading axis S, all that the network computes
+        from times and widths alone; done for all steps at once, before the first.
       on_step: called on the host with (index of the step, x_BL after it) as each step ends, also
         from within jit; for watching, it can't change anything.
 
@@ -133,6 +145,7 @@ def sample(
         grid_S1,
         frozen_BL,
         temperature=temperature,
+        condition=condition,
         on_step=on_step,
     )
     return tokens_BL

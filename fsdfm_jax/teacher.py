@@ -2,7 +2,8 @@
 
 A rule is data, nodes and weights, so that RK-2 and RK-4 are one loop. Unlike classical Runge-Kutta
 the states chain: each evaluation sees the state that jumped from the *previous* state by h/2, and
-the weights average logits.
+the weights average logits; of factored ones the features (see `logits`), so that the target costs
+one product with the vocabulary.
 
 Source: arXiv:2509.20624 Algorithm 1 and section 4.2.
 """
@@ -13,9 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.jumps import Jump
+from fsdfm_jax.logits import Logits
 
-Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Denoise = Callable[[jax.Array, jax.Array, jax.Array], Logits]
 
 
 class Quadrature(NamedTuple):
@@ -46,7 +49,7 @@ def teacher_logits(
     xt_BL: jax.Array,
     t_B: jax.Array,
     h_B: jax.Array,
-) -> jax.Array:
+) -> Logits:
     """Averaged logits for the step from t to t+h, without gradient.
 
     Every evaluation is conditioned on the width h/2 and takes place at min(t + node h, 1). Between
@@ -56,23 +59,23 @@ def teacher_logits(
     Args:
       key: typed PRNG key for the jumps.
       rule: `HEUN` or `RK4`, or any other nodes and weights.
-      denoise: (x_BL, t_B, h_B) -> logits_BLV, the averaged student in evaluation mode.
+      denoise: (x_BL, t_B, h_B) -> logits [B, L, V], as an array or factored: the averaged student
+        in evaluation mode.
       jump: see `jumps.make_jump`. To draw from the full posterior where a jump reaches t=1, build
         it from `jumps.with_posterior_end(rule)`; the bare rule is the paper's literal form.
       xt_BL: current tokens, int [B, L].
       t_B, h_B: float32 [B], t + h <= 1.
 
     Returns:
-      float32 [B, L, V].
+      [B, L, V]: a float32 array, or factored where `denoise` gives factored ones.
     """
     half_B = h_B / 2
     keys = jax.random.split(key, len(rule.nodes))
     last = len(rule.nodes) - 1
-    state_BL, mean_BLV = xt_BL, None
-    for i, (node, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
+    state_BL, evaluations = xt_BL, []
+    for i, node in enumerate(rule.nodes):
         time_B = jnp.minimum(t_B + node * h_B, 1.0)
-        logits_BLV = denoise(state_BL, time_B, half_B).astype(jnp.float32)
-        mean_BLV = weight * logits_BLV if mean_BLV is None else mean_BLV + weight * logits_BLV
+        evaluations.append(denoise(state_BL, time_B, half_B))
         if i < last:
-            state_BL = jump(keys[i], logits_BLV, state_BL, time_B, half_B)
-    return jax.lax.stop_gradient(mean_BLV)
+            state_BL = jump(keys[i], evaluations[-1], state_BL, time_B, half_B)
+    return jax.lax.stop_gradient(logits_lib.average(evaluations, rule.weights))

@@ -145,7 +145,10 @@ def saved_metadata(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 # What may differ between a network and the one it starts from.
-_FREE_MODEL_KEYS = {"vocab_size", "conditioning", "dropout", "dtype", "attention", "remat"}
+_FREE_MODEL_KEYS = {
+    *("vocab_size", "conditioning"),
+    *("dropout", "dtype", "attention", "remat", "logits_mib"),
+}
 
 
 def check_base(directory: pathlib.Path, model: ModelConfig, config: ConfigDict) -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "fsdfm_jax"
 # Every file of the package with its floor; a file imports from its own floor and those below. A new
 # file has to be given a place here.
 FLOORS = {
-    0: ("schedules", "sources", "budgets", "draws"),
+    0: ("schedules", "sources", "budgets", "draws", "logits", "attention"),
     1: ("paths", "jumps"),
     2: ("losses", "models"),
     3: ("teacher", "sampler"),
@@ -99,10 +99,11 @@ DEVICES = ("cuda", "tpu", "gpu", "cpu")
 # A string that begins so is a path of some machine.
 ABSOLUTE = re.compile(r"(/|~/)\w+/|/(home|root|tmp|work|usr|opt|mnt|data|etc|var)\b")
 # Names of `jax.nn.dot_product_attention`'s implementations, not of devices.
-ATTENTION_NAMES = {"manual", "xla", "cudnn"}
+ATTENTION_NAMES = {"auto", "manual", "blocked", "xla", "cudnn"}
 # The kinds of device that an exported program is lowered for.
 EXPORT_PLATFORMS = {("convert.exported", device) for device in ("cpu", "cuda", "tpu")}
 EXPORT_PLATFORMS |= {("inference", "gpu")}  # where the kernel "cudnn" can run
+EXPORT_PLATFORMS |= {("attention", "cpu"), ("attention", "gpu")}  # what "auto" goes by
 
 
 def _name(path):

@@ -14,6 +14,11 @@ N = 50_000
 categorical = jax.jit(draws.categorical)
 
 
+def others(key, logits, current):
+    """As `draws.categorical`, of all ids but the current one."""
+    return draws.pick_other(draws.uniform(key, (*logits.shape[:-1], 4)), logits, current)
+
+
 def softmax64(logits):
     p = np.exp(np.asarray(logits, np.float64) - np.max(logits))
     return p / p.sum()
@@ -62,12 +67,34 @@ def test_entries_without_weight_are_never_drawn(size):
     weights_V = rng.random(size).astype(np.float32)
     weights_V[rng.permutation(size)[: size // 2]] = 0
     weights_V[[0, -1]] = 0
-    counts = counted(jax.random.key(0), weights_V, draws.from_weights, N)
-    assert_frequencies(counts, weights_V.astype(np.float64) / weights_V.sum(dtype=np.float64))
     with np.errstate(divide="ignore"):
         logits_V = np.log(weights_V)
     counts = counted(jax.random.key(1), logits_V, draws.categorical, N)
     assert_frequencies(counts, softmax64(logits_V))
+    # The current id has no weight either, be it the likeliest or one of none.
+    for current in (int(np.argmax(logits_V)), 0):
+        draw = lambda key, x_NV, z=current: others(key, x_NV, jnp.full(x_NV.shape[:1], z))[0]
+        counts = counted(jax.random.key(2), logits_V, draw, N)
+        left_V = np.where(np.arange(size) == current, 0, weights_V.astype(np.float64))
+        assert_frequencies(counts, left_V / left_V.sum())
+
+
+@pytest.mark.parametrize("size", [2, 5, 16, 17, 50_257])
+def test_the_mass_of_the_others(size):
+    # Rows that leave out the likeliest, the first and the last id, and one of probability 1 - 1e-9.
+    logits_V = np.random.default_rng(size).normal(size=size).astype(np.float32) * 3
+    sure_V = np.full(size, np.float32(np.log(1e-9 / (size - 1))))
+    sure_V[1] = 0
+    rows = [(logits_V, int(np.argmax(logits_V))), (logits_V, 0), (logits_V, size - 1), (sure_V, 1)]
+    logits_RV, current_R = (np.stack(part) for part in zip(*rows, strict=True))
+    ids_R, mass_R = jax.jit(others)(jax.random.key(0), logits_RV, current_R)
+    assert np.all(ids_R != current_R)
+    p_RV = np.stack([softmax64(row) for row in logits_RV])
+    np.put_along_axis(p_RV, current_R[:, None], 0.0, axis=-1)
+    np.testing.assert_allclose(mass_R, p_RV.sum(-1), rtol=1e-5)
+    # Where all mass is on the current id, none is left.
+    alone_1V = np.where(np.arange(size) == 1, 0.0, -np.inf).astype(np.float32)[None]
+    assert others(jax.random.key(0), alone_1V, np.int32([1]))[1] == 0
 
 
 def test_a_single_possible_token_is_always_drawn():
@@ -119,12 +146,20 @@ def test_rare_tokens_beside_a_dominant_one_share_a_block_fairly():
     assert counts[1:].max() <= 67
 
 
-def test_weights_need_no_normalisation():
-    weights = np.random.default_rng(0).random((500, 11)).astype(np.float32)
-    np.testing.assert_array_equal(
-        draws.from_weights(jax.random.key(3), weights),
-        draws.from_weights(jax.random.key(3), 1024 * weights),
-    )
+def test_logits_need_no_normalisation():
+    # Multiples of 1/64: shifted without rounding.
+    logits = np.random.default_rng(0).integers(-200, 200, (500, 11)).astype(np.float32) / 64
+    current = np.arange(500) % 11
+    for shift in (1024, -4096):
+        np.testing.assert_array_equal(
+            categorical(jax.random.key(3), logits), categorical(jax.random.key(3), logits + shift)
+        )
+        for one, two in zip(
+            others(jax.random.key(3), logits, current),
+            others(jax.random.key(3), logits + shift, current),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, two)
 
 
 def tail_z_score(count_tail, *, rows, chunks, tail_logit, size):
@@ -183,11 +218,20 @@ def test_rows_are_independent():
     assert_frequencies(neighbours, np.full(9, 1 / 9))
 
 
-def test_each_row_follows_its_own_weights():
-    weights = jnp.tile(jnp.eye(6, dtype=jnp.float32), (20, 1))
-    np.testing.assert_array_equal(
-        draws.from_weights(jax.random.key(0), weights), np.tile(np.arange(6), 20)
-    )
+def test_each_row_follows_its_own_logits():
+    logits = jnp.where(jnp.tile(jnp.eye(6, dtype=bool), (20, 1)), 0.0, -jnp.inf)
+    ids = np.tile(np.arange(6), 20)
+    np.testing.assert_array_equal(categorical(jax.random.key(0), logits), ids)
+    # Two possible ids a row, one of them the current one.
+    both = jnp.maximum(logits, jnp.roll(logits, 1, axis=1))
+    np.testing.assert_array_equal(others(jax.random.key(0), both, ids)[0], (ids + 1) % 6)
+
+
+def test_a_row_does_not_depend_on_the_number_of_rows():
+    logits = jax.random.normal(jax.random.key(0), (64, 3, 33))
+    every = categorical(jax.random.key(1), logits)
+    for rows in (1, 2, 3, 5, 63):
+        np.testing.assert_array_equal(categorical(jax.random.key(1), logits[:rows]), every[:rows])
 
 
 def test_draws_are_a_function_of_the_key():

@@ -137,6 +137,69 @@ def test_batches_have_seeds_of_their_own():
     assert inference.batch_seed(1, 3) == seeds[53]
 
 
+# -------------------------------------------------------------------------------- sizes of batches
+def test_buckets():
+    sizes = [inference.bucket(rows) for rows in range(1, 1001)]
+    first = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    assert sorted(set(sizes)) == first
+    for rows, size in enumerate(sizes, start=1):
+        # The next one, of which at most a third is thrown away.
+        assert size == min(bucket for bucket in first if bucket >= rows)
+        assert 3 * (size - rows) <= size
+
+
+@pytest.mark.parametrize(
+    ("weights", "process"),
+    [(FEW_STEP, UNIFORM_PROCESS), (FEW_STEP, MASK_PROCESS), (CAUSAL, UNIFORM_PROCESS)],
+    ids=["uniform", "mask", "causal"],
+)
+def test_a_row_does_not_depend_on_the_number_of_rows(weights, process):
+    # 3 and 4 fill their batches, 5 are drawn as 6, of which the last is thrown away.
+    every = _generate(weights, process, given=(1, 4), num_samples=16)
+    for rows in (3, 4, 5):
+        tokens = _generate(weights, process, given=(1, 4), num_samples=rows)
+        assert tokens.shape == (rows, L)
+        np.testing.assert_array_equal(tokens, every[:rows])
+
+
+def test_sizes_of_one_bucket_share_a_program():
+    run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "mixture", None)
+    for rows in (6, 5):
+        _generate(num_samples=rows, jump_rule="mixture")
+        assert run._cache_size() == 1
+    # Rows of their own stay with their templates.
+    given_BL = np.arange(5 * L, dtype=np.int32).reshape(5, L) % V
+    frozen_BL = np.random.default_rng(0).random((5, L)) < 0.5
+    tokens = _generate(given_BL=given_BL, frozen_BL=frozen_BL, jump_rule="mixture")
+    np.testing.assert_array_equal(tokens[frozen_BL], given_BL[frozen_BL])
+    assert run._cache_size() == 1
+
+
+def test_who_watches_sees_the_rows_asked_for():
+    seen = []
+    watch = lambda index, x_BL: seen.append(np.array(x_BL))
+    tokens = _generate(num_samples=5, on_step=watch)
+    assert [x_BL.shape for x_BL in seen] == [(5, L)] * 3
+    np.testing.assert_array_equal(tokens, _generate(num_samples=5))
+
+
+# -------------------------------------------------------------------------------- modulations ahead
+def test_modulations_ahead_change_no_token(monkeypatch):
+    """Whether they are made before the first step or each in its own."""
+    tokens = (np.full((B, L), MASK, np.int32), np.zeros((B, L), bool))
+    rest = (*tokens, sampler.uniform_grid(3), np.float32(1))
+    calls = []
+    predict = models.predict
+    monkeypatch.setattr(models, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
+    results = []
+    for mib in (256, 0):
+        monkeypatch.setattr(inference, "_AHEAD_MIB", mib)
+        run = jax.jit(inference._make_steps(FEW_STEP.model, MASK_PROCESS, "cumulative", None))
+        results.append(run(FEW_STEP.params, jax.random.key(0), *rest))
+        assert bool(calls) == (mib == 0)
+    np.testing.assert_array_equal(*results)
+
+
 # ---------------------------------------------------------------------------------------- watching
 @pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
 def test_watching_sees_each_step_in_order_and_changes_nothing(process):

@@ -1,5 +1,6 @@
 """One jump: recorded probabilities, and frequencies against the analytic categorical."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from chance import assert_frequencies
 
-from fsdfm_jax import jumps, schedules
+from fsdfm_jax import draws, jumps, schedules
 from fsdfm_jax.jumps import CUMULATIVE, EULER, MIXTURE, make_finalize, make_jump
+from fsdfm_jax.logits import Factored, dense, rows
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
 
@@ -19,10 +21,18 @@ N = 50_000
 RULES = [CUMULATIVE, EULER, MIXTURE]
 
 
+def jump_probability(rule, schedule, logits_BLV, xt_BL, t_B, h_B):
+    """P(jump) per position, from the mass that `make_jump` takes; its frequencies are below."""
+    u_BLU = jnp.zeros((*xt_BL.shape, draws.NUMBERS))
+    _, m_BL = draws.pick_other(u_BLU, jnp.asarray(logits_BLV), xt_BL)
+    t_B1, h_B1 = (jnp.reshape(jnp.float32(x), (-1, 1)) for x in (t_B, h_B))
+    return rule.probability(schedule, t_B1, h_B1, m_BL)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_probability_against_recorded_numbers(power):
     xt_BL, t_B, h_B = GOLDEN["xt"].astype(np.int32), GOLDEN["t"], GOLDEN["h"]
-    probability_BL = jumps.jump_probability(
+    probability_BL = jump_probability(
         CUMULATIVE, Polynomial(power), GOLDEN["logits"], xt_BL, t_B, h_B
     )
     assert probability_BL.dtype == jnp.float32
@@ -90,7 +100,7 @@ def test_a_jump_has_the_probability_it_reports(rule):
     logits_BLV = jnp.tile(jax.random.normal(jax.random.key(0), (3, 1, 7)), (1, N, 1))
     xt_BL = jnp.tile(jnp.int32([[0], [3], [6]]), (1, N))
     t_B, h_B = np.float32([0.25, 0.5, 0.75]), np.float32([0.5, 0.25, 0.125])
-    p_B = jumps.jump_probability(rule, Polynomial(), logits_BLV, xt_BL, t_B, h_B)[:, 0]
+    p_B = jump_probability(rule, Polynomial(), logits_BLV, xt_BL, t_B, h_B)[:, 0]
     x_BL = _jump(rule)(jax.random.key(1), logits_BLV, xt_BL, t_B, h_B)
     moved_B = np.mean(x_BL != xt_BL, axis=1)
     assert np.all(np.abs(moved_B - p_B) <= 5 * np.sqrt(p_B * (1 - p_B) / N))
@@ -101,7 +111,7 @@ def test_rules_agree_on_short_steps():
     xt_BL = jax.random.randint(jax.random.key(1), (4, 9), 0, 6)
     t_B, h_B = np.float32([0.1, 0.3, 0.5, 0.7]), np.full(4, 2**-12, np.float32)
     one, two, three = (
-        jumps.jump_probability(rule, Polynomial(), logits_BLV, xt_BL, t_B, h_B) for rule in RULES
+        jump_probability(rule, Polynomial(), logits_BLV, xt_BL, t_B, h_B) for rule in RULES
     )
     # They differ at second order in g h < 1e-3; float32 rounds 1 - t in the end of the step by 6e-8
     # of 2e-4.
@@ -112,7 +122,7 @@ def test_rules_agree_on_short_steps():
 def test_mass_off_a_nearly_certain_token_does_not_cancel():
     # p(z) rounds to 1 in float32; what is left is 3 e^-30.
     logits_BLV = np.float32([[[0, 30, 0, 0]]])
-    value = jumps.jump_probability(MIXTURE, Polynomial(), logits_BLV, np.int32([[1]]), 0.0, 0.5)
+    value = jump_probability(MIXTURE, Polynomial(), logits_BLV, np.int32([[1]]), 0.0, 0.5)
     np.testing.assert_allclose(value, [[0.5 * 3 * np.exp(-30.0)]], rtol=1e-5)
 
 
@@ -123,8 +133,8 @@ def test_posterior_end_only_concerns_steps_that_reach_the_end():
     t_B = np.float32([0.25, 0.5 - 2**-10, 0.9])
     h_B = np.float32([0.5, 0.5, 0.1 - 2**-24])
     for rule in RULES:
-        plain = jumps.jump_probability(rule, Polynomial(), logits_BLV, xt_BL, t_B, h_B)
-        ended = jumps.jump_probability(
+        plain = jump_probability(rule, Polynomial(), logits_BLV, xt_BL, t_B, h_B)
+        ended = jump_probability(
             jumps.with_posterior_end(rule), Polynomial(), logits_BLV, xt_BL, t_B, h_B
         )
         np.testing.assert_array_equal(plain[:2], ended[:2])
@@ -135,7 +145,7 @@ def test_posterior_end_only_concerns_steps_that_reach_the_end():
 def test_the_literal_end_evicts_a_confident_token():
     # Method, section 5: p(z) = 0.9 is evicted with probability 0.83.
     logits_BLV = np.log(np.float32([[[0.9, 0.05, 0.05]]]))
-    value = jumps.jump_probability(CUMULATIVE, Polynomial(), logits_BLV, np.int32([[0]]), 0.5, 0.5)
+    value = jump_probability(CUMULATIVE, Polynomial(), logits_BLV, np.int32([[0]]), 0.5, 0.5)
     assert value[0, 0] == pytest.approx(0.83, abs=0.005)
 
 
@@ -269,7 +279,7 @@ def test_half_precision_logits_do_not_touch_the_schedule():
     full_BLV = logits_BLV.astype(jnp.float32)
     for rule in RULES:
         p_BL, expected_BL = (
-            jumps.jump_probability(rule, Polynomial(), logits, xt_BL, t_B, h_B)
+            jump_probability(rule, Polynomial(), logits, xt_BL, t_B, h_B)
             for logits in (logits_BLV, full_BLV)
         )
         assert p_BL.dtype == jnp.float32
@@ -286,3 +296,63 @@ def test_rules_by_name():
     assert [jumps.get_rule(name) for name in ("cumulative", "euler", "mixture")] == RULES
     with pytest.raises(ValueError, match="'mixture_euler'.*cumulative, euler, mixture"):
         jumps.get_rule("mixture_euler")
+
+
+# ------------------------------------------------------------------------------- factored logits
+
+
+def exact_logits(batch, length, size):
+    """Factors of small integers: products are exact, in whatever order they are summed."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
+    return Factored(draw(batch, length, 3), draw(3, size), draw(size), temperature=2.0)
+
+
+def every_draw(size):
+    """(jump or finalize, its times) of both sources."""
+    t_B, h_B = np.float32([0.0, 0.25, 0.5, 0.5, 0.75]), np.float32([0.5, 0.5, 0.25, 0.5, 0.125])
+    for mask_id in (None, size - 1):
+        source = Source(size, mask_id=mask_id)
+        rule = jumps.with_posterior_end(CUMULATIVE)
+        yield jumps.make_process_jump(rule, Polynomial(), source), (t_B, h_B)
+        yield make_finalize(source), ()
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"), [(7, (1, 2, 5, 13, 0)), (50, (4,))], ids=["small", "large"]
+)
+def test_factored_logits_are_drawn_from_as_if_written_down(size, chunks):
+    logits = exact_logits(5, 13, size)
+    xt_BL = jax.random.randint(jax.random.key(1), (5, 13), 0, size).at[:, ::2].set(size - 1)
+    for draw, times in every_draw(size):
+        used = jax.jit(draw)
+        want_BL = used(jax.random.key(2), dense(logits), xt_BL, *times)
+        assert np.any(want_BL != xt_BL)
+        for positions in chunks:  # held at once, of 13; 0 for all
+            chunked = dataclasses.replace(logits, chunk_size=4 * positions * 5 * size)
+            got_BL = used(jax.random.key(2), chunked, xt_BL, *times)
+            np.testing.assert_array_equal(got_BL, want_BL)
+
+
+def test_a_row_does_not_depend_on_the_number_of_rows():
+    logits = exact_logits(5, 13, 7)
+    xt_BL = jax.random.randint(jax.random.key(1), (5, 13), 0, 7).at[:, ::2].set(6)
+    for draw, times in every_draw(7):
+        draw = jax.jit(draw)
+        every_BL = draw(jax.random.key(2), logits, xt_BL, *times)
+        for count in (1, 4):
+            some = (rows(logits, 0, count), xt_BL[:count], *(x[:count] for x in times))
+            some_BL = draw(jax.random.key(2), *some)
+            np.testing.assert_array_equal(some_BL, every_BL[:count])
+
+
+def test_whether_and_whither_are_independent():
+    # Of the positions that jump, and of all others, the tokens follow the same posterior: a number
+    # used for both would tie the token to the smallness of P(jump).
+    p = np.array([0.0, 0.1, 0.2, 0.3, 0.4])
+    with np.errstate(divide="ignore"):
+        logits_BLV = jnp.tile(jnp.asarray(np.log(p), jnp.float32)[None, None], (1, N, 1))
+    xt_BL = jnp.zeros((1, N), jnp.int32)
+    for h in (0.05, 0.5):  # 1 in 20 and 1 in 2 move from t = 0, as m = 1
+        x_L = np.asarray(_jump(CUMULATIVE)(jax.random.key(3), logits_BLV, xt_BL, 0.0, h))[0]
+        assert_frequencies(np.bincount(x_L, minlength=5), np.append(1 - h, h * p[1:]))

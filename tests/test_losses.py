@@ -25,7 +25,7 @@ def random_logits(seed, *shape, scale=2.0):
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_path_loss_against_recorded_numbers(power):
     weight_B = schedules.rate(Polynomial(power), GOLDEN["t"])
-    loss_BL = path_loss(GOLDEN["logits"], XT, X1, weight_B)
+    loss_BL = path_loss(GOLDEN["logits"], XT, X1, weight_B[:, None])
     assert loss_BL.dtype == jnp.float32
     np.testing.assert_allclose(loss_BL, GOLDEN[f"gkl_n{power}"], rtol=1e-5)
     assert np.any(XT == X1)
@@ -43,7 +43,7 @@ def test_distillation_against_recorded_numbers(temperature):
 def test_path_loss_by_hand():
     p = np.array([0.5, 0.3, 0.2])
     logits_BLV = np.log(np.float32(p))[None, None].repeat(2, axis=1) + 7
-    loss_BL = path_loss(logits_BLV, np.int32([[0, 1]]), np.int32([[0, 2]]), np.float32([3.0]))
+    loss_BL = path_loss(logits_BLV, np.int32([[0, 1]]), np.int32([[0, 2]]), np.float32([[3.0]]))
     np.testing.assert_allclose(loss_BL, [[-3 * (0.5 - 1), -3 * (0.3 + np.log(0.2))]], rtol=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_path_loss_is_never_negative():
     for seed, scale in ((0, 0.1), (1, 2.0), (2, 30.0)):
         logits_BLV = random_logits(seed, 16, 32, 6, scale=scale)
         xt_BL, x1_BL = jax.random.randint(jax.random.key(seed), (2, 16, 32), 0, 6)
-        loss_BL = path_loss(logits_BLV, xt_BL, x1_BL, jnp.ones(16))
+        loss_BL = path_loss(logits_BLV, xt_BL, x1_BL, jnp.ones((16, 1)))
         # p(xt) - 1 and p(xt) + log p(x1) round at 2^-24 of 1.
         assert np.all(loss_BL >= -2e-7)
 
@@ -59,11 +59,13 @@ def test_path_loss_is_never_negative():
 def test_the_weight_of_each_row_multiplies_the_whole_bracket():
     logits_BLV = random_logits(0, 3, 5, 7)
     xt_BL, x1_BL = jax.random.randint(jax.random.key(1), (2, 3, 5), 0, 7)
-    one_BL = path_loss(logits_BLV, xt_BL, x1_BL, jnp.ones(3))
-    weight_B = jnp.float32([0.5, 2, 4])
-    np.testing.assert_allclose(
-        path_loss(logits_BLV, xt_BL, x1_BL, weight_B), one_BL * weight_B[:, None], rtol=1e-6
-    )
+    one_BL = path_loss(logits_BLV, xt_BL, x1_BL, jnp.ones((3, 1)))
+    weight_B1 = jnp.float32([[0.5], [2], [4]])
+    # As a column, and written out for each position.
+    for weight in (weight_B1, jnp.tile(weight_B1, (1, 5))):
+        loss_BL = path_loss(logits_BLV, xt_BL, x1_BL, weight)
+        assert loss_BL.shape == (3, 5)
+        np.testing.assert_allclose(loss_BL, one_BL * weight_B1, rtol=1e-6)
 
 
 class Joint:
@@ -87,7 +89,7 @@ class Joint:
     @functools.partial(jax.jit, static_argnums=0)
     def expected_loss(self, logits_XLV):
         i, j = np.indices(self.p_joint.shape).reshape(2, -1)
-        loss_BL = path_loss(logits_XLV[j], self.states[j], self.states[i], jnp.ones(len(i)))
+        loss_BL = path_loss(logits_XLV[j], self.states[j], self.states[i], jnp.ones((len(i), 1)))
         return jnp.sum(loss_BL * jnp.asarray(self.p_joint.ravel(), jnp.float32)[:, None])
 
 
@@ -192,9 +194,12 @@ def test_half_precision_logits_are_taken_in_float32():
     teacher = random_logits(1, 2, 3, 9).astype(jnp.bfloat16)
     xt_BL, x1_BL = jax.random.randint(jax.random.key(2), (2, 2, 3), 0, 9)
     f32 = lambda x: x.astype(jnp.float32)
-    weight_B = jnp.float32([1.001, 2.003])
+    weight_B1 = jnp.float32([[1.001], [2.003]])
     for half, full in (
-        (path_loss(logits, xt_BL, x1_BL, weight_B), path_loss(f32(logits), xt_BL, x1_BL, weight_B)),
+        (
+            path_loss(logits, xt_BL, x1_BL, weight_B1),
+            path_loss(f32(logits), xt_BL, x1_BL, weight_B1),
+        ),
         (
             distillation_loss(forward_kl, teacher, logits),
             distillation_loss(forward_kl, f32(teacher), f32(logits)),
@@ -203,6 +208,65 @@ def test_half_precision_logits_are_taken_in_float32():
     ):
         assert half.dtype == jnp.float32
         np.testing.assert_array_equal(half, full)
+
+
+# The gradients are written out by hand: each against that of the formula, step by step as JAX
+# derives it.
+
+
+def formula_kl(teacher, student):
+    p, log_p = jax.nn.softmax(teacher), jax.nn.log_softmax(teacher)
+    return jnp.sum(p * (log_p - jax.nn.log_softmax(student)), axis=-1)
+
+
+def formula_js(teacher, student):
+    p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
+    log_m = jnp.log(0.5 * (p + q))
+    to = lambda p, logits: jnp.sum(p * (jax.nn.log_softmax(logits) - log_m), axis=-1)
+    return 0.5 * (to(p, teacher) + to(q, student))
+
+
+def formula_path_loss(logits, xt, x1, weight):
+    log_p = jax.nn.log_softmax(logits)
+    at = lambda ids: jnp.sum(jax.nn.one_hot(ids, logits.shape[-1]) * log_p, axis=-1)
+    return -weight * (jnp.exp(at(xt)) - (xt == x1) + (xt != x1) * at(x1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "path_loss", "cross_entropy"])
+def test_gradients_are_those_of_the_formulas(name, temperature):
+    teacher, student = random_logits(0, 3, 7, 11), random_logits(1, 3, 7, 11)
+    xt_BL, x1_BL = jax.random.randint(jax.random.key(2), (2, 3, 7), 0, 11)
+    weight_B1 = jnp.float32([[0.5], [2], [4]])
+    cotangent_BL = random_logits(3, 3, 7)  # every position counts differently
+
+    def divergence(function, s):
+        return temperature**2 * function(teacher / temperature, s / temperature)
+
+    losses_and_formulas = {
+        "forward_kl": (
+            lambda s: distillation_loss(forward_kl, teacher, s, temperature=temperature),
+            lambda s: divergence(formula_kl, s),
+        ),
+        "jensen_shannon": (
+            lambda s: distillation_loss(jensen_shannon, teacher, s, temperature=temperature),
+            lambda s: divergence(formula_js, s),
+        ),
+        "path_loss": (
+            lambda s: path_loss(s / temperature, xt_BL, x1_BL, weight_B1),
+            lambda s: formula_path_loss(s / temperature, xt_BL, x1_BL, weight_B1),
+        ),
+        "cross_entropy": (
+            lambda s: losses.cross_entropy(s / temperature, x1_BL),
+            lambda s: -jnp.sum(jax.nn.one_hot(x1_BL, 11) * jax.nn.log_softmax(s / temperature), -1),
+        ),
+    }
+    gradient, expected = (
+        jax.jit(jax.grad(lambda s, f=function: jnp.sum(cotangent_BL * f(s))))(student)
+        for function in losses_and_formulas[name]
+    )
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_cross_entropy():

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax import models
 
 SMALL = models.ModelConfig(vocab_size=19, width=16, num_blocks=2, num_heads=2, cond_width=8)
@@ -179,19 +181,21 @@ def test_scan_is_a_loop_over_blocks(kind):
     cfg = causal(ODD) if kind == "causal" else conditioned(ODD, kind)
     params, (x_BL, t_B, h_B) = noise_params(cfg), inputs(cfg)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    cond = None
-    mask = jnp.tril(jnp.ones((13, 13), bool)) if cfg.causal else None
-    if not cfg.causal:
-        cond = jnp.asarray(np_condition(p, kind, t_B, h_B), jnp.float32)
+    cond = None if cfg.causal else np_condition(p, kind, t_B, h_B)
+    adaln = p["blocks"].get("adaln")
     rotary = models._rotary(jnp.arange(13), cfg.head_width)
     block = jax.jit(models._Block(cfg, train=False).apply)
     x = params["vocab_embed"]["embedding"][x_BL]
     for n in range(cfg.num_blocks):
         one = jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"])
-        x, _ = block({"params": one}, x, None, cond, rotary, mask, None)
+        modulation = None
+        if cond is not None:
+            parts = np_modulations(jax.tree.map(lambda leaf, n=n: leaf[n], adaln), cond, 1)
+            modulation = jnp.asarray(parts[0][:, 0], jnp.float32)
+        x, _ = block({"params": one}, x, None, modulation, rotary, None)
     x = np_norm(p["final_norm"], np.asarray(x, np.float64))
     if cond is not None:
-        shift, scale = np_modulations(p["final_adaln"], np.asarray(cond, np.float64), 2)
+        shift, scale = np_modulations(p["final_adaln"], cond, 2)
         x = x * (1 + scale) + shift
     logits_BLV = run(params, cfg, x_BL, t_B, h_B)
     np.testing.assert_allclose(logits_BLV, np_dense(p["head"], x), atol=2e-5, rtol=2e-5)
@@ -341,7 +345,7 @@ def test_add_conditioning_takes_complete_diffusion_networks_only(conditioning):
 # -------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("attention", ["manual", "xla"])
+@pytest.mark.parametrize("attention", ["manual", "blocked", "xla"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 def test_who_sees_whom(is_causal, attention):
     cfg = dataclasses.replace(SMALL, causal=is_causal, attention=attention)
@@ -359,34 +363,10 @@ def test_who_sees_whom(is_causal, attention):
 def test_attention_implementations_agree(is_causal):
     cfg = dataclasses.replace(ODD, causal=is_causal)
     params, args = noise_params(cfg), inputs(cfg)
-    logits = run(params, cfg, *args)
-    other = run(params, dataclasses.replace(cfg, attention="xla"), *args)
-    np.testing.assert_allclose(logits, other, atol=2e-5, rtol=2e-5)
-
-
-def test_attention_implementations_have_the_same_gradients():
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 3, 5, 4)), jnp.float32) for _ in range(3))
-    mask = jnp.tril(jnp.ones((5, 5), bool))
-
-    def gradients(implementation):
-        loss = lambda *qkv: jnp.sum(jnp.sin(models._attend(*qkv, mask, implementation)))
-        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
-
-    for manual, xla in zip(gradients("manual"), gradients("xla"), strict=True):
-        assert jnp.isfinite(manual).all()  # masked scores are -inf
-        np.testing.assert_allclose(manual, xla, atol=1e-5)
-
-
-@pytest.mark.parametrize("attention", ["manual", "xla"])
-def test_scores_and_softmax_are_float32(attention):
-    # Scores 512 and 514, halved: float32 tells them apart, bfloat16 (spacing 4) doesn't.
-    q = jnp.asarray([[16.0, 1.0, 0.0, 0.0]], jnp.bfloat16)[None, None]
-    k = jnp.asarray([[32.0, 0.0, 0.0, 0.0], [32.0, 2.0, 0.0, 0.0]], jnp.bfloat16)[None, None]
-    v = jnp.asarray([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, None]
-    out = models._attend(q, k, v, None, attention)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(np.float32), 1 / (1 + math.exp(-1)), atol=4e-3)
+    logits = run(params, dataclasses.replace(cfg, attention="manual"), *args)
+    for name in ("auto", "blocked", "xla"):
+        other = run(params, dataclasses.replace(cfg, attention=name), *args)
+        np.testing.assert_allclose(logits, other, atol=2e-5, rtol=2e-5)
 
 
 def test_rotary_scores_depend_on_distance_only():
@@ -410,27 +390,49 @@ def test_rotary_scores_depend_on_distance_only():
 # ------------------------------------------------------------------------- dropout, recomputation
 
 
-def test_remat_changes_nothing_but_memory():
-    cfg = dataclasses.replace(SMALL, dropout=0.3)
+def count_dots(jaxpr):
+    """Products of a jaxpr, those inside other equations included."""
+    own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
+    inner = (count_dots(x) for e in jaxpr.eqns for x in jaxprs_in_params(e.params))
+    return own + sum(inner)
+
+
+@pytest.mark.parametrize("attention", ["manual", "blocked"])
+def test_remat_changes_nothing_but_memory(attention):
+    cfg = dataclasses.replace(SMALL, dropout=0.3, attention=attention)
     params, args = noise_params(cfg), inputs(cfg, batch=2, length=6)
 
-    def lowered(cfg):
+    def traced(cfg):
         loss = lambda p, key: jnp.sum(jnp.sin(models.apply(p, cfg, *args, key=key)))
         return jax.jit(jax.value_and_grad(loss)).trace(params, jax.random.key(3))
 
     results, dots = {}, {}
     for remat in models.REMATS:
-        traced = lowered(dataclasses.replace(cfg, remat=remat))
-        dots[remat] = str(traced.jaxpr).count("dot_general")
-        results[remat] = traced.lower().compile()(params, jax.random.key(3))
+        program = traced(dataclasses.replace(cfg, remat=remat))
+        dots[remat] = count_dots(program.jaxpr.jaxpr)
+        results[remat] = program.lower().compile()(params, jax.random.key(3))
     for remat in ("full", "dots"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
             results[remat],
             results["none"],
         )
-    # Recomputation is real: "full" repeats every matmul of a block, "dots" attention's alone.
-    assert dots["none"] < dots["dots"] < dots["full"]
+    # Recomputation is real: "full" repeats all eight products of a block, two of attention.
+    assert dots["full"] == dots["none"] + 8
+    # "dots" repeats only those that attention keeps to itself: the two where it is "manual", and
+    # none where its output is kept by name.
+    assert dots["dots"] == dots["none"] + {"manual": 2, "blocked": 0}[attention]
+
+
+def test_the_share_dropped_is_exact():
+    rate, size = 0.1, 2**22
+    drop = jax.jit(lambda key, x: models._Dropout(rate, True).apply({}, x, rngs={"dropout": key}))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        out = np.asarray(drop(jax.random.key(0), jnp.ones(size, dtype)), np.float64)
+        kept = jnp.ones((), dtype) / (1 - rate)  # in the dtype of the activations
+        assert set(np.unique(out)) == {0.0, float(kept)}
+        # 5 standard errors are 7e-4; eight bits of random numbers would drop 25/256 or 26/256.
+        assert abs(np.mean(out == 0) - rate) < 5 * math.sqrt(rate * (1 - rate) / size)
 
 
 def test_dropout_only_with_a_key():
@@ -497,7 +499,14 @@ def test_dropout_masks_are_independent_and_keep_the_mean(num_blocks, branches):
 
 
 @pytest.mark.parametrize(
-    ("attention", "dtype"), [("manual", "float32"), ("xla", "float32"), ("manual", "bfloat16")]
+    ("attention", "dtype"),
+    [
+        ("manual", "float32"),
+        ("blocked", "float32"),
+        ("xla", "float32"),
+        ("manual", "bfloat16"),
+        ("auto", "bfloat16"),
+    ],
 )
 def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype):
     cfg = dataclasses.replace(ODD, causal=True, attention=attention, dtype=dtype)
@@ -519,6 +528,49 @@ def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype):
     else:
         # Same sums in another order, rounded to 8 bits: a few 2^-8 relative.
         assert relative_error(np.stack(steps, 1), full_BLV) < 0.02
+
+
+# ------------------------------------------------------------------------ features and modulations
+
+
+@pytest.mark.parametrize("kind", [*CONDITIONINGS, "causal"])
+def test_modulations_made_ahead_give_the_same_features(kind):
+    cfg = causal(ODD) if kind == "causal" else conditioned(ODD, kind)
+    params, (x_BL, t_B, h_B) = noise_params(cfg), inputs(cfg)
+    logits = jax.jit(models.predict, static_argnums=1)(params, cfg, x_BL, t_B, h_B)
+    assert logits.shape == (5, 13, 29)
+    assert logits.features_BLD.shape == (5, 13, 24)
+    modulation = jax.jit(models.modulate, static_argnums=1)(params, cfg, t_B, h_B)
+    modulated = jax.jit(models.predict_modulated, static_argnums=1)
+    ahead = modulated(params, cfg, x_BL, modulation)
+    # The same sums; fused otherwise, they may round otherwise.
+    np.testing.assert_allclose(ahead.features_BLD, logits.features_BLD, atol=2e-6, rtol=2e-6)
+    np.testing.assert_array_equal(ahead.kernel_DV, params["head"]["kernel"])
+    np.testing.assert_array_equal(run(params, cfg, x_BL, t_B, h_B), logits_lib.dense(logits))
+    if kind == "causal":
+        assert modulation is None
+        return
+    assert modulation.blocks_NB6D.shape == (3, 5, 6 * 24)
+    assert modulation.final_B2D.shape == (5, 2 * 24)
+    row = jax.tree.map(lambda leaf: leaf[..., :1, :], modulation)
+    assert sum(leaf.size for leaf in row) == models.modulation_size(cfg)
+    # One row of modulations stands for all rows.
+    same = modulated(params, cfg, x_BL, row)
+    np.testing.assert_allclose(same.features_BLD[0], logits.features_BLD[0], atol=2e-6, rtol=2e-6)
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, 5, axis=-2), row)
+    want = modulated(params, cfg, x_BL, repeated).features_BLD
+    np.testing.assert_allclose(same.features_BLD, want, atol=2e-6, rtol=2e-6)
+
+
+def test_logits_held_at_once():
+    params, args = noise_params(ODD), inputs(ODD)
+    predict = jax.jit(models.predict, static_argnums=1)
+    logits = predict(params, dataclasses.replace(ODD, logits_mib=3), *args)
+    assert logits.chunk_size == 3 * 2**20 // 4  # float32
+    # None: they are written down at once.
+    everything = predict(params, dataclasses.replace(ODD, logits_mib=0), *args)
+    assert isinstance(everything, jax.Array)
+    np.testing.assert_allclose(everything, logits_lib.dense(logits), atol=2e-5, rtol=2e-5)
 
 
 # ----------------------------------------------------------------------------- dtypes and devices
@@ -590,11 +642,12 @@ def test_batch_over_eight_devices_is_one_device(kind):
         ),
         ({"num_heads": 3}, r"width=16 must split into num_heads=3"),
         ({"width": 6, "num_heads": 2}, r"heads of even width"),
+        ({"logits_mib": -1}, r"model\.logits_mib must be at least 0, got -1"),
         ({"dropout": 1.0}, r"model\.dropout must lie in \[0, 1\), got 1\.0"),
         ({"dropout": -0.1}, r"model\.dropout .*got -0\.1"),
         ({"dropout": math.nan}, r"model\.dropout .*got nan"),
         ({"conditioning": "adaptive"}, r"model\.conditioning='adaptive'.*none, official, additive"),
-        ({"attention": "flash"}, r"model\.attention='flash'.*manual, xla, cudnn"),
+        ({"attention": "flash"}, r"model\.attention='flash'.*auto, manual, blocked, xla, cudnn"),
         ({"remat": "all"}, r"model\.remat='all'.*none, full, dots"),
         ({"dtype": "float16"}, r"model\.dtype='float16'.*float32, bfloat16"),
         ({"causal": True, "conditioning": "official"}, r"causal.*conditioning='none'"),

@@ -9,6 +9,7 @@ import pytest
 from chance import assert_frequencies
 
 from fsdfm_jax import draws, jumps
+from fsdfm_jax.logits import Factored
 from fsdfm_jax.sampler import check_grid, sample, sample_trajectory, uniform_grid
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
@@ -167,6 +168,64 @@ def test_temperature_divides_the_logits():
     one_BL = sample(jax.random.key(1), cooled, jump, finalize, x0_BL, UNEVEN)
     two_BL, _ = trajectory(UNIFORM, jax.random.key(1), x0_BL, UNEVEN, LOOSE, 0.5)
     np.testing.assert_array_equal(one_BL, two_BL)
+
+
+@SOURCES
+def test_what_is_computed_ahead_changes_nothing(source):
+    """`condition` is asked once, for all steps; each step is given its own part of the answer."""
+    jump, finalize, x0_BL = setting(source)
+    frozen_BL = LOOSE.copy()
+    frozen_BL[:, 1] = True
+    asked = []
+
+    def condition(t_S, h_S):
+        asked.append(t_S.shape)
+        return {"time": t_S, "width": jnp.stack([h_S, -h_S], axis=1)}
+
+    def denoise_ahead(x_BL, ahead):
+        assert ahead["width"].shape == (2,)
+        ones_B = jnp.ones(x_BL.shape[0])
+        return denoise(x_BL, ahead["time"] * ones_B, -ahead["width"][1] * ones_B)
+
+    for grid in (uniform_grid(1), UNEVEN):
+        wanted = trajectory(source, jax.random.key(1), x0_BL, grid, frozen_BL, 0.5)
+        got = sample_trajectory(
+            jax.random.key(1),
+            denoise_ahead,
+            jump,
+            finalize,
+            x0_BL,
+            grid,
+            frozen_BL,
+            temperature=0.5,
+            condition=condition,
+        )
+        for one, two in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(one, two)
+    assert asked == [(1,), (4,)]
+    # And it is what the network goes by: other times, other tokens.
+    late = lambda t_S, h_S: condition(0 * t_S + 1, h_S)
+    other = sample(jax.random.key(1), denoise_ahead, jump, finalize, x0_BL, UNEVEN, condition=late)
+    assert np.any(other != sample(jax.random.key(1), denoise, jump, finalize, x0_BL, UNEVEN))
+
+
+def test_factored_logits_are_divided_and_drawn_from():
+    # The table of tokens as a head of one-hot features: each product has one term, and is exact.
+    table_VV = jnp.asarray(TABLE[0])
+    arrays = lambda x_BL, t_B, h_B: table_VV[x_BL]
+
+    def factors(x_BL, t_B, h_B):
+        features_BLD = jax.nn.one_hot(x_BL, V)
+        return Factored(features_BLD, table_VV, jnp.zeros(V), chunk_size=8 * B * V)
+
+    jump, finalize, x0_BL = setting(UNIFORM)
+    tokens = [
+        sample(
+            jax.random.key(1), denoise, jump, finalize, x0_BL, UNEVEN, temperature=jnp.float32(0.5)
+        )
+        for denoise in (arrays, factors)
+    ]
+    np.testing.assert_array_equal(*tokens)
 
 
 def test_the_trajectory_ends_in_the_sample():

@@ -1,6 +1,6 @@
 """The stages: one signature, the numbers of their equations, and what they refuse.
 
-Numbers are checked with a network of one table in place of `models.apply`: everything it is asked
+Numbers are checked with a network of one table in place of `models.predict`: everything it is asked
 is recorded, and what the loss must be follows from the record by the literal equations.
 """
 
@@ -14,6 +14,7 @@ from chance import assert_frequencies
 
 from configs import base as base_config
 from fsdfm_jax import jumps, losses, models, stages, teacher
+from fsdfm_jax.logits import Factored, dense
 from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
 
 V, B, L = 11, 8, 6
@@ -209,21 +210,29 @@ def test_wrong_values_are_refused_by_name(name, values, message):
 
 
 class Calls(list):
-    """Stands for `models.apply`: logits = table[x] + slope t + bend log2 h, each call recorded."""
+    """Stands for `models.predict`: logits = table[x] + slope t + bend log2 h, each call recorded.
+
+    Factored: the features of a position are its token as one of V, t and log2 h.
+    """
 
     def __call__(self, params, model, x, t=None, h=None, *, key=None):
         self.append({"params": params, "x": x, "t": t, "h": h, "key": key})
-        logits = params["table"][x]
-        for value, name in ((t, "slope"), (None if h is None else jnp.log2(h), "bend")):
-            if value is not None:
-                logits = logits + value[:, None, None] * params[name][None, None]
-        return logits
+        size = len(params["slope"])
+        numbers = [jnp.zeros(x.shape[0]) if t is None else t]
+        numbers.append(jnp.zeros(x.shape[0]) if h is None else jnp.log2(h))
+        features = [jax.nn.one_hot(x, size)]
+        features += [jnp.broadcast_to(n[:, None, None], (*x.shape, 1)) for n in numbers]
+        kernel = jnp.concatenate([params["table"], params["slope"][None], params["bend"][None]])
+        features = jnp.concatenate(features, axis=-1)
+        # Two positions at a time: the loss is a mean over chunks too.
+        chunk_size = 2 * x.shape[0] * size
+        return Factored(features, kernel, jnp.zeros(size), chunk_size=chunk_size)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     recorded = Calls()
-    monkeypatch.setattr(models, "apply", recorded)
+    monkeypatch.setattr(models, "predict", recorded)
     return recorded
 
 
@@ -470,7 +479,7 @@ def test_the_blend_is_unbiased(calls):
         t = jnp.floor(jax.random.uniform(keys[3], (count,)) * ((1 - h) * cells + 1)) / cells
         shows = jax.random.uniform(keys[4], x1.shape) < t[:, None]
         xt = jnp.where(shows, x1, x0)
-        network = lambda params: lambda x, t, h: Calls()(params, None, x, t, h)
+        network = lambda params: lambda x, t, h: dense(Calls()(params, None, x, t, h))
         logits = network(student)(xt, t, h)
         log_p = jax.nn.log_softmax(logits)
         at = lambda x: jnp.take_along_axis(log_p, x[..., None], -1)[..., 0]

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
-from fsdfm_jax import jumps, teacher
+from fsdfm_jax import jumps, logits, teacher
+from fsdfm_jax.logits import Factored
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.teacher import HEUN, RK4, Quadrature, teacher_logits
 
@@ -181,6 +183,58 @@ def test_deterministic_in_its_key(rule):
     )
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
+
+
+WORDS = 16  # not a size of anything else: a product with the vocabulary shows by its shape
+
+
+def factored(x_BL, t_B, h_B, *, chunk_size):
+    """Features of token, neighbour, time and width, behind a head of small integers."""
+    columns = [jax.nn.one_hot(x_BL % 4, 4), jax.nn.one_hot(jnp.roll(x_BL, 1, axis=1) % 4, 4)]
+    columns += [jnp.broadcast_to(n[:, None, None], (*x_BL.shape, 1)) for n in (t_B, h_B)]
+    features_BLD = jnp.concatenate(columns, axis=-1)
+    rng = np.random.default_rng(3)
+    kernel_DV, bias_V = rng.integers(-2, 3, (10, WORDS)), rng.integers(-2, 3, WORDS)
+    head = (jnp.asarray(kernel_DV, jnp.float32), jnp.asarray(bias_V, jnp.float32))
+    return Factored(features_BLD, *head, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 1], ids=["all", "chunks"])
+@BOTH
+def test_averaged_features_are_averaged_logits(rule, chunk_size):
+    """Times and widths are small powers of two, so that both draw the same states."""
+    xt_BL = np.random.default_rng(1).integers(0, WORDS, (B, L), np.int32)
+    give = functools.partial(factored, chunk_size=chunk_size)
+    results = [
+        jax.jit(functools.partial(teacher_logits, rule=rule, denoise=denoise, jump=JUMP))(
+            jax.random.key(0), xt_BL=xt_BL, t_B=T, h_B=H
+        )
+        for denoise in (give, lambda *args: logits.dense(give(*args)))
+    ]
+    assert isinstance(results[0], Factored)
+    assert results[0].features_BLD.shape == (B, L, 10)
+    np.testing.assert_allclose(logits.dense(results[0]), results[1], rtol=1e-5, atol=1e-5)
+    assert np.std(results[1]) > 0.5
+
+
+@BOTH
+def test_only_states_that_jump_pay_for_logits(rule):
+    """One product with the vocabulary before each jump, none after the last evaluation."""
+    give = functools.partial(factored, chunk_size=0)
+    run = functools.partial(teacher_logits, rule=rule, denoise=give, jump=JUMP)
+    program = jax.make_jaxpr(lambda key: run(key, xt_BL=tokens(), t_B=T, h_B=H))(jax.random.key(0))
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield equation.outvars[0].aval.shape
+            for inner in jaxprs_in_params(equation.params):
+                yield from products(inner)
+
+    assert list(products(program.jaxpr)) == [(B, L, WORDS)] * (len(rule.nodes) - 1)
+    shapes = [aval.shape for aval in program.out_avals]
+    assert (B, L, WORDS) not in shapes
+    assert (B, L, 10) in shapes
 
 
 def test_rules_by_name():

@@ -217,12 +217,17 @@ def _check_provenance(provenance: Mapping[str, Any]) -> None:
         raise ValueError("provenance.config is no configuration")
 
 
+# Fields that files of earlier versions don't have; they change no result.
+_LATER = {"logits_mib": ModelConfig.logits_mib}
+
+
 def make_model(fields: Mapping[str, Any]) -> ModelConfig:
     """A network out of JSON, every field of the type it must have.
 
     Raises:
       ValueError, TypeError: it is none.
     """
+    fields = _LATER | dict(fields)
     for field in dataclasses.fields(ModelConfig):
         if field.name not in fields:
             raise ValueError(f"model.{field.name} is missing")

@@ -453,6 +453,7 @@ def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any]) -> Bundle:
 
 
 def _make_model(folder: pathlib.Path, fields: Mapping[str, Any]) -> ModelConfig:
+    fields = {"logits_mib": ModelConfig.logits_mib} | dict(fields)  # later than the first exports
     types = {f.name: f.type for f in dataclasses.fields(ModelConfig)} | {"dropout": int | float}
     _check_types(fields, types, f"{folder / _SIGNATURE}, model")
     model = ModelConfig(**fields)

@@ -90,6 +90,7 @@ def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfi
         causal=name == "autoregressive",
         dtype=model.dtype,
         attention=model.attention,
+        logits_mib=model.logits_mib,
         remat=model.remat,
     )
 

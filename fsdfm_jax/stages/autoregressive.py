@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax import losses, models
+from fsdfm_jax.logits import Logits
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import Process, Stage, start_fresh
 
@@ -19,12 +21,17 @@ def shift_right(x1_BL: jax.Array, eos_id: int) -> jax.Array:
     return jnp.concatenate([first_B1, x1_BL[:, :-1]], axis=1)
 
 
-def token_losses(
+def predict_next(
     params: Params, model: ModelConfig, eos_id: int, x1_BL: jax.Array, *, key=None
-) -> jax.Array:
-    """-log p(token | tokens before it), float32 [B, L], nats; `key` switches dropout on."""
-    logits_BLV = models.apply(params, model, shift_right(x1_BL, eos_id), key=key)
-    return losses.cross_entropy(logits_BLV, x1_BL)
+) -> Logits:
+    """Logits of each token given those before it, [B, L, V]; `key` switches dropout on."""
+    return models.predict(params, model, shift_right(x1_BL, eos_id), key=key)
+
+
+def token_losses(params: Params, model: ModelConfig, eos_id: int, x1_BL: jax.Array) -> jax.Array:
+    """-log p(token | tokens before it), float32 [B, L], nats."""
+    logits = predict_next(params, model, eos_id, x1_BL)
+    return logits_lib.map_positions(losses.cross_entropy, logits, x1_BL)
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
@@ -33,7 +40,9 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
 
     def loss(params, frozen, key, batch):
         del frozen
-        value = jnp.mean(token_losses(params, model, process.eos_id, batch["x1"], key=key))
+        x1_BL = batch["x1"]
+        logits = predict_next(params, model, process.eos_id, x1_BL, key=key)
+        value = logits_lib.mean_loss(losses.cross_entropy, logits, x1_BL)
         return value, {"loss": value}
 
     return Stage("autoregressive", model, start_fresh(model), loss)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fsdfm_jax import jumps, losses, models, paths, schedules, teacher
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.budgets import Budgets, make_budgets, sample_budgets
 from fsdfm_jax.jumps import Jump
 from fsdfm_jax.losses import Divergence
@@ -121,6 +122,12 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
     Metrics: `loss`, and the mean of each part, `path_loss` and `distillation_loss` (before
       weighting).
     """
+
+    def match(student_BLV, teacher_BLV):
+        return losses.distillation_loss(
+            taught.divergence, teacher_BLV, student_BLV, temperature=taught.temperature
+        )
+
     no_budgets = path.budgets._replace(log2_steps=(), probabilities=())
     taught_budgets = taught.budgets if taught else no_budgets
 
@@ -141,26 +148,26 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         t_B = jnp.concatenate([t for t, _ in drawn])
         h_B = jnp.concatenate([h for _, h in drawn])
         xt_BL = paths.sample_path(keys[2], process.schedule, x0_BL, x1_BL, t_B)
-        logits_BLV = models.apply(params, model, xt_BL, t_B, h_B, key=keys[3])
+        logits = models.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
 
         value, metrics = jnp.zeros(()), {}
         if split:
-            part = jnp.mean(
-                losses.path_loss(
-                    logits_BLV[:split],
-                    xt_BL[:split],
-                    x1_BL[:split],
-                    _path_weight(path, process, t_B[:split], h_B[:split]),
-                )
+            weight_R = _path_weight(path, process, t_B[:split], h_B[:split])
+            part = logits_lib.mean_loss(
+                losses.path_loss,
+                logits_lib.rows(logits, 0, split),
+                xt_BL[:split],
+                x1_BL[:split],
+                jnp.broadcast_to(weight_R[:, None], xt_BL[:split].shape),
             )
             value += path.budgets.share * part
             metrics["path_loss"] = part
         if split < batch_size:
 
             def denoise(x, t, h):
-                return models.apply(frozen, model, x, t, h)
+                return models.predict(frozen, model, x, t, h)
 
-            target_RLV = teacher.teacher_logits(
+            target = teacher.teacher_logits(
                 keys[4],
                 taught.rule,
                 denoise,
@@ -169,14 +176,7 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
                 t_B[split:],
                 h_B[split:],
             )
-            part = jnp.mean(
-                losses.distillation_loss(
-                    taught.divergence,
-                    target_RLV,
-                    logits_BLV[split:],
-                    temperature=taught.temperature,
-                )
-            )
+            part = logits_lib.mean_loss(match, logits_lib.rows(logits, split, batch_size), target)
             value += taught.budgets.share * part
             metrics["distillation_loss"] = part
         return value, metrics | {"loss": value}

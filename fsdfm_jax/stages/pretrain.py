@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax import losses, models, paths, schedules
 from fsdfm_jax.models import ModelConfig
 from fsdfm_jax.stages import Process, Stage, few_step, start_fresh
@@ -42,20 +43,21 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
             "unbounded at t=1."
         )
 
-    def path(logits_BLV, xt_BL, x1_BL, t_B):
+    def path(logits, xt_BL, x1_BL, t_B):
         weight_B = schedules.rate(process.schedule, t_B, floor=rate_floor)
-        return losses.path_loss(logits_BLV, xt_BL, x1_BL, weight_B)
+        weight_BL = jnp.broadcast_to(weight_B[:, None], xt_BL.shape)
+        return logits_lib.mean_loss(losses.path_loss, logits, xt_BL, x1_BL, weight_BL)
 
-    def cross_entropy(logits_BLV, xt_BL, x1_BL, t_B):
+    def cross_entropy(logits, xt_BL, x1_BL, t_B):
         del xt_BL, t_B
-        return losses.cross_entropy(logits_BLV, x1_BL)
+        return logits_lib.mean_loss(losses.cross_entropy, logits, x1_BL)
 
     by_name = {"path": path, "cross_entropy": cross_entropy}
     if config.loss not in by_name:
         raise ValueError(
             f"Unknown pretrain.loss {config.loss!r}; expected one of {', '.join(by_name)}."
         )
-    position_loss = by_name[config.loss]
+    data_loss = by_name[config.loss]
 
     def loss(params, frozen, key, batch):
         del frozen
@@ -64,8 +66,8 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         x0_BL = process.source.sample(noise_key, x1_BL.shape)
         t_B = stratified_times(time_key, x1_BL.shape[0], time_eps=time_eps)
         xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
-        logits_BLV = models.apply(params, model, xt_BL, t_B, key=dropout_key)
-        value = jnp.mean(position_loss(logits_BLV, xt_BL, x1_BL, t_B))
+        logits = models.predict(params, model, xt_BL, t_B, key=dropout_key)
+        value = data_loss(logits, xt_BL, x1_BL, t_B)
         return value, {"loss": value}
 
     return Stage("pretrain", model, start_fresh(model), loss)

@@ -65,7 +65,7 @@ def make_pair_sampler(
     def make_pairs(params, key):
         noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
-        denoise = lambda x, t, h: models.apply(params, model, x, t, h)
+        denoise = lambda x, t, h: models.predict(params, model, x, t, h)
         return x0_BL, sampler.sample(sample_key, denoise, jump, finalize, x0_BL, grid)
 
     return make_pairs

@@ -1,0 +1,179 @@
+"""What the speed benchmarks share: networks of the paper, operation counts, ceilings, fair timing.
+
+Times drift on shared machines, so that cases are measured in turn, round after round, and compared
+within a round; what is reported is the median of the rounds.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from configs import base
+from fsdfm_jax.models import ModelConfig
+
+VOCAB_SIZE = 50_257
+SIZES = ("tiny", *base.SIZES)
+
+# Sides of the square products whose fastest is the ceiling.
+_CEILING_SIDES = {"cpu": (1024, 2048, 4096), "gpu": (4096, 8192), "tpu": (4096, 8192)}
+
+
+def make_config(size: str, *, dtype: str, overrides: Mapping[str, Any]):
+    """A config with a network of `SIZES` and the paper's recipe; `overrides` are model keys."""
+    config = base.get_config()
+    if size in base.SIZES:
+        base.use_paper_values(config, size)
+    else:
+        config.data.block_length = 128
+    base.use_paper_recipe(config)
+    config.model.conditioning = "additive"
+    config.model.dtype = dtype
+    if jax.default_backend() == "cpu":
+        config.model.logits_mib = base.get_config().model.logits_mib
+    for key, value in overrides.items():
+        config.model[key] = type(config.model[key])(value)
+    return config
+
+
+def vocab_size(size: str) -> int:
+    """Tokens of a network of `SIZES`: GPT-2's for the paper's, 1,024 for the tiny one."""
+    return VOCAB_SIZE if size in base.SIZES else 1024
+
+
+def trunk_flops(model: ModelConfig, batch: int, length: int) -> float:
+    """Operations of a forward pass up to the head: matrix products, attention included."""
+    dense = model.num_blocks * (4 + 2 * model.mlp_ratio) * model.width**2
+    attention = 2 * model.num_blocks * length * model.width
+    return 2.0 * batch * length * (dense + attention)
+
+
+def head_flops(model: ModelConfig, batch: int, length: int) -> float:
+    """Operations of the product with the vocabulary."""
+    return 2.0 * batch * length * model.width * model.vocab_size
+
+
+def forward_flops(model: ModelConfig, batch: int, length: int) -> float:
+    """Operations of a whole forward pass."""
+    return trunk_flops(model, batch, length) + head_flops(model, batch, length)
+
+
+def matmul_ceiling(dtype: str, *, seconds: float = 2.0) -> float:
+    """Operations per second of the fastest large square product in `dtype`."""
+    best = 0.0
+    for side in _CEILING_SIDES[jax.default_backend()]:
+        a, b = (
+            jax.random.normal(jax.random.key(i), (side, side), jnp.float32).astype(dtype)
+            for i in range(2)
+        )
+        # Several products in one call, or on a fast device the call itself would be measured.
+        repeats = 1 if jax.default_backend() == "cpu" else 16
+
+        def chain(a, b, repeats=repeats, side=side):
+            return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ b) * (1.0 / side), a)
+
+        product = jax.jit(chain)
+        jax.block_until_ready(product(a, b))
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            jax.block_until_ready(product(a, b))
+            best = max(best, repeats * 2.0 * side**3 / (time.perf_counter() - began))
+    return best
+
+
+def compile_timed(jitted, *args) -> tuple[Any, float]:
+    """(compiled function, seconds of tracing and compiling)."""
+    began = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    return compiled, time.perf_counter() - began
+
+
+def compiled_gb(compiled) -> dict[str, float]:
+    """What the compiler sets aside, GB (10^9 bytes): arguments, temporaries, and their peak."""
+    memory = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "arguments_gb": round(arguments / 1e9, 3),
+        "temporaries_gb": round(temporaries / 1e9, 3),
+        "total_gb": round((arguments + temporaries + fresh) / 1e9, 3),
+    }
+
+
+def in_turn(cases: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case in each round, after one round that isn't counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for counted in [False] + [True] * rounds:
+        for name, case in cases.items():
+            began = time.perf_counter()
+            jax.block_until_ready(case())
+            if counted:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, unit: str) -> float:
+    """Median over the rounds of the case's time in units of another's, in the same round."""
+    pairs = zip(seconds[name], seconds[unit], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def peak_gb() -> float:
+    """Peak memory in GB (10^9 bytes): of the device where it counts it, else of this process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e9
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows of equal keys as aligned text."""
+    names = list(rows[0])
+    cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        first, *others = [cell.rjust(w) for cell, w in zip(line, widths, strict=True)]
+        print("  ".join([first.strip().ljust(widths[0]), *others]), flush=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:,.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:,.0f}" if isinstance(value, float | int) else str(value))
+    )
+
+
+def write(path: str | None, result: dict[str, Any]) -> None:
+    """The result as JSON, if a path is given."""
+    if path:
+        target = pathlib.Path(path).expanduser()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {target}")

@@ -1,0 +1,142 @@
+"""Speed and memory of few-step sampling, and what each lever contributes.
+
+    python -m benchmarks.sample --size=0.17B --batch=1 --length=1024 --steps=8
+    python -m benchmarks.sample --size=0.17B --length=128 --steps=8,1024 --cases=ours
+
+A whole sample of S steps in one call, measured in turn with the same sample without one of the
+levers, with the literal form of jumps and draws, and with a bare forward pass of one row, the unit
+of the ratios. Several step counts are measured in turn as well. Random weights: no time depends on
+their values. `--output` writes JSON.
+"""
+
+import dataclasses
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks import literal, measure
+from fsdfm_jax import inference, jumps, models, sampler, stages
+
+_SIZE = flags.DEFINE_enum("size", "0.17B", measure.SIZES, "Network.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Rows of a sample.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
+_STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps, comma-separated.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.", lower_bound=1)
+_LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of logits held at once.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_UNIT = "forward of one row"
+
+# Case -> (the library's sampler, or parts of it literal; changes of the model's config).
+CASES = {
+    "ours": ("library", {}),
+    "times embedded in each step": ("in each step", {}),
+    "logits written down": ("library", {"logits_mib": 0}),
+    "attention in one piece": ("library", {"attention": "manual"}),
+    "literal": ("literal", {"logits_mib": 0, "attention": "manual"}),
+}
+_WANTED = flags.DEFINE_list("cases", list(CASES), "Cases to measure, comma-separated.")
+
+
+def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
+    """(run(params, key, x0_BL, grid_S1) -> x_BL, model) of a case; cumulative jumps."""
+    how, changes = CASES[name]
+    overrides = ({} if mib is None else {"logits_mib": mib}) | changes
+    config = measure.make_config(size, dtype=dtype, overrides=overrides)
+    config.data.block_length = length
+    vocab_size = measure.vocab_size(size)
+    process = stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    model = stages.model_config("distill", config.model, vocab_size=vocab_size)
+    if how == "library":
+        sampler_ = inference.make_sampler(model, process, "cumulative")
+
+        def run(params, key, x0_BL, grid_S1):
+            nothing_BL = jnp.zeros(x0_BL.shape, bool)
+            return sampler_(params, key, x0_BL, nothing_BL, grid_S1, jnp.float32(1.0))
+
+        return run, model
+    jump = literal.make_jump(process.schedule)
+    finalize = literal.finalize
+    if how == "in each step":
+        jump = process.make_jump(jumps.CUMULATIVE)
+        finalize = jumps.make_finalize(process.source)
+
+    def run(params, key, x0_BL, grid_S1):
+        denoise = lambda x, t, h: models.predict(params, model, x, t, h)
+        return sampler.sample(key, denoise, jump, finalize, x0_BL, grid_S1)
+
+    return run, model
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    if unknown := sorted(set(_WANTED.value) - set(CASES)):
+        raise app.UsageError(f"Unknown case(s) {unknown}; expected some of {list(CASES)}.")
+    batch, length, all_steps = _BATCH.value, _LENGTH.value, [int(s) for s in _STEPS.value]
+    result = {"machine": measure.machine(), "size": _SIZE.value, "batch": batch}
+    result |= {"length": length, "dtype": _DTYPE.value}
+    ceiling = measure.matmul_ceiling(_DTYPE.value)
+    result["matmul_ceiling_tflops"] = ceiling / 1e12
+    key = jax.random.key(0)
+    x0_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(_SIZE.value))
+    params, cases, rows = None, {}, {}
+    for name in _WANTED.value:
+        run, model = make_case(
+            name, size=_SIZE.value, length=length, dtype=_DTYPE.value, mib=_LOGITS_MIB.value
+        )
+        if params is None:
+            params = jax.jit(functools.partial(models.init_params, cfg=model))(key)
+        for steps in all_steps:
+            grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
+            compiled, seconds = measure.compile_timed(jax.jit(run), params, key, x0_BL, grid_S1)
+            cases[name, steps] = functools.partial(compiled, params, key, x0_BL, grid_S1)
+            rows[name, steps] = measure.compiled_gb(compiled) | {"compile_s": seconds}
+
+    plain = dataclasses.replace(model, attention="auto")
+    t_B = jnp.full((1,), 0.5)
+    forward = jax.jit(models.apply, static_argnums=1)
+    unit = lambda: forward(params, plain, x0_BL[:1], t_B, t_B)
+    seconds = measure.in_turn({_UNIT: unit} | cases, rounds=_ROUNDS.value)
+
+    unit_s = statistics.median(seconds[_UNIT])
+    unit_rate = measure.forward_flops(model, 1, length) / unit_s
+    named = {" ".join(map(str, k)) if isinstance(k, tuple) else k: v for k, v in seconds.items()}
+    result |= {"unit_s": unit_s, "unit_of_ceiling": unit_rate / ceiling, "rounds": named}
+    table = []
+    for name, steps in cases:
+        sample_s = statistics.median(seconds[name, steps])
+        needed = steps * measure.forward_flops(model, batch, length)
+        table.append(
+            {
+                "case": name,
+                "steps": steps,
+                "sample_s": sample_s,
+                "units": measure.ratio(seconds, (name, steps), _UNIT),
+                "units_per_step_and_row": measure.ratio(seconds, (name, steps), _UNIT)
+                / (steps * batch),
+                "tokens_per_s": batch * length / sample_s,
+                "mfu": needed / sample_s / ceiling,
+            }
+            | rows[name, steps]
+        )
+    result |= {"cases": table, "peak_gb_of_all": measure.peak_gb()}
+    print(
+        f"sampling, {_SIZE.value}, batch {batch} x {length}, {_DTYPE.value}: "
+        f"matmul ceiling {ceiling / 1e12:.3g} TFLOP/s, one unit ({_UNIT}) {unit_s:.3g} s = "
+        f"{unit_rate / ceiling:.0%} of it"
+    )
+    measure.print_table(table)
+    fewest, most = min(all_steps), max(all_steps)
+    if fewest < most and "ours" in _WANTED.value:
+        saved = measure.ratio(seconds, ("ours", most), ("ours", fewest))
+        result["time_ratio"] = {"steps": [most, fewest], "ratio": saved}
+        print(f"{most / fewest:.4g}x fewer steps take {saved:.4g}x less time")
+    measure.write(_OUTPUT.value, result)
+
+
+if __name__ == "__main__":
+    app.run(main)

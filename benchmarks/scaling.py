@@ -1,0 +1,147 @@
+"""How time and memory grow: with batch, length, vocabulary, depth and steps.
+
+    python -m benchmarks.scaling --output=scaling
+
+One number at a time is doubled, the others stay; a distillation step and a sample are measured at
+each value, the values in turn. Prints the growth of time and memory from one value to the next and
+writes OUTPUT.json and OUTPUT.png. A growth of 2 is linear; less, where something else dominates.
+"""
+
+import functools
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks import measure
+from fsdfm_jax import inference, models, optim, sampler, stages, state
+
+_OUTPUT = flags.DEFINE_string("output", None, "Stem of the .json and .png for the result.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
+
+START = {"batch": 4, "length": 256, "vocabulary": 16_384, "depth": 4, "steps": 4}
+AXES = {
+    "batch": (2, 4, 8, 16),
+    "length": (128, 256, 512, 1024),
+    "vocabulary": (8_192, 16_384, 32_768, 65_536),
+    "depth": (2, 4, 8, 16),
+    "steps": (2, 4, 8, 16),
+}
+_WIDTH, _HEADS, _COND_WIDTH = 256, 4, 64
+
+
+def make(values: dict[str, int], dtype: str) -> dict[str, Any]:
+    """{"train", "sample"}: (function without arguments, compiled program) at these values."""
+    overrides = {"width": _WIDTH, "num_heads": _HEADS, "cond_width": _COND_WIDTH}
+    overrides |= {"num_blocks": values["depth"], "remat": "dots", "logits_mib": 32}
+    config = measure.make_config("tiny", dtype=dtype, overrides=overrides)
+    process = stages.make_process(
+        config.path, num_tokens=values["vocabulary"], eos_id=values["vocabulary"] - 1
+    )
+    stage = stages.make_stage("distill", config, process)
+    optimizer = optim.make_optimizer(config.optim, config.distill)
+    key = jax.random.key(0)
+    shape = (values["batch"], values["length"])
+    tokens_BL = jax.random.randint(key, shape, 0, values["vocabulary"])
+
+    def init(key):
+        params = models.init_params(key, stage.model)
+        return state.init_state(params, optimizer, ema_decay=config.distill.ema_decay)
+
+    step = functools.partial(
+        state.train_step,
+        loss=stage.loss,
+        optimizer=optimizer,
+        ema_decay=config.distill.ema_decay,
+    )
+    held = {"state": jax.jit(init)(key)}
+    grid_S1 = jnp.asarray(sampler.uniform_grid(values["steps"]))
+    inputs = (key, tokens_BL, jnp.zeros(shape, bool), grid_S1, jnp.float32(1.0))
+    sample = inference.make_sampler(stage.model, process, "cumulative")
+    drawn = sample.lower(held["state"].params, *inputs).compile()
+    taken = jax.jit(step, donate_argnums=0).lower(held["state"], {"x1": tokens_BL}, key).compile()
+
+    def train():
+        held["state"], metrics = taken(held["state"], {"x1": tokens_BL}, key)
+        return metrics["loss"]
+
+    return {
+        "train": (train, taken),
+        "sample": (lambda: drawn(held["state"].params, *inputs), drawn),
+    }
+
+
+def curve(axis: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """Seconds and the compiler's temporaries of step and sample at each value of an axis."""
+    points = {value: make(START | {axis: value}, dtype) for value in AXES[axis]}
+    what = ("sample",) if axis == "steps" else ("train", "sample")
+    cases = {(value, each): points[value][each][0] for value in points for each in what}
+    seconds = measure.in_turn(cases, rounds=rounds)
+    return [
+        {
+            "axis": axis,
+            "value": value,
+            "what": each,
+            "seconds": statistics.median(seconds[value, each]),
+            "temporaries_gb": measure.compiled_gb(points[value][each][1])["temporaries_gb"],
+        }
+        for value, each in cases
+    ]
+
+
+def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with its ratio to the row of half the value."""
+    before = {(row["axis"], row["what"], 2 * row["value"]): row for row in rows}
+    result = []
+    for row in rows:
+        half = before.get((row["axis"], row["what"], row["value"]))
+        growth = None if half is None else row["seconds"] / half["seconds"]
+        result.append(row | {"growth": growth})
+    return result
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Time and memory against each axis, both logarithmic, with a line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, len(AXES), figsize=(3.2 * len(AXES), 6), squeeze=False)
+    for column, axis in enumerate(AXES):
+        for line, key in enumerate(("seconds", "temporaries_gb")):
+            panel = panels[line, column]
+            for each in ("train", "sample"):
+                points = [r for r in rows if r["axis"] == axis and r["what"] == each]
+                if not points:
+                    continue
+                x, y = [r["value"] for r in points], [r[key] for r in points]
+                panel.loglog(x, y, "o-", label=each, base=2)
+                panel.loglog(x, [y[0] * v / x[0] for v in x], ":", color="gray", base=2)
+            panel.set_xlabel(axis)
+            panel.set_ylabel("seconds" if line == 0 else "GB of temporaries")
+    panels[0, 0].legend()
+    figure.suptitle("one number doubled at a time; dotted: linear from the first point")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    rows = []
+    for axis in AXES:
+        rows += curve(axis, _DTYPE.value, _ROUNDS.value)
+    rows = with_growth(rows)
+    measure.print_table(rows)
+    if _OUTPUT.value:
+        result = {"machine": measure.machine(), "start": START, "width": _WIDTH, "points": rows}
+        measure.write(f"{_OUTPUT.value}.json", result)
+        plot(rows, f"{_OUTPUT.value}.png")
+
+
+if __name__ == "__main__":
+    app.run(main)

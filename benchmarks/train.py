@@ -1,0 +1,227 @@
+"""Speed and memory of a training step, and what each lever contributes.
+
+    python -m benchmarks.train --size=0.17B --batch=2 --length=1024
+
+One step of the distillation stage (or of pre-training) with the whole optimiser, measured in turn
+with the same step without one of the levers, with the literal form of everything, and with a bare
+forward pass of one row, the unit of the ratios. `--cases` picks some of them; `--output` writes
+JSON. Random weights and random tokens: no time depends on their values.
+
+    python -m benchmarks.train --stage=pretrain --size=1.3B --batch=16 --dtype=bfloat16 --cases=ours
+
+With `--topology` nothing is run: the step is compiled for TPU chips that aren't there, by the
+package libtpu (extra `tpu`), and the table shows what the compiler sets aside on each chip. Rows
+are spread over the chips, parameters held on each.
+
+    python -m benchmarks.train --topology=v5p:1x1x1 --size=1.3B --batch=8 --dtype=bfloat16
+"""
+
+import functools
+import os
+import re
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import literal, measure
+from fsdfm_jax import models, optim, sharding, stages, state
+from fsdfm_jax.stages import few_step
+
+_STAGE = flags.DEFINE_enum(
+    "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
+)
+_SIZE = flags.DEFINE_enum("size", "0.17B", measure.SIZES, "Network.")
+_BATCH = flags.DEFINE_integer("batch", 2, "Rows of a step; half of them below tau.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
+_REMAT = flags.DEFINE_enum("remat", "dots", list(models.REMATS), "What is computed again.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count.", lower_bound=1)
+_LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of logits held at once.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x4; nothing is run.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_UNIT = "forward of one row"
+
+# Case -> (how the loss is made, changes of the model's config). None: the stage's own loss.
+CASES = {
+    "ours": (None, {}),
+    "both losses on all rows": ({"average": "features"}, {}),
+    "teacher averages logits": ({"split": True, "average": "logits"}, {}),
+    "logits written down": (None, {"logits_mib": 0}),
+    "attention in one piece": (None, {"attention": "manual"}),
+    "nothing computed again": (None, {"remat": "none"}),
+    "all of a block again": (None, {"remat": "full"}),
+    "literal": ({}, {"logits_mib": 0, "attention": "manual", "remat": "none"}),
+}
+_PRETRAIN_CASES = [name for name, (loss, _) in CASES.items() if loss is None]
+_WANTED = flags.DEFINE_list("cases", None, "Cases to measure, comma-separated; all if not given.")
+
+
+def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, overrides):
+    """(train_step(state, batch, key), init(key) -> state, model) of a case.
+
+    `overrides` are keys of the model's config, which the case itself may change again.
+    """
+    how, changes = CASES[name]
+    overrides = overrides | changes
+    config = measure.make_config(size, dtype=dtype, overrides=overrides)
+    config.data.block_length = length
+    vocab_size = measure.vocab_size(size)
+    process = stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    built = stages.make_stage(stage, config, process)
+    loss = built.loss
+    if how is not None:
+        below, above = few_step.split_budgets(config.distill, "distill")
+        path = few_step.read_path_term(config.distill, below)
+        taught = few_step.read_teacher_term(config.distill, above, process)
+        loss = literal.make_loss(built.model, process, path, taught, **how)
+    optimizer = optim.make_optimizer(config.optim, config[stage])
+    ema_decay = config[stage].ema_decay
+
+    def init(key):
+        params = models.init_params(key, built.model)
+        return state.init_state(params, optimizer, ema_decay=ema_decay)
+
+    step = functools.partial(state.train_step, loss=loss, optimizer=optimizer, ema_decay=ema_decay)
+    return step, init, built.model
+
+
+def compile_ahead(names: list[str], topology: str, *, batch: int, length: int, **shape):
+    """What the TPU compiler sets aside on each chip of a topology for a step of each case, GB."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    axes = sharding.AXES
+    mesh = Mesh(np.asarray(devices).reshape(-1, *[1] * (len(axes) - 1)), axes)
+    everywhere, spread = NamedSharding(mesh, P()), sharding.batch_sharding(mesh)
+
+    def placed(tree, place):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    table = []
+    for name in names:
+        step, init, _ = make_case(name, length=length, **shape)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        train_state = placed(jax.eval_shape(init, key), everywhere)
+        tokens_BL = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        arguments = (train_state, placed({"x1": tokens_BL}, spread), placed(key, everywhere))
+        out = (jax.tree.map(lambda _: everywhere, train_state), everywhere)
+        with jax.set_mesh(mesh):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+            try:
+                compiled, seconds = measure.compile_timed(jitted, *arguments)
+            except jax.errors.JaxRuntimeError as error:
+                table.append({"case": name, "compile_s": None} | _refused(error))
+                continue
+        table.append({"case": name, "compile_s": seconds} | measure.compiled_gb(compiled))
+    return table
+
+
+def _refused(error: Exception) -> dict[str, float | None]:
+    """The row of a program that the compiler finds too large, with the size it names if any."""
+    found = re.search(r"Used ([\d.]+)G of", str(error))
+    if found is None and "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    needed = float(found.group(1)) * 2**30 / 1e9 if found else None
+    return {"arguments_gb": None, "temporaries_gb": None, "total_gb": needed}
+
+
+def step_flops(model, stage: str, batch: int, length: int) -> float:
+    """Operations that a step needs, nothing computed twice: the numerator of MFU.
+
+    The student three times (forward, and twice as much backward). Of the RK-4 teacher, for the half
+    of the rows that it teaches, four passes, the last head for the average.
+    """
+    student = 3 * measure.forward_flops(model, batch, length)
+    if stage == "pretrain":
+        return student
+    return student + 4 * measure.forward_flops(model, batch - batch // 2, length)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    stage, batch, length = _STAGE.value, _BATCH.value, _LENGTH.value
+    possible = list(CASES) if stage == "distill" else _PRETRAIN_CASES
+    wanted = _WANTED.value or possible
+    if unknown := sorted(set(wanted) - set(possible)):
+        raise app.UsageError(f"Unknown case(s) {unknown}; expected some of {possible}.")
+    if stage == "distill" and batch < 2:
+        raise app.UsageError("A distillation step needs at least two rows, one for each loss.")
+
+    overrides = {"remat": _REMAT.value}
+    if _LOGITS_MIB.value is not None:
+        overrides["logits_mib"] = _LOGITS_MIB.value
+    shape = {"stage": stage, "size": _SIZE.value, "length": length, "dtype": _DTYPE.value}
+    if _TOPOLOGY.value:
+        # What "auto" takes on a TPU: it goes by the device at hand.
+        shape["overrides"] = overrides | {"attention": "xla"}
+        table = compile_ahead(wanted, _TOPOLOGY.value, batch=batch, **shape)
+        measure.print_table(table)
+        measure.write(_OUTPUT.value, shape | {"topology": _TOPOLOGY.value, "cases": table})
+        return
+
+    result = {"machine": measure.machine(), "stage": stage, "size": _SIZE.value, "batch": batch}
+    result |= {"length": length, "dtype": _DTYPE.value, "overrides": overrides}
+    ceiling = measure.matmul_ceiling(_DTYPE.value)
+    result["matmul_ceiling_tflops"] = ceiling / 1e12
+    key = jax.random.key(0)
+    tokens_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(_SIZE.value))
+    held = {}  # one state, donated from case to case: two would not fit beside each other
+
+    def taking(compiled):
+        def step():
+            held["state"], metrics = compiled(held["state"], {"x1": tokens_BL}, key)
+            return metrics["loss"]
+
+        return step
+
+    cases, rows = {}, {}
+    for name in wanted:
+        step, init, model = make_case(name, **shape, overrides=overrides)
+        if not held:
+            held["state"] = jax.jit(init)(key)
+        jitted = jax.jit(step, donate_argnums=0)
+        compiled, seconds = measure.compile_timed(jitted, held["state"], {"x1": tokens_BL}, key)
+        cases[name] = taking(compiled)
+        rows[name] = measure.compiled_gb(compiled) | {"compile_s": seconds}
+
+    params = jax.tree.map(jnp.copy, held["state"].params)
+    t_B = jnp.full((1,), 0.5)
+    forward = jax.jit(models.apply, static_argnums=1)
+    unit = lambda: forward(params, model, tokens_BL[:1], t_B, t_B)
+    seconds = measure.in_turn({_UNIT: unit} | cases, rounds=_ROUNDS.value)
+
+    unit_s = statistics.median(seconds[_UNIT])
+    unit_rate = measure.forward_flops(model, 1, length) / unit_s
+    result |= {"unit_s": unit_s, "unit_of_ceiling": unit_rate / ceiling, "rounds": seconds}
+    needed = step_flops(model, stage, batch, length)
+    table = []
+    for name in wanted:
+        step_s = statistics.median(seconds[name])
+        table.append(
+            {
+                "case": name,
+                "step_s": step_s,
+                "units": measure.ratio(seconds, name, _UNIT),
+                "tokens_per_s": batch * length / step_s,
+                "mfu": needed / step_s / ceiling,
+            }
+            | rows[name]
+        )
+    result |= {"cases": table, "peak_gb_of_all": measure.peak_gb()}
+    print(
+        f"{stage} step, {_SIZE.value}, batch {batch} x {length}, {_DTYPE.value}: "
+        f"matmul ceiling {ceiling / 1e12:.3g} TFLOP/s, one unit ({_UNIT}) {unit_s:.3g} s = "
+        f"{unit_rate / ceiling:.0%} of it"
+    )
+    measure.print_table(table)
+    measure.write(_OUTPUT.value, result)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,281 @@
+"""Logits that are never written down.
+
+Of a sequence of 1,024 tokens over a vocabulary of 50,257 the logits are 196 MiB in float32, several
+times of that with their gradient. The vocabulary head is affine, so they are kept as factors,
+
+    logits_BLV = features_BLD kernel_DV + bias_V,
+
+and everything that is done with them happens position by position: `map_positions` (jumps, draws)
+and `mean_loss` (losses, with their gradients) multiply out a chunk of positions, use it and drop
+it. An average of logits with weights that add up to 1 is the average of the features: the teacher
+pays for one product instead of four.
+
+Both functions take an array [B, L, V] as well, all at once: the reference, and what networks
+without factors give.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["features_BLD", "kernel_DV", "bias_V", "temperature"],
+    meta_fields=["dtype", "chunk_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """Logits as their factors, divided by a temperature.
+
+    Attributes:
+      features_BLD: float [B, L, D].
+      kernel_DV, bias_V: the head, float32.
+      temperature: scalar, or None for 1.
+      dtype: factors of the product are rounded to; it is accumulated in float32.
+      chunk_size: entries [B, chunk, V] that may be held at once; 0 for all of them.
+    """
+
+    features_BLD: jax.Array
+    kernel_DV: jax.Array
+    bias_V: jax.Array
+    temperature: jax.Array | float | None = None
+    dtype: str = "float32"
+    chunk_size: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, V)."""
+        return (*self.features_BLD.shape[:-1], self.kernel_DV.shape[-1])
+
+
+Logits = jax.Array | Factored
+
+
+def dense(logits: Logits) -> jax.Array:
+    """The logits written down, float32 [B, L, V]."""
+    if not isinstance(logits, Factored):
+        return logits.astype(jnp.float32)
+    return _multiply(logits, logits.features_BLD)
+
+
+def rows(logits: Logits, start: int, stop: int) -> Logits:
+    """The rows [start, stop) of the batch."""
+    if not isinstance(logits, Factored):
+        return logits[start:stop]
+    return dataclasses.replace(logits, features_BLD=logits.features_BLD[start:stop])
+
+
+def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
+    """The logits divided by a temperature."""
+    if not isinstance(logits, Factored):
+        return logits.astype(jnp.float32) / temperature
+    if logits.temperature is not None:
+        temperature = temperature * logits.temperature
+    return dataclasses.replace(logits, temperature=temperature)
+
+
+def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
+    """The weighted average of logits, in float32.
+
+    Args:
+      logits: all arrays, or all factored with one and the same head and temperature.
+      weights: add up to 1, as the average of affine functions needs it.
+
+    Raises:
+      ValueError: for weights that don't add up to 1.
+    """
+    if abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(f"The weights of an average must add up to 1, got {tuple(weights)}.")
+    factored = isinstance(logits[0], Factored)
+    parts = [each.features_BLD if factored else each for each in logits]
+    mean = sum(w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
+    return dataclasses.replace(logits[0], features_BLD=mean) if factored else mean
+
+
+def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array) -> jax.Array:
+    """fn(logits_BLV, *args), a chunk of positions at a time.
+
+    Args:
+      fn: takes float32 logits [B, c, V] and the same positions [B, c, ..] of each argument, and
+        gives an array [B, c, ..]; one position must not depend on another.
+      logits: [B, L, V].
+      *args: arrays [B, L, ..].
+
+    Returns:
+      [B, L, ..].
+    """
+    if not isinstance(logits, Factored):
+        return fn(dense(logits), *args)
+    # Nothing is gathered over the chunks, so that small ones, which stay in a cache, are faster.
+    chunks = _Chunks(dataclasses.replace(logits, chunk_size=-(-logits.chunk_size // 4)))
+
+    def one(inputs):
+        features_BcD, *parts = inputs
+        return fn(_multiply(logits, features_BcD), *parts)
+
+    inputs = [chunks.split(x) for x in (logits.features_BLD, *args)]
+    if chunks.count == 1:
+        return chunks.join(one([x[0] for x in inputs])[None])
+    return chunks.join(jax.lax.map(one, inputs))
+
+
+def mean_loss(
+    position_loss: Callable[..., jax.Array], logits: Logits, *args: jax.Array | Factored
+) -> jax.Array:
+    """The mean of position_loss(logits_BLV, *args) over rows and positions.
+
+    Differentiable in factored logits through features and head: the gradient is computed in the
+    forward pass, while a chunk of logits is at hand, so that nothing is multiplied twice and what
+    is kept has the size of the features and of the head. No gradient flows into `args` or into the
+    temperature.
+
+    Args:
+      position_loss: takes float32 logits [B, c, V] and the same positions of each argument,
+        factored ones written down; gives float32 [B, c]. It must not close over traced values.
+      logits: [B, L, V].
+      *args: arrays [B, L, ..] or logits.
+
+    Returns:
+      float32 scalar.
+    """
+    args = jax.lax.stop_gradient(args)
+    if not isinstance(logits, Factored):
+        args = [dense(x) if isinstance(x, Factored) else x for x in args]
+        return jnp.mean(position_loss(dense(logits), *args))
+    return _fused_mean(position_loss, logits, args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_mean(position_loss, logits, args):
+    def chunk(total, inputs):
+        features_BcD, counts_Bc, parts = inputs
+        values_Bc = position_loss(_multiply(logits, features_BcD), *_written_down(args, parts))
+        return total + jnp.sum(jnp.where(counts_Bc, values_Bc, 0.0)), None
+
+    total, _ = _scan_chunks(chunk, jnp.zeros(()), logits, args)
+    return total / _positions(logits)
+
+
+def _fused_mean_forward(position_loss, logits, args):
+    kernel_DV = logits.kernel_DV.astype(logits.dtype)
+
+    def chunk(carry, inputs):
+        total, dkernel_DV, dbias_V = carry
+        features_BcD, counts_Bc, parts = inputs
+        features_BcD = features_BcD.astype(logits.dtype)
+
+        def summed(logits_BcV):
+            values_Bc = position_loss(logits_BcV, *_written_down(args, parts))
+            return jnp.sum(jnp.where(counts_Bc, values_Bc, 0.0))
+
+        value, dlogits_BcV = jax.value_and_grad(summed)(_multiply(logits, features_BcD))
+        if logits.temperature is not None:
+            dlogits_BcV = dlogits_BcV / logits.temperature
+        dlogits_BcV = dlogits_BcV.astype(logits.dtype)
+        dfeatures_BcD = _contract(dlogits_BcV, kernel_DV, (2,), (1,))
+        # The narrow factor is transposed, so that the product reads the wide one in order; the sum
+        # over positions is a product too, since the CPU compiler's own takes thirty times as long.
+        dlogits_RV, features_DR = _as_rows(dlogits_BcV), _as_rows(features_BcD).T
+        dkernel_DV += _contract(features_DR, dlogits_RV, (1,), (0,))
+        dbias_V += _contract(jnp.ones_like(dlogits_RV[:, 0]), dlogits_RV, (0,), (0,))
+        return (total + value, dkernel_DV, dbias_V), dfeatures_BcD
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (logits.kernel_DV, logits.bias_V)]
+    (total, *dhead), dfeatures = _scan_chunks(chunk, (jnp.zeros(()), *zeros), logits, args)
+    dfeatures_BLD = _Chunks(logits).join(dfeatures)
+    return total / _positions(logits), (logits, dfeatures_BLD, *dhead)
+
+
+def _fused_mean_backward(position_loss, residuals, cotangent):
+    del position_loss
+    logits, *gradients = residuals
+    scale = cotangent / _positions(logits)
+    primals = (logits.features_BLD, logits.kernel_DV, logits.bias_V)
+    scaled = [(scale * g).astype(x.dtype) for g, x in zip(gradients, primals, strict=True)]
+    return dataclasses.replace(
+        logits,
+        features_BLD=scaled[0],
+        kernel_DV=scaled[1],
+        bias_V=scaled[2],
+        temperature=jax.tree.map(jnp.zeros_like, logits.temperature),
+    ), None
+
+
+_fused_mean.defvjp(_fused_mean_forward, _fused_mean_backward)
+
+
+# ----------------------------------------------------------------------------------------- chunks
+
+
+class _Chunks:
+    """Cuts [B, L, ..] into chunks of positions [chunks, B, L/chunks, ..].
+
+    Along the length, not the rows: where these are spread over devices, each holds its share of
+    every chunk.
+    """
+
+    def __init__(self, logits: Factored):
+        self._batch, self.length, vocab_size = logits.shape
+        # The batch of an exported program is a symbol; its chunks are cut as for one row.
+        num_rows = self._batch if isinstance(self._batch, int) else 1
+        held = logits.chunk_size // (num_rows * vocab_size) if logits.chunk_size else self.length
+        self.count = -(-self.length // max(1, held))
+        self.size = -(-self.length // self.count)
+        self.count = -(-self.length // self.size)
+
+    def split(self, x_BL):
+        padding = [(0, 0), (0, self.count * self.size - self.length)]
+        x = jnp.pad(x_BL, padding + [(0, 0)] * (x_BL.ndim - 2))
+        x = x.reshape(x.shape[0], self.count, self.size, *x_BL.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def join(self, x_NBc):
+        x = jnp.moveaxis(x_NBc, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
+
+
+def _scan_chunks(step, carry, logits, args):
+    """Scans step(carry, (features, whether a position counts, parts of args)) over the chunks."""
+    chunks = _Chunks(logits)
+    counts_NBc = chunks.split(jnp.ones((1, chunks.length), bool))
+    parts = [chunks.split(x.features_BLD if isinstance(x, Factored) else x) for x in args]
+    inputs = (chunks.split(logits.features_BLD), counts_NBc, parts)
+    if chunks.count > 1:
+        return jax.lax.scan(step, carry, inputs)
+    carry, out = step(carry, jax.tree.map(lambda x: x[0], inputs))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+def _written_down(args, parts):
+    """The chunk `parts` of the arguments, logits instead of features where they are factored."""
+    return [
+        _multiply(x, part) if isinstance(x, Factored) else part
+        for x, part in zip(args, parts, strict=True)
+    ]
+
+
+def _positions(logits: Factored) -> int:
+    return logits.shape[0] * logits.shape[1]
+
+
+def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
+    """The logits of some features, float32 [B, c, V]."""
+    kernel_DV = logits.kernel_DV.astype(logits.dtype)
+    logits_BcV = _contract(features_BcD.astype(logits.dtype), kernel_DV, (2,), (0,))
+    logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
+    return logits_BcV if logits.temperature is None else logits_BcV / logits.temperature
+
+
+def _as_rows(x_BcD):
+    return x_BcD.reshape(-1, x_BcD.shape[-1])
+
+
+def _contract(a, b, axes_a, axes_b):
+    """Sums over the named axes, as one matrix product, accumulated in float32."""
+    return jax.lax.dot_general(
+        a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=jnp.float32
+    )
