@@ -9,18 +9,30 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 
 from configs import base
-from fsdfm_jax.models import ModelConfig
+from fsdfm_jax import models
+from fsdfm_jax.models import ModelConfig, Params
 
 VOCAB_SIZE = 50_257
 SIZES = ("tiny", *base.SIZES)
+
+SIZE = flags.DEFINE_enum("size", "0.17B", SIZES, "Network.")
+BATCH = flags.DEFINE_integer("batch", None, "Rows; 2 in training and 1 in sampling.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
+LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of a chunk of logits.", lower_bound=0)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count.", lower_bound=1)
+WANTED = flags.DEFINE_list("cases", None, "Cases to measure, comma-separated; all if not given.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
 # Sides of the square products whose fastest is the ceiling.
 _CEILING_SIDES = {"cpu": (1024, 2048, 4096), "gpu": (4096, 8192), "tpu": (4096, 8192)}
@@ -41,6 +53,25 @@ def make_config(size: str, *, dtype: str, overrides: Mapping[str, Any]):
     for key, value in overrides.items():
         config.model[key] = type(config.model[key])(value)
     return config
+
+
+def wanted(possible: list[str]) -> list[str]:
+    """The cases that --cases names, or all; UsageError for others."""
+    names = WANTED.value or possible
+    if unknown := sorted(set(names) - set(possible)):
+        raise app.UsageError(f"Unknown case(s) {unknown}; expected some of {possible}.")
+    return names
+
+
+def filled(params: Params) -> Params:
+    """Fresh parameters with noise in place of their zeros, products of which would cost less."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noise = [
+        leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noise)
 
 
 def vocab_size(size: str) -> int:
@@ -97,7 +128,7 @@ def compile_timed(jitted, *args) -> tuple[Any, float]:
 
 
 def compiled_gb(compiled) -> dict[str, float]:
-    """What the compiler sets aside, GB (10^9 bytes): arguments, temporaries, and their peak."""
+    """What the compiler sets aside, GB (10^9 bytes): arguments, temporaries, and all together."""
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -109,14 +140,16 @@ def compiled_gb(compiled) -> dict[str, float]:
 
 
 def in_turn(cases: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case in each round, after one round that isn't counted."""
+    """Seconds of each case in each round, after round 0, which isn't counted."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for counted in [False] + [True] * rounds:
+    for number in range(rounds + 1):
         for name, case in cases.items():
             began = time.perf_counter()
             jax.block_until_ready(case())
-            if counted:
-                seconds[name].append(time.perf_counter() - began)
+            took = time.perf_counter() - began
+            print(f"round {number}/{rounds}, {name}: {took:.3g} s", file=sys.stderr, flush=True)
+            if number:
+                seconds[name].append(took)
     return seconds
 
 
@@ -170,10 +203,10 @@ def _cell(value: Any) -> str:
     )
 
 
-def write(path: str | None, result: dict[str, Any]) -> None:
-    """The result as JSON, if a path is given."""
-    if path:
-        target = pathlib.Path(path).expanduser()
+def write(result: dict[str, Any]) -> None:
+    """The result as JSON, if --output is given."""
+    if OUTPUT.value:
+        target = pathlib.Path(OUTPUT.value).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written to {target}")

@@ -5,8 +5,8 @@
 
 A whole sample of S steps in one call, measured in turn with the same sample without one of the
 levers, with the literal form of jumps and draws, and with a bare forward pass of one row, the unit
-of the ratios. Several step counts are measured in turn as well. Random weights: no time depends on
-their values. `--output` writes JSON.
+of the ratios. Several step counts are measured in turn as well. Weights and tokens are random.
+`--output` writes JSON.
 """
 
 import dataclasses
@@ -20,14 +20,7 @@ from absl import app, flags
 from benchmarks import literal, measure
 from fsdfm_jax import inference, jumps, models, sampler, stages
 
-_SIZE = flags.DEFINE_enum("size", "0.17B", measure.SIZES, "Network.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Rows of a sample.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
 _STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps, comma-separated.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.", lower_bound=1)
-_LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of logits held at once.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 _UNIT = "forward of one row"
 
 # Case -> (the library's sampler, or parts of it literal; changes of the model's config).
@@ -36,9 +29,9 @@ CASES = {
     "times embedded in each step": ("in each step", {}),
     "logits written down": ("library", {"logits_mib": 0}),
     "attention in one piece": ("library", {"attention": "manual"}),
+    "attention by jax.nn": ("library", {"attention": "xla"}),
     "literal": ("literal", {"logits_mib": 0, "attention": "manual"}),
 }
-_WANTED = flags.DEFINE_list("cases", list(CASES), "Cases to measure, comma-separated.")
 
 
 def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
@@ -74,22 +67,22 @@ def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    if unknown := sorted(set(_WANTED.value) - set(CASES)):
-        raise app.UsageError(f"Unknown case(s) {unknown}; expected some of {list(CASES)}.")
-    batch, length, all_steps = _BATCH.value, _LENGTH.value, [int(s) for s in _STEPS.value]
-    result = {"machine": measure.machine(), "size": _SIZE.value, "batch": batch}
-    result |= {"length": length, "dtype": _DTYPE.value}
-    ceiling = measure.matmul_ceiling(_DTYPE.value)
+    names = measure.wanted(list(CASES))
+    all_steps = [int(steps) for steps in _STEPS.value]
+    size, batch, length = measure.SIZE.value, measure.BATCH.value or 1, measure.LENGTH.value
+    dtype, mib = measure.DTYPE.value, measure.LOGITS_MIB.value
+    result = {"machine": measure.machine(), "size": size, "batch": batch}
+    result |= {"length": length, "dtype": dtype}
+    ceiling = measure.matmul_ceiling(dtype)
     result["matmul_ceiling_tflops"] = ceiling / 1e12
     key = jax.random.key(0)
-    x0_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(_SIZE.value))
+    x0_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(size))
     params, cases, rows = None, {}, {}
-    for name in _WANTED.value:
-        run, model = make_case(
-            name, size=_SIZE.value, length=length, dtype=_DTYPE.value, mib=_LOGITS_MIB.value
-        )
+    for name in names:
+        run, model = make_case(name, size=size, length=length, dtype=dtype, mib=mib)
         if params is None:
-            params = jax.jit(functools.partial(models.init_params, cfg=model))(key)
+            init = functools.partial(models.init_params, cfg=model)
+            params = jax.jit(lambda key, init=init: measure.filled(init(key)))(key)
         for steps in all_steps:
             grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
             compiled, seconds = measure.compile_timed(jax.jit(run), params, key, x0_BL, grid_S1)
@@ -100,7 +93,7 @@ def main(argv: list[str]) -> None:
     t_B = jnp.full((1,), 0.5)
     forward = jax.jit(models.apply, static_argnums=1)
     unit = lambda: forward(params, plain, x0_BL[:1], t_B, t_B)
-    seconds = measure.in_turn({_UNIT: unit} | cases, rounds=_ROUNDS.value)
+    seconds = measure.in_turn({_UNIT: unit} | cases, rounds=measure.ROUNDS.value)
 
     unit_s = statistics.median(seconds[_UNIT])
     unit_rate = measure.forward_flops(model, 1, length) / unit_s
@@ -119,23 +112,23 @@ def main(argv: list[str]) -> None:
                 "units_per_step_and_row": measure.ratio(seconds, (name, steps), _UNIT)
                 / (steps * batch),
                 "tokens_per_s": batch * length / sample_s,
-                "mfu": needed / sample_s / ceiling,
+                "of_ceiling": needed / sample_s / ceiling,
             }
             | rows[name, steps]
         )
     result |= {"cases": table, "peak_gb_of_all": measure.peak_gb()}
     print(
-        f"sampling, {_SIZE.value}, batch {batch} x {length}, {_DTYPE.value}: "
+        f"sampling, {size}, batch {batch} x {length}, {dtype}: "
         f"matmul ceiling {ceiling / 1e12:.3g} TFLOP/s, one unit ({_UNIT}) {unit_s:.3g} s = "
         f"{unit_rate / ceiling:.0%} of it"
     )
     measure.print_table(table)
     fewest, most = min(all_steps), max(all_steps)
-    if fewest < most and "ours" in _WANTED.value:
+    if fewest < most and "ours" in names:
         saved = measure.ratio(seconds, ("ours", most), ("ours", fewest))
         result["time_ratio"] = {"steps": [most, fewest], "ratio": saved}
         print(f"{most / fewest:.4g}x fewer steps take {saved:.4g}x less time")
-    measure.write(_OUTPUT.value, result)
+    measure.write(result)
 
 
 if __name__ == "__main__":

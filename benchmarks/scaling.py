@@ -1,26 +1,23 @@
 """How time and memory grow: with batch, length, vocabulary, depth and steps.
 
-    python -m benchmarks.scaling --output=scaling
+    python -m benchmarks.scaling --output=scaling.json
 
 One number at a time is doubled, the others stay; a distillation step and a sample are measured at
-each value, the values in turn. Prints the growth of time and memory from one value to the next and
-writes OUTPUT.json and OUTPUT.png. A growth of 2 is linear; less, where something else dominates.
+each value, the values in turn. Prints the growth of the time from one value to the next; a picture
+is put beside the JSON. A growth of 2 is linear; less, where something else dominates.
 """
 
 import functools
+import pathlib
 import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app
 
 from benchmarks import measure
 from fsdfm_jax import inference, models, optim, sampler, stages, state
-
-_OUTPUT = flags.DEFINE_string("output", None, "Stem of the .json and .png for the result.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
 
 START = {"batch": 4, "length": 256, "vocabulary": 16_384, "depth": 4, "steps": 4}
 AXES = {
@@ -33,8 +30,8 @@ AXES = {
 _WIDTH, _HEADS, _COND_WIDTH = 256, 4, 64
 
 
-def make(values: dict[str, int], dtype: str) -> dict[str, Any]:
-    """{"train", "sample"}: (function without arguments, compiled program) at these values."""
+def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
+    """{"train" if asked for, "sample"}: (function without arguments, compiled program)."""
     overrides = {"width": _WIDTH, "num_heads": _HEADS, "cond_width": _COND_WIDTH}
     overrides |= {"num_blocks": values["depth"], "remat": "dots", "logits_mib": 32}
     config = measure.make_config("tiny", dtype=dtype, overrides=overrides)
@@ -48,7 +45,7 @@ def make(values: dict[str, int], dtype: str) -> dict[str, Any]:
     tokens_BL = jax.random.randint(key, shape, 0, values["vocabulary"])
 
     def init(key):
-        params = models.init_params(key, stage.model)
+        params = measure.filled(models.init_params(key, stage.model))
         return state.init_state(params, optimizer, ema_decay=config.distill.ema_decay)
 
     step = functools.partial(
@@ -62,21 +59,23 @@ def make(values: dict[str, int], dtype: str) -> dict[str, Any]:
     inputs = (key, tokens_BL, jnp.zeros(shape, bool), grid_S1, jnp.float32(1.0))
     sample = inference.make_sampler(stage.model, process, "cumulative")
     drawn = sample.lower(held["state"].params, *inputs).compile()
+    made = {"sample": (lambda: drawn(held["state"].params, *inputs), drawn)}
+    if not train:
+        return made
     taken = jax.jit(step, donate_argnums=0).lower(held["state"], {"x1": tokens_BL}, key).compile()
 
-    def train():
+    def take():
         held["state"], metrics = taken(held["state"], {"x1": tokens_BL}, key)
         return metrics["loss"]
 
-    return {
-        "train": (train, taken),
-        "sample": (lambda: drawn(held["state"].params, *inputs), drawn),
-    }
+    return made | {"train": (take, taken)}
 
 
 def curve(axis: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
     """Seconds and the compiler's temporaries of step and sample at each value of an axis."""
-    points = {value: make(START | {axis: value}, dtype) for value in AXES[axis]}
+    points = {
+        value: make(START | {axis: value}, dtype, train=axis != "steps") for value in AXES[axis]
+    }
     what = ("sample",) if axis == "steps" else ("train", "sample")
     cases = {(value, each): points[value][each][0] for value in points for each in what}
     seconds = measure.in_turn(cases, rounds=rounds)
@@ -103,7 +102,7 @@ def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
+def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Time and memory against each axis, both logarithmic, with a line of slope 1."""
     import matplotlib
 
@@ -134,13 +133,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     rows = []
     for axis in AXES:
-        rows += curve(axis, _DTYPE.value, _ROUNDS.value)
+        rows += curve(axis, measure.DTYPE.value, measure.ROUNDS.value)
     rows = with_growth(rows)
     measure.print_table(rows)
-    if _OUTPUT.value:
-        result = {"machine": measure.machine(), "start": START, "width": _WIDTH, "points": rows}
-        measure.write(f"{_OUTPUT.value}.json", result)
-        plot(rows, f"{_OUTPUT.value}.png")
+    if measure.OUTPUT.value:
+        measure.write(
+            {"machine": measure.machine(), "start": START, "width": _WIDTH, "points": rows}
+        )
+        plot(rows, pathlib.Path(measure.OUTPUT.value).expanduser().with_suffix(".png"))
 
 
 if __name__ == "__main__":

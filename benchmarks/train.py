@@ -5,7 +5,7 @@
 One step of the distillation stage (or of pre-training) with the whole optimiser, measured in turn
 with the same step without one of the levers, with the literal form of everything, and with a bare
 forward pass of one row, the unit of the ratios. `--cases` picks some of them; `--output` writes
-JSON. Random weights and random tokens: no time depends on their values.
+JSON. Weights and tokens are random.
 
     python -m benchmarks.train --stage=pretrain --size=1.3B --batch=16 --dtype=bfloat16 --cases=ours
 
@@ -16,6 +16,7 @@ are spread over the chips, parameters held on each.
     python -m benchmarks.train --topology=v5p:1x1x1 --size=1.3B --batch=8 --dtype=bfloat16
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -36,22 +37,15 @@ from fsdfm_jax.stages import few_step
 _STAGE = flags.DEFINE_enum(
     "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
 )
-_SIZE = flags.DEFINE_enum("size", "0.17B", measure.SIZES, "Network.")
-_BATCH = flags.DEFINE_integer("batch", 2, "Rows of a step; half of them below tau.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
 _REMAT = flags.DEFINE_enum("remat", "dots", list(models.REMATS), "What is computed again.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count.", lower_bound=1)
-_LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of logits held at once.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x4; nothing is run.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 _UNIT = "forward of one row"
 
 # Case -> (how the loss is made, changes of the model's config). None: the stage's own loss.
 CASES = {
     "ours": (None, {}),
     "both losses on all rows": ({"average": "features"}, {}),
-    "teacher averages logits": ({"split": True, "average": "logits"}, {}),
+    "teacher writes logits down": ({"split": True, "average": "logits"}, {}),
     "logits written down": (None, {"logits_mib": 0}),
     "attention in one piece": (None, {"attention": "manual"}),
     "nothing computed again": (None, {"remat": "none"}),
@@ -59,7 +53,14 @@ CASES = {
     "literal": ({}, {"logits_mib": 0, "attention": "manual", "remat": "none"}),
 }
 _PRETRAIN_CASES = [name for name, (loss, _) in CASES.items() if loss is None]
-_WANTED = flags.DEFINE_list("cases", None, "Cases to measure, comma-separated; all if not given.")
+
+
+def overrides_asked() -> dict[str, str | int]:
+    """Keys of the model's config that the flags set."""
+    asked: dict[str, str | int] = {"remat": _REMAT.value}
+    if measure.LOGITS_MIB.value is not None:
+        asked["logits_mib"] = measure.LOGITS_MIB.value
+    return asked
 
 
 def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, overrides):
@@ -84,7 +85,7 @@ def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, over
     ema_decay = config[stage].ema_decay
 
     def init(key):
-        params = models.init_params(key, built.model)
+        params = measure.filled(models.init_params(key, built.model))
         return state.init_state(params, optimizer, ema_decay=ema_decay)
 
     step = functools.partial(state.train_step, loss=loss, optimizer=optimizer, ema_decay=ema_decay)
@@ -131,7 +132,7 @@ def _refused(error: Exception) -> dict[str, float | None]:
 
 
 def step_flops(model, stage: str, batch: int, length: int) -> float:
-    """Operations that a step needs, nothing computed twice: the numerator of MFU.
+    """Operations that a step needs, nothing computed twice.
 
     The student three times (forward, and twice as much backward). Of the RK-4 teacher, for the half
     of the rows that it teaches, four passes, the last head for the average.
@@ -145,32 +146,38 @@ def step_flops(model, stage: str, batch: int, length: int) -> float:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    stage, batch, length = _STAGE.value, _BATCH.value, _LENGTH.value
-    possible = list(CASES) if stage == "distill" else _PRETRAIN_CASES
-    wanted = _WANTED.value or possible
-    if unknown := sorted(set(wanted) - set(possible)):
-        raise app.UsageError(f"Unknown case(s) {unknown}; expected some of {possible}.")
+    stage, size, dtype = _STAGE.value, measure.SIZE.value, measure.DTYPE.value
+    batch, length = measure.BATCH.value or 2, measure.LENGTH.value
+    wanted = measure.wanted(list(CASES) if stage == "distill" else _PRETRAIN_CASES)
     if stage == "distill" and batch < 2:
         raise app.UsageError("A distillation step needs at least two rows, one for each loss.")
 
-    overrides = {"remat": _REMAT.value}
-    if _LOGITS_MIB.value is not None:
-        overrides["logits_mib"] = _LOGITS_MIB.value
-    shape = {"stage": stage, "size": _SIZE.value, "length": length, "dtype": _DTYPE.value}
+    overrides = overrides_asked()
+    shape = {
+        "stage": stage,
+        "size": measure.SIZE.value,
+        "length": length,
+        "dtype": measure.DTYPE.value,
+    }
     if _TOPOLOGY.value:
         # What "auto" takes on a TPU: it goes by the device at hand.
         shape["overrides"] = overrides | {"attention": "xla"}
         table = compile_ahead(wanted, _TOPOLOGY.value, batch=batch, **shape)
         measure.print_table(table)
-        measure.write(_OUTPUT.value, shape | {"topology": _TOPOLOGY.value, "cases": table})
+        measure.write(shape | {"topology": _TOPOLOGY.value, "cases": table})
         return
 
-    result = {"machine": measure.machine(), "stage": stage, "size": _SIZE.value, "batch": batch}
-    result |= {"length": length, "dtype": _DTYPE.value, "overrides": overrides}
-    ceiling = measure.matmul_ceiling(_DTYPE.value)
+    result = {
+        "machine": measure.machine(),
+        "stage": stage,
+        "size": measure.SIZE.value,
+        "batch": batch,
+    }
+    result |= {"length": length, "dtype": measure.DTYPE.value, "overrides": overrides}
+    ceiling = measure.matmul_ceiling(dtype)
     result["matmul_ceiling_tflops"] = ceiling / 1e12
     key = jax.random.key(0)
-    tokens_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(_SIZE.value))
+    tokens_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(size))
     held = {}  # one state, donated from case to case: two would not fit beside each other
 
     def taking(compiled):
@@ -193,8 +200,9 @@ def main(argv: list[str]) -> None:
     params = jax.tree.map(jnp.copy, held["state"].params)
     t_B = jnp.full((1,), 0.5)
     forward = jax.jit(models.apply, static_argnums=1)
-    unit = lambda: forward(params, model, tokens_BL[:1], t_B, t_B)
-    seconds = measure.in_turn({_UNIT: unit} | cases, rounds=_ROUNDS.value)
+    plain = dataclasses.replace(model, attention="auto")
+    unit = lambda: forward(params, plain, tokens_BL[:1], t_B, t_B)
+    seconds = measure.in_turn({_UNIT: unit} | cases, rounds=measure.ROUNDS.value)
 
     unit_s = statistics.median(seconds[_UNIT])
     unit_rate = measure.forward_flops(model, 1, length) / unit_s
@@ -209,18 +217,18 @@ def main(argv: list[str]) -> None:
                 "step_s": step_s,
                 "units": measure.ratio(seconds, name, _UNIT),
                 "tokens_per_s": batch * length / step_s,
-                "mfu": needed / step_s / ceiling,
+                "of_ceiling": needed / step_s / ceiling,
             }
             | rows[name]
         )
     result |= {"cases": table, "peak_gb_of_all": measure.peak_gb()}
     print(
-        f"{stage} step, {_SIZE.value}, batch {batch} x {length}, {_DTYPE.value}: "
+        f"{stage} step, {size}, batch {batch} x {length}, {dtype}: "
         f"matmul ceiling {ceiling / 1e12:.3g} TFLOP/s, one unit ({_UNIT}) {unit_s:.3g} s = "
         f"{unit_rate / ceiling:.0%} of it"
     )
     measure.print_table(table)
-    measure.write(_OUTPUT.value, result)
+    measure.write(result)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     model.attention = "auto"  # auto (by the device) | blocked | manual | xla | cudnn
     model.remat = "none"  # rematerialise blocks in the backward pass: none | full | dots
-    model.logits_mib = 128  # MiB of float32 logits held at once, over all devices; 0: no chunks
+    model.logits_mib = 128  # MiB of a chunk of float32 logits, over all devices; 0: no chunks
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.b1 = 0.9

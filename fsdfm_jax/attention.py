@@ -1,12 +1,13 @@
 """Softmax attention, the fastest form that each kind of device has.
 
-    manual    two products and a softmax, all scores at once; the reference
+    manual    two products and a softmax, all scores at once; the reference, and where a mask is
+              given
     blocked   a few heads or a block of queries at a time, so that scores stay in the cache, and
               nothing of size [L, M] is kept for the backward pass; for processors without an
               attention kernel of their own
     xla       `jax.nn.dot_product_attention`, as the compiler likes it
     cudnn     the same, by NVIDIA's kernel (activations in bfloat16)
-    auto      blocked, cudnn or xla, by the device the program is made for
+    auto      blocked, cudnn or xla, by the devices of this process
 
 Scores and sums are float32 whatever the activations are.
 """
@@ -26,9 +27,6 @@ _SAVED_PRIMITIVE = "dot_product_attention_fwd"
 
 # Scores held at once by `blocked`: 4 MiB, of which the backward pass has a few at a time.
 _BLOCK_SCORES = 2**20
-
-# The widest head and the dtype that NVIDIA's kernel takes.
-_CUDNN_HEAD_WIDTH = 128
 
 
 def attend(
@@ -55,7 +53,8 @@ def attend(
     if causal and implementation in ("manual", "xla"):
         length = q_BHLK.shape[2]
         mask_LM = jnp.tril(jnp.ones((length, length), bool))
-    if implementation == "manual" or (implementation == "blocked" and mask_LM is not None):
+    # Kernels are for whole blocks; a mask means that one token is decoded.
+    if implementation == "manual" or (mask_LM is not None and implementation != "xla"):
         return _manual(q_BHLK, k_BHMK, v_BHMK, mask_LM)
     if implementation == "blocked":
         return _blocked(causal, q_BHLK, k_BHMK, v_BHMK)
@@ -74,7 +73,7 @@ def attend(
 
 
 def saved(primitive, *args, **params) -> bool:
-    """Rematerialisation policy that keeps what attention gives, so that nobody attends twice."""
+    """Rematerialisation policy that keeps what `blocked` and `cudnn` need of the way forward."""
     named = jax.checkpoint_policies.save_only_these_names(_SAVED_NAME)
     return named(primitive, *args, **params) or primitive.name.startswith(_SAVED_PRIMITIVE)
 
@@ -83,11 +82,19 @@ def resolve(implementation: str, q_BHLK: jax.Array) -> str:
     """The implementation that "auto" stands for with these queries; other names stay."""
     if implementation != "auto":
         return implementation
-    backend = jax.default_backend()
-    if backend == "cpu":
-        return "blocked"
-    fits = q_BHLK.dtype == jnp.bfloat16 and q_BHLK.shape[-1] <= _CUDNN_HEAD_WIDTH
-    return "cudnn" if backend == "gpu" and fits else "xla"
+    if jax.default_backend() == "cpu":
+        # Blocks run over rows and heads alike, which several devices could not share.
+        alone = jax.sharding.get_abstract_mesh().size <= 1
+        return "blocked" if alone else "manual"
+    head_width = q_BHLK.shape[-1]
+    fits = q_BHLK.dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
+    return "cudnn" if fits and has_cudnn() else "xla"
+
+
+def has_cudnn() -> bool:
+    """Whether the devices can run NVIDIA's kernel: those of compute capability 8 and later."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
 
 def _manual(q_BHLK, k_BHMK, v_BHMK, mask_LM):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import jumps, models, sampler
+from fsdfm_jax import attention, jumps, models, sampler
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
@@ -224,8 +224,8 @@ def generate(
 def bucket(num_rows: int) -> int:
     """The batch size that `generate` computes for so many rows: 1, 2, 3, 4, 6, 8, 12, 16 ..
 
-    So that a handful of programs serve all batches, at most a third of each thrown away. What is
-    drawn in a row doesn't depend on how many stand below it.
+    So that a handful of programs serve all batches, at most a third of each thrown away. The noise
+    of a row doesn't depend on how many stand below it.
     """
     power = 1 << (num_rows - 1).bit_length()
     return power * 3 // 4 if power >= 4 and num_rows <= power * 3 // 4 else power
@@ -242,15 +242,12 @@ def batch_seed(seed: int, index: int) -> int:
     return int(jax.random.bits(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), index)))
 
 
-_CUDNN_BACKEND = "gpu"
-
-
 def portable(model: ModelConfig) -> ModelConfig:
     """The same network without a kernel that this process's devices lack.
 
     So that a model trained on one kind of device can be sampled on any.
     """
-    if model.attention == "cudnn" and jax.default_backend() != _CUDNN_BACKEND:
+    if model.attention == "cudnn" and not attention.has_cudnn():
         return dataclasses.replace(model, attention="auto")
     return model
 

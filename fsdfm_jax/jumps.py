@@ -82,8 +82,8 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
     Returns:
       `jump(key, logits, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1,
       float [B, L, V] or factored; current tokens, int; time and width of the step, float32 with
-      t + h <= 1. The result keeps xt's shape and dtype. What is drawn in a row depends on the key,
-      the row's index and its inputs, not on the number of rows.
+      t + h <= 1. The result keeps xt's shape and dtype. The noise of a row depends on the key and
+      the row's index, not on the number of rows.
     """
 
     def jump(key, logits, xt_BL, t_B, h_B):
@@ -106,8 +106,8 @@ def keep_revealed(jump: Jump, mask_id: int) -> Jump:
     Without this wrapper, as in the official solver, revealed tokens may jump again.
     """
 
-    def absorbing_jump(key, logits_BLV, xt_BL, t_B, h_B):
-        return jnp.where(xt_BL == mask_id, jump(key, logits_BLV, xt_BL, t_B, h_B), xt_BL)
+    def absorbing_jump(key, logits, xt_BL, t_B, h_B):
+        return jnp.where(xt_BL == mask_id, jump(key, logits, xt_BL, t_B, h_B), xt_BL)
 
     return absorbing_jump
 

@@ -7,8 +7,8 @@ times of that with their gradient. The vocabulary head is affine, so they are ke
 
 and everything that is done with them happens position by position: `map_positions` (jumps, draws)
 and `mean_loss` (losses, with their gradients) multiply out a chunk of positions, use it and drop
-it. An average of logits with weights that add up to 1 is the average of the features: the teacher
-pays for one product instead of four.
+it. An average of logits with weights that add up to 1 is the average of the features, so that the
+teacher's target takes one product and no sum of arrays of that size.
 
 Both functions take an array [B, L, V] as well, all at once: the reference, and what networks
 without factors give.
@@ -16,6 +16,7 @@ without factors give.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,7 +37,8 @@ class Factored:
       kernel_DV, bias_V: the head, float32.
       temperature: scalar, or None for 1.
       dtype: factors of the product are rounded to; it is accumulated in float32.
-      chunk_size: entries [B, chunk, V] that may be held at once; 0 for all of them.
+      chunk_size: entries that an array [B, chunk, V] may have; 0 for one chunk. A loss with its
+        gradient holds some three such arrays at once, a distillation loss five.
     """
 
     features_BLD: jax.Array
@@ -53,6 +55,10 @@ class Factored:
 
 
 Logits = jax.Array | Factored
+
+# `map_positions` holds this fraction of what `mean_loss` holds: its chunks needn't be large, since
+# it adds up no gradient of the head over them, and small ones are nearer to the caches.
+_MAP_FRACTION = 4
 
 
 def dense(logits: Logits) -> jax.Array:
@@ -110,8 +116,8 @@ def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array
     """
     if not isinstance(logits, Factored):
         return fn(dense(logits), *args)
-    # Nothing is gathered over the chunks, so that small ones, which stay in a cache, are faster.
-    chunks = _Chunks(dataclasses.replace(logits, chunk_size=-(-logits.chunk_size // 4)))
+    held = -(-logits.chunk_size // _MAP_FRACTION)
+    chunks = _Chunks(dataclasses.replace(logits, chunk_size=held))
 
     def one(inputs):
         features_BcD, *parts = inputs
@@ -162,32 +168,49 @@ def _fused_mean(position_loss, logits, args):
 
 def _fused_mean_forward(position_loss, logits, args):
     kernel_DV = logits.kernel_DV.astype(logits.dtype)
+    shards = _shards(logits.shape[0])
 
     def chunk(carry, inputs):
-        total, dkernel_DV, dbias_V = carry
+        total_P, dkernel_PDV, dbias_PV = carry
         features_BcD, counts_Bc, parts = inputs
         features_BcD = features_BcD.astype(logits.dtype)
 
         def summed(logits_BcV):
             values_Bc = position_loss(logits_BcV, *_written_down(args, parts))
-            return jnp.sum(jnp.where(counts_Bc, values_Bc, 0.0))
+            values_Bc = jnp.where(counts_Bc, values_Bc, 0.0)
+            return jnp.sum(values_Bc), jnp.sum(values_Bc.reshape(shards, -1), axis=1)
 
-        value, dlogits_BcV = jax.value_and_grad(summed)(_multiply(logits, features_BcD))
+        logits_BcV = _multiply(logits, features_BcD)
+        dlogits_BcV, values_P = jax.grad(summed, has_aux=True)(logits_BcV)
         if logits.temperature is not None:
             dlogits_BcV = dlogits_BcV / logits.temperature
+        # A sum over positions as a product: the CPU compiler's own sum takes thirty times as long.
+        dlogits_PRV = _as_shards(dlogits_BcV, shards)
+        ones_P1R = jnp.ones((shards, 1, dlogits_PRV.shape[1]))
+        dbias_P1V = jnp.matmul(ones_P1R, dlogits_PRV, precision=jax.lax.Precision.HIGHEST)
         dlogits_BcV = dlogits_BcV.astype(logits.dtype)
         dfeatures_BcD = _contract(dlogits_BcV, kernel_DV, (2,), (1,))
-        # The narrow factor is transposed, so that the product reads the wide one in order; the sum
-        # over positions is a product too, since the CPU compiler's own takes thirty times as long.
-        dlogits_RV, features_DR = _as_rows(dlogits_BcV), _as_rows(features_BcD).T
-        dkernel_DV += _contract(features_DR, dlogits_RV, (1,), (0,))
-        dbias_V += _contract(jnp.ones_like(dlogits_RV[:, 0]), dlogits_RV, (0,), (0,))
-        return (total + value, dkernel_DV, dbias_V), dfeatures_BcD
+        # Transposing the narrow factor lets the product read the wide one in order.
+        features_PDR = jnp.swapaxes(_as_shards(features_BcD, shards), 1, 2)
+        dkernel_PDV += jnp.matmul(
+            features_PDR, _as_shards(dlogits_BcV, shards), preferred_element_type=jnp.float32
+        )
+        return (total_P + values_P, dkernel_PDV, dbias_PV + dbias_P1V[:, 0]), dfeatures_BcD
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (logits.kernel_DV, logits.bias_V)]
-    (total, *dhead), dfeatures = _scan_chunks(chunk, (jnp.zeros(()), *zeros), logits, args)
-    dfeatures_BLD = _Chunks(logits).join(dfeatures)
-    return total / _positions(logits), (logits, dfeatures_BLD, *dhead)
+    zeros = [jnp.zeros((shards, *shape)) for shape in ((), kernel_DV.shape, logits.bias_V.shape)]
+    sums, dfeatures = _scan_chunks(chunk, tuple(zeros), logits, args)
+    total, dkernel_DV, dbias_V = (jnp.sum(x, axis=0) for x in sums)
+    gradients = (_Chunks(logits).join(dfeatures), dkernel_DV, dbias_V)
+    return total / _positions(logits), (logits, *gradients)
+
+
+def _shards(num_rows: int) -> int:
+    """Parts of the batch that are summed apart until after the last chunk.
+
+    With rows spread over the devices of a mesh a single sum would have to be exchanged between
+    them at each chunk.
+    """
+    return math.gcd(num_rows, max(1, jax.sharding.get_abstract_mesh().size))
 
 
 def _fused_mean_backward(position_loss, residuals, cotangent):
@@ -270,8 +293,9 @@ def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
     return logits_BcV if logits.temperature is None else logits_BcV / logits.temperature
 
 
-def _as_rows(x_BcD):
-    return x_BcD.reshape(-1, x_BcD.shape[-1])
+def _as_shards(x_BcD, shards):
+    """[shards, B/shards c, D]."""
+    return x_BcD.reshape(shards, -1, x_BcD.shape[-1])
 
 
 def _contract(a, b, axes_a, axes_b):

@@ -65,9 +65,9 @@ class ModelConfig:
       causal: autoregressive baseline; needs conditioning "none".
       dtype: of activations, "float32" | "bfloat16".
       attention: see `attention`, one of its `IMPLEMENTATIONS`.
-      remat: what the backward pass recomputes, "none" | "full" | "dots" (what matrix products and
-        attention give is kept).
-      logits_mib: MiB of float32 logits held at once, over all devices. Changes no result but by
+      remat: what the backward pass recomputes, "none" | "full" | "dots" (what matrix products give
+        is kept, and what "blocked" and "cudnn" attention give, which recompute their scores).
+      logits_mib: MiB of a chunk of float32 logits, over all devices. Changes no result but by
         rounding. 0 writes all of them down, as arrays: the reference for the other values.
     """
 

@@ -102,8 +102,7 @@ ABSOLUTE = re.compile(r"(/|~/)\w+/|/(home|root|tmp|work|usr|opt|mnt|data|etc|var
 ATTENTION_NAMES = {"auto", "manual", "blocked", "xla", "cudnn"}
 # The kinds of device that an exported program is lowered for.
 EXPORT_PLATFORMS = {("convert.exported", device) for device in ("cpu", "cuda", "tpu")}
-EXPORT_PLATFORMS |= {("inference", "gpu")}  # where the kernel "cudnn" can run
-EXPORT_PLATFORMS |= {("attention", "cpu"), ("attention", "gpu")}  # what "auto" goes by
+EXPORT_PLATFORMS |= {("attention", "cpu")}  # what "auto" goes by
 
 
 def _name(path):

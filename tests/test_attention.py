@@ -156,24 +156,42 @@ def test_a_mask_is_left_to_the_manual_form():
     )
 
 
+class Device:
+    def __init__(self, capability):
+        if capability is not None:
+            self.compute_capability = capability
+
+
 @pytest.mark.parametrize(
-    ("backend", "dtype", "width", "expected"),
+    ("backend", "capability", "dtype", "width", "expected"),
     [
-        ("cpu", "float32", 64, "blocked"),
-        ("cpu", "bfloat16", 64, "blocked"),
-        ("gpu", "bfloat16", 64, "cudnn"),
-        ("gpu", "bfloat16", 128, "cudnn"),
-        ("gpu", "bfloat16", 256, "xla"),
-        ("gpu", "float32", 64, "xla"),
-        ("tpu", "bfloat16", 64, "xla"),
+        ("cpu", None, "float32", 64, "blocked"),
+        ("cpu", None, "bfloat16", 64, "blocked"),
+        ("gpu", "9.0", "bfloat16", 64, "cudnn"),
+        ("gpu", "8.0", "bfloat16", 128, "cudnn"),
+        ("gpu", "9.0", "bfloat16", 256, "xla"),
+        ("gpu", "9.0", "bfloat16", 12, "xla"),
+        ("gpu", "9.0", "float32", 64, "xla"),
+        ("gpu", "7.5", "bfloat16", 64, "xla"),
+        ("gpu", "gfx90a", "bfloat16", 64, "xla"),  # AMD's
+        ("tpu", None, "bfloat16", 64, "xla"),
     ],
 )
-def test_auto(monkeypatch, backend, dtype, width, expected):
+def test_auto(monkeypatch, backend, capability, dtype, width, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(capability)])
     q_BHLK = jax.ShapeDtypeStruct((1, 1, 4, width), jnp.dtype(dtype))
     assert attention.resolve("auto", q_BHLK) == expected
     for name in ("manual", "blocked", "xla", "cudnn"):
         assert attention.resolve(name, q_BHLK) == name
+
+
+def test_auto_runs_in_one_piece_where_rows_are_spread():
+    q_BHLK = jax.ShapeDtypeStruct((8, 1, 4, 8), jnp.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert attention.resolve("auto", q_BHLK) == "manual"
+    assert attention.resolve("auto", q_BHLK) == "blocked"
 
 
 def test_nothing_of_all_scores_is_kept(monkeypatch):

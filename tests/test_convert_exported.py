@@ -443,7 +443,7 @@ def test_program_is_checked(copy):
         (("eos_id",), 5, "contradicts itself in 'eos_id'"),
         (("platforms",), [], "contradicts itself in 'platforms'"),
         (("block_length",), 0, "whole number"),
-        (("version",), 2, "version 2, expected 1"),
+        (("version",), 1, "version 1, expected 2"),
         (("format",), "x", "no exported sampler"),
         (("provenance",), None, "'provenance' must be dict"),
         (("sha256", "../run.py"), "0", "'../run.py' is unexpected"),

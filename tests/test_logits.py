@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fsdfm_jax import jumps, losses
 from fsdfm_jax import logits as logits_lib
@@ -328,3 +331,28 @@ def test_a_step_holds_a_chunk_of_logits(mask_id):
         chunked = temporary_bytes(draw, jax.random.key(0), logits, xt_BL, *args)
         assert chunked < array / 2
         assert temporary_bytes(draw, jax.random.key(0), everything, xt_BL, *args) >= array
+
+
+# ---------------------------------------------------------------------------------- many devices
+
+
+@pytest.mark.parametrize("rows", [8, 16, 12], ids=["1 a device", "2 a device", "uneven"])
+def test_rows_over_eight_devices_are_rows_on_one(rows):
+    shape = (rows, 12, 50)
+    loss, logits, args = _arranged("cross_entropy", shape, positions=4)
+    want = fused(loss, logits, args)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, P("data") if rows % 8 == 0 else P())
+    whole = NamedSharding(mesh, P())
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, spread if x.shape[:1] == (rows,) else whole)
+        compiled = fused.lower(loss, *jax.tree.map(place, (logits, args))).compile()
+        got = compiled(*jax.tree.map(place, (logits, args)))
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), got, want)
+    if rows % 8 == 0:
+        # Gradients are exchanged once, not at each chunk: no collective within the loop.
+        bodies = re.split(r"\n(?=\S)", compiled.as_text())
+        exchanging = [
+            body.split()[0] for body in bodies if re.search(r"all-(reduce|gather)\(", body)
+        ]
+        assert exchanging == ["ENTRY"]

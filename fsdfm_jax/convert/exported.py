@@ -42,7 +42,7 @@ from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
 from fsdfm_jax.models import ModelConfig
 
 FORMAT = "fsdfm_jax.exported_sampler"
-VERSION = 1
+VERSION = 2
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 _SIGNATURE, _WEIGHTS, _PROGRAM = "signature.json", "weights.npz", "sampler.jaxexport"
@@ -79,8 +79,7 @@ def write(
       FileExistsError: there is such a folder.
     """
     length = _check_request(bundle, steps, length)
-    model = dataclasses.replace(bundle.model, attention="manual", remat="none")
-    bundle = dataclasses.replace(bundle, model=model)
+    bundle = dataclasses.replace(bundle, model=portable(bundle.model))
     description = _describe(bundle, steps=steps, length=length, jump_rule=jump_rule)
     folder.mkdir(parents=True)
     program = _export(bundle, steps=steps, length=length, jump_rule=jump_rule)
@@ -102,6 +101,12 @@ def write(
     signature = writer.read_json(folder / _SIGNATURE)  # as plain JSON, as a reader has it
     signature["sha256"][_SIGNATURE] = _own_sha256(signature)
     writer.write_json(folder / _SIGNATURE, signature)
+
+
+def portable(model: ModelConfig) -> ModelConfig:
+    """The network as it is exported: for any device, in small chunks, whose batch is a symbol."""
+    mib = min(model.logits_mib, ModelConfig.logits_mib)
+    return dataclasses.replace(model, attention="manual", remat="none", logits_mib=mib)
 
 
 def _check_request(bundle: Bundle, steps: int, length: int | None) -> int:
@@ -453,7 +458,6 @@ def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any]) -> Bundle:
 
 
 def _make_model(folder: pathlib.Path, fields: Mapping[str, Any]) -> ModelConfig:
-    fields = {"logits_mib": ModelConfig.logits_mib} | dict(fields)  # later than the first exports
     types = {f.name: f.type for f in dataclasses.fields(ModelConfig)} | {"dropout": int | float}
     _check_types(fields, types, f"{folder / _SIGNATURE}, model")
     model = ModelConfig(**fields)

@@ -4,7 +4,6 @@ Parameter by parameter (equal bit for bit, after rounding to the dtype of the ta
 random inputs, and for an exported sampler its tokens against the library's.
 """
 
-import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -98,8 +97,9 @@ def check_program(source: Bundle, folder: pathlib.Path, *, jump_rule: str, rows:
     frozen_BL = (np.arange(length) < length // 2) & (np.arange(rows) == 0)[:, None]
     numbers = np.uint32(7), given_BL, frozen_BL, sampler.uniform_grid(steps), np.float32(0.8)
     params = source.device_params()
-    model = dataclasses.replace(source.model, attention="manual", remat="none")  # as exported
-    generate = inference.make_generator(model, source.process(), jump_rule)
+    generate = inference.make_generator(
+        exported.portable(source.model), source.process(), jump_rule
+    )
     expected_BL = jax.jit(generate)(params, *numbers)
     found_BL = program.call(bundle_lib.flatten(params), *numbers)
     if not np.array_equal(expected_BL, found_BL):
