@@ -1,52 +1,68 @@
 #!/usr/bin/env bash
-# All speed measurements of one accelerator in half an hour, each into a JSON file of its own.
+# The speed measurements of one accelerator, each into a JSON file of its own.
 #
-#   benchmarks/accelerator.sh OUTPUT_FOLDER
+#   benchmarks/accelerator.sh OUTPUT_FOLDER [PART..]
 #
+# Parts: small (0.17B) and large (1.3B), ten minutes at most each: pre-training, distillation, sampling.
+# levers: the distillation step of 0.17B without one lever at a time, eight minutes at most.
+# steps: 8 against 1,024 steps, two minutes at most. Without a part, all of them: half an hour.
 # A measurement that fails or takes longer than its share is skipped, and the others go on.
-# SIZES, DTYPE, LENGTH, ROUNDS and QUICK=1 (small batches, to try the script out) change what is run.
+# PYTHON, DTYPE, LENGTH, ROUNDS, and QUICK=1 (tiny network, to try the script out) change what is run.
 set -uo pipefail
 
-if [[ $# -ne 1 ]]; then
-  echo "usage: $0 OUTPUT_FOLDER" >&2
+if [[ $# -lt 1 ]]; then
+  echo "usage: $0 OUTPUT_FOLDER [small] [large] [levers] [steps]" >&2
   exit 2
 fi
-output=$1
-mkdir -p "$output"
-read -r -a sizes <<<"${SIZES:-0.17B 1.3B}"
-dtype=${DTYPE:-bfloat16}
-length=${LENGTH:-1024}
-rounds=${ROUNDS:-5}
+mkdir -p "$1" || exit 2
+output=$(cd "$1" && pwd)
+shift
+parts=("$@")
+[[ $# -gt 0 ]] || parts=(small large levers steps)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python}
+common=(--dtype="${DTYPE:-bfloat16}" --length="${LENGTH:-1024}" --rounds="${ROUNDS:-5}")
+# By default a quarter of the device's memory is left out.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.93}
 failed=0
-# A second run of a program is not compiled again.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$output/compiled}
 
 measure() { # name, seconds, module, arguments
   local name=$1 limit=$2 module=$3
   shift 3
   echo "== $name"
-  if ! timeout "$limit" python -m "benchmarks.$module" "$@" --output="$output/$name.json" \
-    2>"$output/$name.log"; then
-    echo "   failed or out of time; see $output/$name.log" >&2
+  if ! timeout "$limit" "$python" -m "benchmarks.$module" "${common[@]}" "$@" \
+    --output="$output/$name.json" 2>"$output/$name.log"; then
+    echo "   failed or out of time: $output/$name.log" >&2
     failed=$((failed + 1))
   fi
 }
 
-for size in "${sizes[@]}"; do
-  common=(--size="$size" --length="$length" --dtype="$dtype" --rounds="$rounds")
-  # The largest batches that 80 GB hold with parameters, average and moments in float32.
-  if [[ $size == 1.3B ]]; then train=8 pretrain=16; else train=32 pretrain=64; fi
-  sample=32 steps=8,1024
-  if [[ ${QUICK:-} ]]; then train=2 pretrain=2 sample=2 steps=2,4; fi
-  measure "pretrain-$size" 240 train --stage=pretrain --batch="$pretrain" "${common[@]}" \
-    --cases=ours --logits_mib=1024
-  measure "distill-$size" 240 train --batch="$train" "${common[@]}" --cases=ours --logits_mib=1024
-  measure "sample-$size" 240 sample --batch="$sample" --steps=8 "${common[@]}" --cases=ours \
-    --logits_mib=1024
-  measure "levers-$size" 360 train --batch="$((train / 4 > 2 ? train / 4 : 2))" "${common[@]}" \
-    --logits_mib=1024
+sizes() { # size, rows in pre-training, in distillation, in sampling
+  local size=$1
+  if [[ ${QUICK:-} ]]; then set -- tiny 2 2 2; fi
+  measure "pretrain-$size" 200 train --size="$1" --batch="$2" --stage=pretrain --cases=ours
+  measure "distill-$size" 200 train --size="$1" --batch="$3" --cases=ours
+  measure "sample-$size" 200 sample --size="$1" --batch="$4" --cases=ours
+}
+
+for part in "${parts[@]}"; do
+  small=0.17B few=(--steps=8,1024)
+  if [[ ${QUICK:-} ]]; then small=tiny few=(--steps=2,4); fi
+  case $part in
+    small) sizes 0.17B 64 32 32 ;;
+    large) sizes 1.3B 16 8 32 ;;
+    levers)
+      # A process for each, so that one that doesn't fit takes no other with it.
+      for case in "ours" "both losses on all rows" "teacher writes logits down" \
+        "logits written down" "attention in one piece" "nothing computed again" "literal"; do
+        measure "levers-${case// /-}" 68 train --size="$small" --batch=8 --cases="$case"
+      done
+      ;;
+    steps) measure steps 120 sample --size="$small" --batch=1 "${few[@]}" --cases=ours --rounds=1 ;;
+    *)
+      echo "unknown part '$part'; expected small, large, levers or steps" >&2
+      exit 2
+      ;;
+  esac
 done
-common=(--length="$length" --dtype="$dtype")
-measure "steps-${sizes[0]}" 240 sample --size="${sizes[0]}" --batch=1 --steps="${steps:-8,1024}" \
-  "${common[@]}" --rounds=2 --cases=ours
 exit "$((failed > 0))"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from fsdfm_jax import inference, models, sampler, tokenizer
+from fsdfm_jax import inference, logits, models, sampler, tokenizer
 from fsdfm_jax.convert import bundle as bundles
 from fsdfm_jax.convert import exported
 from fsdfm_jax.convert.bundle import BadFile
@@ -116,6 +116,19 @@ def test_program_gives_the_tokens_of_the_library(tmp_path, conditioning, path):
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, want)
         np.testing.assert_array_equal(got[:, :prompt_length], inputs[1][:, :prompt_length])
+
+
+def test_a_batch_that_is_a_symbol_is_cut_into_chunks(tmp_path, monkeypatch):
+    bundle = _bundle(_model(logits_mib=1))
+    whole = _library(bundle)
+    inputs = (*_inputs(3, LENGTH, 20, 0, 5), sampler.uniform_grid(STEPS), np.float32(1.0))
+    want = whole(bundle.params(), *inputs)
+    monkeypatch.setattr(logits, "_MAP_FRACTION", 2**18 // 40)  # two positions of 20 tokens
+    exported.write(tmp_path / "a", bundle, steps=STEPS)
+    program = exported.load_program(tmp_path / "a")
+    # The loops over steps and blocks, and one more each in the jump and in the last step.
+    assert program.mlir_module().count("stablehlo.while") >= 4
+    np.testing.assert_array_equal(program.call(dict(bundle.arrays()), *inputs), want)
 
 
 @pytest.mark.parametrize("rule", ["euler", "mixture"])
