@@ -32,10 +32,6 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
     return jax.jit(_make_steps(model, process, jump_rule, None))
 
 
-# MiB that the modulations of all steps may take; beyond, each step computes its own.
-_AHEAD_MIB = 256
-
-
 def _make_steps(
     model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None
 ) -> Callable[..., jax.Array]:
@@ -44,30 +40,17 @@ def _make_steps(
     finalize = jumps.make_finalize(process.source)
 
     def run(params: Params, key, x0_BL, frozen_BL, grid_S1, temperature):
-        def denoise(x_BL, t_B, h_B):
-            return models.predict(params, model, x_BL, t_B, h_B)
-
-        def condition(t_S, h_S):
-            blocks_NS6D, final_S2D = models.modulate(params, model, t_S, h_S)
-            return models.Modulation(
-                jnp.swapaxes(blocks_NS6D, 0, 1)[:, :, None], final_S2D[:, None]
-            )
-
-        def denoise_modulated(x_BL, modulation):
-            return models.predict_modulated(params, model, x_BL, modulation)
-
-        steps = len(grid_S1) - 1
-        ahead = steps * models.modulation_size(model) * 4 <= _AHEAD_MIB * 2**20
+        denoise, condition = models.denoiser(params, model, len(grid_S1) - 1)
         return sampler.sample(
             key,
-            denoise_modulated if ahead else denoise,
+            denoise,
             jump,
             finalize,
             x0_BL,
             grid_S1,
             frozen_BL,
             temperature=temperature,
-            condition=condition if ahead else None,
+            condition=condition,
             on_step=on_step,
         )
 

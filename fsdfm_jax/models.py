@@ -22,6 +22,7 @@ only file that knows Flax.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -225,11 +226,6 @@ def modulate(
     return _Conditioner(cfg).apply({"params": params}, t_B, h_B)
 
 
-def modulation_size(cfg: ModelConfig) -> int:
-    """Numbers that a row's `Modulation` holds."""
-    return (6 * cfg.num_blocks + 2) * cfg.width
-
-
 def predict_modulated(
     params: Params,
     cfg: ModelConfig,
@@ -245,6 +241,26 @@ def predict_modulated(
     )
     logits = _factored(params, cfg, features_BLD)
     return logits if cfg.logits_mib else logits_lib.dense(logits)
+
+
+# MiB that the modulations of all steps of a sampler may take; beyond, each step computes its own.
+_AHEAD_MIB = 256
+
+
+def denoiser(params: Params, cfg: ModelConfig, steps: int) -> tuple[Callable, Callable | None]:
+    """A network as `sampler.sample` takes it: its arguments `denoise` and `condition`.
+
+    What depends on the times alone is left to `condition`, to be computed for all steps ahead and
+    for one row in place of all, unless there are too many steps to keep that.
+    """
+    if steps * (6 * cfg.num_blocks + 2) * cfg.width * 4 > _AHEAD_MIB * 2**20:
+        return functools.partial(predict, params, cfg), None
+
+    def condition(t_S, h_S):
+        blocks_NS6D, final_S2D = modulate(params, cfg, t_S, h_S)
+        return Modulation(jnp.swapaxes(blocks_NS6D, 0, 1)[:, :, None], final_S2D[:, None])
+
+    return functools.partial(predict_modulated, params, cfg), condition
 
 
 def _factored(params: Params, cfg: ModelConfig, features_BLD: jax.Array) -> Factored:

@@ -193,7 +193,7 @@ def test_modulations_ahead_change_no_token(monkeypatch):
     monkeypatch.setattr(models, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
     results = []
     for mib in (256, 0):
-        monkeypatch.setattr(inference, "_AHEAD_MIB", mib)
+        monkeypatch.setattr(models, "_AHEAD_MIB", mib)
         run = jax.jit(inference._make_steps(FEW_STEP.model, MASK_PROCESS, "cumulative", None))
         results.append(run(FEW_STEP.params, jax.random.key(0), *rest))
         assert bool(calls) == (mib == 0)

@@ -553,7 +553,10 @@ def test_modulations_made_ahead_give_the_same_features(kind):
     assert modulation.blocks_NB6D.shape == (3, 5, 6 * 24)
     assert modulation.final_B2D.shape == (5, 2 * 24)
     row = jax.tree.map(lambda leaf: leaf[..., :1, :], modulation)
-    assert sum(leaf.size for leaf in row) == models.modulation_size(cfg)
+    # A step's modulations are kept ahead as long as all of them fit.
+    most = models._AHEAD_MIB * 2**18 // sum(leaf.size for leaf in row)
+    assert models.denoiser(params, cfg, most)[1] is not None
+    assert models.denoiser(params, cfg, most + 1)[1] is None
     # One row of modulations stands for all rows.
     same = modulated(params, cfg, x_BL, row)
     np.testing.assert_allclose(same.features_BLD[0], logits.features_BLD[0], atol=2e-6, rtol=2e-6)

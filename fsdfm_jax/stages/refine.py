@@ -65,8 +65,11 @@ def make_pair_sampler(
     def make_pairs(params, key):
         noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
-        denoise = lambda x, t, h: models.predict(params, model, x, t, h)
-        return x0_BL, sampler.sample(sample_key, denoise, jump, finalize, x0_BL, grid)
+        denoise, condition = models.denoiser(params, model, settings.steps)
+        x1_BL = sampler.sample(
+            sample_key, denoise, jump, finalize, x0_BL, grid, condition=condition
+        )
+        return x0_BL, x1_BL
 
     return make_pairs
 
