@@ -113,12 +113,12 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     for column, axis in enumerate(AXES):
         for line, key in enumerate(("seconds", "temporaries_gb")):
             panel = panels[line, column]
-            for each in ("train", "sample"):
+            for each, colour in (("train", "C0"), ("sample", "C1")):
                 points = [r for r in rows if r["axis"] == axis and r["what"] == each]
                 if not points:
                     continue
                 x, y = [r["value"] for r in points], [r[key] for r in points]
-                panel.loglog(x, y, "o-", label=each, base=2)
+                panel.loglog(x, y, "o-", label=each, color=colour, base=2)
                 panel.loglog(x, [y[0] * v / x[0] for v in x], ":", color="gray", base=2)
             panel.set_xlabel(axis)
             panel.set_ylabel("seconds" if line == 0 else "GB of temporaries")
