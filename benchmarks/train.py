@@ -153,12 +153,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("A distillation step needs at least two rows, one for each loss.")
 
     overrides = overrides_asked()
-    shape = {
-        "stage": stage,
-        "size": measure.SIZE.value,
-        "length": length,
-        "dtype": measure.DTYPE.value,
-    }
+    shape = {"stage": stage, "size": size, "length": length, "dtype": dtype}
     if _TOPOLOGY.value:
         # What "auto" takes on a TPU: it goes by the device at hand.
         shape["overrides"] = overrides | {"attention": "xla"}
@@ -167,13 +162,7 @@ def main(argv: list[str]) -> None:
         measure.write(shape | {"topology": _TOPOLOGY.value, "cases": table})
         return
 
-    result = {
-        "machine": measure.machine(),
-        "stage": stage,
-        "size": measure.SIZE.value,
-        "batch": batch,
-    }
-    result |= {"length": length, "dtype": measure.DTYPE.value, "overrides": overrides}
+    result = {"machine": measure.machine(), "batch": batch, "overrides": overrides} | shape
     ceiling = measure.matmul_ceiling(dtype)
     result["matmul_ceiling_tflops"] = ceiling / 1e12
     key = jax.random.key(0)
