@@ -233,6 +233,9 @@ class Calls(list):
 def calls(monkeypatch):
     recorded = Calls()
     monkeypatch.setattr(models, "predict", recorded)
+    # The sampler's way to the network, here without anything made ahead.
+    of_sampler = lambda params, cfg, steps: (functools.partial(recorded, params, cfg), None)
+    monkeypatch.setattr(models, "denoiser", of_sampler)
     return recorded
 
 

@@ -314,7 +314,8 @@ def read(folder: pathlib.Path) -> Bundle:
                 f"{folder / _SIGNATURE} contradicts itself in {key!r}: expected "
                 f"{_short(value)}, got {_short(signature[key])}; export the model again."
             )
-    return bundle
+    # How the program attends is no property of the network that goes on from here.
+    return dataclasses.replace(bundle, model=dataclasses.replace(bundle.model, attention="auto"))
 
 
 def load_program(folder: pathlib.Path) -> export.Exported:
