@@ -4,6 +4,7 @@ Times drift on shared machines, so that cases are measured in turn, round after 
 within a round; what is reported is the median of the rounds.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import base
-from fsdfm_jax import models
+from fsdfm_jax import models, optim, state
 from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.stages import Stage
 
 VOCAB_SIZE = 50_257
 SIZES = ("tiny", *base.SIZES)
@@ -72,6 +74,24 @@ def filled(params: Params) -> Params:
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, noise)
+
+
+def make_training(config, stage: Stage, loss=None):
+    """(train_step(state, batch, key), init(key) -> state) of a stage, or of another loss for it."""
+    section = config[stage.name]
+    optimizer = optim.make_optimizer(config.optim, section)
+
+    def init(key):
+        params = filled(models.init_params(key, stage.model))
+        return state.init_state(params, optimizer, ema_decay=section.ema_decay)
+
+    step = functools.partial(
+        state.train_step,
+        loss=loss or stage.loss,
+        optimizer=optimizer,
+        ema_decay=section.ema_decay,
+    )
+    return step, init
 
 
 def vocab_size(size: str) -> int:

@@ -7,7 +7,6 @@ each value, the values in turn. Prints the growth of the time from one value to 
 is put beside the JSON. A growth of 2 is linear; less, where something else dominates.
 """
 
-import functools
 import pathlib
 import statistics
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from absl import app
 
 from benchmarks import measure
-from fsdfm_jax import inference, models, optim, sampler, stages, state
+from fsdfm_jax import inference, sampler, stages
 
 START = {"batch": 4, "length": 256, "vocabulary": 16_384, "depth": 4, "steps": 4}
 AXES = {
@@ -39,21 +38,11 @@ def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
         config.path, num_tokens=values["vocabulary"], eos_id=values["vocabulary"] - 1
     )
     stage = stages.make_stage("distill", config, process)
-    optimizer = optim.make_optimizer(config.optim, config.distill)
     key = jax.random.key(0)
     shape = (values["batch"], values["length"])
     tokens_BL = jax.random.randint(key, shape, 0, values["vocabulary"])
 
-    def init(key):
-        params = measure.filled(models.init_params(key, stage.model))
-        return state.init_state(params, optimizer, ema_decay=config.distill.ema_decay)
-
-    step = functools.partial(
-        state.train_step,
-        loss=stage.loss,
-        optimizer=optimizer,
-        ema_decay=config.distill.ema_decay,
-    )
+    step, init = measure.make_training(config, stage)
     held = {"state": jax.jit(init)(key)}
     grid_S1 = jnp.asarray(sampler.uniform_grid(values["steps"]))
     inputs = (key, tokens_BL, jnp.zeros(shape, bool), grid_S1, jnp.float32(1.0))

@@ -17,7 +17,6 @@ are spread over the chips, parameters held on each.
 """
 
 import dataclasses
-import functools
 import os
 import re
 import statistics
@@ -31,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import literal, measure
-from fsdfm_jax import models, optim, sharding, stages, state
+from fsdfm_jax import models, sharding, stages
 from fsdfm_jax.stages import few_step
 
 _STAGE = flags.DEFINE_enum(
@@ -81,14 +80,7 @@ def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, over
         path = few_step.read_path_term(config.distill, below)
         taught = few_step.read_teacher_term(config.distill, above, process)
         loss = literal.make_loss(built.model, process, path, taught, **how)
-    optimizer = optim.make_optimizer(config.optim, config[stage])
-    ema_decay = config[stage].ema_decay
-
-    def init(key):
-        params = measure.filled(models.init_params(key, built.model))
-        return state.init_state(params, optimizer, ema_decay=ema_decay)
-
-    step = functools.partial(state.train_step, loss=loss, optimizer=optimizer, ema_decay=ema_decay)
+    step, init = measure.make_training(config, built, loss)
     return step, init, built.model
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app
 
 from benchmarks import measure, train
-from fsdfm_jax import jumps, losses, models, optim, schedules, state
+from fsdfm_jax import jumps, losses, models, schedules
 from fsdfm_jax import logits as logits_lib
 
 STEP = "whole step"
@@ -163,8 +163,6 @@ def main(argv: list[str]) -> None:
     dtype, overrides = measure.DTYPE.value, train.overrides_asked()
     shape = {"size": size, "length": length, "dtype": dtype, "overrides": overrides}
     step, init, model = train.make_case("ours", stage="distill", **shape)
-    config = measure.make_config(size, dtype=dtype, overrides=overrides)
-    optimizer = optim.make_optimizer(config.optim, config.distill)
     ceiling, bytes_per_s = measure.matmul_ceiling(dtype), bandwidth()
     key = jax.random.key(0)
     held = {"state": jax.jit(init)(key)}
@@ -177,9 +175,7 @@ def main(argv: list[str]) -> None:
         products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, batch)
         return sum(jax.tree.leaves(products)), {}
 
-    update = functools.partial(
-        state.train_step, loss=given, optimizer=optimizer, ema_decay=config.distill.ema_decay
-    )
+    update = functools.partial(step, loss=given)
     step, update = jax.jit(step, donate_argnums=0), jax.jit(update, donate_argnums=0)
 
     def stepping(run, batch):

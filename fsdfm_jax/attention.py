@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fsdfm_jax import loops
+
 IMPLEMENTATIONS = ("auto", "manual", "blocked", "xla", "cudnn")
 
 # What the backward pass needs of the forward pass: named where it is ours, else known by the
@@ -131,9 +133,11 @@ def _blocked_forward(causal, q_BHLK, k_BHMK, v_BHMK):
             mixed = _product(weights.astype(v_GMK.dtype), v_GMK) / sum_GL1
             return mixed.astype(v_GMK.dtype), (top_GL1 + jnp.log(sum_GL1))[..., 0]
 
-        return _map(block, (blocks.first_N, q_NGLK))
+        return loops.map_over(block, (blocks.first_N, q_NGLK))
 
-    mixed, lse = _map(group, (blocks.split(q_BHLK), blocks.group(k_BHMK), blocks.group(v_BHMK)))
+    mixed, lse = loops.map_over(
+        group, (blocks.split(q_BHLK), blocks.group(k_BHMK), blocks.group(v_BHMK))
+    )
     # Only what carries the name survives a policy that rematerialises the rest.
     mixed_BHLK = checkpoint_name(blocks.join(mixed), _SAVED_NAME)
     lse_BHL = checkpoint_name(blocks.join(lse), _SAVED_NAME)
@@ -162,12 +166,12 @@ def _blocked_backward(causal, residuals, dmixed_BHLK):
             return (dk_GKM, dv_GKM), _product(dscores, k_GMK).astype(dtype)
 
         zeros = jnp.zeros(k_GKM.shape, jnp.float32)
-        (dk_GKM, dv_GKM), dq = _scan(block, (zeros, zeros), (blocks.first_N, of_queries))
+        (dk_GKM, dv_GKM), dq = loops.scan(block, (zeros, zeros), (blocks.first_N, of_queries))
         dk_dv = [jnp.swapaxes(x, 1, 2).astype(dtype) for x in (dk_GKM, dv_GKM)]
         return dq, *dk_dv
 
     of_queries = [blocks.split(x) for x in (q_BHLK, dmixed_BHLK, lse_BHL, delta_BHL)]
-    dq, dk, dv = _map(group, (of_queries, blocks.group(k_BHMK), blocks.group(v_BHMK)))
+    dq, dk, dv = loops.map_over(group, (of_queries, blocks.group(k_BHMK), blocks.group(v_BHMK)))
     return blocks.join(dq), dk.reshape(k_BHMK.shape), dv.reshape(v_BHMK.shape)
 
 
@@ -217,16 +221,3 @@ class _Blocks:
         x = jnp.swapaxes(x, 1, 2)
         x = x.reshape(self._batch, self._heads, self._count * self._size, *x.shape[4:])
         return x[:, :, : self._length]
-
-
-def _map(fn, inputs):
-    """`lax.map`, without a loop where there is one element."""
-    return _scan(lambda _, x: (None, fn(x)), None, inputs)[1]
-
-
-def _scan(step, carry, inputs):
-    """`lax.scan`, without a loop where there is one step."""
-    if len(jax.tree.leaves(inputs)[0]) > 1:
-        return jax.lax.scan(step, carry, inputs)
-    carry, out = step(carry, jax.tree.map(lambda x: x[0], inputs))
-    return carry, jax.tree.map(lambda x: x[None], out)

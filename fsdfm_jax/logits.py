@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from fsdfm_jax import loops
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -124,9 +126,7 @@ def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array
         return fn(_multiply(logits, features_BcD), *parts)
 
     inputs = [chunks.split(x) for x in (logits.features_BLD, *args)]
-    if chunks.count == 1:
-        return chunks.join(one([x[0] for x in inputs])[None])
-    return chunks.join(jax.lax.map(one, inputs))
+    return chunks.join(loops.map_over(one, inputs))
 
 
 def mean_loss(
@@ -266,11 +266,7 @@ def _scan_chunks(step, carry, logits, args):
     chunks = _Chunks(logits)
     counts_NBc = chunks.split(jnp.ones((1, chunks.length), bool))
     parts = [chunks.split(x.features_BLD if isinstance(x, Factored) else x) for x in args]
-    inputs = (chunks.split(logits.features_BLD), counts_NBc, parts)
-    if chunks.count > 1:
-        return jax.lax.scan(step, carry, inputs)
-    carry, out = step(carry, jax.tree.map(lambda x: x[0], inputs))
-    return carry, jax.tree.map(lambda x: x[None], out)
+    return loops.scan(step, carry, (chunks.split(logits.features_BLD), counts_NBc, parts))
 
 
 def _written_down(args, parts):
