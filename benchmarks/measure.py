@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import base
-from fsdfm_jax import models, optim, state
+from fsdfm_jax import models, optim, stages, state
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.stages import Stage
+from fsdfm_jax.stages import Process, Stage
 
 VOCAB_SIZE = 50_257
 SIZES = ("tiny", *base.SIZES)
@@ -97,6 +97,11 @@ def make_training(config, stage: Stage, loss=None):
 def vocab_size(size: str) -> int:
     """Tokens of a network of `SIZES`: GPT-2's for the paper's, 1,024 for the tiny one."""
     return VOCAB_SIZE if size in base.SIZES else 1024
+
+
+def make_process(config, vocab_size: int) -> Process:
+    """The noising process of a config over so many tokens, the last of which ends documents."""
+    return stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
 
 
 def trunk_flops(model: ModelConfig, batch: int, length: int) -> float:

@@ -41,7 +41,7 @@ def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
     config = measure.make_config(size, dtype=dtype, overrides=overrides)
     config.data.block_length = length
     vocab_size = measure.vocab_size(size)
-    process = stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    process = measure.make_process(config, vocab_size)
     model = stages.model_config("distill", config.model, vocab_size=vocab_size)
     if how == "library":
         sampler_ = inference.make_sampler(model, process, "cumulative")

@@ -185,6 +185,19 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.many_steps = 1024  # of the base model's reference row
     evaluation.jumps = ("cumulative", "euler", "mixture")  # rules of the base model's rows
     evaluation.few_step_jump = "cumulative"  # rule of the few-step models' rows
+    evaluation.grid = "uniform"  # time grid: uniform | cosine | power:R
     evaluation.temperature = 1.0
+    evaluation.top_p = 1.0  # share of the posterior's mass that is drawn from
+    evaluation.weights = "ema"  # ema (as the stage uses them) | student
     evaluation.seed = 1
+    evaluation.task = "unconditional"  # unconditional | prefix:K | random:SHARE | infill:COUNTxN
+    evaluation.controls = ("unigram", "shuffled", "repeated")  # texts that show what can be gamed
+    evaluation.models = ""  # further ones, "LABEL=PATH" or "LABEL=PATH#RUN", comma-separated
+    # The first is the main one: "autoregressive" (of the same run) | hf:FOLDER | gguf:FILE |
+    # package:NAME/PATH.gguf | ngram:pocketsphinx | ngram:FILE | bundle:PATH, comma-separated.
+    evaluation.judges = "autoregressive"
+    evaluation.watched = 8  # samples of a row whose steps are watched, for the model's own entropy
+    evaluation.bound_samples = 64  # held-out texts for the bound of base models; 0: none
+    evaluation.bound_times = 1024  # times t at which that bound is evaluated, over all texts
+    evaluation.resamples = 1000  # of the bootstrap that gives the intervals
     return config

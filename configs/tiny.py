@@ -2,14 +2,15 @@
 
 python -m fsdfm_jax.main --config=configs/tiny.py --workdir=runs/tiny          at most 15 minutes
 python -m fsdfm_jax.main --config=configs/tiny.py:smoke --workdir=runs/smoke   at most 3 minutes
+python -m fsdfm_jax.main --config=configs/tiny.py:mask --workdir=runs/mask     a baseline: masks
 """
 
 from configs import base
 
 
 def get_config(arg: str = ""):
-    if arg not in ("", "smoke"):
-        raise ValueError(f"configs/tiny.py takes no argument or 'smoke', got {arg!r}")
+    if arg not in ("", "smoke", "mask"):
+        raise ValueError(f"configs/tiny.py takes no argument, 'smoke' or 'mask', got {arg!r}")
     config = base.get_config()
     config.model.dropout = 0.0  # one pass over the text, a million parameters: nothing to overfit
     config.model.remat = "dots"  # CPU: computing the cheap parts again is faster than keeping them
@@ -35,6 +36,11 @@ def get_config(arg: str = ""):
         stage.warmup_steps = 10
         stage.ema_decay = 0.98
         stage.rate_floor = 0.05  # small batches: a row near t=1 would drown the others
+
+    if arg == "mask":  # masked diffusion, same backbone and budget
+        config.path.source = "mask"
+        config.pipeline = "pretrain"
+        config.eval.jumps = ("mixture",)  # its exact kernel
 
     if arg == "smoke":
         config.model.width = 64

@@ -68,8 +68,9 @@ def _config_without_overrides(argv: list[str]) -> ConfigDict | None:
     """The config that argv names, None if it names none that can be read."""
     plain = [part for part in argv if re.match(r"--?config=", part)]
     try:
+        default = flags.FLAGS["config"].default
         alone = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
+        config_flags.DEFINE_config_file("config", default, flag_values=alone, sys_argv=plain)
         alone([argv[0], *plain])
         alone.config.keys()
     except Exception:  # then the file is what is wrong, and the first error says so

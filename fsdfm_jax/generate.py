@@ -14,13 +14,10 @@ where it ended.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import itertools
 import json
 import pathlib
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
@@ -40,13 +37,13 @@ from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.prompts import Request
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
+from fsdfm_jax.trajectory import Piece, pieces, printable
 
 _DEFAULT_LENGTH = 1024  # tokens; the block of the paper
 _DEFAULT_BATCH = 32  # rows
 _MOST = 2**20  # of rows, and of tokens in one: more is a slip
 _LIVE_SAMPLES = 4  # rows that the live view shows
 _MIN_FRAME, _MAX_SLOWDOWN = 0.15, 3.0  # seconds: small models are done before anyone has looked
-_MASKED = "░"
 _STYLES = {"given": "bold", "masked": "dim", "changed": "black on green", "kept": ""}
 
 
@@ -256,9 +253,6 @@ def _trained_jump(bundle: Bundle) -> str:
 
 
 def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
-    content = hashlib.sha256()
-    for path, array in bundle_lib.flatten(params).items():
-        content.update(f"{path} {bundle_lib.checksum(array)}\n".encode())
     known = {key: bundle.provenance.get(key) for key in ("run", "stage", "weights", "step")}
     return {
         "seed": job.seed,
@@ -269,7 +263,7 @@ def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
         "length": job.length,
         "model": {key: value for key, value in known.items() if value is not None}
         | {
-            "sha256": content.hexdigest()[:16],
+            "sha256": bundle_lib.content_hash(params),
             "tokenizer": job.tokenizer.fingerprint,
             "path": dict(bundle.path),
         },
@@ -377,16 +371,6 @@ def _print_line(line: dict, out: TextIO) -> None:
 
 
 # -------------------------------------------------------------------------------------- for people
-def printable(text: str, keep: str = "\n\t") -> str:
-    r"""Text without characters that steer a terminal: "\x1b" becomes four harmless ones."""
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in ("Cc", "Cs") and char not in keep
-        else char
-        for char in text
-    )
-
-
 def print_samples(job: Job, out: TextIO, view: "View | None" = None) -> None:
     """Draws a job and prints its texts, each under a line that names it."""
     clean = printable if out.isatty() else lambda text: text
@@ -396,44 +380,6 @@ def print_samples(job: Job, out: TextIO, view: "View | None" = None) -> None:
             head = f"--- sample {i + 1} of {len(job.rows)}: {job.name}, {job.calls} network calls"
             print(head, file=out)
             print(clean(job.tokenizer.decode(shown)), file=out, flush=True)
-
-
-class Piece(NamedTuple):
-    """A stretch of a text that is on its way; kind: "given", "masked", "changed" or "kept"."""
-
-    text: str
-    kind: str
-
-
-def pieces(
-    tokens_L: np.ndarray,
-    given_L: np.ndarray,
-    changed_L: np.ndarray,
-    mask_id: int | None,
-    tokenizer: Tokenizer,
-) -> list[Piece]:
-    """Text between two steps, cut where the state of its tokens changes.
-
-    A character whose bytes lie in two pieces shows as replacement characters.
-
-    Args:
-      tokens_L: int [L], may hold the mask id.
-      given_L, changed_L: bool [L].
-      mask_id: shown as a block a token.
-      tokenizer: of the other tokens.
-    """
-    kinds_L = np.select(
-        [given_L, tokens_L == (-1 if mask_id is None else mask_id), changed_L],
-        ["given", "masked", "changed"],
-        "kept",
-    ).tolist()
-    result = []
-    for kind, group in itertools.groupby(range(len(tokens_L)), key=kinds_L.__getitem__):
-        ids = tokens_L[list(group)].tolist()
-        result.append(
-            Piece(_MASKED * len(ids) if kind == "masked" else tokenizer.decode(ids), kind)
-        )
-    return result
 
 
 class View:

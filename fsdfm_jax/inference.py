@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fsdfm_jax import attention, jumps, models, sampler
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
@@ -25,34 +27,82 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
       jump_rule: "cumulative" | "euler" | "mixture".
 
     Returns:
-      `(params, key, x0_BL, frozen_BL, grid_S1, temperature) -> x_BL`, everything in it data: only
-      another shape (batch, length, number of steps) compiles again. The grid is not checked inside
-      jit: use `sampler.check_grid`.
+      `(params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None) -> x_BL`,
+      everything in it data: only another shape (batch, length, number of steps) compiles again, or
+      an argument that is None in one call and a number in another. With `num_steps` the grid is
+      padded to any length that is enough, and one program serves all numbers of steps. The grid
+      is not checked inside jit: use `sampler.check_grid`.
     """
-    return jax.jit(_make_steps(model, process, jump_rule, None))
+    return jax.jit(_make_steps(model, process, jump_rule))
+
+
+class Observed(NamedTuple):
+    """What happened at each step of a sampler.
+
+    Attributes:
+      tokens_SBL: int, the tokens after the step.
+      entropy_SB: float32, nats: entropy of the distribution that the step draws a token from
+        (temperature and nucleus included), mean over the positions that aren't frozen; with a mask
+        source, over those still masked, the only ones that are drawn; NaN where there are none.
+      changed_SB: float32 in [0, 1], share of those positions that moved.
+    """
+
+    tokens_SBL: jax.Array
+    entropy_SB: jax.Array
+    changed_SB: jax.Array
+
+
+@functools.lru_cache(maxsize=64)
+def make_observer(model: ModelConfig, process: Process, jump_rule: str) -> Callable[..., Any]:
+    """A jitted sampler that is watched: as `make_sampler`, but it returns (x_BL, `Observed`).
+
+    It multiplies by the vocabulary twice in each step, so it is no measure of speed.
+    """
+    mask_id = process.source.mask_id
+
+    def observe(frozen_BL, logits, x_BL, new_BL):
+        open_BL = ~frozen_BL
+        if mask_id is not None:
+            open_BL = open_BL & (x_BL == mask_id)
+        count_B = jnp.sum(open_BL, axis=1)
+        entropy_BL = logits_lib.map_positions(entropy, logits)
+        return Observed(
+            new_BL,
+            jnp.sum(jnp.where(open_BL, entropy_BL, 0.0), axis=1) / count_B,  # 0 / 0 is NaN
+            jnp.sum(open_BL & (new_BL != x_BL), axis=1) / jnp.maximum(count_B, 1),
+        )
+
+    return jax.jit(_make_steps(model, process, jump_rule, observe=observe))
+
+
+def entropy(logits_BLV: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits), nats, float32 [B, L]; logits may hold -inf."""
+    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.where(logp_BLV > -jnp.inf, jnp.exp(logp_BLV) * logp_BLV, 0.0), axis=-1)
 
 
 def _make_steps(
-    model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None
-) -> Callable[..., jax.Array]:
-    """What `make_sampler` jits: the S steps from given noise."""
+    model: ModelConfig,
+    process: Process,
+    jump_rule: str,
+    on_step: OnStep | None = None,
+    observe: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """What `make_sampler` and `make_observer` jit: the S steps from given noise."""
     jump = process.make_jump(jumps.get_rule(jump_rule))
     finalize = jumps.make_finalize(process.source)
 
-    def run(params: Params, key, x0_BL, frozen_BL, grid_S1, temperature):
+    def run(
+        params: Params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None
+    ):
         denoise, condition = models.denoiser(params, model, len(grid_S1) - 1)
-        return sampler.sample(
-            key,
-            denoise,
-            jump,
-            finalize,
-            x0_BL,
-            grid_S1,
-            frozen_BL,
-            temperature=temperature,
-            condition=condition,
-            on_step=on_step,
-        )
+        options = {"temperature": temperature, "top_p": top_p, "num_steps": num_steps}
+        options |= {"condition": condition, "on_step": on_step}
+        arguments = (key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
+        if observe is None:
+            return sampler.sample(*arguments, **options)
+        watch = functools.partial(observe, frozen_BL)
+        return sampler.sample_trajectory(*arguments, observe=watch, **options)
 
     return run
 
@@ -102,41 +152,67 @@ def jit_generator(
 
 @functools.lru_cache(maxsize=8)
 def make_autoregressive_sampler(
-    model: ModelConfig, length: int, mask_id: int | None = None
+    model: ModelConfig, length: int, mask_id: int | None = None, *, memory: str = "cache"
 ) -> Callable[..., jax.Array]:
-    """A jitted left-to-right sampler with key-value cache.
+    """A jitted left-to-right sampler.
 
     Args:
       model: causal network.
       length: L.
       mask_id: a token that is never drawn, that of a mask source's vocabulary.
+      memory: "cache", keys and values of the tokens so far are kept, one token is computed at a
+        time; or "none", the whole block is computed anew for each token, as a baseline of speed.
 
     Returns:
-      `(params, key, first_B, temperature, given_BL=None, frozen_BL=None) -> int [B, length]`;
-      `first_B` is the token before the text, the end-of-document token to start a block as the
-      network was trained to; the last two as in `sampler.sample_autoregressive`.
+      `(params, key, first_B, temperature, given_BL=None, frozen_BL=None, top_p=None) -> int
+      [B, length]`; `first_B` is the token before the text, the end-of-document token to start a
+      block as the network was trained to; the others as in `sampler.sample_autoregressive`.
+
+    Raises:
+      ValueError: for another `memory`.
     """
+    decoders = {"cache": _decode_with_cache, "none": _decode_anew}
+    if memory not in decoders:
+        raise ValueError(f"Unknown memory={memory!r}; expected one of {', '.join(decoders)}.")
 
     @jax.jit
-    def run(params: Params, key, first_B, temperature, given_BL=None, frozen_BL=None):
-        def decode(token_B, position, cache):
-            logits_BV, cache = models.decode_step(params, model, token_B, position, cache)
+    def run(params: Params, key, first_B, temperature, given_BL=None, frozen_BL=None, top_p=None):
+        step, state = decoders[memory](params, model, first_B.shape[0], length)
+
+        def decode(token_B, position, state):
+            logits_BV, state = step(token_B, position, state)
             if mask_id is not None:
                 logits_BV = logits_BV.at[:, mask_id].set(-jnp.inf)
-            return logits_BV, cache
+            return logits_BV, state
 
         return sampler.sample_autoregressive(
             key,
             decode,
-            models.empty_cache(model, first_B.shape[0], length),
+            state,
             first_B,
             length,
             given_BL=given_BL,
             frozen_BL=frozen_BL,
             temperature=temperature,
+            top_p=top_p,
         )
 
     return run
+
+
+def _decode_with_cache(params, model, batch, length):
+    return functools.partial(models.decode_step, params, model), models.empty_cache(
+        model, batch, length
+    )
+
+
+def _decode_anew(params, model, batch, length):
+    def decode(token_B, position, tokens_BL):
+        tokens_BL = jax.lax.dynamic_update_slice(tokens_BL, token_B[:, None], (0, position))
+        logits = models.predict(params, model, tokens_BL)
+        return logits_lib.dense(logits_lib.position(logits, position))[:, 0], tokens_BL
+
+    return decode, jnp.zeros((batch, length), jnp.int32)
 
 
 def generate(

@@ -27,17 +27,18 @@ from fsdfm_jax import loops
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["features_BLD", "kernel_DV", "bias_V", "temperature"],
+    data_fields=["features_BLD", "kernel_DV", "bias_V", "temperature", "top_p"],
     meta_fields=["dtype", "chunk_size"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """Logits as their factors, divided by a temperature.
+    """Logits as their factors, divided by a temperature and cut to a nucleus.
 
     Attributes:
       features_BLD: float [B, L, D].
       kernel_DV, bias_V: the head, float32.
       temperature: scalar, or None for 1.
+      top_p: scalar, or None for 1, see `nucleus`.
       dtype: factors of the product are rounded to; it is accumulated in float32.
       chunk_size: entries that an array [B, chunk, V] may have; 0 for one chunk. A loss with its
         gradient holds some three such arrays at once, a distillation loss five.
@@ -47,6 +48,7 @@ class Factored:
     kernel_DV: jax.Array
     bias_V: jax.Array
     temperature: jax.Array | float | None = None
+    top_p: jax.Array | float | None = None
     dtype: str = "float32"
     chunk_size: int = 0
 
@@ -77,6 +79,14 @@ def rows(logits: Logits, start: int, stop: int) -> Logits:
     return dataclasses.replace(logits, features_BLD=logits.features_BLD[start:stop])
 
 
+def position(logits: Logits, index: jax.Array | int) -> Logits:
+    """The logits at one position of each row, [B, 1, V]; the index is data."""
+    if not isinstance(logits, Factored):
+        return jax.lax.dynamic_slice_in_dim(logits, index, 1, axis=1)
+    features_B1D = jax.lax.dynamic_slice_in_dim(logits.features_BLD, index, 1, axis=1)
+    return dataclasses.replace(logits, features_BLD=features_B1D)
+
+
 def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
     """The logits divided by a temperature."""
     if not isinstance(logits, Factored):
@@ -84,6 +94,35 @@ def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
     if logits.temperature is not None:
         temperature = temperature * logits.temperature
     return dataclasses.replace(logits, temperature=temperature)
+
+
+def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
+    """Logits of the likeliest tokens alone, the fewest whose probabilities add up to `top_p`.
+
+    All others become -inf; tokens as likely as the last one kept are kept too. What is drawn from
+    is the rest renormalised (nucleus sampling, arXiv:1904.09751).
+
+    Args:
+      logits: [..., V], or factored.
+      top_p: scalar in (0, 1]; 1 keeps everything, up to rounding of the sum.
+    """
+    if isinstance(logits, Factored):
+        return dataclasses.replace(logits, top_p=top_p)
+    p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    # Numbers that aren't negative are ordered as their bits are: the bits of the threshold are
+    # found by halving, which reads the vocabulary 30 times but sorts nothing.
+    bits = jax.lax.bitcast_convert_type(p, jnp.int32)
+    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(bits >= middle, p, 0.0), axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros((*p.shape[:-1], 1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, above_one)))
+    return jnp.where(bits >= low, logits, -jnp.inf)
 
 
 def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
@@ -286,7 +325,9 @@ def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
     kernel_DV = logits.kernel_DV.astype(logits.dtype)
     logits_BcV = _contract(features_BcD.astype(logits.dtype), kernel_DV, (2,), (0,))
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
-    return logits_BcV if logits.temperature is None else logits_BcV / logits.temperature
+    if logits.temperature is not None:
+        logits_BcV = logits_BcV / logits.temperature
+    return logits_BcV if logits.top_p is None else nucleus(logits_BcV, logits.top_p)
 
 
 def _as_shards(x_BcD, shards):

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
 from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import rows, suite
+from fsdfm_jax.evaluate import points, subjects, suite
 from fsdfm_jax.stages import Process, refine
 from fsdfm_jax.train import Settings, check_settings, train
 from fsdfm_jax.workdir import Entry
@@ -179,7 +179,8 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
     pipeline = workdir.entries(config, folder)
-    rows.plan(config, pipeline, config.data.block_length)
+    settings = points.Settings.from_config(config.eval)
+    suite.check_task(settings.task, config.data.block_length)
     if jax.process_count() > 1:
         raise ValueError(
             f"This version trains in one process, got {jax.process_count()}: run it on one host, "
@@ -217,6 +218,17 @@ def check_held_out(config: ConfigDict, prepared: PreparedData) -> None:
         )
 
 
+def evaluate(
+    config: ConfigDict, pipeline: list[Entry], folder: pathlib.Path, prepared: PreparedData
+) -> str:
+    """Writes WORKDIR/report, returns its table as text."""
+    settings = points.Settings.from_config(config.eval)
+    trained = {entry.run: entry.stage for entry in pipeline}
+    catalogue = subjects.catalogue(folder, trained, settings.models)
+    header = {"config": config.to_dict(), "data": prepared.manifest}
+    return suite.evaluate(settings, catalogue, prepared, folder / "report", header=header)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -236,10 +248,8 @@ def main(argv: list[str]) -> None:
     for entry in pipeline:
         train_run(entry, recipes[entry.run], config, process, prepared, mesh, folder)
     if _EVALUATE.value:
-        print(suite.evaluate(config, pipeline, folder, prepared))
-        print(
-            f"\nReport in {folder / 'report'}: results.json, results.csv, results.png, samples.txt"
-        )
+        print(evaluate(config, pipeline, folder, prepared))
+        print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
     print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
 
 

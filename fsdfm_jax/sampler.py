@@ -2,7 +2,7 @@
 
 S-1 jumps along a grid 0 = t_0 < .. < t_S = 1, then one draw of every position from the posterior of
 the last interval. At S=1 no jump happens at all. The grid is data: a sweep over grids of one length
-compiles once.
+compiles once. So is the number of steps where it is given as such, see `num_steps` and `pad_grid`.
 
 Source: arXiv:2509.20624 App. B.1.
 """
@@ -17,10 +17,12 @@ import numpy as np
 from fsdfm_jax import draws
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.jumps import Finalize, Jump
+from fsdfm_jax.logits import Logits
 from fsdfm_jax.teacher import Denoise
 
 OnStep = Callable[[np.ndarray, np.ndarray], None]
 Condition = Callable[[jax.Array, jax.Array], Any]
+Observe = Callable[[Logits, jax.Array, jax.Array], Any]
 
 
 def uniform_grid(steps: int) -> np.ndarray:
@@ -32,6 +34,47 @@ def uniform_grid(steps: int) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"A sampler needs at least 1 step, got steps={steps}.")
     return (np.arange(steps + 1) / steps).astype(np.float32)
+
+
+def make_grid(shape: str, steps: int) -> np.ndarray:
+    """A grid by name, float32 [S+1].
+
+    Args:
+      shape: "uniform", k/S; "cosine", 1 - cos(pi k / 2S), whose first steps are the smallest; or
+        "power:R" with R > 0, (k/S)^R, whose first steps are the smallest for R > 1 and the largest
+        for R < 1.
+      steps: S.
+
+    Raises:
+      ValueError: for another shape, or one whose times float32 can't tell apart.
+    """
+    shares = uniform_grid(steps).astype(np.float64)
+    name, _, number = shape.partition(":")
+    if shape == "uniform":
+        return uniform_grid(steps)
+    if shape == "cosine":
+        return check_grid([*(1.0 - np.cos(0.5 * np.pi * shares[:-1])), 1.0])
+    try:
+        power = float(number) if name == "power" else 0.0
+    except ValueError:
+        power = 0.0
+    if not 0 < power < np.inf:
+        raise ValueError(
+            f"Unknown grid {shape!r}; expected 'uniform', 'cosine' or 'power:R' with R > 0."
+        )
+    return check_grid(shares**power)
+
+
+def pad_grid(grid_S1, size: int) -> np.ndarray:
+    """A grid filled up with ones to `size` steps, for `num_steps`; float32 [size + 1].
+
+    Raises:
+      ValueError: if the grid has more steps than that.
+    """
+    missing = size + 1 - len(grid_S1)
+    if missing < 0:
+        raise ValueError(f"A grid of {len(grid_S1) - 1} steps doesn't fit into {size}.")
+    return np.pad(np.asarray(grid_S1, np.float32), (0, missing), constant_values=1.0)
 
 
 def check_grid(grid_S1) -> np.ndarray:
@@ -65,28 +108,43 @@ def sample_trajectory(
     frozen_BL: jax.Array | None = None,
     *,
     temperature: jax.Array | float = 1.0,
+    top_p: jax.Array | float | None = None,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As `sample`; also returns the tokens after each step, int [S, B, L]."""
-    if not isinstance(grid_S1, jax.core.Tracer):
+    num_steps: jax.Array | int | None = None,
+    observe: Observe = lambda logits, x_BL, new_BL: new_BL,
+) -> tuple[jax.Array, Any]:
+    """As `sample`; also returns what was observed of each step.
+
+    Args:
+      observe: (logits, x_BL, new_BL) -> a tree of arrays, from the logits that a step drew from
+        and the tokens before and after it. By default the tokens after it.
+
+    Returns:
+      (int [B, L], the tree with a leading axis of S; rows from `num_steps` on are zeros).
+    """
+    if not isinstance(grid_S1, jax.core.Tracer) and num_steps is None:
         grid_S1 = check_grid(grid_S1)
     grid_S1 = jnp.asarray(grid_S1, jnp.float32)
     times_S, widths_S = grid_S1[:-1], grid_S1[1:] - grid_S1[:-1]
-    steps, batch = len(times_S), x0_BL.shape[0]
-    index_S = jnp.arange(steps)
+    batch, size = x0_BL.shape[0], len(times_S)
+    last = (size if num_steps is None else num_steps) - 1
 
-    # What depends on the time alone doesn't wait for the tokens.
-    ahead_S = None if condition is None else condition(times_S, widths_S)
+    # What depends on the time alone doesn't wait for the tokens, unless it isn't known how many
+    # times there are: then it would be computed for times that never come.
+    ahead_S = None if condition is None or num_steps is not None else condition(times_S, widths_S)
 
     def step(x_BL, inputs):
         step_key, t, h, index, ahead = inputs
-        is_last = index == steps - 1
         t_B, h_B = jnp.full((batch,), t), jnp.full((batch,), h)
+        if condition is not None and num_steps is not None:
+            ahead = jax.tree.map(lambda leaf: leaf[0], condition(t[None], h[None]))
         logits = denoise(x_BL, t_B, h_B) if condition is None else denoise(x_BL, ahead)
         logits = logits_lib.divide(logits, temperature)
+        if top_p is not None:
+            logits = logits_lib.nucleus(logits, top_p)
         new_BL = jax.lax.cond(
-            is_last,
+            index == last,
             lambda: finalize(step_key, logits, x_BL),
             lambda: jump(step_key, logits, x_BL, t_B, h_B),
         )
@@ -94,10 +152,37 @@ def sample_trajectory(
             new_BL = jnp.where(frozen_BL, x0_BL, new_BL)
         if on_step is not None:
             jax.debug.callback(on_step, index, new_BL, ordered=True)
-        return new_BL, new_BL
+        return new_BL, observe(logits, x_BL, new_BL)
 
-    keys_S = jax.random.split(key, steps)
-    return jax.lax.scan(step, x0_BL, (keys_S, times_S, widths_S, index_S, ahead_S))
+    # The first of many keys are the keys of few: padding a grid changes no noise.
+    keys_S = jax.random.split(key, size)
+    inputs_S = (times_S, widths_S, jnp.arange(size), ahead_S)
+    if num_steps is None:
+        return jax.lax.scan(step, x0_BL, (keys_S, *inputs_S))
+    # JAX's check that no key is used twice doesn't see that a loop takes another one each time.
+    bits_S, kind = jax.random.key_data(keys_S), jax.random.key_impl(keys_S)
+
+    def step_of_bits(x_BL, inputs):
+        bits, *others = inputs
+        return step(x_BL, (jax.random.wrap_key_data(bits, impl=kind), *others))
+
+    return _scan_first(step_of_bits, x0_BL, (bits_S, *inputs_S), num_steps)
+
+
+def _scan_first(step, carry, inputs_S, count):
+    """`jax.lax.scan` over the first `count` inputs, a number that is data."""
+    take = lambda index: jax.tree.map(lambda leaf: leaf[index], inputs_S)
+    size = len(inputs_S[0])
+    _, shapes = jax.eval_shape(step, carry, take(0))
+    outputs_S = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), shapes)
+
+    def body(index, state):
+        carry, outputs_S = state
+        carry, output = step(carry, take(index))
+        put = lambda leaf_S, leaf: jax.lax.dynamic_update_index_in_dim(leaf_S, leaf, index, 0)
+        return carry, jax.tree.map(put, outputs_S, output)
+
+    return jax.lax.fori_loop(0, count, body, (carry, outputs_S))
 
 
 def sample(
@@ -108,10 +193,7 @@ def sample(
     x0_BL: jax.Array,
     grid_S1: jax.Array,
     frozen_BL: jax.Array | None = None,
-    *,
-    temperature: jax.Array | float = 1.0,
-    condition: Condition | None = None,
-    on_step: OnStep | None = None,
+    **options: Any,
 ) -> jax.Array:
     """Draws samples in S steps.
 
@@ -124,11 +206,17 @@ def sample(
       x0_BL: noise from the source, int [B, L]; frozen positions hold the given tokens.
       grid_S1: S+1 cumulative times from 0 to 1; a traced array is taken as checked.
       frozen_BL: bool [B, L], positions that never move, whatever their value; None freezes nothing.
-      temperature: divides the logits, > 0; data, so that changing it doesn't recompile.
-      condition: (t_S, h_S) -> a tree of arrays with leading axis S, all that the network computes
-        from times and widths alone; done for all steps at once, before the first.
-      on_step: called on the host with (index of the step, x_BL after it) as each step ends, also
-        from within jit; for watching, it can't change anything.
+      **options: keyword arguments of `sample_trajectory`:
+        temperature: divides the logits, > 0; data, so that changing it doesn't recompile.
+        top_p: share of the posterior's mass that is kept, see `logits.nucleus`; data as well; None
+          keeps all of it and costs nothing.
+        condition: (t_S, h_S) -> a tree of arrays with leading axis S, all that the network computes
+          from times and widths alone; done for all steps at once, before the first.
+        on_step: called on the host with (index of the step, x_BL after it) as each step ends, also
+          from within jit; for watching, it can't change anything.
+        num_steps: S as data, int scalar: one program for any number of steps up to the length of
+          the grid, which is padded by `pad_grid`; the tokens are those of the unpadded grid up to
+          rounding. None takes all of the grid.
 
     Returns:
       int [B, L].
@@ -136,17 +224,9 @@ def sample(
     Raises:
       ValueError: if a concrete grid doesn't increase from 0 to 1.
     """
+    nothing = lambda logits, x_BL, new_BL: ()
     tokens_BL, _ = sample_trajectory(
-        key,
-        denoise,
-        jump,
-        finalize,
-        x0_BL,
-        grid_S1,
-        frozen_BL,
-        temperature=temperature,
-        condition=condition,
-        on_step=on_step,
+        key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL, observe=nothing, **options
     )
     return tokens_BL
 
@@ -161,6 +241,7 @@ def sample_autoregressive(
     given_BL: jax.Array | None = None,
     frozen_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    top_p: jax.Array | float | None = None,
 ) -> jax.Array:
     """The baseline: one token after the other, `length` network calls on a key-value cache.
 
@@ -174,6 +255,7 @@ def sample_autoregressive(
         of a draw, and the network reads it from there on. What comes before a given token is drawn
         without knowing it: only frozen heads are conditional samples. None forces nothing.
       temperature: divides the logits, > 0.
+      top_p: share of the mass that is kept, see `logits.nucleus`; None keeps all of it.
 
     Returns:
       int [B, length].
@@ -186,7 +268,10 @@ def sample_autoregressive(
         token_B, cache = carry
         step_key, position, given_B, frozen_B = inputs
         logits_BV, cache = decode(token_B, position, cache)
-        drawn_B = draws.categorical(step_key, logits_BV / temperature).astype(token_B.dtype)
+        logits_BV = logits_BV / temperature
+        if top_p is not None:
+            logits_BV = logits_lib.nucleus(logits_BV, top_p)
+        drawn_B = draws.categorical(step_key, logits_BV).astype(token_B.dtype)
         token_B = jnp.where(frozen_B, given_B.astype(token_B.dtype), drawn_B)
         return (token_B, cache), token_B
 

@@ -87,6 +87,16 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_offsets(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, characters [start, end) of each) of each text.
+
+        The tokens of a character that takes several all have its place.
+        """
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; end-of-text and other special tokens are left out.
 
@@ -101,6 +111,11 @@ class Tokenizer:
                 "remove mask tokens before decoding"
             )
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    @functools.cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, by its name in the tokenizer.json."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     @functools.cached_property
     def fingerprint(self) -> str:

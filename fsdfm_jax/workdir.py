@@ -320,12 +320,18 @@ def code_version() -> str:
 
 
 @functools.cache
-def code_digest() -> str:
-    """Short hash of the package's source, which cached results depend on."""
+def code_digest(without: tuple[str, ...] = ()) -> str:
+    """Short hash of the package's source, which cached results depend on.
+
+    Args:
+      without: files that they don't depend on, relative to the package.
+    """
     package = pathlib.Path(fsdfm_jax.__file__).parent
     content = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        content.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+        name = path.relative_to(package).as_posix()
+        if name not in without:
+            content.update(name.encode() + path.read_bytes())
     return content.hexdigest()[:16]
 
 

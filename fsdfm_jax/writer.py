@@ -35,6 +35,11 @@ def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
     _replace(path, lambda file: np.save(file, array))
 
 
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """`write_text` for named arrays in NumPy's .npz format, compressed."""
+    _replace(path, lambda file: np.savez_compressed(file, **arrays))
+
+
 def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,23 +277,37 @@ class _Rate:
 
 
 class _Bar:
-    """One rich bar on stderr, with one text of speeds."""
+    """One rich bar on stderr, with one text of speeds; bars inside others share one display."""
 
-    def __init__(self, progress, task):
-        self._progress, self._task = progress, task
+    def __init__(self, display, task):
+        self._display, self._task = display, task
 
     def update(self, *, completed: int, speed: str) -> None:
-        self._progress.update(self._task, completed=completed, speed=speed)
+        self._display.update(self._task, completed=completed, speed=speed)
 
     def stop(self) -> None:
-        self._progress.stop()
+        _bars.remove(self)
+        if not _bars:
+            self._display.stop()
+        else:  # the bars around it stay on the terminal
+            self._display.remove_task(self._task)
+
+
+_bars: list[_Bar] = []  # those on the terminal, the outermost first
 
 
 def _bar(name: str, total: int, completed: int) -> _Bar:
+    display = _bars[0]._display if _bars else _display()
+    task = display.add_task(name, total=total, completed=completed, speed="")
+    _bars.append(_Bar(display, task))
+    return _bars[-1]
+
+
+def _display():
     import rich.console
     import rich.progress
 
-    progress = rich.progress.Progress(
+    display = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(bar_width=None),
         rich.progress.MofNCompleteColumn(),
@@ -297,9 +316,8 @@ def _bar(name: str, total: int, completed: int) -> _Bar:
         expand=True,
         refresh_per_second=4,
     )
-    task = progress.add_task(name, total=total, completed=completed, speed="")
-    progress.start()
-    return _Bar(progress, task)
+    display.start()
+    return display
 
 
 def _log(line: str) -> None:

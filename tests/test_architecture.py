@@ -28,13 +28,28 @@ FLOORS = {
     5: (
         "inference",
         "prompts",
+        "trajectory",
         "workdir",
         "evaluate",
         "evaluate.judges",
+        "evaluate.scoring",
+        "evaluate.huggingface_judge",
+        "evaluate.ngram_judge",
         "evaluate.metrics",
+        "evaluate.mauve",
+        "evaluate.bound",
+        "evaluate.figures",
+        "evaluate.html",
+        "evaluate.page",
+        "evaluate.reading",
         "evaluate.report",
-        "evaluate.rows",
+        "evaluate.draw",
+        "evaluate.points",
+        "evaluate.store",
+        "evaluate.subjects",
         "evaluate.suite",
+        "evaluate.summary",
+        "evaluate.tasks",
         "convert",
         "convert.bundle",
         "convert.formats",
@@ -46,7 +61,7 @@ FLOORS = {
         "convert.official",
         "convert.torch_file",
     ),
-    6: ("train", "main", "generate", "cli", "convert.__main__"),
+    6: ("train", "main", "generate", "cli", "convert.__main__", "evaluate.__main__"),
 }
 # Arrays only: these know nothing of flow matching. Value: what of the package each may import.
 TOWER = {
@@ -71,11 +86,15 @@ ONLY = {
     "tokenizers": {"tokenizer", "convert.run_exported"},
     "grain": {"data"},
     "tensorboardX": {"writer"},
-    "matplotlib": {"evaluate.report"},
+    "matplotlib": {"evaluate.figures"},
     "optax": {"optim", "state", "train"},
     "safetensors": {"convert.safetensors_file"},
     "tensorflow": set(),
-    "torch": set(),
+    "torch": {"evaluate.huggingface_judge"},
+    "transformers": {"evaluate.huggingface_judge"},
+    "pocketsphinx": {"evaluate.ngram_judge"},
+    "mauve": {"evaluate.mauve"},
+    "threadpoolctl": {"evaluate.mauve"},
     "clu": set(),
 }
 CONFIG_READERS = {
@@ -84,8 +103,7 @@ CONFIG_READERS = {
     "optim",
     "sharding",
     "workdir",
-    "evaluate.rows",
-    "evaluate.suite",
+    "evaluate.__main__",
     "stages",
     "stages.few_step",
     "stages.pretrain",
@@ -94,7 +112,16 @@ CONFIG_READERS = {
     "stages.refine",
     "stages.autoregressive",
 }
-LATE_ONLY = {"tensorflow_datasets": {"tfds_builder"}, "grain": set(), "matplotlib": set()}
+LATE_ONLY = {
+    "tensorflow_datasets": {"tfds_builder"},
+    "grain": set(),
+    "matplotlib": set(),
+    "torch": set(),
+    "transformers": set(),
+    "pocketsphinx": set(),
+    "mauve": set(),
+    "threadpoolctl": set(),
+}
 DEVICES = ("cuda", "tpu", "gpu", "cpu")
 # A string that begins so is a path of some machine.
 ABSOLUTE = re.compile(r"(/|~/)\w+/|/(home|root|tmp|work|usr|opt|mnt|data|etc|var)\b")

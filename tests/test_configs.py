@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 
 from configs import base
 from fsdfm_jax import cli, data, main, models, stages, tokenizer, train, workdir
-from fsdfm_jax.evaluate import judges, report, rows
+from fsdfm_jax.evaluate import points, subjects, suite
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 # Every file of configs/ with its arguments.
 ARGUMENTS = {
     "base": [""],
-    "tiny": ["", "smoke"],
+    "tiny": ["", "smoke", "mask"],
     "paper_170m": [""],
     "paper_1b3": [""],
     "paper_1b7": [""],
@@ -34,7 +34,7 @@ def _load(name, arg):
 
 def test_every_file_is_in_the_table():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
-    assert files == set(ARGUMENTS)
+    assert files == {*ARGUMENTS, "sweep"}
 
 
 @pytest.mark.parametrize(("name", "arg"), ALL)
@@ -69,7 +69,9 @@ def test_every_file_makes_its_stages(name, arg, tmp_path):
     pipeline, _, _ = main.check(config, tmp_path)
     assert ",".join(entry.stage for entry in pipeline) == config.pipeline
     data.DataSpec.from_config(config.data)
-    rows.plan(config, pipeline, config.data.block_length)
+    settings = points.Settings.from_config(config.eval)
+    trained = {entry.run: entry.stage for entry in pipeline}
+    assert points.plan(settings, trained, config.data.block_length)
 
 
 def _get(config, dotted):
@@ -150,6 +152,22 @@ def test_paper_sizes_are_their_names(name, low, high):
     assert low < models.count_params(params) < high
 
 
+# -------------------------------------------------------------------------------------------- sweep
+@pytest.mark.parametrize("arg", ["", "smoke"])
+def test_the_sweep_has_the_axes_and_settings_that_are_read(arg):
+    config = importlib.import_module("configs.sweep").get_config(arg)
+    assert set(config.axes) == set(points.Axes._fields)
+    assert cli.keys(config.eval) == cli.keys(base.get_config().eval)
+    assert set(config) == {"name", "axes", "eval"}
+    points.Axes.from_config(config.axes)
+    points.Settings.from_config(config.eval)
+
+
+def test_the_sweep_refuses_another_argument():
+    with pytest.raises(ValueError, match="'42B'"):
+        importlib.import_module("configs.sweep").get_config("42B")
+
+
 # ------------------------------------------------------------------------- a run reads every key
 class _Record:
     """Dotted keys of one ConfigDict that package code asks for by name.
@@ -204,7 +222,7 @@ class _Prepared:
         return np.zeros((8, self.block_length), np.int32)
 
 
-def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch):
+def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
     """Everything of main.main runs, but training steps, sampling and files."""
     config = base.get_config()
     config.update_from_flattened_dict(
@@ -237,16 +255,20 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch):
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         return workdir.Weights(params, model, metadata, 1)
 
-    def fake_draw(spec, weights, process, *, num_samples, length, **others):
-        return rows.Samples(np.zeros((num_samples, length), np.int32), 1.0, 1.0)
+    def fake_catalogue(folder, trained, further):
+        assert list(trained) == list(networks)
+        return further
+
+    def fake_evaluate(settings, catalogue, prepared, directory, *, header):
+        assert isinstance(settings, points.Settings)
+        assert header["config"] == config.to_dict()
+        return "the table"
 
     monkeypatch.setattr(main.data, "prepare", lambda spec, directory: prepared)
     monkeypatch.setattr(main, "train", fake_train)
     monkeypatch.setattr(workdir, "load_weights", fake_weights)
-    monkeypatch.setattr(rows, "draw", fake_draw)
-    monkeypatch.setattr(report, "_picture", lambda path, rows: None)
-    zeros = lambda self, sequences: judges.Scores(np.ones(len(sequences)), np.ones(len(sequences)))
-    monkeypatch.setattr(judges.AutoregressiveJudge, "_score_lists", zeros)
+    monkeypatch.setattr(subjects, "catalogue", fake_catalogue)
+    monkeypatch.setattr(suite, "evaluate", fake_evaluate)
     for name, value in (("_CONFIG", config), ("_WORKDIR", str(tmp_path)), ("_EVALUATE", True)):
         monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
 
@@ -257,7 +279,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch):
         read = set(record.read)
     assert everything - read == set(), "keys that no run reads"
     assert record.missing == set(), "keys that base.py doesn't have"
-    assert (tmp_path / "report" / "results.json").is_file()
+    assert "the table" in capsys.readouterr().out
 
 
 def test_the_record_sees_what_it_should(monkeypatch):

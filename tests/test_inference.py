@@ -9,6 +9,7 @@ import pytest
 from chance import assert_frequencies
 
 from fsdfm_jax import inference, models, sampler
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
@@ -341,3 +342,71 @@ def test_autoregressive_sampler_takes_the_token_before_the_text():
         for token in (0, 3)
     )
     assert (first[:, 0] != other[:, 0]).any()
+
+
+# ---------------------------------------------------------------------------------------- observing
+@pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
+def test_the_observer_draws_the_same_and_says_how_sure_it_was(process):
+    steps, temperature, top_p = 3, 0.7, 0.9
+    given_BL, frozen_BL = _given([2], num_samples=4)
+    x0_BL, key = inference.draw_noise(process, jnp.uint32(3), given_BL, frozen_BL)
+    grid_S1 = sampler.uniform_grid(steps)
+
+    def run(make):
+        arguments = (jax.random.clone(key), x0_BL, frozen_BL, grid_S1, temperature, top_p)
+        return make(FEW_STEP.model, process, "cumulative")(FEW_STEP.params, *arguments)
+
+    plain_BL = run(inference.make_sampler)
+    x_BL, seen = run(inference.make_observer)
+    np.testing.assert_array_equal(x_BL, plain_BL)
+    np.testing.assert_array_equal(seen.tokens_SBL[-1], plain_BL)
+
+    before_BL = np.asarray(x0_BL)
+    for i in range(steps):
+        t_B, h_B = np.full(4, grid_S1[i]), np.full(4, 1 / 3, np.float32)
+        logits = np.asarray(models.apply(FEW_STEP.params, FEW_STEP.model, before_BL, t_B, h_B))
+        cut = np.asarray(logits_lib.nucleus(jnp.asarray(logits / temperature), top_p), np.float64)
+        p = np.exp(cut - cut.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        entropy_BL = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0), -1)
+        open_BL = ~frozen_BL if process is UNIFORM_PROCESS else ~frozen_BL & (before_BL == MASK)
+        after_BL = np.asarray(seen.tokens_SBL[i])
+        for row in range(4):
+            chosen = open_BL[row]
+            wanted = entropy_BL[row, chosen].mean() if chosen.any() else np.nan
+            np.testing.assert_allclose(seen.entropy_SB[i, row], wanted, rtol=1e-4)
+            moved = (after_BL != before_BL)[row, chosen]
+            share = moved.mean() if chosen.any() else 0.0
+            np.testing.assert_allclose(seen.changed_SB[i, row], share, atol=1e-6)
+        before_BL = after_BL
+
+
+def test_a_program_for_any_number_of_steps_draws_the_same():
+    given_BL, frozen_BL = _given([], num_samples=4)
+    x0_BL, key = inference.draw_noise(UNIFORM_PROCESS, jnp.uint32(5), given_BL, frozen_BL)
+    run = inference.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
+    compiled = run._cache_size()
+    for steps in (1, 3, 4):
+        grid = sampler.uniform_grid(steps)
+        arguments = (x0_BL, frozen_BL, grid, 1.0)
+        wanted_BL = run(FEW_STEP.params, jax.random.clone(key), *arguments)
+        arguments = (x0_BL, frozen_BL, sampler.pad_grid(grid, 8), 1.0, None, steps)
+        got_BL = run(FEW_STEP.params, jax.random.clone(key), *arguments)
+        np.testing.assert_array_equal(got_BL, wanted_BL)
+    assert run._cache_size() == compiled + 3 + 1
+
+
+# ------------------------------------------------------------------------ left to right, no memory
+def test_without_cache_the_same_tokens_are_drawn():
+    first_B = jnp.zeros((4,), jnp.int32)
+    given_BL, frozen_BL = _given([3, 1], num_samples=4)
+
+    def run(memory):
+        draw = inference.make_autoregressive_sampler(CAUSAL.model, L, memory=memory)
+        return draw(CAUSAL.params, jax.random.key(1), first_B, 0.8, given_BL, frozen_BL)
+
+    cached, anew = run("cache"), run("none")
+    np.testing.assert_array_equal(cached, anew)
+    assert (np.asarray(cached)[:, :2] == [3, 1]).all()
+    with pytest.raises(ValueError, match="Unknown memory='some'"):
+        inference.make_autoregressive_sampler(CAUSAL.model, L, memory="some")

@@ -356,3 +356,50 @@ def test_rows_over_eight_devices_are_rows_on_one(rows):
             body.split()[0] for body in bodies if re.search(r"all-(reduce|gather)\(", body)
         ]
         assert exchanging == ["ENTRY"]
+
+
+# ------------------------------------------------------------------------------------------ nucleus
+def _sorted_nucleus(logits, top_p):
+    """Kept ids of one row, by sorting in float64."""
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-p, kind="stable")
+    mass = np.cumsum(p[order] / p.sum())
+    return set(order[: np.searchsorted(mass, top_p) + 1].tolist())
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+def test_a_nucleus_is_the_fewest_likeliest_tokens_of_that_mass(top_p):
+    rows = np.random.default_rng(0).normal(size=(40, 2, 97)).astype(np.float32) * 3
+    cut = np.asarray(logits_lib.nucleus(jnp.asarray(rows), top_p))
+    for before, after in zip(rows.reshape(-1, 97), cut.reshape(-1, 97), strict=True):
+        kept = np.flatnonzero(after > -np.inf)
+        assert set(kept.tolist()) == _sorted_nucleus(before, top_p)
+        np.testing.assert_array_equal(after[kept], before[kept])
+
+
+def test_a_whole_nucleus_is_everything_and_ties_stay_together():
+    row = jnp.log(jnp.float32([[0.25, 0.25, 0.25, 0.25], [0.5, 0.2, 0.2, 0.1]]))
+    assert (logits_lib.nucleus(row, 1.0) > -jnp.inf).all()
+    np.testing.assert_array_equal(
+        logits_lib.nucleus(row, 0.6) > -jnp.inf,
+        [[True] * 4, [True, True, True, False]],
+    )
+
+
+def test_factored_logits_are_cut_after_the_temperature():
+    logits = factored(0, 2, 3, 11, positions=1)
+    wanted = logits_lib.nucleus(dense(logits) / 0.5, 0.7)
+    cut = logits_lib.nucleus(divide(logits, 0.5), 0.7)
+    assert isinstance(cut, Factored)
+    np.testing.assert_allclose(dense(cut), wanted, rtol=1e-5)
+    got = map_positions(lambda logits_BLV: (logits_BLV > -jnp.inf).sum(-1), cut)
+    np.testing.assert_array_equal(got, (wanted > -jnp.inf).sum(-1))
+    assert 1 < float(got.mean()) < 11
+
+
+def test_one_position():
+    logits = factored(1, 2, 5, 7)
+    for given in (logits, dense(logits)):
+        got = jax.jit(logits_lib.position)(given, 3)
+        assert got.shape == (2, 1, 7)
+        np.testing.assert_allclose(dense(got)[:, 0], dense(logits)[:, 3], rtol=1e-5, atol=1e-6)

@@ -26,7 +26,8 @@ from fsdfm_jax.stages import autoregressive
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
-ROWS = 1 + 1 + 3 + 3 * 2  # text, autoregressive, pretrain at 4, 1, 2 steps, three stages at 1, 2
+# Text, three controls, autoregressive, pretrain at 4, 1, 2 steps, three stages at 1, 2.
+ROWS = 1 + 3 + 1 + 3 + 3 * 2
 TINY = {
     "data.vocab_size": 300,
     "data.block_length": 8,
@@ -127,6 +128,10 @@ def _results(folder):
     return json.loads((folder / "report" / "results.json").read_text())
 
 
+def _samples(folder, row):
+    return np.load(folder / "report" / "samples" / f"{row['slug']}.npz")["tokens"]
+
+
 def _table(out):
     """The lines of the table in a program's output."""
     lines = out.splitlines()
@@ -187,6 +192,10 @@ def test_check_refuses(tmp_path, changes, message):
         {"eval.jumps": ("leap",)},
         {"eval.few_step_jump": "leap"},
         {"eval.temperature": 0.0},
+        {"eval.top_p": 0.0},
+        {"eval.grid": "linear"},
+        {"eval.task": "prefix:8"},
+        {"eval.controls": ("random",)},
         {"train.log_every": 0},
         {"train.checkpoint_every": 0},
         {"train.keep_checkpoints": 0},
@@ -247,14 +256,20 @@ def test_report_has_every_file_and_row(finished):
     assert len(_table(out)) == ROWS + 2  # header and rule
     with open(folder / "report" / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == ROWS
-    assert (folder / "report" / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "report" / "samples.txt").stat().st_size > 0
+    for name in ("results", "frontier", "steps", "time"):
+        assert (folder / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("samples.txt", "trajectories.txt", "report.html"):
+        assert (folder / "report" / name).stat().st_size > 0
     for row in rows:
-        tokens_NL = np.load(folder / "report" / "rows" / row["slug"] / "samples.npy")
+        tokens_NL = _samples(folder, row)
         assert tokens_NL.shape == (4, 8)
         assert tokens_NL.dtype == np.int32
-        assert row["perplexity_a"] > 1
-        assert row["perplexity_b"] > 1
+        for form in ("ids", "text"):
+            assert row["judges"]["autoregressive"][form]["perplexity_a"]["value"] > 1
+        if row["stage"] == "pretrain":  # bounded above the entropy of nothing at all
+            assert row["figures"]["bound_nats_per_token"]["value"] > 0.5
+        else:
+            assert row["figures"]["bound_nats_per_token"] is None
     assert str(folder / "report") in out
     assert "Done in" in out
 
@@ -285,11 +300,15 @@ def test_base_weights_reach_the_next_stage(finished):
 
 def test_running_again_changes_nothing(world, finished):
     folder, out = finished
-    stages, rows = _files(folder / "stages"), _files(folder / "report" / "rows")
+    finished_points = lambda: (
+        _files(folder / "report" / "samples")
+        | {"points": (folder / "report" / "points.jsonl").read_bytes()}
+    )
+    stages, points = _files(folder / "stages"), finished_points()
     results = _results(folder)
     again = world.run("main", *world.flags, f"--workdir={folder}")
     assert _files(folder / "stages") == stages
-    assert _files(folder / "report" / "rows") == rows
+    assert finished_points() == points
     assert _results(folder) == results
     assert _table(again) == _table(out)
 
@@ -301,14 +320,16 @@ def test_figures_can_be_recomputed_from_the_saved_samples(finished):
     eos_id = data.load(folder / "data").tokenizer.eos_id
     losses = jax.jit(lambda x1: autoregressive.token_losses(judge.params, judge.model, eos_id, x1))
     for row in _results(folder)["rows"]:
-        tokens_NL = np.load(folder / "report" / "rows" / row["slug"] / "samples.npy")
+        tokens_NL = _samples(folder, row)
         nll_NL = np.asarray(losses(tokens_NL), np.float64)
         perplexity = np.exp(nll_NL.mean(1)).mean()
-        np.testing.assert_allclose(row["perplexity_a"], perplexity, rtol=1e-5)
+        found = row["judges"]["autoregressive"]["ids"]["perplexity_a"]["value"]
+        np.testing.assert_allclose(found, perplexity, rtol=1e-5)
         shares = [np.unique(t, return_counts=True)[1] / len(t) for t in tokens_NL]
         entropy = np.mean([-(p * np.log(p)).sum() for p in shares])
-        np.testing.assert_allclose(row["entropy_nats"], entropy, rtol=1e-6)
-        np.testing.assert_allclose(row["entropy_bits"], entropy / np.log(2), rtol=1e-6)
+        figures = {name: found and found["value"] for name, found in row["figures"].items()}
+        np.testing.assert_allclose(figures["entropy_nats"], entropy, rtol=1e-6)
+        np.testing.assert_allclose(figures["entropy_bits"], entropy / np.log(2), rtol=1e-6)
 
 
 def test_generate_prints_its_samples(world, finished):
@@ -349,7 +370,7 @@ def test_killed_three_times_ends_the_same_bit_for_bit(world, finished):
     _kill_when(world.start(*command), lambda: any(pairs.glob("[0-9]*.npy")))
     assert not report.exists()
     kept = _files(folder / "stages" / "distill" / "checkpoints")
-    _kill_when(world.start(*command), lambda: any(report.glob("rows/*/row.json")))
+    _kill_when(world.start(*command), lambda: (report / "points.jsonl").exists())
     assert not (report / "results.json").exists()
     world.run(*command)
     assert _files(folder / "stages" / "distill" / "checkpoints") == kept

@@ -10,7 +10,15 @@ from chance import assert_frequencies
 
 from fsdfm_jax import draws, jumps
 from fsdfm_jax.logits import Factored
-from fsdfm_jax.sampler import check_grid, sample, sample_trajectory, uniform_grid
+from fsdfm_jax.sampler import (
+    check_grid,
+    make_grid,
+    pad_grid,
+    sample,
+    sample_autoregressive,
+    sample_trajectory,
+    uniform_grid,
+)
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
 
@@ -331,3 +339,133 @@ def test_steps_can_be_watched():
     np.testing.assert_array_equal(tokens_BL, expected_BL)
     assert [index for index, _ in seen] == [0, 1, 2, 3]
     np.testing.assert_array_equal(np.stack([x_BL for _, x_BL in seen]), steps_SBL)
+
+
+# ---------------------------------------------------------------------- the number of steps as data
+@SOURCES
+def test_steps_as_data_draw_what_the_grid_of_that_length_draws(source):
+    jump, finalize, x0_BL = setting(source)
+    traces = []
+
+    @jax.jit
+    def padded(key, x0_BL, grid_S1, num_steps):
+        traces.append(1)
+        return sample_trajectory(
+            key, denoise, jump, finalize, x0_BL, grid_S1, LOOSE, num_steps=num_steps
+        )
+
+    for grid in (uniform_grid(1), uniform_grid(4), UNEVEN):
+        steps = len(grid) - 1
+        tokens_BL, steps_SBL = trajectory(source, jax.random.key(3), x0_BL, grid)
+        got_BL, got_SBL = padded(jax.random.key(3), x0_BL, pad_grid(grid, 6), steps)
+        np.testing.assert_array_equal(got_BL, tokens_BL)
+        np.testing.assert_array_equal(got_SBL[:steps], steps_SBL)
+        assert not got_SBL[steps:].any()
+    assert len(traces) == 1  # of all numbers of steps
+
+
+def test_steps_as_data_compute_the_conditioning_of_each_step():
+    condition = lambda t_S, h_S: jnp.stack([t_S, h_S], axis=1)
+
+    def conditioned(x_BL, th):
+        return denoise(x_BL, jnp.full(B, th[0]), jnp.full(B, th[1]))
+
+    jump, finalize, x0_BL = setting(UNIFORM)
+    wanted_BL, _ = trajectory(UNIFORM, jax.random.key(4), x0_BL, UNEVEN)
+    got_BL = jax.jit(
+        lambda grid_S1, steps: sample(
+            jax.random.key(4),
+            conditioned,
+            jump,
+            finalize,
+            x0_BL,
+            grid_S1,
+            condition=condition,
+            num_steps=steps,
+        )
+    )(pad_grid(UNEVEN, 8), 4)
+    np.testing.assert_array_equal(got_BL, wanted_BL)
+
+
+def test_observing_sees_the_logits_before_and_the_tokens_around_a_step():
+    jump, finalize, x0_BL = setting(UNIFORM)
+    observe = lambda logits, x_BL, new_BL: (logits[:, 0, 0], x_BL, new_BL)
+    x_BL, (logit_SB, before_SBL, after_SBL) = sample_trajectory(
+        jax.random.key(5), denoise, jump, finalize, x0_BL, UNEVEN, temperature=0.5, observe=observe
+    )
+    np.testing.assert_array_equal(before_SBL[0], x0_BL)
+    np.testing.assert_array_equal(before_SBL[1:], after_SBL[:-1])
+    np.testing.assert_array_equal(after_SBL[-1], x_BL)
+    for i, (t, h) in enumerate(zip(UNEVEN[:-1], np.diff(UNEVEN), strict=True)):
+        logits_BLV = denoise(before_SBL[i], jnp.full(B, t), jnp.full(B, h)) / 0.5
+        np.testing.assert_allclose(logit_SB[i], logits_BLV[:, 0, 0], rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------- shapes of grids
+def test_grids_by_name():
+    np.testing.assert_array_equal(make_grid("uniform", 3), uniform_grid(3))
+    thirds = np.arange(4) / 3
+    np.testing.assert_allclose(make_grid("power:2", 3), thirds**2, rtol=1e-6)
+    np.testing.assert_allclose(make_grid("power:0.5", 3), thirds**0.5, rtol=1e-6)
+    cosine = [0, 1 - np.cos(np.pi / 6), 1 - np.cos(np.pi / 3), 1]
+    np.testing.assert_allclose(make_grid("cosine", 3), cosine, rtol=1e-6)
+    for shape in ("uniform", "power:3", "cosine"):
+        assert make_grid(shape, 1).tolist() == [0, 1]
+        assert len(make_grid(shape, 1024)) == 1025
+        assert make_grid(shape, 1024).dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", ["power", "power:0", "power:x", "power:inf", "linear", ""])
+def test_unknown_grids_are_refused(shape):
+    with pytest.raises(ValueError, match=f"Unknown grid '{shape}'"):
+        make_grid(shape, 4)
+
+
+def test_a_grid_that_float32_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="increase strictly"):
+        make_grid("power:40", 1024)
+
+
+def test_padding():
+    padded = pad_grid(UNEVEN, 6)
+    assert padded.dtype == np.float32
+    assert padded.tolist() == [*UNEVEN.tolist(), 1, 1]
+    with pytest.raises(ValueError, match="4 steps doesn't fit into 3"):
+        pad_grid(UNEVEN, 3)
+
+
+# ------------------------------------------------------------------------------------------ nucleus
+POSTERIOR = np.float32([0.4, 0.3, 0.2, 0.1])
+# Of top-p 0.65 the first two are enough.
+CUT = np.float64([4 / 7, 3 / 7, 0, 0])
+
+
+def test_a_nucleus_is_drawn_from_renormalised():
+    rows, length = 400, 50
+    constant = lambda x_BL, t_B, h_B: jnp.broadcast_to(
+        jnp.log(POSTERIOR)[None, None], (rows, length, 4)
+    )
+    source = Source(4)
+    jump = jumps.make_jump(jumps.MIXTURE, Polynomial())
+    finalize = jumps.make_finalize(source)
+    x0_BL = source.sample(jax.random.key(0), (rows, length))
+
+    @jax.jit
+    def run(key, top_p):
+        return sample(key, constant, jump, finalize, x0_BL, uniform_grid(2), top_p=top_p)
+
+    counts = np.bincount(np.asarray(run(jax.random.key(1), 0.65)).ravel(), minlength=4)
+    assert_frequencies(counts, CUT)
+    counts = np.bincount(np.asarray(run(jax.random.key(2), 1.0)).ravel(), minlength=4)
+    assert_frequencies(counts, POSTERIOR.astype(np.float64) / POSTERIOR.sum(dtype=np.float64))
+
+
+def test_left_to_right_draws_from_a_nucleus_too():
+    decode = lambda token_B, position, cache: (
+        jnp.broadcast_to(jnp.log(POSTERIOR)[None], (400, 4)),
+        cache,
+    )
+    tokens_BL = sample_autoregressive(
+        jax.random.key(0), decode, (), jnp.zeros(400, jnp.int32), 50, top_p=0.65
+    )
+    assert_frequencies(np.bincount(np.asarray(tokens_BL).ravel(), minlength=4), CUT)

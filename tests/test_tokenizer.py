@@ -65,6 +65,30 @@ def test_special_tokens_in_text_are_text(name, request):
     assert tokenizer.encode_batch([text, "", "b"]) == [ids, [], tokenizer.encode("b")]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bpe"])
+def test_offsets_are_those_of_characters(name, request):
+    tokenizer = request.getfixturevalue(name)
+    texts = ["Line: the people", "", "a 日 <|endoftext|>naïve\n\n"]
+    pairs = tokenizer.encode_with_offsets(texts)
+    assert [ids for ids, _ in pairs] == tokenizer.encode_batch(texts)
+    for text, (ids, offsets) in zip(texts, pairs, strict=True):
+        assert len(ids) == len(offsets)
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            part = tokenizer.decode([token])
+            assert text[start:end] == part or "\ufffd" in part
+    ids, offsets = pairs[2]
+    sign = [ids[i] for i, (start, end) in enumerate(offsets) if start <= 2 < end]
+    assert tokenizer.decode(sign).strip() == "日"  # its tokens all have its place
+    assert len(sign) > 1
+
+
+def test_vocabulary_names_each_id(gpt2, bpe):
+    for tokenizer in (gpt2, bpe):
+        assert sorted(tokenizer.vocabulary.values()) == list(range(tokenizer.vocab_size))
+        assert tokenizer.vocabulary["<|endoftext|>"] == tokenizer.eos_id
+    assert gpt2.vocabulary["Hello"] == 15496
+
+
 def test_decode_leaves_out_end_of_text(gpt2):
     assert gpt2.decode([15496, gpt2.eos_id, 995]) == "Hello world"
 

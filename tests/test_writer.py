@@ -196,6 +196,23 @@ def test_terminal_shows_one_live_bar(tmp_path, monkeypatch):
     assert "4/4" in terminal.getvalue()
 
 
+def test_bars_inside_others_share_the_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with Progress("points", total=3) as points:
+        for name in ("first", "second"):
+            with Progress(name, total=2) as samples:
+                samples.advance(2)
+            points.advance()
+    assert not writer._bars
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    for part in ("points", "2/3", "first", "second"):
+        assert part in text
+    assert text.strip().splitlines()[-1].startswith("points")
+
+
 def test_progress_lines_are_rare(clock, capsys):
     with Progress("sampling base 1024 steps", total=100) as progress:
         clock.now += 60

@@ -145,6 +145,14 @@ def checksum(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
 
 
+def content_hash(params: Params) -> str:
+    """sha256 of all parameters with their paths, in their order, first 16 hex digits."""
+    content = hashlib.sha256()
+    for path, array in flatten(params).items():
+        content.update(f"{path} {checksum(array)}\n".encode())
+    return content.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------- descriptions
 
 _MOST_JSON = 2**26  # bytes; tokenizers of large vocabularies take a few MB

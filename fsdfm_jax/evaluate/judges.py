@@ -1,72 +1,242 @@
-"""Language models that score samples: the in-house autoregressive model, on ids or text."""
+"""Language models that score samples: the in-house one, and all others by a name, `open_judge`."""
 
+import dataclasses
+import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fsdfm_jax import inference
+from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import formats
+from fsdfm_jax.evaluate import huggingface_judge, ngram_judge, scoring
+from fsdfm_jax.evaluate.scoring import Judge, Scores, Text
+from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.tokenizer import Tokenizer
-from fsdfm_jax.workdir import Weights
 
-# Lengths of re-tokenised texts are rounded up to a multiple of this, to compile a few shapes only.
-_LENGTH_BUCKET = 64
+__all__ = ["SPECS", "AutoregressiveJudge", "Judge", "Scores", "Text", "open_judge"]
 
-
-class Scores(NamedTuple):
-    """Negative log-likelihood in nats and number of tokens of each text, float64 / int64 [N]."""
-
-    nll: np.ndarray
-    tokens: np.ndarray
+SPECS = (
+    '"hf:FOLDER" (a causal language model as Hugging Face saves it), "gguf:FILE", '
+    '"package:NAME/PATH.gguf" (a file that an installed package ships), "ngram:pocketsphinx", '
+    '"ngram:FILE" (.lm.bin, .lm or .arpa, also .gz) or "bundle:PATH", "bundle:PATH#RUN" (an '
+    "autoregressive model of this project)"
+)
+# Widths of batches are rounded up to a multiple of this, and of a quarter of the power of two
+# below, so that few shapes are compiled and at most a fifth of a long row is padding.
+_WIDTH = 64
+_LOGITS_MIB = ModelConfig.logits_mib
 
 
 class AutoregressiveJudge:
-    """Scores every token with a run of `autoregressive`; the first given the end of a document.
+    """The in-house judge, a network of the stage `autoregressive`.
+
+    Every token is scored; the first is given the end of a document, as in training.
 
     Args:
-      weights: of that run.
-      tokenizer: the run's tokenizer.
+      params, model: of the network.
+      tokenizer: it was trained with.
+      name: see `Judge`.
+      metadata: JSON dict of where the parameters come from, for `describe`.
       batch_size: texts scored at once.
+
+    Raises:
+      ValueError: the network isn't causal, or has another vocabulary than the tokenizer.
     """
 
-    def __init__(self, weights: Weights, tokenizer: Tokenizer, *, batch_size: int = 32):
-        if not weights.model.causal:
+    def __init__(
+        self,
+        params: Params,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "autoregressive",
+        metadata: dict[str, Any],
+        batch_size: int = 32,
+    ):
+        if not model.causal:
             raise ValueError(
                 "The in-house judge is an autoregressive model; the weights given belong to stage "
-                f"{weights.metadata['stage']!r}."
+                f"{metadata.get('stage')!r}."
             )
-        self._weights, self._tokenizer, self._batch_size = weights, tokenizer, batch_size
-
-        def score(params, tokens_BL, counted_BL):
-            losses_BL = autoregressive.token_losses(
-                params, weights.model, tokenizer.eos_id, tokens_BL
+        if not tokenizer.vocab_size <= model.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens, the judge {model.vocab_size}; "
+                "give the tokenizer it was trained with."
             )
-            return jnp.sum(losses_BL * counted_BL, axis=1)
+        self.name, self.tokenizer = name, tokenizer.fingerprint
+        self._params, self._tokenizer, self._batch_size = params, tokenizer, batch_size
+        # Features are to be had where the logits aren't written down.
+        self._model = dataclasses.replace(model, logits_mib=model.logits_mib or _LOGITS_MIB)
+        self._sha256 = bundle_lib.content_hash(params)
+        self._metadata = metadata
+        self._losses = jax.jit(self._token_losses)
+        self._last_features = jax.jit(self._features_at)
 
-        self._score = jax.jit(score)
+    def describe(self) -> dict[str, Any]:
+        """See `Judge`; "source" is the metadata given."""
+        return {
+            "kind": "autoregressive",
+            "name": self.name,
+            "sha256": self._sha256,
+            "tokenizer": self.tokenizer,
+            "first_token": "given end of document",
+            "context": None,  # the whole text
+            "dtype": self._model.dtype,
+            "source": self._metadata,
+            "versions": {"jax": jax.__version__},
+        }
 
-    def score_ids(self, tokens_NL: np.ndarray) -> Scores:
-        """Scores raw ids, int [N, L], without a detour through text."""
-        return self._score_lists([list(row) for row in np.asarray(tokens_NL)])
+    def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
+        """See `Judge`."""
+        tokens_NL, counted_NL = scoring.check_ids(tokens_NL, counted_NL, self._tokenizer.vocab_size)
+        num_bytes = scoring.bytes_of_ids(self._tokenizer, tokens_NL, counted_NL)
+        return self._score(list(tokens_NL), list(counted_NL), num_bytes)
 
-    def score_text(self, texts: Sequence[str]) -> Scores:
-        """Scores texts after tokenising them anew; an empty text has 0 tokens and 0 nats."""
-        return self._score_lists(self._tokenizer.encode_batch(list(texts)))
+    def score_text(self, texts: Sequence[Text]) -> Scores:
+        """See `Judge`."""
+        encoded = self._tokenizer.encode_with_offsets([text.text for text in texts])
+        counted, num_bytes = scoring.counted_tokens(
+            texts, [[end for _, end in offsets] for _, offsets in encoded]
+        )
+        return self._score([ids for ids, _ in encoded], counted, num_bytes)
 
-    def _score_lists(self, sequences: list[list[int]]) -> Scores:
-        counts = np.asarray([len(s) for s in sequences], np.int64)
-        width = max(-(-int(counts.max(initial=1)) // _LENGTH_BUCKET), 1) * _LENGTH_BUCKET
-        nll = np.zeros(len(sequences))
-        for start in range(0, len(sequences), self._batch_size):
-            part = sequences[start : start + self._batch_size]
-            # The last batch is filled up with empty rows: no remainder is dropped, no shape is new.
-            tokens = np.zeros((self._batch_size, width), np.int32)
-            counted = np.zeros((self._batch_size, width), np.float32)
-            for row, sequence in enumerate(part):
-                tokens[row, : len(sequence)] = sequence
-                counted[row, : len(sequence)] = 1.0
-            values = self._score(self._weights.params, tokens, counted)
-            nll[start : start + len(part)] = np.asarray(values)[: len(part)]
-        return Scores(nll, counts)
+    def features(self, texts: Sequence[Text]) -> np.ndarray:
+        """See `Judge`: what the head takes, once the network has read the last token."""
+        sequences = self._tokenizer.encode_batch([text.text for text in texts])
+        features_ND = np.zeros((len(texts), self._model.width), np.float32)
+        # The network reads its input a place late: after the last token stands one more place.
+        lengths = [len(ids) + 1 for ids in sequences]
+        for indices in scoring.batches(lengths, self._batch_size):
+            tokens_BL = self._padded([sequences[i] for i in indices], lengths[indices[0]])
+            last_B = np.zeros(self._batch_size, np.int32)
+            last_B[: len(indices)] = [len(sequences[i]) for i in indices]
+            values_BD = self._last_features(self._params, tokens_BL, last_B)
+            features_ND[indices] = np.asarray(values_BD)[: len(indices)]
+        return features_ND
+
+    def _score(self, sequences, counted, num_bytes) -> Scores:
+        nll_N = np.zeros(len(sequences))
+        # What follows the last token that counts needs no network.
+        ends = [int(np.flatnonzero(part)[-1]) + 1 if part.any() else 0 for part in counted]
+        for indices in scoring.batches(ends, self._batch_size):
+            tokens_BL = self._padded([sequences[i][: ends[i]] for i in indices], ends[indices[0]])
+            losses_BL = np.asarray(self._losses(self._params, tokens_BL), np.float64)
+            for row, i in enumerate(indices):
+                nll_N[i] = losses_BL[row, : ends[i]][counted[i][: ends[i]]].sum()
+        tokens_N = np.asarray([part.sum() for part in counted], np.int64)
+        return Scores(nll_N, tokens_N, num_bytes, np.zeros_like(tokens_N))
+
+    def _padded(self, sequences, longest: int) -> np.ndarray:
+        # The last batch is filled up with empty rows: no remainder is dropped, no shape is new.
+        unit = max(_WIDTH, 2 ** (longest.bit_length() - 3))
+        tokens_BL = np.zeros((self._batch_size, -(-longest // unit) * unit), np.int32)
+        for row, ids in enumerate(sequences):
+            tokens_BL[row, : len(ids)] = ids
+        return tokens_BL
+
+    def _token_losses(self, params, tokens_BL):
+        return autoregressive.token_losses(params, self._model, self._tokenizer.eos_id, tokens_BL)
+
+    def _features_at(self, params, tokens_BL, last_B):
+        logits = autoregressive.predict_next(params, self._model, self._tokenizer.eos_id, tokens_BL)
+        features_BLD = logits.features_BLD
+        return jnp.take_along_axis(features_BLD, last_B[:, None, None], axis=1)[:, 0].astype(
+            jnp.float32
+        )
+
+
+def open_judge(spec: str, *, batch_size: int = 32, ids_tokenizer: Tokenizer | None = None) -> Judge:
+    """Opens a judge that isn't a run of the pipeline.
+
+    Args:
+      spec: one of `SPECS`.
+      batch_size: texts scored at once.
+      ids_tokenizer: of the samples; a Hugging Face model that has the same vocabulary then scores
+        their ids as well as their text.
+
+    Raises:
+      ValueError: no such form, nothing there, or a library is missing.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in _OPENERS or not colon or not rest:
+        raise ValueError(f"Unknown judge {spec!r}; expected {SPECS}.")
+    return _OPENERS[kind](rest, batch_size, ids_tokenizer)
+
+
+def _open_folder(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    return huggingface_judge.open_folder(
+        _existing(rest, f"hf:{rest}"), batch_size=batch_size, ids_tokenizer=ids_tokenizer
+    )
+
+
+def _open_gguf(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    return huggingface_judge.open_gguf(
+        _existing(rest, f"gguf:{rest}"), batch_size=batch_size, ids_tokenizer=ids_tokenizer
+    )
+
+
+def _open_package(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    name, _, relative = rest.partition("/")
+    remedy = f'install it to use the judge "package:{rest}"'
+    folder = tokenizer_lib.package_folder(name, remedy)
+    if not relative.lower().endswith(".gguf"):
+        raise ValueError(f'Expected the judge as "package:NAME/PATH.gguf", got "package:{rest}".')
+    return _open_gguf(str(folder / relative), batch_size, ids_tokenizer)
+
+
+def _open_ngram(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    del batch_size, ids_tokenizer  # it reads word by word, and no ids
+    if rest == "pocketsphinx":
+        return ngram_judge.open_pocketsphinx()
+    return ngram_judge.NGramJudge(_existing(rest, f"ngram:{rest}"))
+
+
+def _open_bundle(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    del ids_tokenizer  # it brings its own
+    path, run = pathlib.Path(rest).expanduser(), ""
+    if not path.exists():
+        before, _, run = rest.rpartition("#")
+        path = _existing(before or rest, f"bundle:{rest}")
+    bundle = formats.open_bundle(path, stage=run)
+    if bundle.tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer, so it can't judge text; convert it with the one it was "
+            "trained with (python -m fsdfm_jax.convert --tokenizer=..)."
+        )
+    if not bundle.model.causal:
+        raise ValueError(
+            f"A judge is an autoregressive model; {path} holds a model of stage "
+            f"{bundle.provenance.get('stage')!r}. Name a run of a working directory as "
+            '"bundle:PATH#RUN".'
+        )
+    known = ("run", "stage", "weights", "step", "data", "code_version")
+    return AutoregressiveJudge(
+        bundle.device_params(),
+        inference.portable(bundle.model),
+        bundle.tokenizer,
+        name=f"{path.resolve().name}#{run}" if run else path.resolve().name,
+        metadata={key: bundle.provenance.get(key) for key in known},
+        batch_size=batch_size,
+    )
+
+
+_OPENERS = {
+    "hf": _open_folder,
+    "gguf": _open_gguf,
+    "package": _open_package,
+    "ngram": _open_ngram,
+    "bundle": _open_bundle,
+}
+
+
+def _existing(text: str, spec: str) -> pathlib.Path:
+    path = pathlib.Path(text).expanduser()
+    if not path.exists():
+        raise ValueError(f"There is nothing at {path} (judge {spec!r}); expected {SPECS}.")
+    return path

@@ -1,0 +1,247 @@
+"""Upper bound on the negative log-likelihood of text under a base model.
+
+Let T = 1 - eps. A base model is a Markov chain P: it starts from the source, moves position i at
+time t < T to a token y other than x_i at the rate g(t) p(y | x, t), and at T draws the text by
+`jumps.make_finalize`, with probability p_fin(x1 | x_T). Let Q be the law of the mixture path that
+leads to the text x1: the same start, and position i jumps from x0_i to x1_i at the rate g(t). The
+path x_[0,T] is a latent variable, hence by Jensen's inequality
+
+    -log p(x1) = -log E_P[ p_fin(x1 | x_T) ] <= KL(Q || P) + E_Q[ -log p_fin(x1 | x_T) ].
+
+Two jump processes from one start, with rates q and p, differ by the integral of the mean of
+sum_i sum_{y != x_i} [q log(q/p) - q + p]. With q = g 1{y = x1_i} this is, position by position,
+
+    xt != x1    g [-log p(x1) - 1 + (1 - p(xt))]    = -g [p(xt) + log p(x1)]
+    xt == x1    g (1 - p(xt))                         = -g [p(xt) - 1]
+
+that is the path loss (arXiv:2509.20624 eq. 3.8) at the rate g. All three jump rules have these
+rates as their steps become small; the bound is that of many small steps, then one of width eps, at
+temperature 1 and without a cut of the tail. The second term makes the cut integral a valid bound;
+without it, whatever the model gets wrong in its last step would be free.
+
+What counts of a position follows from what the sampler does with it:
+
+    source, `revealed`    path loss                         last term
+    uniform               all positions                     all positions, of the full posterior
+    mask, "stay"          masked ones: shown ones have      masked ones, the mask excluded: shown
+                          rate 0 under P as under Q         ones are kept, with probability 1
+    mask, "jump"          all: P lets shown ones move,      masked ones, the mask excluded
+                          at a rate that Q never takes
+
+Compare bounds of one source only. With masks the exact posterior attains the entropy of the data
+(but for the last step, by O(eps^2)). With uniform noise it stays above: Q reveals which tokens have
+jumped, a chain that sees the tokens alone can't follow that.
+
+The integral runs over kappa instead of t, g dt = d kappa / (1 - kappa): the same number, without
+the infinite slope that some schedules have at t = 0.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fsdfm_jax import logits as logits_lib
+from fsdfm_jax import losses, models, paths
+from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.stages import Process
+
+# Times of a sample, however many samples share `num_times`: a figure of its own for the bootstrap.
+_FEWEST_TIMES = 8
+
+
+def nats_per_token(
+    params: Params,
+    model: ModelConfig,
+    process: Process,
+    x1_NL: np.ndarray,
+    *,
+    num_times: int = 1024,
+    time_eps: float = 1e-3,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """The bound of the module for a base model, an unbiased estimate of it for each sample.
+
+    The exponential of its mean bounds the perplexity per token from above.
+
+    Args:
+      params, model: of the base model.
+      process: it was trained on, `revealed` included.
+      x1_NL, num_times, time_eps, seed, batch_size, progress: as in `estimate`.
+
+    Returns:
+      float64 [N], nats per token.
+
+    Raises:
+      ValueError: for a network that no such bound belongs to, or as `estimate` does.
+    """
+    if model.causal:
+        raise ValueError(
+            "The bound is that of a flow-matching model; a causal network has its exact "
+            "log-likelihood: the sum of its token losses."
+        )
+    if model.conditioning != "none":
+        raise ValueError(
+            f"A few-step network (conditioning={model.conditioning!r}) has no valid bound: what it "
+            "computes for a step width is learnt from a teacher, and no chain of infinitesimal "
+            "steps is its own. Give the base model it started from."
+        )
+    if model.vocab_size != process.source.vocab_size:
+        raise ValueError(
+            f"The network knows {model.vocab_size} tokens, the process {process.source.vocab_size};"
+            " they don't belong together."
+        )
+    return estimate(
+        jax.tree_util.Partial(_predictor(model), params),
+        process,
+        x1_NL,
+        num_times=num_times,
+        time_eps=time_eps,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def estimate(
+    denoise: jax.tree_util.Partial,
+    process: Process,
+    x1_NL: np.ndarray,
+    *,
+    num_times: int = 1024,
+    time_eps: float = 1e-3,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """The bound of the module for any network.
+
+    Each sample gets K = max(8, num_times / N rounded up) times, one in each of K equal parts of
+    [0, kappa(T)], and one draw at T for the last term. Each part is cut into N strata, which are
+    dealt out to the samples at random: over the data set each of the N K strata is used exactly
+    once. A sample's times are uniform in their parts, so that its own estimate is unbiased too.
+
+    Args:
+      denoise: (x_BL, t_B) -> logits [B, L, V], as an array or factored; its bound arguments are
+        arguments of the compiled program, not part of it.
+      process: schedule, source and what becomes of revealed tokens.
+      x1_NL: text, int [N, L], without mask tokens.
+      num_times: times over all samples.
+      time_eps: width eps of the last step, in (0, 1).
+      seed: of times and noise. The noise of a row depends on the seed, its sample and its part, so
+        that `batch_size` changes the result by rounding alone.
+      batch_size: rows of one call of the network; the last batch is filled up, none is dropped.
+      progress: told after each batch how many more of `num_times` are done; all of them in the end.
+
+    Returns:
+      float64 [N], nats per token.
+
+    Raises:
+      ValueError: for arguments outside their range, or tokens that no data holds.
+    """
+    x1_NL = _checked(x1_NL, process)
+    for name, value in (("num_times", num_times), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not 0 < time_eps < 1:
+        raise ValueError(
+            f"time_eps must lie in (0, 1), got {time_eps}: the rate g(t) is unbounded at t=1."
+        )
+    num_samples = len(x1_NL)
+    parts = max(_FEWEST_TIMES, math.ceil(num_times / num_samples))
+    # The last column is the draw at T, which no time belongs to.
+    share_NP = np.pad(_strata(seed, num_samples, parts), [(0, 0), (0, 1)])
+    per_sample = parts + 1
+    program, key = _program(process, time_eps), jax.random.key(seed)
+
+    values, rows = [], num_samples * per_sample
+    for start in range(0, rows, batch_size):
+        # Beyond the end the last row again, to be cut off.
+        row_B = np.minimum(np.arange(start, start + batch_size), rows - 1)
+        sample_B, part_B = np.divmod(row_B, per_sample)
+        inputs = (sample_B, part_B, share_NP[sample_B, part_B].astype(np.float32), part_B == parts)
+        values.append(np.asarray(program(denoise, key, x1_NL[sample_B], *inputs)))
+        if progress is not None:
+            stop = min(start + batch_size, rows)
+            progress(num_times * stop // rows - num_times * start // rows)
+    value_NP = np.concatenate(values)[:rows].astype(np.float64).reshape(num_samples, per_sample)
+    return value_NP[:, :parts].mean(axis=1) + value_NP[:, parts]
+
+
+def _checked(x1_NL, process):
+    x1_NL = np.asarray(x1_NL)
+    if x1_NL.ndim != 2 or not x1_NL.size or not np.issubdtype(x1_NL.dtype, np.integer):
+        raise ValueError(
+            "The bound is that of token ids [N, L] with N, L >= 1, got "
+            f"{x1_NL.dtype} {x1_NL.shape}."
+        )
+    source = process.source
+    if x1_NL.min() < 0 or x1_NL.max() >= source.vocab_size or np.any(x1_NL == source.mask_id):
+        raise ValueError(
+            f"Text holds ids of [0, {source.vocab_size}) other than the mask ({source.mask_id}); "
+            f"got ids from {x1_NL.min()} to {x1_NL.max()}."
+        )
+    return x1_NL.astype(np.int32)
+
+
+def _strata(seed, num_samples, parts):
+    """Numbers in [0, 1), float64 [N, parts]: column k in part k, each row in a stratum of its own
+    there."""
+    rng = np.random.default_rng(seed)
+    order_NP = rng.permuted(np.tile(np.arange(num_samples)[:, None], parts), axis=0)
+    within_NP = (order_NP + rng.random(order_NP.shape)) / num_samples
+    return (np.arange(parts) + within_NP) / parts
+
+
+@functools.lru_cache(maxsize=8)
+def _predictor(model):
+    return lambda params, x_BL, t_B: models.predict(params, model, x_BL, t_B)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(process, time_eps):
+    return jax.jit(functools.partial(_row_nats, process, time_eps))
+
+
+def _row_nats(
+    process, time_eps, denoise, key, x1_BL, sample_B, part_B, share_B, is_last_B
+) -> jax.Array:
+    """One draw of each row's integrand times kappa(T), or of its last term; nats/token, [B]."""
+    schedule, source = process.schedule, process.source
+    end = 1.0 - time_eps
+    kappa_end = schedule.kappa(end)
+    t_B = jnp.where(is_last_B, end, schedule.inverse(share_B * kappa_end))
+    weight_B = kappa_end / schedule.remaining(t_B)
+
+    def noised(x1_L, sample, part, t):
+        row_key = jax.random.fold_in(jax.random.fold_in(key, sample), part)
+        noise_key, path_key = jax.random.split(row_key)
+        x0_1L = source.sample(noise_key, (1, len(x1_L)))
+        return paths.sample_path(path_key, schedule, x0_1L, x1_L[None], t[None])[0]
+
+    xt_BL = jax.vmap(noised)(x1_BL, sample_B, part_B, t_B)
+    weight_BL, is_last_BL = (
+        jnp.broadcast_to(x_B[:, None], xt_BL.shape) for x_B in (weight_B, is_last_B)
+    )
+
+    def terms(logits_BLV, xt_BL, x1_BL, weight_BL, is_last_BL):
+        path_BL = losses.path_loss(logits_BLV, xt_BL, x1_BL, weight_BL)
+        if source.mask_id is not None:
+            is_mask_V = jnp.arange(source.vocab_size) == source.mask_id
+            logits_BLV = jnp.where(is_mask_V[None, None], -jnp.inf, logits_BLV)
+        last_BL = losses.cross_entropy(logits_BLV, x1_BL)
+        if source.mask_id is not None:
+            is_masked_BL = xt_BL == source.mask_id
+            last_BL = jnp.where(is_masked_BL, last_BL, 0.0)
+            if process.revealed == "stay":
+                path_BL = jnp.where(is_masked_BL, path_BL, 0.0)
+        return jnp.where(is_last_BL, last_BL, path_BL)
+
+    logits = denoise(xt_BL, t_B)
+    terms_BL = logits_lib.map_positions(terms, logits, xt_BL, x1_BL, weight_BL, is_last_BL)
+    return jnp.mean(terms_BL, axis=1)

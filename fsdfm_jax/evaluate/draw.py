@@ -1,0 +1,251 @@
+"""Samples of a point: what a model writes, the naive controls, and how a model came to its text.
+
+One program serves all numbers of steps, grids, temperatures and seeds of a model and jump rule;
+only whether there is a nucleus at all makes it another one.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fsdfm_jax import inference, models, sampler
+from fsdfm_jax import logits as logits_lib
+from fsdfm_jax.evaluate.points import Point
+from fsdfm_jax.evaluate.subjects import Subject
+from fsdfm_jax.stages import autoregressive
+from fsdfm_jax.trajectory import Trajectory
+from fsdfm_jax.writer import Progress
+
+# A call that is at least this long needn't be repeated to be timed: what the first call of a
+# program pays for besides its work is a matter of milliseconds.
+_LONG_CALL = 0.5
+# Steps of a trajectory that are kept, the first and the last among them.
+_FRAMES = 64
+_TRAJECTORIES = 2
+
+
+class Given(NamedTuple):
+    """What the samples are made around.
+
+    Attributes:
+      tokens_NL: int32 [N, L], of no meaning where nothing is frozen.
+      frozen_NL: bool [N, L].
+    """
+
+    tokens_NL: np.ndarray
+    frozen_NL: np.ndarray
+
+
+class Drawn(NamedTuple):
+    """Samples int32 [N, L]; seconds per sample of the fastest batch; seconds of compilation."""
+
+    tokens_NL: np.ndarray
+    seconds_per_sample: float
+    compile_seconds: float
+
+
+class Watched(NamedTuple):
+    """How the first samples of a point came about.
+
+    Attributes:
+      times_S: time at which each step begins (an autoregressive model's: its position / L).
+      entropy_RS: nats, mean entropy of what the step drew from, of each watched sample; NaN where
+        nothing was left to draw.
+      changed_RS: share of the positions that moved.
+      trajectories: of the first ones; none for an autoregressive model, which never goes back.
+    """
+
+    times_S: np.ndarray
+    entropy_RS: np.ndarray
+    changed_RS: np.ndarray
+    trajectories: list[Trajectory]
+
+
+def capacity(points: list[Point]) -> int:
+    """Steps that one program must have room for to serve all points: a power of two."""
+    most = max((point.steps for point in points if point.steps and point.jump), default=1)
+    return 1 << (most - 1).bit_length()
+
+
+def draw(point: Point, subject: Subject, given: Given, *, batch_size: int, room: int) -> Drawn:
+    """Draws a point's samples, batch after batch; the last batch is computed whole and cut.
+
+    The noise of a row depends on seed, batch and row only, so that points are compared on the same
+    noise.
+
+    Args:
+      point: of kind "model".
+      subject: its model.
+      given: N samples' worth.
+      batch_size: samples drawn at once, at most N of them.
+      room: from `capacity`.
+    """
+    num_samples, length = given.tokens_NL.shape
+    batch_size = min(batch_size, num_samples)
+    batches = -(-num_samples // batch_size)
+    compiled, compile_seconds = _compile(
+        subject.model, subject.process, point.jump, batch_size, length, room, point.top_p < 1
+    )
+    drawn, seconds = [], []
+    with Progress(f"sampling {point.slug}", total=batches * batch_size) as progress:
+        for index in range(batches):
+            inputs = jax.block_until_ready(_inputs(point, subject, given, batch_size, index, room))
+            began = time.perf_counter()
+            drawn.append(np.asarray(compiled(subject.params, *inputs)))
+            seconds.append(time.perf_counter() - began)
+            progress.advance(batch_size)
+    if batches == 1 and seconds[0] < _LONG_CALL:
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(subject.params, *inputs))
+        seconds.append(time.perf_counter() - began)
+    tokens_NL = np.concatenate(drawn)[:num_samples].astype(np.int32)
+    return Drawn(tokens_NL, min(seconds) / batch_size, compile_seconds)
+
+
+def _batch_key(point: Point, index: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(point.seed), index)
+
+
+def _inputs(point, subject, given, batch_size, index, room) -> tuple:
+    """The arguments of a batch's sampler after the parameters."""
+    rows = slice(index * batch_size, (index + 1) * batch_size)
+    missing = batch_size - len(given.tokens_NL[rows])
+    padding = [(0, missing), (0, 0)]
+    frozen_BL = np.pad(given.frozen_NL[rows], padding)
+    given_BL = np.where(frozen_BL, np.pad(given.tokens_NL[rows], padding), 0).astype(np.int32)
+    temperature = jnp.float32(point.temperature)
+    top_p = jnp.float32(point.top_p) if point.top_p < 1 else None
+    key = _batch_key(point, index)
+    if subject.model.causal:
+        first_B = jnp.full((batch_size,), subject.process.eos_id, jnp.int32)
+        return key, first_B, temperature, jnp.asarray(given_BL), jnp.asarray(frozen_BL), top_p
+    noise_key, sample_key = jax.random.split(key)
+    x0_BL = subject.process.source.sample(noise_key, given_BL.shape).astype(jnp.int32)
+    x0_BL = jnp.where(frozen_BL, given_BL, x0_BL)
+    grid = sampler.pad_grid(sampler.make_grid(point.grid, point.steps), room)
+    steps = jnp.int32(point.steps)
+    return sample_key, x0_BL, jnp.asarray(frozen_BL), jnp.asarray(grid), temperature, top_p, steps
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(model, process, jump, batch_size, length, room, has_nucleus):
+    """A shape's compiled sampler, shared by all models of one network, and seconds of compiling."""
+    shape = (batch_size, length)
+    key = jax.random.key(0)
+    scalar = jnp.float32(1.0)
+    top_p = scalar if has_nucleus else None
+    tokens, frozen = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    if model.causal:
+        run = inference.make_autoregressive_sampler(model, length, process.source.mask_id)
+        inputs = (key, tokens[:, 0], scalar, tokens, frozen, top_p)
+    else:
+        run = inference.make_sampler(model, process, jump)
+        grid = jnp.zeros((room + 1,), jnp.float32)
+        inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1))
+    params = jax.eval_shape(lambda: models.init_params(key, model))
+    began = time.perf_counter()
+    compiled = run.lower(params, *inputs).compile()
+    return compiled, time.perf_counter() - began
+
+
+def watch(
+    point: Point, subject: Subject, given: Given, drawn_NL: np.ndarray, *, count: int, room: int
+) -> Watched | None:
+    """Samples the first rows of a point once more, watching; None for `count` 0.
+
+    They are the first of the point's samples up to rounding: their noise is the same.
+
+    Args:
+      point, subject, given, room: as in `draw`.
+      drawn_NL: the point's samples, which tell what an autoregressive model drew from.
+      count: how many rows.
+    """
+    count = min(count, len(drawn_NL))
+    if not count:
+        return None
+    if subject.model.causal:
+        return _watch_autoregressive(point, subject, given.frozen_NL[:count], drawn_NL[:count])
+    first = Given(given.tokens_NL[:count], given.frozen_NL[:count])
+    inputs = _inputs(point, subject, first, count, 0, room)
+    run = inference.make_observer(subject.model, subject.process, point.jump)
+    _, observed = run(subject.params, *inputs)
+    steps = point.steps
+    grid = sampler.make_grid(point.grid, steps)
+    kept = np.unique(np.linspace(0, steps, min(steps, _FRAMES) + 1).round().astype(int))
+    x0_BL = np.asarray(inputs[1])
+    after_SBL = np.asarray(observed.tokens_SBL)
+    trajectories = [
+        Trajectory(
+            np.stack([x0_BL[row] if k == 0 else after_SBL[k - 1, row] for k in kept.tolist()]),
+            tuple(kept.tolist()),
+            tuple(float(grid[k]) for k in kept),
+            first.frozen_NL[row],
+        )
+        for row in range(min(count, _TRAJECTORIES))
+    ]
+    entropy_RS, changed_RS = (
+        np.asarray(x_SB, np.float64)[:steps].T
+        for x_SB in (observed.entropy_SB, observed.changed_SB)
+    )
+    return Watched(grid[:-1].astype(np.float64), entropy_RS, changed_RS, trajectories)
+
+
+def _watch_autoregressive(point, subject, frozen_RL, drawn_RL) -> Watched:
+    """What each token was drawn from, by reading the text that was written."""
+    entropy_RL = np.asarray(
+        _entropies(
+            subject.params,
+            subject.model,
+            subject.process.eos_id,
+            subject.process.source.mask_id,
+            jnp.asarray(drawn_RL),
+            jnp.float32(point.temperature),
+            jnp.float32(point.top_p) if point.top_p < 1 else None,
+        ),
+        np.float64,
+    )
+    length = drawn_RL.shape[1]
+    free_RL = ~frozen_RL
+    entropy_RL = np.where(free_RL, entropy_RL, np.nan)
+    return Watched(np.arange(length) / length, entropy_RL, free_RL / 1.0, [])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _entropies(params, model, eos_id, mask_id, tokens_BL, temperature, top_p):
+    logits = autoregressive.predict_next(params, model, eos_id, tokens_BL)
+    logits = logits_lib.divide(logits, temperature)
+
+    def entropy(logits_BLV):
+        if mask_id is not None:
+            logits_BLV = logits_BLV.at[..., mask_id].set(-jnp.inf)
+        if top_p is not None:
+            logits_BLV = logits_lib.nucleus(logits_BLV, top_p)
+        return inference.entropy(logits_BLV)
+
+    return logits_lib.map_positions(entropy, logits)
+
+
+def control(name: str, real_NL: np.ndarray, unigram_V: np.ndarray, sentence: Any, seed: int):
+    """A naive control, int32 [N, L].
+
+    Args:
+      name: "unigram", tokens drawn one by one from the frequencies of the training text;
+        "shuffled", each held-out block with its own tokens in random order; "repeated", one
+        sentence over and over, the same in all samples.
+      real_NL: held-out blocks.
+      unigram_V: frequencies of the training text, they add up to 1.
+      sentence: ids of the sentence.
+      seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    if name == "unigram":
+        return rng.choice(len(unigram_V), real_NL.shape, p=unigram_V).astype(np.int32)
+    if name == "shuffled":
+        return rng.permuted(real_NL, axis=1)
+    return np.resize(np.asarray(sentence, np.int32), real_NL.shape[1])[None].repeat(
+        len(real_NL), axis=0
+    )

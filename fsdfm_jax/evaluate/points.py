@@ -1,0 +1,269 @@
+"""What is evaluated: one point is a model sampled in one way, or a text to compare with."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fsdfm_jax import inference, jumps, sampler
+from fsdfm_jax.evaluate import subjects, tasks
+
+REAL = "held-out text"
+# Texts that have some of the virtues of good samples and not the others.
+CONTROLS = {
+    "unigram": "unigram control",
+    "shuffled": "shuffled control",
+    "repeated": "repeated control",
+}
+WEIGHTS = ("ema", "student")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One row of a report.
+
+    Attributes:
+      kind: "real" | "control" | "model".
+      group: what a curve in the pictures joins, "pretrain (cumulative)".
+      source: label of the model, or name of the control; "real" for held-out text.
+      task: see `tasks`.
+      stage: of the model; None, as all that follow, for texts that no model writes.
+      steps: network calls per sample.
+      jump, grid: rule of the jumps and shape of the time grid; None for an autoregressive model.
+      temperature, top_p: of the draws.
+      weights: "ema" (as the stage uses them) | "student".
+      seed: of everything random.
+    """
+
+    kind: str
+    group: str
+    source: str
+    task: str = tasks.UNCONDITIONAL
+    stage: str | None = None
+    steps: int | None = None
+    jump: str | None = None
+    grid: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    weights: str | None = None
+    seed: int | None = None
+
+    @property
+    def setting(self) -> str:
+        """Name of all but the seed; points of one setting are repeats."""
+        parts = [self.source if self.kind != "control" else f"control-{self.source}"]
+        if self.kind == "model":
+            parts += [f"{self.steps}steps", self.jump, self.grid, f"T{self.temperature:g}"]
+            parts += [f"p{self.top_p:g}" if self.top_p < 1 else None]
+            parts += [self.weights if self.weights != "ema" else None]
+        parts += [self.task if self.task != tasks.UNCONDITIONAL else None]
+        return re.sub(r"[^\w.]+", "-", "-".join(part for part in parts if part))
+
+    @property
+    def slug(self) -> str:
+        """File name of the point's samples."""
+        return self.setting if self.seed is None else f"{self.setting}-s{self.seed}"
+
+
+class Settings(NamedTuple):
+    """`config.eval`, checked; its keys are described in configs/base.py."""
+
+    num_samples: int
+    batch_size: int
+    steps: tuple[int, ...]
+    many_steps: int
+    jumps: tuple[str, ...]
+    few_step_jump: str
+    grid: str
+    temperature: float
+    top_p: float
+    weights: str
+    seed: int
+    task: str
+    controls: tuple[str, ...]
+    models: str
+    judges: tuple[str, ...]
+    watched: int
+    bound_samples: int
+    bound_times: int
+    resamples: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Takes the fields out of `config.eval`.
+
+        Raises:
+          ValueError: for values that can't be evaluated with, naming the key.
+        """
+        values = {name: config[name] for name in cls._fields}
+        for name in ("steps", "jumps", "controls"):
+            values[name] = tuple(values[name])
+        values["judges"] = tuple(j.strip() for j in values["judges"].split(",") if j.strip())
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        for name, least in {
+            **dict.fromkeys(("num_samples", "batch_size", "many_steps"), 1),
+            **dict.fromkeys(("watched", "bound_samples", "resamples"), 0),
+            "bound_times": 2,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"eval.{name} must be at least {least}, got {getattr(self, name)}."
+                )
+        if min(self.steps, default=1) < 1:
+            raise ValueError(f"eval.steps must be at least 1, got {self.steps}.")
+        for name, allowed, values in (
+            ("jumps", jumps.RULES, self.jumps),
+            ("few_step_jump", jumps.RULES, (self.few_step_jump,)),
+            ("controls", CONTROLS, self.controls),
+            ("weights", WEIGHTS, (self.weights,)),
+        ):
+            check_names(f"eval.{name}", allowed, values)
+        check_draws("eval", (self.seed,), (self.temperature,), (self.top_p,), (self.grid,))
+        tasks.parse(self.task)
+        subjects.parse_models(self.models)
+
+
+def check_names(key: str, allowed: Iterable[str], values: Iterable[str]) -> None:
+    """ValueError naming the first value that isn't allowed."""
+    unknown = [value for value in values if value not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{key} names the unknown {unknown[0]!r}; expected one of {', '.join(allowed)}."
+        )
+
+
+def check_draws(
+    key: str,
+    seeds: Iterable[int],
+    temperatures: Iterable[float],
+    top_ps: Iterable[float],
+    grids: Iterable[str],
+) -> None:
+    """ValueError for the first value that no sample can be drawn with, naming the section."""
+    try:
+        for seed, temperature in itertools.product(seeds, temperatures):
+            inference.check_settings(steps=1, seed=seed, temperature=temperature)
+        for grid in grids:
+            sampler.make_grid(grid, 2)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    for top_p in top_ps:
+        if not 0 < top_p <= 1:
+            raise ValueError(f"{key}: top_p must lie in (0, 1], got {top_p}.")
+
+
+def texts_to_compare(settings: Settings) -> list[Point]:
+    """Held-out text and the naive controls."""
+    real = Point("real", REAL, "real", settings.task)
+    controls = [
+        Point("control", CONTROLS[name], name, settings.task, seed=settings.seed)
+        for name in dict.fromkeys(settings.controls)
+    ]
+    return [real, *controls]
+
+
+def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
+    """All points of a report, best reference first.
+
+    Args:
+      settings: what was asked for.
+      stage_of: label -> stage of the models, in order.
+      length: tokens of a block, which is what an autoregressive model takes network calls.
+    """
+    result = texts_to_compare(settings)
+    how = (settings.temperature, settings.top_p, settings.weights, settings.seed)
+    left_to_right = tasks.parse(settings.task).left_to_right
+    for label, stage in stage_of.items():
+        if stage == "autoregressive":
+            if left_to_right:
+                point = Point("model", label, label, settings.task, stage, length, None, None, *how)
+                result.append(point)
+            continue
+
+        def add(group, steps, jump, label=label, stage=stage):
+            parts = (settings.task, stage, steps, jump, settings.grid)
+            result.append(Point("model", group, label, *parts, *how))
+
+        if stage == "pretrain":
+            add(f"{label} (cumulative)", settings.many_steps, jumps.CUMULATIVE.name)
+            for jump, steps in itertools.product(settings.jumps, settings.steps):
+                add(f"{label} ({jump})", steps, jump)
+        else:
+            for steps in settings.steps:
+                add(label, steps, settings.few_step_jump)
+    return list(dict.fromkeys(result))
+
+
+class Axes(NamedTuple):
+    """What a sweep varies; each a list of values, see configs/sweep.py."""
+
+    models: tuple[str, ...]
+    steps: tuple[int, ...]
+    jumps: tuple[str, ...]
+    grids: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    top_ps: tuple[float, ...]
+    weights: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Axes":
+        """Takes the axes out of a sweep's `config.axes`.
+
+        Raises:
+          ValueError: for an empty axis or a value that can't be sampled with, naming the axis.
+        """
+        axes = cls(**{name: tuple(config[name]) for name in cls._fields})
+        for name, values in axes._asdict().items():
+            if not values and name != "models":
+                raise ValueError(f"axes.{name} is empty; give at least one value.")
+        if min(axes.steps) < 1:
+            raise ValueError(f"axes.steps must be at least 1, got {axes.steps}.")
+        check_names("axes.jumps", jumps.RULES, axes.jumps)
+        check_names("axes.weights", WEIGHTS, axes.weights)
+        check_draws("axes", axes.seeds, axes.temperatures, axes.top_ps, axes.grids)
+        return axes
+
+
+def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
+    """The product of the axes, after the texts to compare with.
+
+    An autoregressive model has neither steps to choose nor jumps nor grids: it is there once for
+    each of the other axes.
+
+    Raises:
+      ValueError: if an axis names a model that isn't there.
+    """
+    chosen = axes.models or tuple(stage_of)
+    check_names("axes.models", tuple(stage_of), chosen)
+    left_to_right = tasks.parse(settings.task).left_to_right
+    result = texts_to_compare(settings)
+    for label, grid, jump, top_p, weights in itertools.product(
+        chosen, axes.grids, axes.jumps, axes.top_ps, axes.weights
+    ):
+        causal = stage_of[label] == "autoregressive"
+        if causal and not left_to_right:
+            continue
+        details = [] if causal else [jump] * (len(axes.jumps) > 1 or stage_of[label] == "pretrain")
+        details += [grid] * (not causal and len(axes.grids) > 1)
+        details += [f"top-p {top_p:g}"] * (len(axes.top_ps) > 1)
+        details += [weights] * (len(axes.weights) > 1)
+        group = label + (f" ({', '.join(details)})" if details else "")
+        for steps, temperature, seed in itertools.product(
+            axes.steps, axes.temperatures, axes.seeds
+        ):
+            moves = (length, None, None) if causal else (steps, jump, grid)
+            how = (temperature, top_p, weights, seed)
+            parts = (settings.task, stage_of[label], *moves, *how)
+            result.append(Point("model", group, label, *parts))
+    return list(dict.fromkeys(result))
+
+
+def share(points: Sequence[Point], index: int, count: int) -> list[Point]:
+    """The points that machine `index` of `count` takes: every `count`-th."""
+    return list(points[index::count])

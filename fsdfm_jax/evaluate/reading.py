@@ -1,0 +1,229 @@
+"""How a row is read: its name, the figures that are shown of it, and what gives it away.
+
+A low perplexity alone proves nothing: text that repeats itself gets one for free. So each row is
+held against the row of real text, and what a reader must not take for quality is said in words.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+BITS_PER_NAT = 1 / math.log(2)
+AGGREGATIONS = ("perplexity_a", "perplexity_b", "perplexity_c", "nats_per_byte")
+
+# When a difference from real text is more than taste. Rows of sound models lie within 0.2 bits and
+# a few percent of real text at temperature 1; sampling error, which grows when samples are few, is
+# kept apart: the intervals may not overlap either.
+# Half a bit less is a vocabulary used as if it had 30% fewer words (1 - 2**-0.5).
+ENTROPY_BITS = 0.5
+# Every fifth of the different n-grams is gone, a loop in each paragraph.
+DISTINCT_SHARE = 0.8
+# BLEU of samples against each other; real text of one kind differs by some 0.02 from draw to draw.
+SELF_BLEU = 0.15
+# A judge that gets nothing from the order of the tokens is left with how frequent each one is:
+# about 7 nats a token in English against 3 to 3.5 in context, and exp(3.5) is 33.
+UNORDERED_TIMES = 30.0
+
+FEW_STEPS = 16  # up to so many network calls a sample are "few"
+MATCHED_BITS = 0.2  # rows whose entropies differ by no more are compared by their perplexity
+
+
+class Finding(NamedTuple):
+    """What gives a row away.
+
+    Attributes:
+      word: for a narrow column, "repeats".
+      sentence: the same with its numbers.
+      columns: the figures it rests on, by their keys in a row.
+    """
+
+    word: str
+    sentence: str
+    columns: tuple[str, ...]
+
+
+# --------------------------------------------------------------------------------------- one figure
+def figure(row: Row, key: str) -> dict[str, float] | None:
+    """An estimate of `row["figures"]`, None where it was not computed."""
+    return (row.get("figures") or {}).get(key)
+
+
+def perplexity(row: Row, judge: str | None, key: str = "perplexity_a") -> dict[str, float] | None:
+    """An estimate by a judge as it is shown: B of texts, the others of ids where there are some."""
+    scores = (row.get("judges") or {}).get(judge) or {}
+    ids, text = scores.get("ids"), scores.get("text")
+    chosen = text if key == "perplexity_b" else (ids or text)
+    return chosen.get(key) if chosen else None
+
+
+def value(estimate: dict[str, float] | None) -> float:
+    """The value of an estimate; nan if there is none."""
+    return math.nan if estimate is None else float(estimate["value"])
+
+
+def bounds(estimate: dict[str, float]) -> tuple[float, float]:
+    """(low, high) of an estimate, which may be nan."""
+    return float(estimate.get("low", math.nan)), float(estimate.get("high", math.nan))
+
+
+def show(number: float | None) -> str:
+    """A number for people: two decimals below 100, none above, "-" for None."""
+    if number is None:
+        return "-"
+    if isinstance(number, int):
+        return f"{number:,}"
+    return f"{number:.2f}" if not abs(number) >= 99.995 else f"{number:,.0f}"
+
+
+def show_interval(estimate: dict[str, float] | None) -> str:
+    """ "29.4–33.2", about three digits; "" where the interval is not known."""
+    low, high = bounds(estimate) if estimate else (math.nan, math.nan)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    digits = [0 if abs(end) >= 99.95 else 1 if abs(end) >= 9.995 else 2 for end in (low, high)]
+    return f"{low:,.{digits[0]}f}–{high:,.{digits[1]}f}"
+
+
+# ------------------------------------------------------------------------------------ what rows are
+def judges(rows: Iterable[Row]) -> list[str]:
+    """Names of all judges; the first one is the main judge."""
+    return list(dict.fromkeys(name for row in rows for name in row.get("judges") or {}))
+
+
+def main_task(rows: Sequence[Row]) -> str | None:
+    """The task of most rows of models, which the pictures show."""
+    tasks = [row.get("task") for row in rows if row["kind"] == "model"]
+    tasks = tasks or [row.get("task") for row in rows]
+    return max(dict.fromkeys(tasks), key=tasks.count) if tasks else None
+
+
+def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
+    """Real text under a task; figures of other tasks count other tokens and don't compare."""
+    return next((r for r in rows if r["kind"] == "real" and r.get("task") == task), None)
+
+
+def title(row: Row) -> str:
+    """What a row is called: "distill, 8 steps, T=0.9"."""
+    parts = [row["group"]]
+    if row.get("steps") is not None:
+        parts.append(f"{row['steps']} step{'' if row['steps'] == 1 else 's'}")
+    if row.get("temperature") not in (None, 1.0):
+        parts.append(f"T={row['temperature']:g}")
+    return ", ".join(parts)
+
+
+def at_usual_temperature(rows: Iterable[Row]) -> list[Row]:
+    """Of the rows of each group and step count, the one whose temperature is nearest to 1."""
+
+    def distance(row):
+        return abs(math.log(row.get("temperature") or 1.0))
+
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        key = (row["kind"], row["group"], row.get("steps"), row.get("task"))
+        if key not in best or distance(row) < distance(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
+    """The lowest perplexity at few steps that nothing speaks against; None if there is none.
+
+    At the entropy of real text where a row has it: a lower temperature would always win.
+
+    Args:
+      rows: of one report.
+      findings_of: row's slug -> `findings`.
+    """
+    task, names = main_task(rows), judges(rows)
+    candidates = [
+        row
+        for row in rows
+        if row["kind"] == "model"
+        and row.get("stage") != "autoregressive"
+        and (row.get("steps") or math.inf) <= FEW_STEPS
+        and row.get("task") == task
+        and not findings_of[row["slug"]]
+        and names
+        and math.isfinite(value(perplexity(row, names[0])))
+    ]
+    real = real_row(rows, task)
+    if real is not None:
+        entropy = value(figure(real, "entropy_bits"))
+        off = lambda row: abs(value(figure(row, "entropy_bits")) - entropy)
+        candidates = [row for row in candidates if off(row) <= MATCHED_BITS] or candidates
+    return min(candidates, key=lambda row: value(perplexity(row, names[0])), default=None)
+
+
+# --------------------------------------------------------------------------------------- exposure
+def findings(row: Row, real: Row | None) -> list[Finding]:
+    """What must not be taken for quality in a row, against real text under the same task."""
+    if row["kind"] == "real":
+        return []
+    found = []
+    if row["kind"] == "control":
+        found.append(Finding("control", "a naive control, not a model", ()))
+    if math.isnan(value(figure(row, "entropy_bits"))):
+        found.append(Finding("no figures", "its samples gave no figures", ("entropy_bits",)))
+    if real is None:
+        return found
+    judge = next((name for name in real.get("judges") or {} if name in row["judges"]), None)
+    own, reals = perplexity(row, judge), perplexity(real, judge)
+    times = value(own) / value(reals) if value(reals) else math.nan
+    repetition = _repetition(row, real)
+    if repetition:
+        bought = "perplexity bought with repetition" if times < UNORDERED_TIMES else "repetition"
+        sentence = f"{bought}: {', '.join(words for _, words in repetition if words)}"
+        found.append(Finding("repeats", sentence, tuple(key for key, _ in repetition)))
+    elif times > UNORDERED_TIMES:
+        above = value(figure(row, "entropy_bits")) - value(figure(real, "entropy_bits"))
+        how = f"perplexity {times:,.0f} times that of real text"
+        if above > ENTROPY_BITS:
+            sentence = f"{how}, entropy {above:.1f} bits above it: closer to noise than to text"
+            found.append(Finding("noise", sentence, ("perplexity_a", "entropy_bits")))
+        else:
+            sentence = f"{how} at its entropy: like tokens of real text without their order"
+            found.append(Finding("unordered", sentence, ("perplexity_a",)))
+    if own and reals and _below(own, reals, 0.0):
+        sentence = (
+            f"perplexity {show(value(own))} below the {show(value(reals))} of real text: easier to "
+            "predict than what people write"
+        )
+        found.append(Finding("too easy", sentence, ("perplexity_a",)))
+    return found
+
+
+def flags(row: Row, real: Row | None) -> list[str]:
+    """The sentences of `findings`: [] for real text and for rows that nothing speaks against."""
+    return [finding.sentence for finding in findings(row, real)]
+
+
+def _repetition(row: Row, real: Row) -> list[tuple[str, str]]:
+    """(figure, words) of all that tells of fewer different words, phrases or samples.
+
+    Of the distinct n-grams only the most telling has words.
+    """
+    told = []
+    own, reals = figure(row, "entropy_bits"), figure(real, "entropy_bits")
+    if own and reals and _below(own, reals, ENTROPY_BITS):
+        gap = value(reals) - value(own)
+        told.append(("entropy_bits", f"entropy {gap:.1f} bits below real text"))
+    fewest = []
+    for n in (1, 2, 3):
+        own, reals = figure(row, f"distinct_{n}"), figure(real, f"distinct_{n}")
+        if own and reals and _below(own, reals, (1 - DISTINCT_SHARE) * value(reals)):
+            words = f"distinct-{n} {value(own):.2f} against {value(reals):.2f}"
+            fewest.append((value(own) / value(reals), f"distinct_{n}", words))
+    told += [(key, "" if i else words) for i, (_, key, words) in enumerate(sorted(fewest))]
+    own, reals = figure(row, "self_bleu"), figure(real, "self_bleu")
+    if own and reals and _below(reals, own, SELF_BLEU):
+        told.append(("self_bleu", f"self-BLEU {value(own):.2f} against {value(reals):.2f}"))
+    return told
+
+
+def _below(lower: dict[str, float], upper: dict[str, float], gap: float) -> bool:
+    """Whether one estimate is below another by more than `gap`, their intervals apart as well."""
+    apart = not bounds(lower)[1] >= bounds(upper)[0]  # an unknown interval doesn't speak against it
+    return value(lower) < value(upper) - gap and apart

@@ -1,0 +1,219 @@
+"""The models that are evaluated, from any file, and what a protocol stamp says of each."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fsdfm_jax import data as data_lib
+from fsdfm_jax import inference, stages, workdir
+from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax.convert import formats
+from fsdfm_jax.convert.bundle import Bundle
+from fsdfm_jax.data import PreparedData
+from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.stages import Process
+from fsdfm_jax.tokenizer import Tokenizer
+
+# What `stage` says of a model whose file doesn't.
+UNKNOWN_FEW_STEP = "few-step"
+
+
+class Subject(NamedTuple):
+    """A model to evaluate.
+
+    Attributes:
+      label: its name in tables.
+      stage: one of `stages.NAMES`, or "few-step" where the file doesn't say which.
+      facts: JSON dict that identifies it, for stamps.
+    """
+
+    label: str
+    stage: str
+    params: Params
+    model: ModelConfig
+    process: Process
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+
+
+def catalogue(
+    folder: pathlib.Path, trained: Mapping[str, str], further: str, **options: Any
+) -> "Catalogue":
+    """The models of a working directory, and further ones.
+
+    Args:
+      folder: the working directory.
+      trained: run -> stage, all of them trained, in the order of the pipeline.
+      further: `eval.models`.
+      **options: of `formats.open_bundle`, for the further ones.
+
+    Raises:
+      ValueError: see `Catalogue` and `parse_models`.
+    """
+    places: dict[str, Any] = {run: (folder, {"stage": run}) for run in trained}
+    judges = [run for run, stage in trained.items() if stage == "autoregressive"]
+    return Catalogue(places | further_places(further, **options), next(reversed(judges), None))
+
+
+def open_workdir(
+    folder: pathlib.Path, further: str, runs: Sequence[str] | None = None
+) -> tuple["Catalogue", PreparedData]:
+    """The trained models of a working directory, and the text they were trained on.
+
+    Args:
+      folder: the working directory.
+      further: `eval.models`.
+      runs: which of its runs, besides the one that judges; all by default.
+
+    Raises:
+      ValueError: for runs that aren't there or weren't trained.
+    """
+    config = workdir.load_config(folder)
+    trained = {
+        run: stage
+        for run, stage in workdir.runs(config)
+        if workdir.saved_metadata(workdir.stage_directory(folder, run))
+    }
+    if unknown := sorted(set(runs or ()) - trained.keys()):
+        raise ValueError(
+            f"{folder} has no trained run {unknown[0]!r}; expected some of {', '.join(trained)}."
+        )
+    chosen = {
+        run: stage
+        for run, stage in trained.items()
+        if not runs or run in runs or stage == "autoregressive"
+    }
+    prepared = data_lib.load(workdir.data_directory(folder, config))
+    return catalogue(folder, chosen, further), prepared
+
+
+def further_places(text: str, **options: Any) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
+    """The models that `eval.models` names, as `Catalogue` takes them."""
+    return {
+        label: (path, options | ({"stage": run} if run else {}))
+        for label, (path, run) in parse_models(text).items()
+    }
+
+
+class Catalogue:
+    """The models that an evaluation may open, each when it is needed and once.
+
+    Args:
+      places: label -> (path, options of `formats.open_bundle`), in order.
+      judge: label of the in-house judge; None for the last autoregressive model among them.
+
+    Attributes:
+      judge: label of the in-house judge, None if there is none.
+      stage_of: label -> stage.
+      tokenizer: of all of them.
+      block_length: the greatest they were trained on, None if unknown.
+
+    Raises:
+      ValueError: if there is no model, if one can't be opened, or if two have different tokenizers.
+    """
+
+    def __init__(
+        self,
+        places: Mapping[str, tuple[pathlib.Path, Mapping[str, Any]]],
+        judge: str | None = None,
+    ):
+        if not places:
+            raise ValueError("There is no model to evaluate.")
+        self._places = places
+        self._opened: dict[tuple[str, str], Subject] = {}
+        bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
+        self.stage_of = {label: _stage_of(bundle) for label, bundle in bundles.items()}
+        left_to_right = [k for k, stage in self.stage_of.items() if stage == "autoregressive"]
+        self.judge = judge or next(reversed(left_to_right), None)
+        first, *others = bundles.items()
+        self.tokenizer = first[1].tokenizer
+        for label, bundle in others:
+            if bundle.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise ValueError(
+                    f"{label} has tokenizer {bundle.tokenizer.fingerprint}, {first[0]} has "
+                    f"{self.tokenizer.fingerprint}: their samples have different tokens; evaluate "
+                    "them one by one, with a judge that reads text."
+                )
+        lengths = [b.block_length for b in bundles.values() if b.block_length is not None]
+        self.block_length = max(lengths, default=None)
+
+    def open(self, label: str, weights: str) -> Subject:
+        """A model with its parameters on the default device; weights: "ema" | "student"."""
+        if (label, weights) not in self._opened:
+            path, options = self._places[label]
+            bundle = _open(path, which=weights, **options)
+            self._opened[label, weights] = _subject(label, bundle)
+        return self._opened[label, weights]
+
+
+def _open(path: pathlib.Path, **options: Any) -> Bundle:
+    bundle = formats.open_bundle(path, **options)
+    if bundle.tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer; give the one it was trained with: --tokenizer=gpt2, or "
+            "--tokenizer=PATH of a tokenizer.json."
+        )
+    return bundle
+
+
+def _subject(label: str, bundle: Bundle) -> Subject:
+    params = bundle.device_params()
+    return Subject(
+        label,
+        _stage_of(bundle),
+        params,
+        inference.portable(bundle.model),
+        bundle.process(),
+        bundle.tokenizer,
+        _facts(bundle, bundle_lib.content_hash(params)),
+    )
+
+
+def _stage_of(bundle: Bundle) -> str:
+    """The stage that a model is of, by what its file says or else by its network."""
+    said = bundle.provenance.get("stage")
+    if said in stages.NAMES:
+        return said
+    if bundle.model.causal:
+        return "autoregressive"
+    return "pretrain" if bundle.model.conditioning == "none" else UNKNOWN_FEW_STEP
+
+
+def _facts(bundle: Bundle, sha256: str) -> dict[str, Any]:
+    known = {key: bundle.provenance.get(key) for key in ("run", "stage", "weights", "step")}
+    digests = {
+        key: workdir.digest(bundle.provenance[key])
+        for key in ("config", "recipe")
+        if bundle.provenance.get(key)
+    }
+    return (
+        known
+        | {
+            "sha256": sha256,
+            "tokenizer": bundle.tokenizer.fingerprint,
+            "path": dict(bundle.path),
+            "conditioning": bundle.model.conditioning,
+            "dtype": bundle.model.dtype,
+            "attention": bundle.model.attention,
+        }
+        | {f"{key}_sha256": value for key, value in digests.items()}
+    )
+
+
+def parse_models(text: str) -> Mapping[str, tuple[pathlib.Path, str]]:
+    """label -> (path, run) of further models, "LABEL=PATH" or "LABEL=PATH#RUN" between commas.
+
+    Raises:
+      ValueError: for anything else, or two models of one label.
+    """
+    result: dict[str, tuple[pathlib.Path, str]] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        label, is_there, rest = part.partition("=")
+        path, _, run = rest.partition("#")
+        if not (label and is_there and path) or label in result:
+            raise ValueError(
+                f"eval.models={text!r}: expected LABEL=PATH or LABEL=PATH#RUN between commas, each "
+                f"label once, got {part!r}."
+            )
+        result[label] = pathlib.Path(path).expanduser(), run
+    return result

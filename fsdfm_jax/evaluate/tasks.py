@@ -1,0 +1,135 @@
+"""What is given to a model before it writes: nothing, a prefix, a random share, all but some gaps.
+
+    unconditional     nothing
+    prefix:K          the first K tokens of a held-out block; prefix:512 of 1,024 is the paper's
+    random:SHARE      this share of its tokens, anywhere
+    infill:COUNTxN    all of it but COUNT gaps of N tokens each
+
+What is given depends on the task and on the number of the sample alone: every model, seed and
+number of steps gets the same. Only the other positions are scored.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fsdfm_jax.evaluate.scoring import Text
+from fsdfm_jax.tokenizer import Tokenizer
+
+UNCONDITIONAL = "unconditional"
+_FORMS = "'unconditional', 'prefix:K', 'random:SHARE' or 'infill:COUNTxN'"
+
+
+class Task(NamedTuple):
+    """What is given.
+
+    Attributes:
+      name: as in the configuration.
+      left_to_right: whether a network that writes from left to right can do it.
+      freeze: (generator, length) -> bool [L], the positions given to one sample.
+    """
+
+    name: str
+    left_to_right: bool
+    freeze: Callable[[np.random.Generator, int], np.ndarray]
+
+    def frozen(self, num_samples: int, length: int) -> np.ndarray:
+        """The given positions of each sample, bool [N, L].
+
+        Raises:
+          ValueError: for a length in which the task has no room.
+        """
+        rows = [self.freeze(np.random.default_rng([0, i]), length) for i in range(num_samples)]
+        return np.stack(rows)
+
+
+def parse(name: str) -> Task:
+    """The task that a configuration names.
+
+    Raises:
+      ValueError: for another form, or numbers that leave nothing to write.
+    """
+    kind, _, argument = name.partition(":")
+    try:
+        if name == UNCONDITIONAL:
+            return Task(name, True, lambda rng, length: np.zeros(length, bool))
+        if kind == "prefix" and int(argument) >= 1:
+            return Task(name, True, _prefix(int(argument)))
+        if kind == "random" and 0 < float(argument) < 1:
+            return Task(name, False, _random(float(argument)))
+        if kind == "infill":
+            count, size = map(int, argument.split("x"))
+            if count >= 1 and size >= 1:
+                return Task(name, False, _infill(count, size))
+    except ValueError:
+        pass
+    raise ValueError(f"Unknown task {name!r}; expected {_FORMS}, all numbers above 0, SHARE < 1.")
+
+
+def _prefix(count: int):
+    def freeze(rng, length):
+        if count >= length:
+            raise ValueError(
+                f"prefix:{count} leaves nothing to write in blocks of {length} tokens."
+            )
+        return np.arange(length) < count
+
+    return freeze
+
+
+def _random(share: float):
+    def freeze(rng, length):
+        given = min(max(round(share * length), 1), length - 1)
+        return rng.permutation(length) < given
+
+    return freeze
+
+
+def _infill(count: int, size: int):
+    def freeze(rng, length):
+        spare = length - count * size - (count - 1)  # a given token stands between two gaps
+        if spare < 0:
+            raise ValueError(
+                f"infill:{count}x{size} needs {count * size + count - 1} tokens, but blocks have "
+                f"{length}."
+            )
+        # How the given tokens are shared out before, between and after the gaps.
+        cuts = np.sort(rng.integers(0, spare + 1, size=count))
+        starts = cuts + np.arange(count) * (size + 1)
+        frozen = np.ones(length, bool)
+        for start in starts:
+            frozen[start : start + size] = False
+        return frozen
+
+    return freeze
+
+
+def texts(tokens_NL: np.ndarray, counted_NL: np.ndarray, tokenizer: Tokenizer) -> list[Text]:
+    """Samples as text for a judge of another tokenizer, with the stretches that count.
+
+    A character whose bytes lie on both sides of a boundary belongs to the stretch it ends in.
+
+    Args:
+      tokens_NL: int [N, L].
+      counted_NL: bool [N, L], the positions that were written and not given.
+    """
+    return [_text(*row, tokenizer) for row in zip(tokens_NL, counted_NL, strict=True)]
+
+
+def _text(tokens_L: np.ndarray, counted_L: np.ndarray, tokenizer: Tokenizer) -> Text:
+    ids = tokens_L.tolist()
+    text = tokenizer.decode(ids)
+    if counted_L.all():
+        return Text(text)
+
+    def offset(position: int) -> int:
+        # An unfinished character decodes to a replacement character that isn't in the whole text.
+        head = tokenizer.decode(ids[:position])
+        while not text.startswith(head):
+            head = head[:-1]
+        return len(head)
+
+    edges = np.flatnonzero(np.diff(counted_L.astype(np.int8), prepend=0, append=0)).tolist()
+    spans = [(offset(a), offset(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return Text(text, tuple(span for span in spans if span[0] < span[1]))

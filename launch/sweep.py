@@ -1,0 +1,62 @@
+"""Quality over all combinations of steps, temperatures, jump rules, grids, seeds, models.
+
+    python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny
+    python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny --host=2/8
+
+Writes WORKDIR/sweeps/NAME: a line of JSON in points.jsonl as each point is finished, its samples
+beside it, and the report of all that is finished at the end. Run again, it goes on where it was
+killed; what is finished is never lost. With --host=I/N this machine takes every N-th point, from
+I = 0 on; all of them write to the same folder and each reports what all have finished.
+"""
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from fsdfm_jax import cli
+from fsdfm_jax.evaluate import points, subjects, suite
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/sweep.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of trained runs.")
+_HOST = flags.DEFINE_string("host", "0/1", "Which of how many machines this is, as 2/8.")
+
+
+def parse_host(text: str) -> tuple[int, int]:
+    """(index, count) out of "2/8".
+
+    Raises:
+      ValueError: unless 0 <= index < count.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--host must be I/N with 0 <= I < N, got {text!r}.")
+    return int(index), int(count)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
+    index, count = parse_host(_HOST.value)
+    axes = points.Axes.from_config(config.axes)
+    settings = points.Settings.from_config(config.eval)
+    catalogue, prepared = subjects.open_workdir(folder, settings.models)
+    directory = folder / "sweeps" / config.name
+    table = suite.evaluate(
+        settings,
+        catalogue,
+        prepared,
+        directory,
+        make_plan=lambda *rest: points.sweep(axes, *rest),
+        header={"config": config.to_dict(), "data": prepared.manifest},
+        index=index,
+        count=count,
+    )
+    print(table)
+    print(f"\nReport: {directory / 'report.html'}, with its data beside it.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

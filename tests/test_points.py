@@ -1,0 +1,193 @@
+"""What is evaluated: settings that are refused, the points of a report and of a sweep."""
+
+import pytest
+
+from configs import base, sweep
+from fsdfm_jax.evaluate import points
+from fsdfm_jax.evaluate.points import Axes, Point, Settings
+
+STAGES = {
+    "autoregressive": "autoregressive",
+    "pretrain": "pretrain",
+    "distill": "distill",
+    "refine_2": "refine",
+}
+
+
+def _settings(**changes):
+    config = base.get_config()
+    config.update_from_flattened_dict({f"eval.{key}": value for key, value in changes.items()})
+    return Settings.from_config(config.eval)
+
+
+def _axes(**changes):
+    config = sweep.get_config()
+    config.update_from_flattened_dict({f"axes.{key}": value for key, value in changes.items()})
+    return Axes.from_config(config.axes)
+
+
+def test_plan_in_full():
+    settings = _settings(
+        steps=(1, 4),
+        many_steps=64,
+        jumps=("cumulative", "euler"),
+        few_step_jump="mixture",
+        controls=("shuffled",),
+        temperature=0.5,
+        seed=3,
+    )
+    plan = points.plan(settings, STAGES, 128)
+    assert [(p.kind, p.group, p.source, p.steps, p.jump) for p in plan] == [
+        ("real", "held-out text", "real", None, None),
+        ("control", "shuffled control", "shuffled", None, None),
+        ("model", "autoregressive", "autoregressive", 128, None),
+        ("model", "pretrain (cumulative)", "pretrain", 64, "cumulative"),
+        ("model", "pretrain (cumulative)", "pretrain", 1, "cumulative"),
+        ("model", "pretrain (cumulative)", "pretrain", 4, "cumulative"),
+        ("model", "pretrain (euler)", "pretrain", 1, "euler"),
+        ("model", "pretrain (euler)", "pretrain", 4, "euler"),
+        ("model", "distill", "distill", 1, "mixture"),
+        ("model", "distill", "distill", 4, "mixture"),
+        ("model", "refine_2", "refine_2", 1, "mixture"),
+        ("model", "refine_2", "refine_2", 4, "mixture"),
+    ]
+    models = [p for p in plan if p.kind == "model"]
+    assert {(p.temperature, p.top_p, p.weights, p.seed, p.task) for p in models} == {
+        (0.5, 1.0, "ema", 3, "unconditional")
+    }
+    assert len({p.slug for p in plan}) == len(plan)
+    assert (plan[0].slug, plan[1].slug) == ("real", "control-shuffled-s3")
+    assert plan[2].slug == "autoregressive-128steps-T0.5-s3"
+    assert plan[4].slug == "pretrain-1steps-cumulative-uniform-T0.5-s3"
+    assert plan[4].setting == "pretrain-1steps-cumulative-uniform-T0.5"
+
+
+def test_equal_points_are_one():
+    plan = points.plan(_settings(steps=(1, 8, 1), many_steps=8, jumps=("cumulative",)), STAGES, 9)
+    models = [(p.steps, p.jump) for p in plan if p.source == "pretrain"]
+    assert models == [(8, "cumulative"), (1, "cumulative")]
+
+
+@pytest.mark.parametrize("task", ["random:0.5", "infill:2x3"])
+def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
+    for plan in (
+        points.plan(_settings(task=task), STAGES, 128),
+        points.sweep(_axes(models=()), _settings(task=task), STAGES, 128),
+    ):
+        assert "autoregressive" not in {p.source for p in plan}
+        assert {p.task for p in plan} == {task}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "eval.num_samples must be at least 1, got 0"),
+        ({"batch_size": 0}, "eval.batch_size must be at least 1"),
+        ({"many_steps": 0}, "eval.many_steps must be at least 1"),
+        ({"watched": -1}, "eval.watched must be at least 0"),
+        ({"bound_times": 1}, "eval.bound_times must be at least 2"),
+        ({"steps": (1, 0)}, "eval.steps must be at least 1"),
+        ({"jumps": ("leap",)}, "eval.jumps names the unknown 'leap'"),
+        ({"few_step_jump": "leap"}, "eval.few_step_jump names the unknown 'leap'"),
+        ({"controls": ("random",)}, "eval.controls names the unknown 'random'"),
+        ({"weights": "teacher"}, "eval.weights names the unknown 'teacher'"),
+        ({"temperature": 0.0}, "eval: temperature must be greater than 0"),
+        ({"top_p": 0.0}, r"eval: top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, "eval: top_p"),
+        ({"grid": "linear"}, "eval: Unknown grid 'linear'"),
+        ({"seed": -1}, "eval: seed"),
+        ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
+        ({"models": "runs/other"}, "expected LABEL=PATH"),
+        ({"models": "a=x,a=y"}, "each label once"),
+    ],
+)
+def test_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _settings(**changes)
+
+
+def test_judges_are_a_list_in_order():
+    assert _settings(judges="autoregressive, gguf:a.gguf,").judges == (
+        "autoregressive",
+        "gguf:a.gguf",
+    )
+    assert _settings(judges="").judges == ()
+
+
+# -------------------------------------------------------------------------------------------- sweep
+def test_the_sweep_of_the_config_file_is_165_points_and_what_they_are_compared_with():
+    plan = points.sweep(_axes(), _settings(), STAGES, 128)
+    models = [p for p in plan if p.kind == "model"]
+    assert len(models) == 11 * 5 * 3 == len(set(models)) == len({p.slug for p in models})
+    assert len({p.setting for p in models}) == 11 * 5
+    assert [p.kind for p in plan[:4]] == ["real", "control", "control", "control"]
+    assert {p.group for p in models} == {"distill"}
+
+
+def test_axes_that_vary_are_named_in_the_group():
+    axes = _axes(
+        models=("pretrain", "distill"),
+        steps=(2,),
+        jumps=("euler", "mixture"),
+        grids=("uniform", "cosine"),
+        temperatures=(1.0,),
+        top_ps=(0.9, 1.0),
+        weights=("ema", "student"),
+        seeds=(0,),
+    )
+    plan = [p for p in points.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
+    assert len(plan) == 2 * 2 * 2 * 2 * 2
+    assert len({p.group for p in plan}) == len(plan)
+    point = next(p for p in plan if (p.source, p.jump, p.grid) == ("distill", "euler", "cosine"))
+    assert point.group == "distill (euler, cosine, top-p 0.9, ema)"
+    assert point.slug == "distill-2steps-euler-cosine-T1-p0.9-s0"
+
+
+def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
+    axes = _axes(
+        models=("autoregressive",), jumps=("euler", "mixture"), grids=("uniform", "cosine")
+    )
+    plan = [p for p in points.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
+    assert len(plan) == 5 * 3  # temperatures and seeds
+    assert {(p.steps, p.jump, p.grid, p.group) for p in plan} == {
+        (128, None, None, "autoregressive")
+    }
+
+
+def test_no_models_named_is_all_of_them():
+    plan = points.sweep(_axes(models=()), _settings(), STAGES, 128)
+    assert {p.source for p in plan if p.kind == "model"} == set(STAGES)
+    with pytest.raises(ValueError, match=r"axes\.models names the unknown 'refine'"):
+        points.sweep(_axes(models=("refine",)), _settings(), STAGES, 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": ()}, "axes.steps is empty"),
+        ({"seeds": ()}, "axes.seeds is empty"),
+        ({"steps": (0, 1)}, "axes.steps must be at least 1"),
+        ({"jumps": ("leap",)}, "axes.jumps names the unknown"),
+        ({"weights": ("teacher",)}, "axes.weights names the unknown"),
+        ({"grids": ("uniform", "linear")}, "axes: Unknown grid"),
+        ({"temperatures": (1.0, 0.0)}, "axes: temperature"),
+        ({"top_ps": (0.0,)}, "axes: top_p"),
+    ],
+)
+def test_axes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _axes(**changes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_machines_share_all_points(count):
+    plan = points.sweep(_axes(), _settings(), STAGES, 128)
+    shares = [points.share(plan, i, count) for i in range(count)]
+    assert sorted(repr(p) for part in shares for p in part) == sorted(map(repr, plan))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_slugs_are_file_names():
+    how = {"jump": "euler", "grid": "power:2", "temperature": 1.0, "top_p": 0.95, "seed": 0}
+    point = Point("model", "g", "other/run 1", "prefix:5", "distill", 2, weights="student", **how)
+    assert point.slug == "other-run-1-2steps-euler-power-2-T1-p0.95-student-prefix-5-s0"

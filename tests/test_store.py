@@ -1,0 +1,108 @@
+"""Finished points: what is found again, what is not, and several machines in one folder."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from fsdfm_jax.evaluate.store import Store
+
+STAMP = {"samples": {"seed": 1}}
+PROTOCOL = {"samples": {"seed": 1}, "scoring": {"judge": "a"}}
+ARRAYS = {"tokens": np.arange(6, dtype=np.int32).reshape(2, 3), "nll": np.float64([0.5, np.nan])}
+
+
+def _row(slug="point", **changes):
+    value = {"value": 1.5, "low": math.nan, "high": math.inf}
+    return {"slug": slug, "figures": {"x": value}, "protocol": PROTOCOL} | changes
+
+
+def _same(row, other):
+    return json.dumps(row, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def test_a_finished_point_is_found_again(tmp_path):
+    store = Store(tmp_path / "report")
+    assert store.finished("point", PROTOCOL) is None
+    store.save_arrays("point", STAMP, ARRAYS)
+    store.add(_row())
+    for other in (store, Store(tmp_path / "report")):
+        assert _same(other.finished("point", PROTOCOL), _row())
+        arrays = other.arrays("point", STAMP)
+        assert arrays.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(arrays[name], array)
+            assert arrays[name].dtype == array.dtype
+
+
+def test_another_protocol_is_another_point(tmp_path):
+    store = Store(tmp_path)
+    store.save_arrays("point", STAMP, ARRAYS)
+    store.add(_row())
+    assert store.finished("point", PROTOCOL | {"scoring": {"judge": "b"}}) is None
+    assert store.finished("other", PROTOCOL) is None
+    assert store.arrays("point", {"samples": {"seed": 2}}) is None
+    assert store.arrays("point", STAMP) is not None
+
+
+def test_a_row_without_its_samples_is_none(tmp_path):
+    store = Store(tmp_path)
+    store.add(_row())
+    assert store.finished("point", PROTOCOL) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_damaged_samples_are_drawn_anew(tmp_path, damage):
+    store = Store(tmp_path)
+    store.save_arrays("point", STAMP, ARRAYS)
+    path = tmp_path / "samples" / "point.npz"
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"x"}[damage])
+    assert store.arrays("point", STAMP) is None
+
+
+def test_a_line_cut_by_a_kill_is_no_row_and_is_written_over(tmp_path):
+    store = Store(tmp_path)
+    for slug in ("one", "two"):
+        store.save_arrays(slug, STAMP, ARRAYS)
+        store.add(_row(slug))
+    path = tmp_path / "points.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    store = Store(tmp_path)
+    assert store.finished("one", PROTOCOL) is not None
+    assert store.finished("two", PROTOCOL) is None
+    store.add(_row("two"))
+    assert [row["slug"] for row in map(json.loads, path.read_text().splitlines())] == ["one", "two"]
+
+
+def test_the_last_row_of_a_point_counts(tmp_path):
+    store = Store(tmp_path)
+    store.save_arrays("point", STAMP, ARRAYS)
+    store.add(_row(notes=["first"]))
+    store.add(_row(notes=["second"]))
+    assert Store(tmp_path).finished("point", PROTOCOL)["notes"] == ["second"]
+
+
+def test_machines_write_apart_and_read_together(tmp_path):
+    stores = [Store(tmp_path, index=i, count=3) for i in range(3)]
+    for i, store in enumerate(stores):
+        store.save_arrays(f"point{i}", STAMP, ARRAYS)
+        store.add(_row(f"point{i}"))
+    assert len(list(tmp_path.glob("points-*-of-3.jsonl"))) == 3
+    assert stores[0].finished("point2", PROTOCOL) is None
+    stores[0].refresh()
+    assert stores[0].finished("point2", PROTOCOL) is not None
+    # Gone on with alone, or with another number of machines: nothing is lost.
+    assert Store(tmp_path).finished("point1", PROTOCOL) is not None
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got 2 of 2"):
+        Store(tmp_path, index=2, count=2)
+    (tmp_path / "points.jsonl").write_text('{"slug": "x"}\n')
+    with pytest.raises(ValueError, match=r"points\.jsonl holds a line that is no result"):
+        Store(tmp_path)
+    (tmp_path / "points.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match="line 1 is no JSON"):
+        Store(tmp_path)
