@@ -183,7 +183,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.batch_size = 32  # texts sampled at once
     evaluation.steps = (1, 2, 4, 8)  # few-step rows
     evaluation.many_steps = 1024  # of the base model's reference row
-    evaluation.jumps = ("cumulative", "euler", "mixture")  # rules of the base model's rows
+    # Rules of the base model's rows, the first that of the reference row too.
+    evaluation.jumps = ("cumulative", "euler", "mixture")
+    # What autoregressive rows keep of the tokens so far: cache | none (all computed anew).
+    evaluation.memories = ("cache",)
     evaluation.few_step_jump = "cumulative"  # rule of the few-step models' rows
     evaluation.grid = "uniform"  # time grid: uniform | cosine | power:R
     evaluation.temperature = 1.0

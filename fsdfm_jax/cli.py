@@ -35,6 +35,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def config_given(argv: list[str]) -> bool:
+    """Whether a command line names a configuration file."""
+    return any(re.match(r"--?config(=|$)", part) for part in argv)
+
+
 if "show_traceback" not in flags.FLAGS:
     flags.DEFINE_bool("show_traceback", False, "Show the traceback of errors in the input.")
 
@@ -68,9 +73,8 @@ def _config_without_overrides(argv: list[str]) -> ConfigDict | None:
     """The config that argv names, None if it names none that can be read."""
     plain = [part for part in argv if re.match(r"--?config=", part)]
     try:
-        default = flags.FLAGS["config"].default
         alone = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", default, flag_values=alone, sys_argv=plain)
+        config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
         alone([argv[0], *plain])
         alone.config.keys()
     except Exception:  # then the file is what is wrong, and the first error says so

@@ -42,8 +42,9 @@ class Observed(NamedTuple):
     Attributes:
       tokens_SBL: int, the tokens after the step.
       entropy_SB: float32, nats: entropy of the distribution that the step draws a token from
-        (temperature and nucleus included), mean over the positions that aren't frozen; with a mask
-        source, over those still masked, the only ones that are drawn; NaN where there are none.
+        (temperature and nucleus included, a mask token excluded), mean over the positions that
+        aren't frozen; of those still masked only where revealed tokens stay. NaN where there are
+        none.
       changed_SB: float32 in [0, 1], share of those positions that moved.
     """
 
@@ -63,7 +64,9 @@ def make_observer(model: ModelConfig, process: Process, jump_rule: str) -> Calla
     def observe(frozen_BL, logits, x_BL, new_BL):
         open_BL = ~frozen_BL
         if mask_id is not None:
-            open_BL = open_BL & (x_BL == mask_id)
+            logits = logits_lib.exclude(logits, mask_id)
+            if process.revealed == "stay":
+                open_BL = open_BL & (x_BL == mask_id)
         count_B = jnp.sum(open_BL, axis=1)
         entropy_BL = logits_lib.map_positions(entropy, logits)
         return Observed(
@@ -96,6 +99,9 @@ def _make_steps(
         params: Params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None
     ):
         denoise, condition = models.denoiser(params, model, len(grid_S1) - 1)
+        if top_p is not None and process.source.mask_id is not None:
+            # No step draws the mask: it may not fill the nucleus.
+            denoise = _without(denoise, process.source.mask_id)
         options = {"temperature": temperature, "top_p": top_p, "num_steps": num_steps}
         options |= {"condition": condition, "on_step": on_step}
         arguments = (key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
@@ -105,6 +111,10 @@ def _make_steps(
         return sampler.sample_trajectory(*arguments, observe=watch, **options)
 
     return run
+
+
+def _without(denoise, token: int):
+    return lambda *arguments: logits_lib.exclude(denoise(*arguments), token)
 
 
 def draw_noise(process: Process, seed, given_BL, frozen_BL) -> tuple[jax.Array, jax.Array]:
@@ -171,13 +181,12 @@ def make_autoregressive_sampler(
     Raises:
       ValueError: for another `memory`.
     """
-    decoders = {"cache": _decode_with_cache, "none": _decode_anew}
-    if memory not in decoders:
-        raise ValueError(f"Unknown memory={memory!r}; expected one of {', '.join(decoders)}.")
+    if memory not in MEMORIES:
+        raise ValueError(f"Unknown memory={memory!r}; expected one of {', '.join(MEMORIES)}.")
 
     @jax.jit
     def run(params: Params, key, first_B, temperature, given_BL=None, frozen_BL=None, top_p=None):
-        step, state = decoders[memory](params, model, first_B.shape[0], length)
+        step, state = MEMORIES[memory](params, model, first_B.shape[0], length)
 
         def decode(token_B, position, state):
             logits_BV, state = step(token_B, position, state)
@@ -213,6 +222,11 @@ def _decode_anew(params, model, batch, length):
         return logits_lib.dense(logits_lib.position(logits, position))[:, 0], tokens_BL
 
     return decode, jnp.zeros((batch, length), jnp.int32)
+
+
+# (params, model, batch, length) -> the arguments `decode` and `cache` of
+# `sampler.sample_autoregressive`, by what is kept of the tokens so far.
+MEMORIES = {"cache": _decode_with_cache, "none": _decode_anew}
 
 
 def generate(

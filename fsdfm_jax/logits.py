@@ -96,6 +96,14 @@ def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
     return dataclasses.replace(logits, temperature=temperature)
 
 
+def exclude(logits: Logits, token: int) -> Logits:
+    """The logits with a token that can't be: its own is -inf."""
+    if isinstance(logits, Factored):
+        bias_V = logits.bias_V.at[token].set(-jnp.inf)
+        return dataclasses.replace(logits, bias_V=bias_V)
+    return logits.at[..., token].set(-jnp.inf)
+
+
 def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
     """Logits of the likeliest tokens alone, the fewest whose probabilities add up to `top_p`.
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
 from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import points, subjects, suite
+from fsdfm_jax.evaluate import held_out, points, subjects, suite, tasks
 from fsdfm_jax.stages import Process, refine
 from fsdfm_jax.train import Settings, check_settings, train
 from fsdfm_jax.workdir import Entry
@@ -180,7 +180,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
     pipeline = workdir.entries(config, folder)
     settings = points.Settings.from_config(config.eval)
-    suite.check_task(settings.task, config.data.block_length)
+    suite.check_inputs(settings, config.data.block_length)
     if jax.process_count() > 1:
         raise ValueError(
             f"This version trains in one process, got {jax.process_count()}: run it on one host, "
@@ -207,17 +207,6 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     return pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh
 
 
-def check_held_out(config: ConfigDict, prepared: PreparedData) -> None:
-    """ValueError unless the held-out text has a block for each sample it is compared with."""
-    available = prepared.num_blocks("validation")
-    if available < config.eval.num_samples:
-        raise ValueError(
-            f"The held-out text has {available} blocks of {prepared.block_length} tokens, but "
-            f"eval.num_samples={config.eval.num_samples} are compared with it: lower "
-            "eval.num_samples or data.block_length, or raise data.holdout."
-        )
-
-
 def evaluate(
     config: ConfigDict, pipeline: list[Entry], folder: pathlib.Path, prepared: PreparedData
 ) -> str:
@@ -240,7 +229,9 @@ def main(argv: list[str]) -> None:
         data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)
     )
     if _EVALUATE.value:
-        check_held_out(config, prepared)
+        settings = points.Settings.from_config(config.eval)
+        conditional = settings.task != tasks.UNCONDITIONAL
+        held_out.check(prepared.num_blocks("validation"), conditional, settings.num_samples)
     workdir.save_config(folder, config)
     process = stages.make_process(
         config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id

@@ -14,6 +14,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -116,6 +117,42 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """The id of each token, by its name in the tokenizer.json."""
         return self._backend.get_vocab(with_added_tokens=True)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes that each id stands for, before they are read as UTF-8; None if unknown.
+
+        Known where tokens are named by their bytes (a byte-level vocabulary, as GPT-2's). Special
+        tokens, which `decode` leaves out, and unused ids have none.
+        """
+        decoder = json.loads(self._backend.to_str())["decoder"]
+        if decoder is None or decoder["type"] != "ByteLevel":
+            return None
+        special = self._backend.get_added_tokens_decoder()
+        result = [b""] * self.vocab_size
+        for name, i in self.vocabulary.items():
+            if not (i in special and special[i].special):
+                result[i] = _bytes_of_name(name)
+        return result
+
+    def num_bytes(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Bytes of text that each id stands for, int64, of the shape of `ids`; special ones have 0.
+
+        Of a byte-level vocabulary these are the tokens' own bytes, which add up to the size of the
+        text where that is valid UTF-8 and don't grow where it isn't, unlike U+FFFD in its place. Of
+        any other it is the size of each token decoded by itself.
+
+        Args:
+          ids: int, each in [0, vocab_size).
+        """
+        return self._sizes_V[np.asarray(ids, np.int64)]
+
+    @functools.cached_property
+    def _sizes_V(self) -> np.ndarray:
+        each = self.token_bytes
+        if each is None:
+            each = [self.decode([i]).encode() for i in range(self.vocab_size)]
+        return np.asarray([len(part) for part in each], np.int64)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -245,6 +282,28 @@ def _load_gpt2() -> Tokenizer:
     _make_byte_level(backend)
     backend.add_special_tokens([EOS])
     return Tokenizer(backend)
+
+
+@functools.cache
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of byte-level names stands for.
+
+    Printable bytes of Latin-1 stand for themselves; the others, in order, are the letters from
+    U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(_BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
+
+
+def _bytes_of_name(name: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary, as the library's decoder has them."""
+    table = _byte_of_letter()
+    if all(letter in table for letter in name):
+        return bytes(table[letter] for letter in name)
+    return name.encode()  # a token that was added to the vocabulary as text
 
 
 def _make_byte_level(backend: tokenizers.Tokenizer) -> None:

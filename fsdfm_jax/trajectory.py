@@ -107,8 +107,25 @@ def frames(trajectory: Trajectory, mask_id: int | None, tokenizer: Tokenizer) ->
     ]
 
 
+def thin(trajectory: Trajectory, count: int) -> Trajectory:
+    """At most `count` >= 2 of the frames: the first, the last and others evenly between them."""
+    total = len(trajectory.steps)
+    if total <= count:
+        return trajectory
+    kept = np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return trajectory._replace(
+        tokens_TL=np.asarray(trajectory.tokens_TL)[kept],
+        steps=tuple(trajectory.steps[i] for i in kept),
+        times=tuple(trajectory.times[i] for i in kept),
+    )
+
+
 def captions(trajectory: Trajectory) -> list[str]:
-    """A line for each frame: "step 3 of 8, t=0.375, 21 tokens changed"."""
+    """A line for each frame: "step 3 of 8, t=0.375, 21 tokens changed".
+
+    Where steps are left out it says so: "step 8 of 8, t=1, 30 tokens differ from step 4" counts
+    a token once that changed twice in between, and one that changed back not at all.
+    """
     total = trajectory.steps[-1] if trajectory.steps else 0
     counts = changes(trajectory).sum(axis=1).tolist()
     lines, before = [], 0
@@ -117,12 +134,17 @@ def captions(trajectory: Trajectory) -> list[str]:
         if not step:
             line += ", noise"
         else:
-            line += f", {count} token{'' if count == 1 else 's'} changed"
-            if step - before > 1:
-                line += f" in {step - before} steps"
+            line += f", {count} token{'' if count == 1 else 's'} "
+            line += "changed" if step - before == 1 else _difference(count, before)
         lines.append(line)
         before = step
     return lines
+
+
+def _difference(count: int, before: int) -> str:
+    return f"differ{'s' if count == 1 else ''} from " + (
+        f"step {before}" if before else "the noise"
+    )
 
 
 def text_lines(trajectory: Trajectory, mask_id: int | None, tokenizer: Tokenizer) -> list[str]:

@@ -320,18 +320,18 @@ def code_version() -> str:
 
 
 @functools.cache
-def code_digest(without: tuple[str, ...] = ()) -> str:
-    """Short hash of the package's source, which cached results depend on.
+def code_digest(modules: tuple[str, ...]) -> str:
+    """Short hash of the source of modules of this package, on which cached results depend.
 
     Args:
-      without: files that they don't depend on, relative to the package.
+      modules: their names inside the package, "evaluate.draw".
     """
     package = pathlib.Path(fsdfm_jax.__file__).parent
     content = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if name not in without:
-            content.update(name.encode() + path.read_bytes())
+    for name in sorted(modules):
+        path = package.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        content.update(name.encode() + b"\0" + path.read_bytes())
     return content.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
@@ -30,6 +31,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     _replace(path, lambda file: file.write(text.encode()))
 
 
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """`write_text` for content that is no text."""
+    _replace(path, lambda file: file.write(content))
+
+
 def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
     """`write_text` for an array in NumPy's .npy format."""
     _replace(path, lambda file: np.save(file, array))
@@ -43,7 +49,8 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
 def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: one file system
+    # In the same folder, hence on one file system; other hosts may have a process of this number.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
     index, count = parse_host(_HOST.value)
     axes = points.Axes.from_config(config.axes)
     settings = points.Settings.from_config(config.eval)
-    catalogue, prepared = subjects.open_workdir(folder, settings.models)
+    catalogue = subjects.open_workdir(folder, settings.models)
+    prepared = subjects.prepared_text(folder)
     directory = folder / "sweeps" / config.name
     table = suite.evaluate(
         settings,

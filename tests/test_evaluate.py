@@ -5,8 +5,11 @@ and kept.
 """
 
 import collections
+import dataclasses
 import json
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,10 @@ import pytest
 from chance import assert_frequencies
 
 from configs import base
-from fsdfm_jax import inference, models, tokenizer
-from fsdfm_jax.evaluate import draw, judges, points, suite
+from fsdfm_jax import inference, models, tokenizer, workdir
+from fsdfm_jax.evaluate import draw, judges, points, stamps, suite
 from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.held_out import HeldOut
 from fsdfm_jax.evaluate.points import Point, Settings
 from fsdfm_jax.evaluate.scoring import Scores
 from fsdfm_jax.evaluate.store import Store
@@ -41,7 +45,7 @@ def _subject(label, stage, seed=0, process=PROCESS, **changes):
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes
     )
-    facts = {"run": label, "weights": "ema", "sha256": str(seed)}
+    facts = {"run": label, "weights": "ema", "sha256": f"{seed:016x}"}
     return Subject(label, stage, params, model, process, TOKENIZER, facts)
 
 
@@ -51,6 +55,21 @@ SUBJECTS = {
     "distill": _subject("distill", "distill", 2, conditioning="additive"),
 }
 STAGES = {label: subject.stage for label, subject in SUBJECTS.items()}
+
+
+class Models:
+    """A catalogue of `SUBJECTS`."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self, **facts):
+        self._facts = facts
+
+    def facts(self, label, weights):
+        return SUBJECTS[label].facts | self._facts
+
+    def open(self, label, weights):
+        return SUBJECTS[label]
 
 
 @pytest.fixture(scope="module")
@@ -95,27 +114,21 @@ def _text(num_samples=5):
     rng = np.random.default_rng(5)
     blocks_NL = rng.integers(257, V, size=(2 * num_samples, L)).astype(np.int32)
     unigram_V = np.bincount(blocks_NL.ravel(), minlength=V) / blocks_NL.size
-    return suite.Text(blocks_NL[::2], blocks_NL[1::2], unigram_V, blocks_NL[0, :2], "text")
+    parts = (blocks_NL[::2], blocks_NL[1::2], None, unigram_V, blocks_NL[0, :2])
+    return HeldOut(*parts, "text")
 
 
-def _evaluation(folder, judges_, *, text=None, opened=None, index=0, count=1, **changes):
+def _evaluation(folder, judges_, *, text=None, models_=None, **changes):
     settings = _settings(**changes)
     plan = points.plan(settings, STAGES, L)
-
-    def open_subject(label, weights):
-        if opened is not None:
-            opened.append((label, weights))
-        return SUBJECTS[label]
-
     evaluation = suite.Evaluation(
         settings,
-        open_subject,
+        models_ or Models(),
         judges_,
-        TOKENIZER,
         length=L,
         text=text or _text(),
         room=draw.capacity(plan),
-        store=Store(folder, index=index, count=count),
+        store=Store(folder),
     )
     return evaluation, plan
 
@@ -162,7 +175,7 @@ def test_stamped_numbers_can_be_recomputed_from_the_saved_samples(finished):
     folder, rows, plan = finished
     assert len(rows) == len(plan) == 1 + 3 + 1 + 3 + 2
     for row in rows:
-        saved = np.load(folder / "samples" / f"{row['slug']}.npz")
+        saved = np.load(folder / row["samples"])
         tokens_NL = saved["tokens"]
         assert tokens_NL.shape == (5, L)
         assert tokens_NL.dtype == np.int32
@@ -193,7 +206,7 @@ def test_stamped_numbers_can_be_recomputed_from_the_saved_samples(finished):
 def test_saved_log_likelihoods_are_the_judges_own(finished):
     folder, rows, _ = finished
     for row in (rows[0], rows[-1]):
-        saved = np.load(folder / "samples" / f"{row['slug']}.npz")
+        saved = np.load(folder / row["samples"])
         nll = [_literal_nll(ids) for ids in saved["tokens"]]
         # float32 sums of six losses in another order
         np.testing.assert_allclose(saved["autoregressive.ids.nll"], nll, rtol=1e-5)
@@ -203,7 +216,7 @@ def test_saved_log_likelihoods_are_the_judges_own(finished):
 def test_a_judge_of_another_tokenizer_reads_text(finished):
     folder, rows, _ = finished
     for row in rows:
-        tokens_NL = np.load(folder / "samples" / f"{row['slug']}.npz")["tokens"]
+        tokens_NL = np.load(folder / row["samples"])["tokens"]
         words = [TOKENIZER.decode(t.tolist()).split() for t in tokens_NL]
         pooled = sum(len(w) for row in words for w in row) / sum(map(len, words))
         found = row["judges"]["words"]
@@ -244,8 +257,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_point(
 ):
     _, rows, _ = finished
     evaluation, plan = _evaluation(tmp_path, [judge, Words()])
-    for point in plan[:6]:
-        evaluation.row(point)
+    evaluation.run(plan[:6])
     drawn = _counting(monkeypatch)
     evaluation, plan = _evaluation(tmp_path, [judge, Words()])
     assert _without_times(evaluation.run(plan)) == _without_times(rows)
@@ -274,48 +286,195 @@ def test_a_further_judge_scores_the_samples_that_are_there(tmp_path, judge, monk
         {"grid": "cosine"},
         {"num_samples": 4},
         {"batch_size": 2},
+        {"task": "prefix:2"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_another_way_of_sampling_is_drawn_anew(finished, judge, monkeypatch, changes):
-    folder, _, _ = finished
+def test_another_way_of_sampling_is_drawn_anew_beside_the_first(
+    finished, judge, monkeypatch, changes
+):
+    folder, rows, plan = finished
     drawn = _counting(monkeypatch)
     text = _text(changes.get("num_samples", 5))
-    evaluation, plan = _evaluation(folder, [judge, Words()], text=text, **changes)
+    evaluation, others = _evaluation(folder, [judge, Words()], text=text, **changes)
+    assert evaluation.protocol(others[-1])["samples"] != rows[-1]["protocol"]["samples"]
+    (row,) = evaluation.run(others[-1:])
+    assert drawn == {others[-1].slug: 1}
+    assert row["protocol"] == evaluation.protocol(others[-1])
+    # The first ones are still there, and still found.
     plain, _ = _evaluation(folder, [judge, Words()])
-    point = plan[-1]
-    stamp = evaluation.protocol(point, SUBJECTS["distill"])
-    assert stamp != plain.protocol(points.plan(_settings(), STAGES, L)[-1], SUBJECTS["distill"])
-    assert evaluation._store.finished(point.slug, stamp) is None
-    evaluation._store.arrays(point.slug, {})
-    row = evaluation.row(point)
-    assert drawn == {point.slug: 1}
-    assert row["protocol"] == stamp
+    assert [row["slug"] for row in plain.finished(plan)] == [row["slug"] for row in rows]
+    assert (folder / rows[-1]["samples"]).is_file()
+
+
+def test_watching_more_samples_draws_none_anew(tmp_path, judge, monkeypatch):
+    evaluation, plan = _evaluation(tmp_path, [judge], watched=0)
+    (first,) = evaluation.run(plan[-1:])
+    assert first["per_step"] is None
+    assert first["figures"]["predictive_entropy_nats"] is None
+    drawn = _counting(monkeypatch)
+    evaluation, plan = _evaluation(tmp_path, [judge], watched=2)
+    (second,) = evaluation.run(plan[-1:])
+    assert not drawn
+    assert len(second["per_step"]["entropy_nats"]) == 2
+    assert second["figures"]["predictive_entropy_nats"]["count"] == 2
+    assert second["judges"] == first["judges"]
+
+
+def test_a_point_killed_between_batches_goes_on_with_the_next_one(tmp_path, judge, monkeypatch):
+    evaluation, plan = _evaluation(tmp_path, [judge], batch_size=1)
+    plain = draw._inputs
+    seen = []
+
+    def dies_at_the_fourth(point, subject, given, batch_size, index, room):
+        seen.append(index)
+        if index == 3:
+            raise KeyboardInterrupt
+        return plain(point, subject, given, batch_size, index, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "_inputs", dies_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.run(plan[-1:])
+    seen.clear()
+
+    def watches(point, subject, given, batch_size, index, room):
+        if batch_size == 1:
+            seen.append(index)
+        return plain(point, subject, given, batch_size, index, room)
+
+    monkeypatch.setattr(draw, "_inputs", watches)
+    evaluation, plan = _evaluation(tmp_path, [judge], batch_size=1, watched=0)
+    (row,) = evaluation.run(plan[-1:])
+    assert seen == [3, 4]
+    whole, _ = _evaluation(tmp_path / "whole", [judge], batch_size=1, watched=0)
+    (other,) = whole.run(plan[-1:])
+    np.testing.assert_array_equal(
+        *(np.load(f / row["samples"])["tokens"] for f in (tmp_path, tmp_path / "whole"))
+    )
+    assert row["figures"] == other["figures"]
+
+
+def test_samples_are_kept_when_the_judge_fails(tmp_path, judge, monkeypatch):
+    class Broken(Words):
+        def score_text(self, texts):
+            raise MemoryError
+
+    evaluation, plan = _evaluation(tmp_path, [Broken()])
+    with pytest.raises(MemoryError):
+        evaluation.run(plan[-1:])
+    drawn = _counting(monkeypatch)
+    evaluation, plan = _evaluation(tmp_path, [judge])
+    assert len(evaluation.run(plan[-1:])) == 1
+    assert not drawn
 
 
 def test_another_model_or_judge_is_another_protocol(tmp_path, judge):
     evaluation, plan = _evaluation(tmp_path, [judge])
-    subject = SUBJECTS["distill"]
-    stamp = evaluation.protocol(plan[-1], subject)
-    other = subject._replace(facts=subject.facts | {"sha256": "other"})
-    assert evaluation.protocol(plan[-1], other) != stamp
-    assert _evaluation(tmp_path, [])[0].protocol(plan[-1], subject) != stamp
+    stamp = evaluation.protocol(plan[-1])
+    other, _ = _evaluation(tmp_path, [judge], models_=Models(sha256="other"))
+    assert other.protocol(plan[-1])["samples"] != stamp["samples"]
+    other, _ = _evaluation(tmp_path, [])
+    assert other.protocol(plan[-1])["samples"] == stamp["samples"]
+    assert other.protocol(plan[-1]) != stamp
     # Real text doesn't depend on how models are sampled.
     cold, _ = _evaluation(tmp_path, [judge], temperature=0.5, steps=(1,))
-    assert cold.protocol(plan[0], None) == evaluation.protocol(plan[0], None)
+    assert cold.protocol(plan[0]) == evaluation.protocol(plan[0])
 
 
 def test_the_stamp_says_what_the_number_depends_on(finished):
     _, rows, _ = finished
     stamp = rows[-1]["protocol"]
-    assert stamp["sampling"]["draws"].startswith("two-level inverse CDF")
+    samples = stamp["samples"]
+    assert samples["sampling"]["draws"].startswith("two-level inverse CDF")
     names = {"steps", "jump", "grid", "temperature", "top_p", "seed", "weights", "batch_size"}
-    assert names <= stamp["sampling"].keys()
-    assert stamp["model"]["sha256"] == "2"
+    assert names <= samples["sampling"].keys()
+    assert samples["model"]["sha256"] == f"{2:016x}"
+    assert samples["num_samples"] == 5
+    assert {"jax", "platform", "matmul_precision"} <= samples["numerics"].keys()
     assert [judge["kind"] for judge in stamp["scoring"]["judges"]][1] == "words"
-    assert stamp["samples"]["num_samples"] == 5
-    assert {"version", "sha256"} <= stamp["code"].keys()
+    assert "bootstrap" in stamp["scoring"]["intervals"]
+    assert samples["code"] != stamp["scoring"]["code"]
     assert json.loads(json.dumps(stamp)) == stamp
+
+
+def test_the_code_of_the_stamp_is_all_that_samples_depend_on():
+    """Whatever the sampler imports of this package, directly or not, is in its digest."""
+    package = pathlib.Path(stamps.__file__).parents[1]
+    names = {*stamps.SAMPLING_CODE, *stamps.SCORING_CODE}
+    found, todo = set(), {"inference"}
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        path = package.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        imported = re.findall(r"^from fsdfm_jax(\.[\w.]+)? import (.+)$", path.read_text(), re.M)
+        for module, what in imported:
+            whole = [word.split(" as ")[0].strip() for word in what.split(",")]
+            parts = [module[1:]] if module else whole
+            todo |= {part for part in parts if part} - found
+    assert found - names == set(), "code that samples depend on and stamps don't know"
+    workdir.code_digest(stamps.SAMPLING_CODE)
+    workdir.code_digest(stamps.SCORING_CODE)
+
+
+# -------------------------------------------------------------------------------------------- seeds
+def test_repeats_are_pooled_over_their_samples(tmp_path, judge):
+    evaluation, plan = _evaluation(tmp_path, [judge])
+    repeats = [dataclasses.replace(plan[-1], seed=seed) for seed in (1, 2, 3)]
+    rows = evaluation.run([plan[0], *repeats])
+    pooled = evaluation._pool(rows[1:])
+    assert pooled["num_seeds"] == 3
+    assert pooled["seeds"] == [1, 2, 3]
+    assert pooled["protocol"].keys() == {point.slug for point in repeats}
+    saved = [np.load(tmp_path / row["samples"]) for row in rows[1:]]
+    nll = np.concatenate([one["autoregressive.ids.nll"] for one in saved]) / L
+    found = pooled["judges"]["autoregressive"]["ids"]["perplexity_a"]
+    assert found["value"] == pytest.approx(np.exp(nll).mean(), rel=1e-6)
+    assert found["count"] == 15
+    one = rows[1]["judges"]["autoregressive"]["ids"]["perplexity_a"]
+    assert found["high"] - found["low"] < one["high"] - one["low"]
+    assert pooled["per_step"]["entropy_nats"] == pytest.approx(
+        np.mean([row["per_step"]["entropy_nats"] for row in rows[1:]], axis=0)
+    )
+    table = evaluation.report(tmp_path / "report", rows, {})
+    assert len([line for line in table.splitlines() if line.startswith("distill")]) == 1
+    assert len(json.loads((tmp_path / "report" / "results.json").read_text())["rows"]) == 4
+
+
+# ----------------------------------------------------------------------------------------- controls
+def test_controls():
+    rng = np.random.default_rng(0)
+    real_NL = rng.integers(5, 9, size=(30, 40)).astype(np.int32)
+    frozen_NL = np.zeros(real_NL.shape, bool)
+    frozen_NL[:, :10] = True
+    unigram_V = np.float64([0, 0.5, 0.25, 0.25])
+
+    def make(name, frozen_NL=frozen_NL):
+        return draw.control(name, real_NL, frozen_NL, unigram_V, np.int32([3, 4, 5]), 1)
+
+    for name in points.CONTROLS:
+        np.testing.assert_array_equal(make(name)[:, :10], real_NL[:, :10])
+        assert make(name).dtype == np.int32
+    counts = np.bincount(make("unigram")[:, 10:].ravel(), minlength=4)
+    assert_frequencies(counts, unigram_V)
+    shuffled_NL = make("shuffled")
+    assert (shuffled_NL != real_NL).any(1).all()
+    np.testing.assert_array_equal(np.sort(shuffled_NL[:, 10:]), np.sort(real_NL[:, 10:]))
+    repeated_NL = make("repeated", np.zeros(real_NL.shape, bool))
+    assert (repeated_NL == np.resize([3, 4, 5], 40)).all()
+
+
+def test_collapse_is_exposed_by_the_report(finished):
+    """One sentence over and over, and tokens without their order, beside real text."""
+    _, rows, _ = finished
+    real = rows[0]
+    controls = {row["setting"]: row for row in rows if row["kind"] == "control"}
+    repeated, shuffled = controls["control-repeated"], controls["control-shuffled"]
+    assert repeated["figures"]["self_bleu"]["value"] == pytest.approx(1.0)
+    assert repeated["figures"]["entropy_bits"]["value"] < real["figures"]["entropy_bits"]["value"]
+    for name in ("entropy_bits", "distinct_1"):
+        assert shuffled["figures"][name]["value"] == pytest.approx(real["figures"][name]["value"])
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -375,7 +534,9 @@ def test_the_remainder_is_kept_and_no_batch_comes_twice():
 def test_given_tokens_stay(source):
     frozen_NL = np.arange(L) < 3
     given = Given(np.full((5, L), 7, np.int32), np.broadcast_to(frozen_NL, (5, L)).copy())
-    changes = {} if source == "distill" else {"jump": None, "grid": None, "steps": L}
+    changes = {}
+    if source == "autoregressive":
+        changes = {"jump": None, "grid": None, "steps": L, "memory": "cache"}
     point = _point(source=source, stage=source, temperature=2.0, **changes)
     tokens_NL = _draw(point, given=given).tokens_NL
     assert (tokens_NL[:, :3] == 7).all()
@@ -396,7 +557,6 @@ def test_watched_samples_end_as_the_samples_do():
         np.testing.assert_array_equal(path.tokens_TL[-1], drawn_NL[row])
         moved = (path.tokens_TL[1:] != path.tokens_TL[:-1]).mean(1)
         np.testing.assert_allclose(watched.changed_RS[row], moved, rtol=1e-6)
-    assert draw.watch(point, subject, given, drawn_NL, count=0, room=4) is None
 
 
 def test_many_steps_are_thinned_but_begin_and_end():
@@ -411,7 +571,8 @@ def test_many_steps_are_thinned_but_begin_and_end():
 
 def test_what_an_autoregressive_model_drew_from():
     causal = SUBJECTS["autoregressive"]
-    point = _point(source="autoregressive", steps=L, jump=None, grid=None, temperature=0.5)
+    how = {"jump": None, "grid": None, "memory": "cache", "temperature": 0.5}
+    point = _point(source="autoregressive", steps=L, **how)
     given = Given(np.zeros((2, L), np.int32), np.zeros((2, L), bool))
     given.frozen_NL[:, :2] = True
     drawn_NL = _draw(point, given=given).tokens_NL

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -87,7 +88,7 @@ def test_ids_are_scored_from_the_first_token_on(judge, count):
     np.testing.assert_allclose(scores.nll, expected, **CLOSE)
     np.testing.assert_array_equal(scores.tokens, np.full(count, 6))
     np.testing.assert_array_equal(scores.skipped, np.zeros(count))
-    text_bytes = [len(TOKENIZER.decode(row).encode()) for row in tokens_NL]
+    text_bytes = [sum(len(TOKENIZER.token_bytes[i]) for i in row) for row in tokens_NL]
     np.testing.assert_array_equal(scores.num_bytes, text_bytes)
     assert [x.dtype for x in scores] == [np.float64, np.int64, np.int64, np.int64]
     assert [x.shape for x in scores] == [(count,)] * 4
@@ -102,7 +103,15 @@ def test_given_ids_are_read_and_not_counted(judge):
         np.testing.assert_allclose(scores.nll[i], _literal_losses(row)[counted].sum(), **CLOSE)
     np.testing.assert_array_equal(scores.tokens, [2, 3, 1, 0])
     assert scores.num_bytes[3] == 0
-    assert scores.num_bytes[0] == len(TOKENIZER.decode(tokens_NL[0, 3:5]).encode())
+    assert scores.num_bytes[0] == sum(len(TOKENIZER.token_bytes[i]) for i in tokens_NL[0, 3:5])
+
+
+def test_broken_characters_are_not_longer_than_their_bytes(judge):
+    """Four bytes in an order that is no text: decoded they are four times three bytes."""
+    wrong = TOKENIZER.token_bytes.index(b"\xe6")
+    tokens_NL = np.full((1, 4), wrong)
+    assert len(TOKENIZER.decode(tokens_NL[0]).encode()) == 12
+    np.testing.assert_array_equal(judge.score_ids(tokens_NL).num_bytes, [4])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +161,8 @@ def test_a_token_counts_if_its_last_character_does(judge):
     scores = judge.score_text([Text(text, each) for each in spans])
     np.testing.assert_allclose(scores.nll, [losses[i].sum() for i in spans.values()], **CLOSE)
     np.testing.assert_array_equal(scores.tokens, [len(i) for i in spans.values()])
-    np.testing.assert_array_equal(scores.num_bytes, [3, 9, 1, 2, 3, 0, 0])
+    # Of just these tokens: not of " peopl", and all of " people" where its end counts.
+    np.testing.assert_array_equal(scores.num_bytes, [3, 3, 7, 10, 3, 0, 0])
 
 
 def test_overlapping_spans_count_once(judge):
@@ -203,6 +213,29 @@ def test_only_left_to_right_networks_judge():
         judges.AutoregressiveJudge(PARAMS, small, TOKENIZER, metadata=METADATA)
 
 
+def test_the_mask_token_takes_no_probability():
+    """A vocabulary with a mask token judges as the same network without that column."""
+    masked = dataclasses.replace(MODEL, vocab_size=V + 1)
+    kernel_DV, bias_V = PARAMS["head"]["kernel"], PARAMS["head"]["bias"]
+    embedding_VD = PARAMS["vocab_embed"]["embedding"]
+    params = PARAMS | {
+        "head": {
+            "kernel": jnp.concatenate([kernel_DV, jnp.ones((8, 1))], axis=1),
+            "bias": jnp.append(bias_V, 5.0),
+        },
+        "vocab_embed": {"embedding": jnp.concatenate([embedding_VD, jnp.ones((1, 8))])},
+    }
+    opened = judges.AutoregressiveJudge(params, masked, TOKENIZER, metadata=METADATA)
+    every = opened.score_ids(np.arange(V)[:, None])
+    assert np.exp(-every.nll).sum() == pytest.approx(1.0, abs=1e-5)
+    texts = [Text(text) for text in TEXTS]
+    np.testing.assert_allclose(
+        opened.score_text(texts).nll, _judge().score_text(texts).nll, **CLOSE
+    )
+    with pytest.raises(ValueError, match="mask tokens can't be scored"):
+        opened.score_ids(np.full((1, 2), V))
+
+
 def test_the_description_tells_networks_apart(judge):
     said = judge.describe()
     assert json.loads(json.dumps(said)) == said
@@ -213,6 +246,11 @@ def test_the_description_tells_networks_apart(judge):
     assert len(said["sha256"]) == 16
     assert said["sha256"] != _judge(_params(1)).describe()["sha256"]
     assert _judge(name="other").describe()["name"] == "other"
+    for change in ({"num_heads": 1}, {"dtype": "bfloat16"}, {"attention": "blocked"}):
+        model = dataclasses.replace(MODEL, **change)
+        other = judges.AutoregressiveJudge(PARAMS, model, TOKENIZER, metadata=METADATA).describe()
+        assert other["sha256"] == said["sha256"]
+        assert other != said
     renamed = {"x" if name == "head" else name: leaf for name, leaf in PARAMS.items()}
     assert bundle_lib.content_hash(renamed) != said["sha256"]
 
@@ -238,23 +276,28 @@ def test_a_hash_of_files_is_that_of_their_content(tmp_path):
     "spec", ["", "gpt2", "hf:", "gpt2:x", "hf", "bundle:", "/somewhere", "HF:folder"]
 )
 def test_unknown_judges(spec):
-    with pytest.raises(ValueError, match='Unknown judge .*; expected "hf:FOLDER".*"bundle:PATH'):
-        judges.open_judge(spec)
+    named = 'Unknown judge .*; expected "autoregressive" .*"hf:FOLDER".*"bundle:PATH'
+    for look in (judges.open_judge, judges.check_spec):
+        with pytest.raises(ValueError, match=named):
+            look(spec)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf", "ngram", "bundle"])
-def test_judges_that_are_not_there(kind, tmp_path):
-    with pytest.raises(ValueError, match=f"nothing at .*no_such.*{kind}:.*expected"):
-        judges.open_judge(f"{kind}:{tmp_path / 'no_such'}")
+def test_judges_that_are_not_there(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(ngram_judge, "check_library", lambda: None)
+    for look in (judges.open_judge, judges.check_spec):
+        with pytest.raises(ValueError, match=f"nothing at .*no_such.*{kind}:.*expected"):
+            look(f"{kind}:{tmp_path / 'no_such'}")
 
 
-def test_packages_that_are_not_there():
+@pytest.mark.parametrize("look", [judges.open_judge, judges.check_spec])
+def test_packages_that_are_not_there(look):
     with pytest.raises(ValueError, match="'no_such_package' is not installed; install it"):
-        judges.open_judge("package:no_such_package/model.gguf")
+        look("package:no_such_package/model.gguf")
     with pytest.raises(ValueError, match='as "package:NAME/PATH.gguf"'):
-        judges.open_judge("package:numpy/version.py")
+        look("package:numpy/version.py")
     with pytest.raises(ValueError, match="nothing at .*no_such.gguf"):
-        judges.open_judge("package:numpy/no_such.gguf")
+        look("package:numpy/no_such.gguf")
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "gguf", "accelerate"])
@@ -267,22 +310,50 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, library):
         "find_spec",
         lambda name: None if name == library else object() if name in present else found(name),
     )
-    with pytest.raises(ValueError, match=rf"needs {library}; .*'fsdfm_jax\[judge\]'"):
-        judges.open_judge(f"gguf:{tmp_path / 'x.gguf'}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    for look in (judges.open_judge, judges.check_spec):
+        with pytest.raises(ValueError, match=rf"needs {library}; .*'fsdfm_jax\[judge\]'"):
+            look(f"gguf:{tmp_path / 'x.gguf'}")
+        if library in ("torch", "transformers"):
+            with pytest.raises(ValueError, match=rf"needs {library}; .*'fsdfm_jax\[judge\]'"):
+                look(f"hf:{tmp_path}")
+    if library in ("gguf", "accelerate"):
+        judges.check_spec(f"hf:{tmp_path}")
+
+
+def test_a_check_loads_nothing(monkeypatch, tmp_path):
+    """Files that no reader would take pass, and no reader is imported or asked."""
+    for name in ("config.json", "model.safetensors", "x.gguf", "x.arpa", "x.pth"):
+        (tmp_path / name).write_bytes(b"nothing")
+    libraries = ("torch", "transformers", "gguf", "accelerate", "pocketsphinx")
+    for library in libraries:
+        # Importing it fails, being no package; it is there to be found.
+        monkeypatch.delitem(sys.modules, library, raising=False)
+        (tmp_path / "packages" / library).mkdir(parents=True)
+        (tmp_path / "packages" / library / "__init__.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setattr(formats, "open_bundle", None)
+    for spec in ("hf:{}", "gguf:{}/x.gguf", "ngram:{}/x.arpa", "bundle:{}/x.pth", "bundle:{}#run"):
+        judges.check_spec(spec.format(tmp_path))
+    judges.check_spec("ngram:pocketsphinx")
+    assert not set(libraries) & set(sys.modules)
 
 
 def test_without_pocketsphinx(monkeypatch, tmp_path):
     (tmp_path / "x.arpa").write_text("")
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
     for spec in ("ngram:pocketsphinx", f"ngram:{tmp_path / 'x.arpa'}"):
-        with pytest.raises(ValueError, match=r"'fsdfm_jax\[ngram\]'"):
-            judges.open_judge(spec)
+        for look in (judges.open_judge, judges.check_spec):
+            with pytest.raises(ValueError, match=r"'fsdfm_jax\[ngram\]'"):
+                look(spec)
 
 
 def test_a_folder_of_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no folder of a Hugging Face model"):
-        judges.open_judge(f"hf:{tmp_path}")
+    for look in (judges.open_judge, judges.check_spec):
+        with pytest.raises(ValueError, match="no folder of a Hugging Face model"):
+            look(f"hf:{tmp_path}")
 
 
 def _write(path, model=MODEL, **fields):
@@ -397,6 +468,8 @@ def test_windows_score_each_token_once(hf, network, length):
                 break
     np.testing.assert_array_equal(scores.tokens, [length - 1] * 2)
     np.testing.assert_array_equal(scores.skipped, [1, 1])
+    scored = [sum(len(TOKENIZER.token_bytes[i]) for i in row[1:]) for row in tokens_NL]
+    np.testing.assert_array_equal(scores.num_bytes, scored)
 
 
 @pytest.mark.parametrize(("length", "context"), [(45, 16), (45, 15), (9, 2), (7, 3), (5, None)])
@@ -419,7 +492,7 @@ def test_texts_of_another_judge(hf, network):
         Text("the", ()),
     ]
     scores = hf.score_text(texts)
-    skipped = []
+    skipped, num_bytes = [], []
     for i, text in enumerate(texts):
         ((ids, offsets),) = TOKENIZER.encode_with_offsets([text.text])
         spans = ((0, len(text.text)),) if text.spans is None else text.spans
@@ -429,8 +502,21 @@ def test_texts_of_another_judge(hf, network):
         np.testing.assert_allclose(scores.nll[i], nll, rtol=1e-5)
         assert scores.tokens[i] == sum(counted[1:])
         skipped.append(bool(counted) and counted[0] and bool(ids))
+        stretches = [text.text[start:end].encode() for start, end in offsets]
+        # Three tokens make up each of 日本: the size of a stretch counts once.
+        anew = [i == 0 or offsets[i] != offsets[i - 1] for i in range(len(ids))]
+        num_bytes.append(
+            sum(
+                len(s)
+                for s, c, a in list(zip(stretches, counted, anew, strict=True))[1:]
+                if c and a
+            )
+        )
     np.testing.assert_array_equal(scores.skipped, skipped)
-    np.testing.assert_array_equal(scores.num_bytes, [31, 0, 2, 20, 38, 100, 0])
+    np.testing.assert_array_equal(scores.num_bytes, num_bytes)
+    # Without the first tokens "the", "of" and so on, whole tokens of what counts.
+    assert num_bytes[:3] == [31 - 3, 0, 0]
+    assert num_bytes[4] == 38 - 3
     assert EOS not in TOKENIZER.encode(texts[4].text)
 
 
@@ -490,6 +576,32 @@ def test_the_description_of_another_judge(folder, hf):
     assert said["context"] == CONTEXT
     assert said["dtype"] == "float32"
     assert hf.score_text([]).nll.shape == (0,)
+
+
+def test_a_configuration_tells_judges_of_the_same_weights_apart(folder, hf, tmp_path):
+    same, heads, epsilon = (tmp_path / name for name in ("same", "heads", "epsilon"))
+    for path in (same, heads, epsilon):
+        shutil.copytree(folder, path)
+    config = json.loads((folder / "config.json").read_text())
+    (heads / "config.json").write_text(json.dumps(config | {"n_head": 3}))
+    (epsilon / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
+    said = [judges.open_judge(f"hf:{path}").describe() for path in (same, heads, epsilon)]
+    own = hf.describe()
+    assert [each["sha256"] for each in said] == [own["sha256"]] * 3
+    assert said[0]["config"] == own["config"]
+    assert len({own["config"], said[1]["config"], said[2]["config"]}) == 3
+
+
+class _Config(dict):
+    def to_dict(self):
+        return dict(self)
+
+
+def test_a_configuration_is_the_same_wherever_and_whatever_reads_it():
+    expected = huggingface_judge._hash_config(_Config(n_head=2))
+    for name in ("_name_or_path", "_commit_hash", "transformers_version", "dtype"):
+        assert huggingface_judge._hash_config(_Config({"n_head": 2, name: "x"})) == expected
+    assert huggingface_judge._hash_config(_Config(n_head=3)) != expected
 
 
 def test_a_shorter_context(folder, network):
@@ -599,6 +711,10 @@ NGRAM_CASES = {
 }
 
 
+# Of the scored words alone; the typographic apostrophe has three.
+NGRAM_BYTES = [3 + 6 + 5, 3 + 6 + 7, 6, 6 + 3 + 6, 3 + 6 + 5, 6 + 5 + 3 + 6, 3, 0, 0]
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_word_model_by_hand(arpa, suffix):
     path = arpa
@@ -616,7 +732,7 @@ def test_a_word_model_by_hand(arpa, suffix):
     np.testing.assert_array_equal(scores.tokens, [len(logs) for logs in known])
     skipped = [logs.count(None) for logs in NGRAM_CASES.values()]
     np.testing.assert_array_equal(scores.skipped, skipped)
-    np.testing.assert_array_equal(scores.num_bytes, [len(text.encode()) for text in NGRAM_CASES])
+    np.testing.assert_array_equal(scores.num_bytes, NGRAM_BYTES)
 
 
 def test_words_of_a_span(arpa):
@@ -626,7 +742,7 @@ def test_words_of_a_span(arpa):
     np.testing.assert_allclose(scores.nll[:2], [0.4 * math.log(10), 0.0], atol=1e-3)
     np.testing.assert_array_equal(scores.tokens, [1, 0, 3])
     np.testing.assert_array_equal(scores.skipped, [0, 1, 1])
-    np.testing.assert_array_equal(scores.num_bytes, [6, 8, 20])
+    np.testing.assert_array_equal(scores.num_bytes, [6, 0, 14])
     assert [x.dtype for x in opened.score_text([])] == [np.float64] + [np.int64] * 3
 
 

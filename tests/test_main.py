@@ -129,7 +129,7 @@ def _results(folder):
 
 
 def _samples(folder, row):
-    return np.load(folder / "report" / "samples" / f"{row['slug']}.npz")["tokens"]
+    return np.load(folder / "report" / row["samples"])["tokens"]
 
 
 def _table(out):
@@ -196,6 +196,9 @@ def test_check_refuses(tmp_path, changes, message):
         {"eval.grid": "linear"},
         {"eval.task": "prefix:8"},
         {"eval.controls": ("random",)},
+        {"eval.judges": "gguf:none.gguf"},
+        {"eval.models": "other=none"},
+        {"eval.resamples": 1},
         {"train.log_every": 0},
         {"train.checkpoint_every": 0},
         {"train.keep_checkpoints": 0},
@@ -464,13 +467,18 @@ def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp
         _run_here(monkeypatch, config, tmp_path / "run")
 
 
-def test_too_little_held_out_text_is_told_before_training():
-    config = _config("texts")
-    prepared = types.SimpleNamespace(num_blocks={"validation": 3}.get, block_length=8)
-    with pytest.raises(ValueError, match=r"has 3 blocks of 8 tokens, but eval\.num_samples=4"):
-        main.check_held_out(config, prepared)
-    config.eval.num_samples = 3
-    main.check_held_out(config, prepared)
+def test_too_little_held_out_text_for_a_task_is_told_before_training(
+    world, finished, tmp_path, monkeypatch
+):
+    shutil.copytree(finished[0] / "data", tmp_path / "run" / "data")
+    changes = {"eval.num_samples": 10_000, "eval.task": "prefix:4"}
+    config = _config(world.corpus, **changes)
+    for name, value in (("_CONFIG", config), ("_WORKDIR", str(tmp_path / "run"))):
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(main, "_EVALUATE", types.SimpleNamespace(value=True))
+    with pytest.raises(ValueError, match=r"blocks, but eval\.task .*eval\.num_samples=10000"):
+        main.main(["main"])
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 # ------------------------------------------------------------------------------------------ pairs

@@ -1,6 +1,8 @@
 """MAUVE of features whose distributions are known, and what is said where it can't be computed."""
 
+import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 
@@ -27,6 +29,28 @@ def test_available_tells_whether_it_is_installed(monkeypatch):
     assert mauve.available() == (importlib.util.find_spec("mauve") is not None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not mauve.available()
+
+
+def test_facts_say_what_the_score_depends_on(monkeypatch):
+    facts = mauve.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["half_samples"] == 100
+    installed = importlib.util.find_spec("mauve") is not None
+    assert facts["version"] == (importlib.metadata.version("mauve-text") if installed else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", {"mauve-text": "9.9"}.__getitem__)
+    assert mauve.facts()["version"] == "9.9"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("sizes", "buckets"), [((90, 120), 9), ((52, 48), 5), ((40, 40), 4)])
+def test_buckets_are_a_tenth_of_the_smaller_set(sizes, buckets):
+    import mauve as package
+
+    first, second = (_features(i, size) for i, size in enumerate(sizes))
+    with mauve._quiet():
+        found = package.compute_mauve(p_features=first, q_features=second, verbose=False)
+    assert found.num_buckets == buckets
 
 
 def test_without_the_package(monkeypatch):
@@ -71,6 +95,7 @@ def test_half_samples_repeat_no_row():
 def test_of_one_distribution():
     estimate = mauve.score(_features(1), _features(2), seed=0)
     assert estimate.value > 0.9
+    assert estimate.count == 120
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert mauve.score(_features(1), _features(1), seed=0).value == pytest.approx(1.0, abs=1e-6)
 

@@ -27,7 +27,7 @@ def test_bootstrap_against_literal_resampling():
         rows = draws.integers(40, size=40)
         values.append(math.exp(nll[rows].sum() / tokens[rows].sum()))
     values.sort()
-    expected = (math.exp(nll.sum() / tokens.sum()), values[4], values[-5])
+    expected = (math.exp(nll.sum() / tokens.sum()), values[4], values[-5], 40)
     np.testing.assert_allclose(estimate, expected, rtol=1e-12)
 
 
@@ -59,17 +59,20 @@ def test_bootstrap_leaves_nan_out_jointly():
     both = metrics.bootstrap(metrics.perplexity_b, nll, tokens)
     assert both == metrics.bootstrap(metrics.perplexity_b, nll[kept], tokens[kept])
     assert both.value == pytest.approx(math.exp(19 / 8), rel=1e-12)
+    assert both.count == 3
 
 
 def test_bootstrap_of_too_few():
     one = metrics.bootstrap(_mean, np.asarray([2.5, math.nan]))
-    assert one.value == 2.5
+    assert (one.value, one.count) == (2.5, 1)
     assert math.isnan(one.low)
     assert math.isnan(one.high)
     for nothing in ([], [math.nan]):
-        assert all(math.isnan(x) for x in metrics.bootstrap(_mean, np.asarray(nothing)))
+        *numbers, count = metrics.bootstrap(_mean, np.asarray(nothing))
+        assert all(math.isnan(x) for x in numbers)
+        assert count == 0
     same = metrics.bootstrap(_mean, np.full(9, 2.5))
-    assert same == (2.5, 2.5, 2.5)
+    assert same == (2.5, 2.5, 2.5, 9)
 
 
 def test_bootstrap_of_an_overflowing_figure():
@@ -83,7 +86,7 @@ def test_bootstrap_of_an_overflowing_figure():
 def test_bootstrap_leaves_out_resamples_without_the_figure():
     nll, tokens = np.asarray([2.0, 0.0, 0.0]), np.asarray([1, 0, 0])
     estimate = metrics.bootstrap(metrics.perplexity_c, nll, tokens)
-    np.testing.assert_allclose(estimate, [math.exp(2)] * 3, rtol=1e-12)
+    np.testing.assert_allclose(estimate, [*[math.exp(2)] * 3, 3], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,20 @@ def test_plan_in_full():
     assert plan[4].setting == "pretrain-1steps-cumulative-uniform-T0.5"
 
 
+def test_an_autoregressive_model_with_and_without_memory():
+    plan = points.plan(_settings(memories=("cache", "none")), {"ar": "autoregressive"}, 9)
+    models = [(p.group, p.memory, p.steps, p.slug) for p in plan if p.kind == "model"]
+    assert models == [
+        ("ar", "cache", 9, "ar-9steps-T1-s1"),
+        ("ar (no cache)", "none", 9, "ar-9steps-T1-anew-s1"),
+    ]
+
+
+def test_the_reference_row_goes_by_the_first_rule():
+    plan = points.plan(_settings(jumps=("mixture", "euler"), many_steps=99), STAGES, 9)
+    assert [p.jump for p in plan if p.steps == 99] == ["mixture"]
+
+
 def test_equal_points_are_one():
     plan = points.plan(_settings(steps=(1, 8, 1), many_steps=8, jumps=("cumulative",)), STAGES, 9)
     models = [(p.steps, p.jump) for p in plan if p.source == "pretrain"]
@@ -86,6 +100,10 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"many_steps": 0}, "eval.many_steps must be at least 1"),
         ({"watched": -1}, "eval.watched must be at least 0"),
         ({"bound_times": 1}, "eval.bound_times must be at least 2"),
+        ({"resamples": 1}, "eval.resamples must be at least 2"),
+        ({"jumps": ()}, "eval.jumps is empty"),
+        ({"memories": ("all",)}, "eval.memories names the unknown 'all'"),
+        ({"grid": "power:30"}, "eval: grid 'power:30' with 1024 steps"),
         ({"steps": (1, 0)}, "eval.steps must be at least 1"),
         ({"jumps": ("leap",)}, "eval.jumps names the unknown 'leap'"),
         ({"few_step_jump": "leap"}, "eval.few_step_jump names the unknown 'leap'"),
@@ -94,11 +112,12 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"temperature": 0.0}, "eval: temperature must be greater than 0"),
         ({"top_p": 0.0}, r"eval: top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "eval: top_p"),
-        ({"grid": "linear"}, "eval: Unknown grid 'linear'"),
+        ({"grid": "linear"}, "eval: grid 'linear' with 1 steps: Unknown grid 'linear'"),
         ({"seed": -1}, "eval: seed"),
         ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
         ({"models": "runs/other"}, "expected LABEL=PATH"),
         ({"models": "a=x,a=y"}, "each label once"),
+        ({"models": "a/b=x"}, "of letters, digits"),
     ],
 )
 def test_settings_are_refused(changes, message):
@@ -169,7 +188,7 @@ def test_no_models_named_is_all_of_them():
         ({"steps": (0, 1)}, "axes.steps must be at least 1"),
         ({"jumps": ("leap",)}, "axes.jumps names the unknown"),
         ({"weights": ("teacher",)}, "axes.weights names the unknown"),
-        ({"grids": ("uniform", "linear")}, "axes: Unknown grid"),
+        ({"grids": ("uniform", "linear")}, "axes: grid 'linear'"),
         ({"temperatures": (1.0, 0.0)}, "axes: temperature"),
         ({"top_ps": (0.0,)}, "axes: top_p"),
     ],

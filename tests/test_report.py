@@ -1,9 +1,10 @@
-"""The report: its files, seeds put together, what is held against rows, the page as data."""
+"""The report: its files, what is held against rows, the page as data."""
 
 import base64
 import copy
 import csv
 import hashlib
+import html
 import html.parser
 import json
 import math
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from fsdfm_jax import tokenizer, trajectory
-from fsdfm_jax.evaluate import figures, reading, report
 from fsdfm_jax.evaluate import page as page_lib
+from fsdfm_jax.evaluate import pictures, reading, report
 from fsdfm_jax.trajectory import Piece, Trajectory
 
 L = 6
@@ -33,6 +34,11 @@ def _scores(perplexity):
     values = (perplexity, perplexity * 0.97, perplexity * 0.95, math.log(perplexity) / 4)
     estimates = {key: _estimate(value) for key, value in zip(ORDER, values, strict=True)}
     return estimates | {"tokens": 60, "skipped": 1}
+
+
+def _stamp(model, judges):
+    listed = [{"name": name, "sha256": sha256} for name, sha256 in judges.items()]
+    return {"model": model and {"sha256": f"of {model}"}, "scoring": {"judges": listed}}
 
 
 def _row(group, steps=None, *, kind="model", perplexity=50.0, bits=6.3, **changes):
@@ -70,7 +76,9 @@ def _row(group, steps=None, *, kind="model", perplexity=50.0, bits=6.3, **change
         "judges": {"own": {"ids": _scores(perplexity), "text": _scores(perplexity * 1.1)}},
         "per_step": None,
         "notes": [],
-        "protocol": {"seed": seed, "judge": {"name": "own"}},
+        "weights": "ema" if model else None,
+        "device": "1 x test",
+        "protocol": _stamp(group if model else None, {"own": "0a"}),
     }
     if model:
         times = [k / steps for k in range(steps)]
@@ -103,6 +111,8 @@ def _write(path, rows=None, text="the people of", trajectories=None, **changes):
     header = {"device": "1 x test", "code_version": "v", "parameters": {"distill": 1_300_000}}
     arguments = {
         "rows": rows,
+        "pooled": rows,
+        "frozen": {},
         "samples": samples,
         "trajectories": trajectories or {},
         "tokenizer": TOKENIZER,
@@ -112,10 +122,16 @@ def _write(path, rows=None, text="the people of", trajectories=None, **changes):
     return path
 
 
+def _lines(rows):
+    """The lines of a table without what stands above it."""
+    text = report.table(rows)
+    return text[text.index("model  ") :].splitlines()
+
+
 @pytest.fixture
 def no_png(monkeypatch):
     """For tests of other files: half of the time of a report goes into these."""
-    monkeypatch.setattr(figures, "png", lambda figure: b"")
+    monkeypatch.setattr(pictures, "png", lambda figure: b"")
 
 
 def _trajectory(text="the people of the united states", masked=True):
@@ -152,13 +168,30 @@ def test_lines_of_a_trajectory_survive_a_log():
     lines = trajectory.text_lines(_trajectory(), MASK, TOKENIZER)
     assert lines[0] == "step 0 of 4, t=0, noise"
     assert lines[2] == "step 1 of 4, t=0.25, 2 tokens changed"
-    assert lines[4] == "step 4 of 4, t=1, 3 tokens changed in 3 steps"
+    assert lines[4] == "step 4 of 4, t=1, 3 tokens differ from step 1"
     plain = lines[5].replace("{+", "").replace("+}", "")
     end = TOKENIZER.decode(_trajectory().tokens_TL[-1].tolist())
     assert plain == "  " + end
     changed = re.findall(r"\{\+(.*?)\+\}", lines[5])
     assert changed == [TOKENIZER.decode(_trajectory().tokens_TL[-1, 3:].tolist())]
     assert all(line.isprintable() for line in lines)
+
+
+def test_a_long_trajectory_is_thinned_evenly():
+    end_L = np.arange(65)
+    tokens_TL = np.where(end_L < np.arange(65)[:, None], end_L, 999)
+    tokens_TL[20:40, 64] = 7  # changes and changes back between two frames
+    whole = Trajectory(tokens_TL, tuple(range(65)), tuple(np.arange(65) / 64), end_L < 0)
+    one = trajectory.thin(whole, 3)
+    assert (one.steps, one.times) == ((0, 32, 64), (0.0, 0.5, 1.0))
+    np.testing.assert_array_equal(one.tokens_TL, tokens_TL[[0, 32, 64]])
+    assert trajectory.captions(one) == [
+        "step 0 of 64, t=0, noise",
+        "step 32 of 64, t=0.5, 33 tokens differ from the noise",
+        "step 64 of 64, t=1, 33 tokens differ from step 32",
+    ]
+    assert trajectory.thin(whole, 65) is whole
+    assert len(set(trajectory.thin(whole, 17).steps)) == 17
 
 
 def test_a_trajectory_of_other_lengths_is_refused():
@@ -190,7 +223,9 @@ def test_csv_is_flat(tmp_path):
         lines = list(csv.DictReader(file))
     columns = list(lines[0])
     assert columns[:4] == ["slug", "setting", "kind", "group"]
-    assert columns[16:19] == ["entropy_nats", "entropy_nats_low", "entropy_nats_high"]
+    assert {"weights", "top_p", "num_samples", "device"} <= set(columns[:18])
+    ends = ("", "_low", "_high", "_count")
+    assert columns[18:22] == [f"entropy_nats{end}" for end in ends]
     assert {f"own/{way}/{key}_low" for way in ("ids", "text") for key in ORDER} <= set(columns)
     assert columns[-2:] == ["notes", "flags"]
     assert [line["group"] for line in lines] == [row["group"] for row in ROWS]
@@ -213,7 +248,7 @@ def test_equal_rows_give_equal_bytes(tmp_path):
 
 def _with_nan(row):
     nan = {"value": math.nan, "low": math.nan, "high": math.nan}
-    scores = {key: nan for key in ORDER} | {"tokens": 0, "skipped": 9}
+    scores = {key: nan for key in ORDER} | {"tokens": 0, "skipped": 0}
     judges = {"own": {"ids": None, "text": scores}}
     return row | {"figures": {key: nan for key in row["figures"]}, "judges": judges}
 
@@ -238,12 +273,12 @@ def test_odd_rows_give_a_report(tmp_path, rows):
     for table in re.findall(r"<tbody>.*?</tbody>", (folder / "report.html").read_text(), re.DOTALL):
         assert table.count("<tr") <= len(rows)
     assert "None was recorded." in (folder / "trajectories.txt").read_text()
-    assert len(report.table(rows).splitlines()) == 2 + len(rows)
+    assert len(_lines(rows)) == 2 + len(rows)
 
 
 def test_a_figure_that_is_nan_is_seen():
     rows = [REAL, _with_nan(GOOD)]
-    assert report.table(rows).splitlines()[-1].split()[2:4] == ["nan", "nan"]
+    assert _lines(rows)[-1].split()[2:4] == ["nan", "nan"]
     assert report.flags(rows[1], REAL) == ["its samples gave no figures"]
 
 
@@ -255,46 +290,12 @@ def test_a_sweep_is_one_row_a_setting(tmp_path):
         for T in (0.8, 1.0, 1.2)
         for seed in (1, 2)
     ]
-    page = (_write(tmp_path, rows) / "report.html").read_text()
+    pooled = [row | {"num_seeds": 2, "seeds": [1, 2]} for row in rows[1::2]]
+    page = (_write(tmp_path, rows, pooled=[REAL, *pooled]) / "report.html").read_text()
     body = re.search(r'id="table".*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
     assert body.count("<tr") == 1 + 4 * 3
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + len(rows)
-
-
-# ------------------------------------------------------------------------------------------- seeds
-def test_aggregate_by_hand():
-    rows = [
-        REAL,
-        _row("distill", 4, perplexity=100.0, seed=1, milliseconds_per_sample=4.0, notes=["x"]),
-        GOOD,
-        _row("distill", 4, perplexity=160.0, seed=2, milliseconds_per_sample=5.0, notes=["x"]),
-        _row("distill", 4, perplexity=133.0, seed=3, milliseconds_per_sample=6.0, notes=["y"]),
-    ]
-    before = copy.deepcopy(rows)
-    merged = report.aggregate(rows)
-    assert rows == before
-    assert [row["setting"] for row in merged] == [row["setting"] for row in rows[:3]]
-    assert merged[0] is rows[0]
-    assert merged[2] is rows[2]
-    one = merged[1]
-    assert (one["num_seeds"], one["seed"], one["slug"]) == (3, None, rows[1]["slug"])
-    scores = one["judges"]["own"]["ids"]
-    assert scores["perplexity_a"] == {"value": 131.0, "low": 100.0, "high": 160.0}
-    assert (scores["tokens"], scores["skipped"]) == (180, 3)
-    assert one["milliseconds_per_sample"] == 5.0
-    assert one["figures"]["mauve"] is None
-    assert one["figures"]["self_bleu"]["low"] == one["figures"]["self_bleu"]["high"]
-    assert one["notes"] == ["x", "y"]
-    assert list(one["protocol"]) == [rows[i]["slug"] for i in (1, 3, 4)]
-    assert one["per_step"]["times"] == [0, 0.25, 0.5, 0.75]
-
-
-def test_aggregate_hides_no_nan():
-    rows = [_row("distill", 2, seed=1), _with_nan(_row("distill", 2, seed=2))]
-    merged = report.aggregate(rows)[0]
-    assert math.isnan(merged["figures"]["entropy_bits"]["value"])
-    assert merged["judges"]["own"]["ids"]["perplexity_a"]["value"] == 50.0  # one seed has them
 
 
 # ------------------------------------------------------------------------------------- exposure
@@ -351,6 +352,135 @@ def test_flags_compare_like_with_like():
     assert "control, repeats" in report.table([REAL, COLLAPSED])
 
 
+def _words(row, real=REAL):
+    return [finding.word for finding in reading.findings(row, real)]
+
+
+def _counts(row, **counts):
+    """The row with counts of samples in its figures and its judge's scores."""
+    row = copy.deepcopy(row)
+    for key, count in counts.items():
+        place = row["judges"]["own"]["ids"] if key in ORDER else row["figures"]
+        place[key]["count"] = count
+    return row
+
+
+def test_samples_that_are_left_out_are_seen():
+    row = _counts(GOOD, perplexity_a=3, perplexity_c=4, entropy_bits=5, distinct_3=4)
+    (found,) = reading.findings(row, REAL)
+    sentence = "2 of 5 samples had no text to score; 1 of 5 samples have no distinct-3"
+    assert found == ("left out", sentence, ("distinct_3", "perplexity_a", "perplexity_c"))
+    assert _words(_counts(GOOD, perplexity_a=5, self_bleu=2)) == []
+    assert _words(_counts(GOOD, perplexity_a=10) | {"num_seeds": 2}) == []
+    assert _words(_counts(GOOD, perplexity_a=9) | {"num_seeds": 2}) == ["left out"]
+    # Where stretches are too short for trigrams real text has none either.
+    assert _words(_counts(GOOD, distinct_3=0), _counts(REAL, distinct_3=0)) == []
+    assert _words(_counts(GOOD, distinct_3=0), _counts(REAL, distinct_3=1)) == ["left out"]
+    assert _words(_counts(GOOD, distinct_3=4), None) == ["left out"]
+
+
+@pytest.mark.usefixtures("no_png")
+def test_a_cell_says_how_many_samples_it_has(tmp_path):
+    rows = [_counts(REAL, perplexity_a=5), _counts(GOOD, perplexity_a=3)]
+    page = (_write(tmp_path, rows) / "report.html").read_text()
+    assert page.count("<small>3 of 5 samples</small>") == 2  # main table and judge's
+    assert "5 of 5 samples" not in page
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["own/ids/perplexity_a_count"] for line in lines] == ["5", "3"]
+    assert lines[0]["own/ids/perplexity_b_count"] == ""
+
+
+def _skipping(row, skipped):
+    row = copy.deepcopy(row)
+    row["judges"]["words"] = {"ids": None, "text": _scores(40.0) | {"skipped": skipped}}
+    return row
+
+
+def test_words_that_a_judge_can_not_read_are_seen():
+    real = _skipping(REAL, 4)  # and 60 that it can: 6%
+    assert _words(_skipping(GOOD, 10), real) == []
+    (found,) = reading.findings(_skipping(GOOD, 20), real)
+    assert found.word == "skipped"
+    assert found.sentence == (
+        "words could not score 25% of it, 6% of real text: a perplexity of the rest"
+    )
+    assert found.columns == ()  # the main judge read it
+    only = lambda row: row | {"judges": {"words": row["judges"]["words"]}}
+    (found,) = reading.findings(only(_skipping(GOOD, 20)), only(real))
+    assert found.columns == ("perplexity_a", "perplexity_b")
+
+
+AUTOREGRESSIVE = _row("autoregressive", 128, perplexity=35.0, stage="autoregressive")
+AUTOREGRESSIVE["protocol"] = _stamp("autoregressive", {"own": "of autoregressive", "other": "7f"})
+
+
+def test_a_model_that_judges_itself_is_seen():
+    assert _words(AUTOREGRESSIVE) == ["own judge"]
+    pooled = {"num_seeds": 2, "protocol": dict.fromkeys("ab", AUTOREGRESSIVE["protocol"])}
+    assert _words(AUTOREGRESSIVE | pooled) == ["own judge"]
+    assert _words(AUTOREGRESSIVE | {"protocol": _stamp("autoregressive", {"own": "0a"})}) == []
+    # As a further judge it spoils no figure but its own.
+    judges = {"other": AUTOREGRESSIVE["judges"]["own"], **AUTOREGRESSIVE["judges"]}
+    assert _words(AUTOREGRESSIVE | {"judges": judges}) == []
+
+
+def _key(page):
+    return re.search(r'<section id="key">(.*?)</section>', page, re.DOTALL)[1]
+
+
+@pytest.mark.usefixtures("no_png")
+def test_a_model_that_judges_itself_heads_nothing(tmp_path):
+    rows = [*ROWS, AUTOREGRESSIVE]
+    page = (_write(tmp_path / "one", rows) / "report.html").read_text()
+    assert "<h3>Left to right</h3>" not in _key(page)
+    assert "the latter's perplexity is not compared, because it is its own judge" in _key(page)
+    assert '<span class="flag">! own judge</span>' in page
+    rows = [copy.deepcopy(row) for row in rows]
+    for i, row in enumerate(rows):
+        row["judges"]["other"] = {"ids": None, "text": _scores(400.0 + i)}
+    page = (_write(tmp_path / "two", rows) / "report.html").read_text()
+    card = _key(page).split("<h3>Left to right</h3>")[1].split("</div>")[0]
+    assert "by other, the main judge being this model" in card
+    assert '<p class="big">405 ' in card
+    assert "own judge" not in card
+    assert "perplexity 404 against 405 by other at the same entropy" in _key(page)
+    tables = page.split('<section id="judges">')[1].split("<h3>")[1:3]
+    assert ["own judge" in part for part in tables] == [True, False]
+
+
+@pytest.mark.usefixtures("no_png")
+def test_the_claim_is_of_the_base_model(tmp_path):
+    base = _row("pretrain", 1024, perplexity=80.0, stage="pretrain", bits=6.45)
+    long = _row("distill", 2048, perplexity=70.0)
+    cool = _row("pretrain", 1024, perplexity=60.0, stage="pretrain", bits=5.9, temperature=0.8)
+    page = (_write(tmp_path / "a", [*ROWS, cool, base, long]) / "report.html").read_text()
+    claim = "8 network calls instead of 1,024: 128 times the speed; perplexity 120 against 80.00"
+    assert f"{claim} at the same entropy.</p>" in _key(page)
+    base = base | {"device": "1 x other"}
+    base["figures"] = base["figures"] | {"entropy_bits": _estimate(6.6, 0.01)}
+    page = (_write(tmp_path / "b", [*ROWS, base]) / "report.html").read_text()
+    assert "instead of 1,024: timed on different devices; " in _key(page)
+    assert "against 80.00, entropy 6.30 against 6.60 bits.</p>" in _key(page)
+    assert "times the speed" not in page
+    time = page.split('<section id="time">')[1]
+    assert "timed on different devices" in time
+    assert '<td data-v="1 x other">1 x other</td>' in page
+
+
+@pytest.mark.usefixtures("no_png")
+def test_cells_sort_as_numbers(tmp_path):
+    odd = ("inf", "-inf", "nan")
+    rows = [REAL, *(_row(name, 4, perplexity=50.0) for name in odd)]
+    for row in rows[1:]:
+        row["figures"]["mauve"] = {"value": float(row["group"])}
+    page = (_write(tmp_path, rows) / "report.html").read_text()
+    for name, key in zip(odd, ("Infinity", "-Infinity", ""), strict=True):
+        assert f'<td class="n" data-v="{key}">{name}</td>' in page
+    numbers = re.findall(r'<td class="n[^"]*" data-v="([^"]*)"', page)
+    assert all(re.fullmatch(r"|-?Infinity|-?\d[\d.]*(e[-+]\d+)?", n) for n in numbers)
+
+
 def test_columns_of_a_finding_are_those_it_rests_on():
     by_word = {finding.word: finding for finding in reading.findings(COLLAPSED, REAL)}
     assert by_word["repeats"].columns == ("entropy_bits", "distinct_2", "self_bleu")
@@ -371,7 +501,7 @@ def test_the_best_of_few_steps_is_at_the_entropy_of_text():
 
 # ------------------------------------------------------------------------------------------- table
 def test_table_has_every_row_aligned():
-    lines = report.table(ROWS).splitlines()
+    lines = _lines(ROWS)
     assert len(lines) == 2 + len(ROWS)
     assert len({len(line) for line in lines}) == 1
     heads = ["model", "steps", "ppl", "A", "ppl", "B", "H", "bits", "H", "nats"]
@@ -385,10 +515,27 @@ def test_table_has_every_row_aligned():
 def test_table_fits_a_terminal():
     long = _row("pretrain with a very long name (cumulative)", 1024, perplexity=123456.0)
     rows = [*ROWS, long, long | {"temperature": 0.8, "num_seeds": 3}]
-    lines = report.table(rows).splitlines()
+    lines = _lines(rows)
     assert max(map(len, lines)) <= 120
     assert lines[0].split()[1:4] == ["steps", "T", "seeds"]
     assert lines[-1].split("…")[1].split()[:3] == ["1024", "0.8", "3"]
+
+
+def test_a_table_says_what_is_the_same():
+    rows = [*ROWS, GOOD | {"slug": "b", "weights": "student", "grid": "cosine", "top_p": 0.9}]
+    text = report.table(rows)
+    assert text.splitlines()[:2] == [
+        "The same in all rows of models: temperature 1, task unconditional, 5 samples, device "
+        "1 x test.",
+        "",
+    ]
+    assert _lines(rows)[0].split()[1:5] == ["steps", "top-p", "grid", "weights"]
+    assert _lines(rows)[-1].split()[1:5] == ["8", "0.9", "cosine", "student"]
+    assert _lines(rows)[2].split()[2:6] == ["-", "-", "-", "-"]  # of real text
+    assert "device other" in report.table([REAL, GOOD | {"device": "other"}])
+    rows = [REAL, GOOD, GOOD | {"slug": "b", "device": "other"}]
+    assert _lines(rows)[0].split()[2] == "device"
+    assert report.table([REAL, SHUFFLED]).startswith("model")
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -460,11 +607,12 @@ def test_the_data_of_the_page_parse_back(tmp_path):
     data = json.loads(raw)
     shown = TOKENIZER.decode(_tokens(text)[0].tolist())
     assert data["rows"] == [
-        {"title": reading.title(row), "texts": [shown] * 3} for row in report.aggregate(rows)
+        {"title": reading.title(row), "texts": [[[shown, 0]]] * 3} for row in rows
     ]
+    assert data["kinds"][0] == "kept"
     cut = trajectory.frames(_trajectory(HOSTILE, masked=False), None, TOKENIZER)
     assert [frame["pieces"] for frame in data["paths"][0]["frames"]] == [
-        [list(piece) for piece in frame] for frame in cut
+        [[text, data["kinds"].index(kind)] for text, kind in frame] for frame in cut
     ]
     captions = [frame["caption"] for frame in data["paths"][0]["frames"]]
     assert "predictive" not in captions[0]
@@ -509,6 +657,122 @@ def test_the_page_is_whole_without_its_script(tmp_path):
 
 
 @pytest.mark.usefixtures("no_png")
+def test_what_was_given_is_marked(tmp_path):
+    text = "the <b>\x1b[31mpeople"
+    tokens = np.array([TOKENIZER.encode(text)])
+    given = np.arange(tokens.shape[1]) < 5
+    folder = _write(
+        tmp_path,
+        samples={GOOD["slug"]: tokens, REAL["slug"]: tokens},
+        frozen={GOOD["slug"]: given[None]},
+    )
+    first, rest = (TOKENIZER.decode(tokens[0, part].tolist()) for part in (given, ~given))
+    lines = (folder / "samples.txt").read_text()
+    assert "between [[ and ]]." in lines.splitlines()[0]
+    whole = text.replace("\x1b", r"\x1b")
+    shown = f"[[{first}]]{rest}".replace("\x1b", r"\x1b")
+    assert f"[1] {shown}\n" in lines
+    assert f"[1] {whole}\n" in lines
+    page = (folder / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    marked = [[data["kinds"][kind], text] for text, kind in data["rows"][1]["texts"][0]]
+    escaped = lambda text: text.replace("\x1b", r"\x1b")
+    assert marked == [["given", escaped(first)], ["kept", escaped(rest)]]
+    panel = html.escape(escaped(first), quote=True)
+    assert f'<span class="given">{panel}</span>' in page
+    assert "What the model was given is <b>bold</b>" in page
+    plain = _write(tmp_path / "plain")
+    assert "[[" not in (plain / "samples.txt").read_text()
+    assert "<b>bold</b>" not in (plain / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_png")
+def test_the_page_of_a_large_sweep_stays_small(tmp_path):
+    """165 settings at 1,024 tokens, every one watched at 65 frames that change everywhere."""
+    rng = np.random.default_rng(0)
+    length, steps = 1024, 64
+    rows = [REAL] + [
+        _row("distill", 2**k, perplexity=100.0, temperature=T, top_p=p)
+        | {"slug": f"{k}-{T}-{p}", "group": f"distill (top-p {p})"}
+        for k in range(11)
+        for T in (0.8, 0.9, 1.0, 1.1, 1.2)
+        for p in (0.8, 0.9, 1.0)
+    ]
+    best = rows[1 + 3 * 15 + 2 * 3]  # 8 steps at temperature 1
+    best["judges"]["own"]["ids"]["perplexity_a"] = _estimate(99.0)
+    widths = [len(TOKENIZER.decode([i])) for i in range(TOKENIZER.vocab_size)]
+    ids = np.flatnonzero(np.array(widths) >= 4)
+    tokens_TL = rng.choice(ids, (steps + 1, length))
+    half_TL = rng.random(tokens_TL.shape) < 0.5
+    half_TL[0] = True
+    tokens_TL = np.where(half_TL, tokens_TL, tokens_TL[0])
+    times = tuple((np.arange(steps + 1) / steps).tolist())
+    one = Trajectory(tokens_TL, tuple(range(steps + 1)), times, np.zeros(length, bool))
+    folder = _write(
+        tmp_path,
+        rows,
+        samples={row["slug"]: rng.choice(ids, (3, length)) for row in rows},
+        trajectories={row["slug"]: [one] * 2 for row in rows[1:]},
+    )
+    size = (folder / "report.html").stat().st_size
+    assert size < 3_000_000, size
+    page = (folder / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert len(data["rows"]) == 166
+    assert all(len(row["texts"]) == 1 for row in data["rows"])
+    assert 2 <= len(data["paths"]) <= 12
+    assert data["paths"][0]["title"].startswith("distill (top-p 0.8), 8 steps")
+    for path in data["paths"]:
+        numbers = [int(frame["caption"].split()[1]) for frame in path["frames"]]
+        assert numbers == list(range(0, 65, 4))
+        assert "T=" not in path["title"]
+        assert "differ from step 60" in path["frames"][-1]["caption"]
+    lines = (folder / "trajectories.txt").read_text()
+    assert lines.count("step 64 of 64") == 2 * 165
+    assert lines.count("\nstep ") == 17 * 2 * 165
+
+
+@pytest.mark.usefixtures("no_png")
+def test_stamps_of_the_page_add_up(tmp_path):
+    rows = [copy.deepcopy(row) for row in (REAL, COLLAPSED, *ROWS[3:], AUTOREGRESSIVE)]
+    for i, row in enumerate(rows[2:]):
+        row["protocol"]["sampling"] = {"seed": i, "top_p": 1.0, "grid": ["a"]}
+    seeds = {"s1": rows[2]["protocol"], "s2": rows[3]["protocol"]}
+    rows[2] |= {"num_seeds": 2, "protocol": seeds}
+    page = (_write(tmp_path, rows, header={}) / "report.html").read_text()
+    shown = page.split('<div class="stamps">')[1].split("</div>")[0]
+    read = {
+        html.unescape(name): json.loads(html.unescape(text))
+        for name, text in re.findall(r"<summary>(.*?)</summary><pre>(.*?)</pre>", shown, re.DOTALL)
+    }
+    common = read["The same for all rows of models"]
+    assert common == {"sampling": {"top_p": 1.0, "grid": ["a"]}}
+    assert read["The same for all rows of texts to compare with"] == REAL["protocol"]
+    assert read["held-out text"] == {}
+    assert read["distill, 8 steps"] == {
+        **{key: rows[3]["protocol"][key] for key in ("model", "scoring")},
+        "sampling": {"seed": 1},
+    }
+    assert [read["distill, 2 steps"][seed]["sampling"] for seed in seeds] == [
+        {"seed": 0},
+        {"seed": 1},
+    ]
+
+
+@pytest.mark.usefixtures("no_png")
+def test_watched_samples_are_spread_over_steps(tmp_path):
+    rows = [REAL, *(_row("distill", 2**k, temperature=T) for k in range(7) for T in (1.0, 0.8))]
+    paths = {row["slug"]: [_trajectory()] * 2 for row in rows[1:]}
+    page = (_write(tmp_path, rows, trajectories=paths, mask_id=MASK) / "report.html").read_text()
+    titles = [
+        one["title"] for one in json.loads(page.split('id="data">')[1].split("</")[0])["paths"]
+    ]
+    assert len(titles) == 12
+    assert "T=" not in "".join(titles)
+    assert {title.split(": ")[0] for title in titles} == {reading.title(row) for row in rows[1::2]}
+
+
+@pytest.mark.usefixtures("no_png")
 def test_ids_of_the_page_are_unique(tmp_path):
     parser = _Parser((_write(tmp_path) / "report.html").read_text())
     ids = [value for name, value in parser.attributes if name == "id"]
@@ -531,11 +795,11 @@ def test_frontier_joins_temperatures_where_they_vary():
         for steps in (2, 8)
         for T in (1.2, 0.8, 1.0)
     ]
-    axis = figures.frontier(rows, set()).axes[0]
+    axis = pictures.frontier(rows, set()).axes[0]
     assert [len(line.get_xdata()) for line in _joined(axis)] == [3, 3]
     for line in _joined(axis):
         assert list(line.get_xdata()) == sorted(line.get_xdata())  # by temperature
-    axis = figures.frontier([row for row in rows if row["temperature"] in (None, 1.0)], ()).axes[0]
+    axis = pictures.frontier([row for row in rows if row["temperature"] in (None, 1.0)], ()).axes[0]
     assert [len(line.get_xdata()) for line in _joined(axis)] == [2]  # over steps
 
 
@@ -543,7 +807,7 @@ def test_a_group_has_one_colour_everywhere():
     rows = [REAL, *(_row(name, s, perplexity=99.0 / s) for name in ("a", "b") for s in (1, 4, 8))]
     colors = [
         [line.get_color() for line in _joined(draw(rows, set()).axes[0])]
-        for draw in (figures.frontier, figures.steps, figures.time, figures.predictive)
+        for draw in (pictures.frontier, pictures.steps, pictures.time, pictures.predictive)
     ]
     assert len(set(colors[0])) == 2
     assert all(color[:2] == colors[0] for color in colors[1:])
@@ -552,7 +816,7 @@ def test_a_group_has_one_colour_everywhere():
 def test_exposed_rows_are_hollow_crosses():
     rows = [REAL, GOOD, _row("distill", 1, perplexity=2000.0)]
     exposed = {rows[2]["slug"]}
-    for draw in (figures.frontier, figures.steps, figures.time):
+    for draw in (pictures.frontier, pictures.steps, pictures.time):
         axis = draw(rows, exposed).axes[0]
         crosses = [
             line
@@ -567,8 +831,8 @@ def test_exposed_rows_are_hollow_crosses():
 def test_pictures_can_be_read_on_a_phone():
     names = [f"model number {i} (cumulative)" for i in range(9)]
     rows = [REAL, *(_row(name, s, perplexity=99.0 * s) for name in names for s in (1, 4))]
-    for name, draw in figures.PICTURES.items():
-        text = figures.svg(draw(rows, set()), name)
+    for name, draw in pictures.PICTURES.items():
+        text = pictures.svg(draw(rows, set()), name)
         sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)]
         width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
         columns = 2 if name == "results" else 1
@@ -582,6 +846,6 @@ def test_pictures_can_be_read_on_a_phone():
 def test_names_are_no_formulas():
     name = r"_$\frac{1}{2$ $x^2$ & <b>"
     rows = [REAL | {"group": name}, _row(name, 1), _row(name, 2)]
-    for key, draw in figures.PICTURES.items():
-        text = figures.svg(draw(rows, set()), key)
+    for key, draw in pictures.PICTURES.items():
+        text = pictures.svg(draw(rows, set()), key)
         assert r"_$\frac{1}{2$ $x^2$ &amp; &lt;b&gt;" in text

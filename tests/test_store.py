@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ ARRAYS = {"tokens": np.arange(6, dtype=np.int32).reshape(2, 3), "nll": np.float6
 
 def _row(slug="point", **changes):
     value = {"value": 1.5, "low": math.nan, "high": math.inf}
-    return {"slug": slug, "figures": {"x": value}, "protocol": PROTOCOL} | changes
+    row = {"slug": slug, "figures": {"x": value}, "protocol": PROTOCOL}
+    return row | {"samples": Store(pathlib.Path()).place(slug, STAMP)} | changes
 
 
 def _same(row, other):
@@ -46,6 +48,30 @@ def test_another_protocol_is_another_point(tmp_path):
     assert store.arrays("point", STAMP) is not None
 
 
+def test_other_samples_take_no_ones_place(tmp_path):
+    store = Store(tmp_path)
+    other = {"tokens": np.zeros((1, 1), np.int32)}
+    store.save_arrays("point", STAMP, ARRAYS)
+    store.save_arrays("point", {"samples": {"seed": 2}}, other)
+    assert store.arrays("point", STAMP)["tokens"].shape == (2, 3)
+    assert store.arrays("point", {"samples": {"seed": 2}})["tokens"].shape == (1, 1)
+    assert store.arrays("point", STAMP, ["nll", "none"]).keys() == {"nll"}
+
+
+def test_batches_are_kept_until_the_samples_are_whole(tmp_path):
+    store = Store(tmp_path)
+    assert store.batch("point", STAMP, 0) is None
+    store.save_batch("point", STAMP, 0, ARRAYS["tokens"])
+    store.save_batch("point", STAMP, 1, ARRAYS["tokens"] + 1)
+    np.testing.assert_array_equal(Store(tmp_path).batch("point", STAMP, 1), ARRAYS["tokens"] + 1)
+    assert store.batch("point", {"other": 1}, 0) is None
+    (batch,) = (tmp_path / "samples").glob(".point-*/00000.npy")
+    batch.write_bytes(batch.read_bytes()[:20])
+    assert store.batch("point", STAMP, 0) is None
+    store.save_arrays("point", STAMP, ARRAYS)
+    assert [path.suffix for path in (tmp_path / "samples").rglob("*")] == [".npz"]
+
+
 def test_a_row_without_its_samples_is_none(tmp_path):
     store = Store(tmp_path)
     store.add(_row())
@@ -56,7 +82,7 @@ def test_a_row_without_its_samples_is_none(tmp_path):
 def test_damaged_samples_are_drawn_anew(tmp_path, damage):
     store = Store(tmp_path)
     store.save_arrays("point", STAMP, ARRAYS)
-    path = tmp_path / "samples" / "point.npz"
+    path = tmp_path / store.place("point", STAMP)
     content = path.read_bytes()
     path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"x"}[damage])
     assert store.arrays("point", STAMP) is None

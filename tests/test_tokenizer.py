@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -80,6 +81,41 @@ def test_offsets_are_those_of_characters(name, request):
     sign = [ids[i] for i, (start, end) in enumerate(offsets) if start <= 2 < end]
     assert tokenizer.decode(sign).strip() == "日"  # its tokens all have its place
     assert len(sign) > 1
+
+
+def test_bytes_of_tokens(gpt2, bpe):
+    for tokenizer in (gpt2, bpe):
+        for text in [*TEXTS[:3], "never seen: Ωß\t\x00 \U0001f600\xad\x7f"]:
+            ids = tokenizer.encode(text)
+            assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
+            sizes = tokenizer.num_bytes(ids)
+            assert sizes.sum() == len(text.encode())
+            np.testing.assert_array_equal(sizes, [len(tokenizer.token_bytes[i]) for i in ids])
+        assert tokenizer.num_bytes([tokenizer.eos_id]).tolist() == [0]
+        single = sorted(part for part in tokenizer.token_bytes if len(part) == 1)
+        assert single == [bytes([i]) for i in range(256)]
+    # A byte that is no character by itself is one byte, not the three of U+FFFD.
+    (wrong,) = [i for i, part in enumerate(bpe.token_bytes) if part == b"\xe6"]
+    assert bpe.decode([wrong]) == "\ufffd"
+    sizes = bpe.num_bytes(np.full((2, 3), wrong))
+    np.testing.assert_array_equal(sizes, np.ones((2, 3)))
+    assert sizes.dtype == np.int64
+
+
+def test_tokens_that_were_added_as_text(bpe):
+    backend = tokenizers.Tokenizer.from_str(bpe.to_json())
+    backend.add_tokens(["a 日"])
+    tokenizer = tokenizer_lib.Tokenizer(backend)
+    ids = tokenizer.encode("x a 日 y")
+    assert ids.count(300) == 1
+    assert b"".join(tokenizer.token_bytes[i] for i in ids) == "x a 日 y".encode()
+    assert tokenizer.decode(ids) == "x a 日 y"
+
+
+def test_bytes_of_a_vocabulary_of_words():
+    tokenizer = tokenizer_lib.Tokenizer(_word_level({"[UNK]": 0, "a": 1, "日b": 2, "</s>": 5}))
+    assert tokenizer.token_bytes is None
+    np.testing.assert_array_equal(tokenizer.num_bytes([1, 2, 5, 4]), [1, 4, 0, 0])
 
 
 def test_vocabulary_names_each_id(gpt2, bpe):

@@ -16,6 +16,7 @@ from fsdfm_jax.writer import (
     Progress,
     append_jsonl,
     read_jsonl,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -65,6 +66,8 @@ def test_text_and_json_replace_the_file(tmp_path):
     assert json.loads(path.read_text()) == {"b": [1, "nan"], "a": 0.5, "n": 3}
     write_text(path, "größer\n")
     assert path.read_text(encoding="utf-8") == "größer\n"
+    write_bytes(path, b"\xff\n")
+    assert path.read_bytes() == b"\xff\n"
     assert os.listdir(path.parent) == ["a.json"]
 
 

@@ -12,6 +12,7 @@ with a further judge scores the samples that are there.
 
 import pathlib
 import sys
+from collections.abc import Iterable
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -23,10 +24,10 @@ from fsdfm_jax.evaluate import subjects, suite
 from fsdfm_jax.evaluate.points import Settings
 from fsdfm_jax.evaluate.subjects import Catalogue
 
+_DEFAULT_CONFIG = pathlib.Path(fsdfm_jax.__file__).parents[1] / "configs" / "base.py"
+_GIVEN = cli.config_given(sys.argv)
 _CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(pathlib.Path(fsdfm_jax.__file__).parents[1] / "configs" / "base.py"),
-    "Configuration; given explicitly, its eval section replaces that of the run.",
+    "config", None, "Configuration; its eval section then replaces that of the run."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory; or give --checkpoint.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Any model file or folder; or --workdir.")
@@ -38,25 +39,30 @@ _NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Of an official file that d
 _SOURCE = flags.DEFINE_enum("source", "", ["", "uniform", "mask"], "Noise, where unsaid.")
 
 
-def use_stored(config: ConfigDict, stored: dict, argv: list[str]) -> None:
+# Of a file from elsewhere numbers are taken, not what it would have this machine open.
+_PLACES = ("judges", "models")
+
+
+def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     """Sets what the command line doesn't say of `config.eval` to what the run was configured with.
 
     Args:
-      config: changed in place.
+      config: changed in place; as it is where --config names a file.
       stored: the run's whole configuration, as JSON.
-      argv: the command line.
+      keys: of the eval section, those that may be taken over.
+
+    Raises:
+      ValueError: for a stored value of another type.
     """
-    if any(part.startswith(("--config=", "-config=")) for part in argv):
+    if _GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
     for key, value in (stored.get("eval") or {}).items():
-        if key in config.eval and f"eval.{key}" not in given:  # an older run may have had others
-            config.eval[key] = tuple(value) if isinstance(value, list) else value
-
-
-def _open_checkpoint(path: str, settings: Settings, options: dict) -> Catalogue:
-    places = {pathlib.Path(path).name: (pathlib.Path(path).expanduser(), options)}
-    return Catalogue(places | subjects.further_places(settings.models))
+        if key in keys and f"eval.{key}" not in given:  # an older run may have had other keys
+            try:
+                config.eval[key] = tuple(value) if isinstance(value, list) else value
+            except TypeError as error:
+                raise ValueError(f"The configuration stored with the model: {error}") from None
 
 
 def main(argv: list[str]) -> None:
@@ -66,25 +72,26 @@ def main(argv: list[str]) -> None:
         raise ValueError("Give either --workdir=DIR or --checkpoint=PATH, and not both.")
     if _CHECKPOINT.value and not _OUTPUT.value:
         raise ValueError("Give a folder for the report of a checkpoint: --output=DIR.")
+    if _CHECKPOINT.value and _RUNS.value:
+        raise ValueError("--runs chooses among the runs of a --workdir.")
     config = _CONFIG.value
+    options = {"tokenizer": _TOKENIZER.value, "source": _SOURCE.value}
+    options["num_heads"] = _NUM_HEADS.value
     prepared = data.load(_DATA.value) if _DATA.value else None
     if _WORKDIR.value:
         folder = pathlib.Path(_WORKDIR.value).expanduser()
         stored = workdir.load_config(folder).to_dict()
-        use_stored(config, stored, sys.argv)
+        use_stored(config, stored, config.eval.keys())
         settings = Settings.from_config(config.eval)
-        catalogue, own = subjects.open_workdir(folder, settings.models, _RUNS.value)
-        prepared = prepared or own
+        catalogue = subjects.open_workdir(folder, settings.models, _RUNS.value, **options)
+        prepared = prepared or subjects.prepared_text(folder)
     else:
-        if _RUNS.value:
-            raise ValueError("--runs chooses among the runs of a --workdir.")
-        options = {"tokenizer": _TOKENIZER.value, "source": _SOURCE.value}
-        options["num_heads"] = _NUM_HEADS.value
-        bundle = formats.open_bundle(_CHECKPOINT.value, **options)
-        stored = bundle.provenance.get("config") or {}
-        use_stored(config, stored, sys.argv)
+        path = pathlib.Path(_CHECKPOINT.value).expanduser()
+        stored = formats.open_bundle(path, **options).provenance.get("config") or {}
+        use_stored(config, stored, set(config.eval) - set(_PLACES))
         settings = Settings.from_config(config.eval)
-        catalogue = _open_checkpoint(_CHECKPOINT.value, settings, options)
+        further = subjects.further_places(settings.models, **options)
+        catalogue = Catalogue(subjects.join({path.name: (path, options)}, further))
     output = pathlib.Path(_OUTPUT.value or folder / "report").expanduser()
     header = {"config": stored | {"eval": config.eval.to_dict()}}
     if prepared is not None:
@@ -94,4 +101,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if not _GIVEN:  # not as the flag's default: a misspelt key would then end in a traceback
+        sys.argv.insert(1, f"--config={_DEFAULT_CONFIG}")
     cli.run(main)

@@ -6,7 +6,7 @@ only whether there is a nucleus at all makes it another one.
 
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.trajectory import Trajectory
 from fsdfm_jax.writer import Progress
 
-# A call that is at least this long needn't be repeated to be timed: what the first call of a
-# program pays for besides its work is a matter of milliseconds.
-_LONG_CALL = 0.5
+# Seconds after which a call needn't be repeated to be timed: what the first call of a program pays
+# for besides its work is small beside that.
+_LONG_CALL = 2.0
 # Steps of a trajectory that are kept, the first and the last among them.
 _FRAMES = 64
 _TRAJECTORIES = 2
@@ -48,6 +48,16 @@ class Drawn(NamedTuple):
     compile_seconds: float
 
 
+class Batches(Protocol):
+    """Where batches are kept until a point's samples are whole."""
+
+    def load(self, index: int) -> np.ndarray | None:
+        """A batch that was drawn before, None if it wasn't."""
+
+    def save(self, index: int, tokens_BL: np.ndarray) -> None:
+        """Keeps a batch."""
+
+
 class Watched(NamedTuple):
     """How the first samples of a point came about.
 
@@ -71,11 +81,19 @@ def capacity(points: list[Point]) -> int:
     return 1 << (most - 1).bit_length()
 
 
-def draw(point: Point, subject: Subject, given: Given, *, batch_size: int, room: int) -> Drawn:
+def draw(
+    point: Point,
+    subject: Subject,
+    given: Given,
+    *,
+    batch_size: int,
+    room: int,
+    kept: Batches | None = None,
+) -> Drawn:
     """Draws a point's samples, batch after batch; the last batch is computed whole and cut.
 
     The noise of a row depends on seed, batch and row only, so that points are compared on the same
-    noise.
+    noise. A batch is timed once the program has run before, unless it takes seconds.
 
     Args:
       point: of kind "model".
@@ -83,31 +101,43 @@ def draw(point: Point, subject: Subject, given: Given, *, batch_size: int, room:
       given: N samples' worth.
       batch_size: samples drawn at once, at most N of them.
       room: from `capacity`.
+      kept: batches that needn't be drawn again; where there are several only.
     """
     num_samples, length = given.tokens_NL.shape
     batch_size = min(batch_size, num_samples)
     batches = -(-num_samples // batch_size)
     compiled, compile_seconds = _compile(
-        subject.model, subject.process, point.jump, batch_size, length, room, point.top_p < 1
+        subject.model,
+        subject.process,
+        (point.jump, point.memory),
+        (batch_size, length, room),
+        point.top_p < 1,
     )
-    drawn, seconds = [], []
+    drawn: list[np.ndarray] = []
+    seconds: list[float] = []
+
+    def timed(index: int) -> np.ndarray:
+        inputs = jax.block_until_ready(_inputs(point, subject, given, batch_size, index, room))
+        began = time.perf_counter()
+        tokens_BL = np.asarray(compiled(subject.params, *inputs))
+        seconds.append(time.perf_counter() - began)
+        return tokens_BL
+
     with Progress(f"sampling {point.slug}", total=batches * batch_size) as progress:
         for index in range(batches):
-            inputs = jax.block_until_ready(_inputs(point, subject, given, batch_size, index, room))
-            began = time.perf_counter()
-            drawn.append(np.asarray(compiled(subject.params, *inputs)))
-            seconds.append(time.perf_counter() - began)
+            tokens_BL = kept.load(index) if kept is not None and batches > 1 else None
+            if tokens_BL is None:
+                tokens_BL = timed(index)
+                if kept is not None and batches > 1:
+                    kept.save(index, tokens_BL)
+            drawn.append(tokens_BL)
             progress.advance(batch_size)
-    if batches == 1 and seconds[0] < _LONG_CALL:
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(subject.params, *inputs))
-        seconds.append(time.perf_counter() - began)
+        if not seconds:
+            timed(0)
+        if len(seconds) == 1 and seconds[0] < _LONG_CALL:
+            timed(0)
     tokens_NL = np.concatenate(drawn)[:num_samples].astype(np.int32)
     return Drawn(tokens_NL, min(seconds) / batch_size, compile_seconds)
-
-
-def _batch_key(point: Point, index: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(point.seed), index)
 
 
 def _inputs(point, subject, given, batch_size, index, room) -> tuple:
@@ -119,7 +149,7 @@ def _inputs(point, subject, given, batch_size, index, room) -> tuple:
     given_BL = np.where(frozen_BL, np.pad(given.tokens_NL[rows], padding), 0).astype(np.int32)
     temperature = jnp.float32(point.temperature)
     top_p = jnp.float32(point.top_p) if point.top_p < 1 else None
-    key = _batch_key(point, index)
+    key = jax.random.fold_in(jax.random.key(point.seed), index)
     if subject.model.causal:
         first_B = jnp.full((batch_size,), subject.process.eos_id, jnp.int32)
         return key, first_B, temperature, jnp.asarray(given_BL), jnp.asarray(frozen_BL), top_p
@@ -132,15 +162,16 @@ def _inputs(point, subject, given, batch_size, index, room) -> tuple:
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(model, process, jump, batch_size, length, room, has_nucleus):
+def _compile(model, process, rule, size, has_nucleus):
     """A shape's compiled sampler, shared by all models of one network, and seconds of compiling."""
-    shape = (batch_size, length)
-    key = jax.random.key(0)
+    (jump, memory), (batch_size, length, room) = rule, size
+    shape, key = (batch_size, length), jax.random.key(0)
     scalar = jnp.float32(1.0)
     top_p = scalar if has_nucleus else None
     tokens, frozen = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
     if model.causal:
-        run = inference.make_autoregressive_sampler(model, length, process.source.mask_id)
+        mask_id = process.source.mask_id
+        run = inference.make_autoregressive_sampler(model, length, mask_id, memory=memory)
         inputs = (key, tokens[:, 0], scalar, tokens, frozen, top_p)
     else:
         run = inference.make_sampler(model, process, jump)
@@ -154,19 +185,16 @@ def _compile(model, process, jump, batch_size, length, room, has_nucleus):
 
 def watch(
     point: Point, subject: Subject, given: Given, drawn_NL: np.ndarray, *, count: int, room: int
-) -> Watched | None:
-    """Samples the first rows of a point once more, watching; None for `count` 0.
+) -> Watched:
+    """Samples the first rows of a point once more, watching.
 
     They are the first of the point's samples up to rounding: their noise is the same.
 
     Args:
       point, subject, given, room: as in `draw`.
       drawn_NL: the point's samples, which tell what an autoregressive model drew from.
-      count: how many rows.
+      count: how many rows, of the first batch.
     """
-    count = min(count, len(drawn_NL))
-    if not count:
-        return None
     if subject.model.causal:
         return _watch_autoregressive(point, subject, given.frozen_NL[:count], drawn_NL[:count])
     first = Given(given.tokens_NL[:count], given.frozen_NL[:count])
@@ -229,23 +257,33 @@ def _entropies(params, model, eos_id, mask_id, tokens_BL, temperature, top_p):
     return logits_lib.map_positions(entropy, logits)
 
 
-def control(name: str, real_NL: np.ndarray, unigram_V: np.ndarray, sentence: Any, seed: int):
-    """A naive control, int32 [N, L].
+def control(
+    name: str,
+    real_NL: np.ndarray,
+    frozen_NL: np.ndarray,
+    unigram_V: np.ndarray,
+    sentence: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """A naive control around what is given, int32 [N, L].
 
     Args:
       name: "unigram", tokens drawn one by one from the frequencies of the training text;
         "shuffled", each held-out block with its own tokens in random order; "repeated", one
         sentence over and over, the same in all samples.
       real_NL: held-out blocks.
+      frozen_NL: their positions that are given and stay.
       unigram_V: frequencies of the training text, they add up to 1.
       sentence: ids of the sentence.
       seed: of the draws.
     """
     rng = np.random.default_rng(seed)
     if name == "unigram":
-        return rng.choice(len(unigram_V), real_NL.shape, p=unigram_V).astype(np.int32)
-    if name == "shuffled":
-        return rng.permuted(real_NL, axis=1)
-    return np.resize(np.asarray(sentence, np.int32), real_NL.shape[1])[None].repeat(
-        len(real_NL), axis=0
-    )
+        made_NL = rng.choice(len(unigram_V), real_NL.shape, p=unigram_V)
+    elif name == "shuffled":
+        made_NL = real_NL.copy()
+        for tokens_L, free_L in zip(made_NL, ~frozen_NL, strict=True):
+            tokens_L[free_L] = rng.permutation(tokens_L[free_L])
+    else:
+        made_NL = np.broadcast_to(np.resize(sentence, real_NL.shape[1]), real_NL.shape)
+    return np.where(frozen_NL, real_NL, made_NL).astype(np.int32)

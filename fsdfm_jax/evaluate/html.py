@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fsdfm_jax.evaluate import page as page_lib
 from fsdfm_jax.evaluate import reading
 from fsdfm_jax.evaluate.reading import Finding, Row
-from fsdfm_jax.trajectory import printable
+from fsdfm_jax.trajectory import Piece, printable
 
 # Names of the pictures that the page shows, with heading and what to look for.
 PICTURES = {
@@ -29,13 +29,13 @@ PICTURES = {
     ),
     "steps": (
         "Quality against steps",
-        "The promise of few-step models is a flat curve. Bars are 95% intervals, or the range over "
-        "seeds. Hollow crosses are flagged: their perplexity is not to be trusted.",
+        "The promise of few-step models is a flat curve. Bars are 95% intervals. Hollow crosses "
+        "are flagged: their perplexity is not to be trusted.",
     ),
     "time": (
         "Quality against time",
-        "The price of a sample on the machine named above, in batches and after compilation. "
-        "Left and down is better; numbers are network calls.",
+        "The price of a sample in batches, after compilation. Left and down is better; numbers "
+        "are network calls.",
     ),
     "predictive": (
         "How sure the model is, step by step",
@@ -70,6 +70,7 @@ _DEFINITIONS = {
     "that is easier than what people write.",
 }
 _FACTS = ("device", "code_version", "parameters")  # of the header, at the top of the page
+_KINDS = ("kept", "changed", "given", "masked")  # of pieces; classes of the page's styles
 _NAMED_ROWS = 4  # rows that a note lists by name
 _REMARKS_SHOWN = 6  # without unfolding
 
@@ -86,7 +87,7 @@ def page(
     rows: Sequence[Row],
     findings: Mapping[str, list[Finding]],
     *,
-    texts: Mapping[str, list[str]],
+    texts: Mapping[str, list[list[Piece]]],
     paths: Sequence[dict[str, Any]],
     pictures: Mapping[str, str],
     header: Mapping[str, Any],
@@ -96,7 +97,7 @@ def page(
     Args:
       rows: each setting once.
       findings: row's slug -> what speaks against it.
-      texts: row's slug -> its first samples.
+      texts: row's slug -> its first samples, cut where given stretches begin and end.
       paths: trajectories: "slug" of the row, "title", and "frames" of a "caption" and "pieces"
         [[text, kind], ..] each; the best row's first one is shown first.
       pictures: name in `PICTURES` -> <svg> element.
@@ -106,7 +107,7 @@ def page(
     sections = {
         "key": ("Key figures", _key_figures(rows, findings)),
         **{
-            name: (heading, _picture(pictures[name], heading, hint))
+            name: (heading, _picture(pictures[name], heading, hint + _where(name, rows)))
             for name, (heading, hint) in PICTURES.items()
             if name != "predictive"
         },
@@ -130,11 +131,12 @@ def page(
     links = "".join(f'<a href="#{name}">{text}</a>' for name, (text, _) in sections.items())
     data = {
         "rows": [
-            {"title": _clean(reading.title(row)), "texts": [*map(printable, texts[row["slug"]])]}
+            {"title": _clean(reading.title(row)), "texts": [*map(_data, texts[row["slug"]])]}
             for row in rows
             if texts.get(row["slug"])
         ],
-        "paths": [_clean_path(path) for path in paths],
+        "kinds": _KINDS,
+        "paths": [_path_data(path) for path in paths],
     }
     return _PAGE.format(
         hash=base64.b64encode(hashlib.sha256(page_lib.SCRIPT.encode()).digest()).decode(),
@@ -189,12 +191,20 @@ def _embedded(data: Any) -> str:
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
-def _clean_path(path: Mapping[str, Any]) -> dict[str, Any]:
+def _data(pieces: Iterable[Piece]) -> list[list[Any]]:
+    """Pieces for the script; a kind is its place in _KINDS, as there are thousands."""
+    return [[printable(text), _KINDS.index(kind)] for text, kind in pieces]
+
+
+def _spans(pieces: Iterable[Piece]) -> str:
+    return "".join(
+        f'<span class="{escape(kind)}">{escape(printable(text))}</span>' for text, kind in pieces
+    )
+
+
+def _path_data(path: Mapping[str, Any]) -> dict[str, Any]:
     frames = [
-        {
-            "caption": _clean(frame["caption"]),
-            "pieces": [[printable(text), kind] for text, kind in frame["pieces"]],
-        }
+        {"caption": _clean(frame["caption"]), "pieces": _data(frame["pieces"])}
         for frame in path["frames"]
     ]
     return {"title": _clean(path["title"]), "frames": frames}
@@ -208,16 +218,18 @@ def _json(data: Any) -> str:
 def _headline(rows: Sequence[Row], header: Mapping[str, Any]) -> str:
     models = [row for row in rows if row["kind"] == "model"]
     runs = dict.fromkeys(row.get("run") or row["group"] for row in models)
-    counts = sorted({row["num_samples"] for row in rows})
+    counts = sorted({row["num_samples"] for row in models or rows})
     seeds = max((row.get("num_seeds", 1) for row in rows), default=1)
     names = reading.judges(rows)
+    common, varied = reading.settings(rows)
+    device = "several, named in the table" if "device" in varied else common.get("device")
     facts = {
         "rows": f"{len(models)} settings of {_many(runs, 'model')}: {', '.join(runs) or 'none'}",
         "main judge": names[0] if names else "none: there is no perplexity",
         "further judges": ", ".join(names[1:]),
         "samples a row": " or ".join(map(str, counts)) + (f", {seeds} seeds" if seeds > 1 else ""),
         "task": ", ".join(map(str, dict.fromkeys(row.get("task") for row in rows))),
-        "device": header.get("device"),
+        "device": device or header.get("device"),
         "code version": header.get("code_version"),
         "parameters": _short(header.get("parameters")),
     }
@@ -247,42 +259,92 @@ def _many(things: Iterable, name: str) -> str:
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
+def _where(name: str, rows: Sequence[Row]) -> str:
+    """Whose time a picture of times shows."""
+    if name != "time":
+        return ""
+    common, varied = reading.settings(rows)
+    if "device" in varied:
+        return (
+            " The rows were timed on different devices, which the table names: compare times of "
+            "one device only."
+        )
+    return f" Timed on {_text(common['device'])}." if "device" in common else ""
+
+
 def _key_figures(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> str:
     task = reading.main_task(rows)
     models = [row for row in rows if row["kind"] == "model" and row.get("task") == task]
     causal = [row for row in models if row.get("stage") == "autoregressive"]
-    usual = reading.at_usual_temperature(models)
-    stepped = [r for r in usual if r.get("stage") != "autoregressive" and r.get("steps")]
     real, best = reading.real_row(rows, task), reading.best_few_step(rows, findings)
-    many = max(stepped, key=lambda row: row["steps"], default=None)
-    many = None if many is None or many is best else many
-    other = reading.at_usual_temperature(causal)[:1]
-    cards = [_card("Real text", real, rows, findings)] if real else []
-    if best:
-        cards.append(_card("Best of few steps", best, rows, findings, "best"))
-    if many:
-        cards.append(_card("Most steps", many, rows, findings))
-    cards += [_card("Left to right", row, rows, findings) for row in other]
+    many = reading.many_steps(rows)
+    many = None if many is best else many
+    left_to_right = next(iter(reading.at_usual_temperature(causal)), None)
+    heads = {
+        "Real text": real,
+        "Best of few steps": best,
+        "Most steps": many,
+        "Left to right": left_to_right,
+    }
+    names = reading.judges(rows)
+    cards = [
+        _card(head, row, rows, findings, "best" if row is best else "")
+        for head, row in heads.items()
+        # A perplexity by itself is no figure to hold others against.
+        if row and (reading.fair_judge(row, names) or not reading.own_judges(row))
+    ]
     flagged = sum(bool(findings[row["slug"]]) for row in rows)
     cards.append(
         f'<div class="card"><h3>Flagged</h3><p class="big">{flagged} <span>of {len(rows)} rows'
         "</span></p><p>something speaks against taking their perplexity for quality; "
         '<a href="#flagged">the reasons</a></p></div>'
     )
-    sentence = ""
     if best is None:
-        sentence = (
-            f"<p>No row of at most {reading.FEW_STEPS} steps has a perplexity that nothing speaks "
-            "against.</p>"
+        claims = [
+            f"No row of at most {reading.FEW_STEPS} steps has a perplexity that nothing speaks "
+            "against."
+        ]
+    else:
+        claims = [_claim(best, row, names) for row in (many, left_to_right) if row]
+    sentences = "".join(f"<p>{claim}</p>" for claim in claims)
+    return f'<div class="cards">{"".join(cards)}</div>{sentences}'
+
+
+def _claim(best: Row, other: Row, names: Sequence[str]) -> str:
+    """What few steps save and cost against another row, in words from their measured figures."""
+    parts = [f"{_calls(best)} instead of {other['steps']:,}" if other.get("steps") else ""]
+    times = [row.get("milliseconds_per_sample") or math.nan for row in (best, other)]
+    if best.get("device") != other.get("device"):
+        parts.append("timed on different devices")
+    elif math.isfinite(times[1] / times[0]):
+        parts.append(f"{_times(times[1] / times[0])} the speed")
+    told = [": ".join(part for part in parts if part)]
+    own = reading.own_judges(other)
+    judge = next((n for n in names if n not in own and _judged(best, other, n)), None)
+    if judge:
+        by = "" if judge == names[0] else f" by {_text(judge)}"
+        numbers = [_number(reading.perplexity(row, judge)) for row in (best, other)]
+        entropies = [reading.figure(row, "entropy_bits") for row in (best, other)]
+        apart = abs(reading.value(entropies[0]) - reading.value(entropies[1]))
+        at = (
+            "at the same entropy"
+            if apart <= reading.MATCHED_BITS
+            else (f"entropy {_number(entropies[0])} against {_number(entropies[1])} bits")
         )
-    elif spent := best.get("milliseconds_per_sample"):
-        sentence = f"<b>{_text(reading.title(best))}</b> takes {reading.show(spent)} ms a sample"
-        for row in [many, *other]:
-            if row and row.get("milliseconds_per_sample"):
-                times = _times(row["milliseconds_per_sample"] / spent)
-                sentence += f"; <b>{_text(reading.title(row))}</b>, {times} as long"
-        sentence = f"<p>{sentence}.</p>"
-    return f'<div class="cards">{"".join(cards)}</div>{sentence}'
+        link = " " if apart <= reading.MATCHED_BITS else ", "
+        told.append(f"perplexity {numbers[0]} against {numbers[1]}{by}{link}{at}")
+    elif own:
+        told.append("the latter's perplexity is not compared, because it is its own judge")
+    names_of = [f"<b>{_text(reading.title(row))}</b>" for row in (best, other)]
+    return f"{names_of[0]} against {names_of[1]}: {'; '.join(part for part in told if part)}."
+
+
+def _judged(row: Row, other: Row, judge: str) -> bool:
+    return all(math.isfinite(reading.value(reading.perplexity(r, judge))) for r in (row, other))
+
+
+def _calls(row: Row) -> str:
+    return f"{row['steps']:,} network call{'' if row['steps'] == 1 else 's'}"
 
 
 def _times(ratio: float) -> str:
@@ -291,21 +353,25 @@ def _times(ratio: float) -> str:
 
 def _card(head: str, row: Row, rows, findings, style: str = "") -> str:
     names = reading.judges(rows)
-    judged = reading.perplexity(row, names[0] if names else None)
+    judge = reading.fair_judge(row, names)
+    judged = reading.perplexity(row, judge)
     entropy = reading.figure(row, "entropy_bits")
     lines = [f"entropy {_number(entropy)} bits"] if entropy else []
     if row.get("milliseconds_per_sample") is not None:
         lines.append(f"{reading.show(row['milliseconds_per_sample'])} ms a sample")
-    badges = _badges(findings[row["slug"]])
+    other = judge is not None and judge != names[0]
+    by = f"by {_text(judge)}, the main judge being this model" if other else ""
+    # By another judge, what is said of the main judge's perplexity isn't said of this one.
+    found = [f for f in findings[row["slug"]] if not (other and f.word == "own judge")]
     real = reading.real_row(rows, row.get("task"))
-    ratio = reading.value(judged) / reading.value(
-        real and reading.perplexity(real, names[0] if names else None)
-    )
+    ratio = reading.value(judged) / reading.value(real and reading.perplexity(real, judge))
     beside = f" · {_times(ratio)} real text" if row is not real and math.isfinite(ratio) else ""
     return (
         f'<div class="card {style}"><h3>{head}</h3><p class="name">{_text(reading.title(row))} '
-        f'{badges}</p><p class="big">{_number(judged)} <span>perplexity</span></p>'
-        f"<p>{_interval(judged)}<small>{beside}</small></p><p>{' · '.join(lines)}</p></div>"
+        f'{_badges(found)}</p><p class="big">{_number(judged)} <span>perplexity</span></p>'
+        f"<p>{_interval(judged)}<small>{beside}</small></p>"
+        + (f"<p><small>{by}</small></p>" if by else "")
+        + f"<p>{' · '.join(lines)}</p></div>"
     )
 
 
@@ -331,12 +397,14 @@ def _table(
 ) -> str:
     """A table that the script makes sortable; columns in which no row has anything are left out."""
     columns = [c for c in columns if any(c.read(row) is not None for row in rows)]
-    heads = "".join(f'<th scope="col" class="n">{_text(c.head)}</th>' for c in columns)
+    style_of = lambda c: "" if any(isinstance(c.read(row), str) for row in rows) else ' class="n"'
+    heads = "".join(f'<th scope="col"{style_of(c)}>{_text(c.head)}</th>' for c in columns)
     lines = []
     for row in rows:
         found = findings[row["slug"]]
         suspect = {key for finding in found for key in finding.columns}
-        cells = "".join(_cell(c.read(row), c.key in suspect) for c in columns)
+        total = reading.sample_count(row)
+        cells = "".join(_cell(c.read(row), c.key in suspect, total) for c in columns)
         style = row["kind"] if row["kind"] in ("real", "control") else "model"
         name = _text(row["group"])
         badges = f"<div>{_badges(found)}</div>" if found else ""
@@ -350,26 +418,46 @@ def _table(
     )
 
 
-def _cell(shown: Any, suspect: bool) -> str:
+def _cell(shown: Any, suspect: bool, total: int) -> str:
     style = "n bad" if suspect else "n"
     if isinstance(shown, Mapping):
         number = reading.value(shown)
-        sort = "" if math.isnan(number) else repr(number)
         mark = "! " if suspect else ""
-        return f'<td class="{style}" data-v="{sort}">{mark}{_number(shown)}{_interval(shown)}</td>'
+        count = shown.get("count", total)
+        few = f"<small>{count:.0f} of {total} samples</small>" if count != total else ""
+        return (
+            f'<td class="{style}" data-v="{_sort_key(number)}">{mark}{_number(shown)}'
+            f"{_interval(shown)}{few}</td>"
+        )
     if isinstance(shown, int | float):
-        sort = "" if math.isnan(shown) else repr(shown)
-        return f'<td class="{style}" data-v="{sort}">{reading.show(shown)}</td>'
+        return f'<td class="{style}" data-v="{_sort_key(shown)}">{reading.show(shown)}</td>'
+    if isinstance(shown, str):
+        return f'<td data-v="{_text(shown)}">{_text(shown)}</td>'
     return f'<td class="{style}" data-v="">-</td>'
 
 
+def _sort_key(number: float) -> str:
+    """A number as JavaScript's Number reads it; "", which sorts last, for nan."""
+    if math.isnan(number):
+        return ""
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return repr(float(number))
+
+
 def _setting_columns(rows: Sequence[Row]) -> list[_Column]:
-    """Steps, and what else of the settings differs between the rows."""
+    """Steps, and what else of the settings differs between the rows of models."""
+    numbers = {
+        "temperature": lambda row: row.get("temperature"),
+        "top_p": lambda row: row.get("top_p"),
+        "num_samples": lambda row: row.get("num_samples"),
+        "seeds": lambda row: row.get("num_seeds", 1),
+    }
+    heads = {"temperature": "T", "num_samples": "n"}
     columns = [_Column("steps", "steps", lambda row: row.get("steps"))]
-    if len({row.get("temperature") for row in rows} - {None}) > 1:
-        columns.append(_Column("T", "temperature", lambda row: row.get("temperature")))
-    if any(row.get("num_seeds", 1) > 1 for row in rows):
-        columns.append(_Column("seeds", "num_seeds", lambda row: row.get("num_seeds", 1)))
+    for key, name in reading.settings(rows)[1].items():
+        read = numbers.get(key) or (lambda row, key=key: reading.setting(row, key))
+        columns.append(_Column(heads.get(key, name), key, read))
     return columns
 
 
@@ -391,8 +479,9 @@ def _main_table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> s
         _Column("ms/sample", "ms", lambda row: row.get("milliseconds_per_sample")),
     ]
     by = f"Perplexity by {_text(judge)}. " if judge else "There was no judge, so no perplexity. "
-    hint = "Small numbers are 95% intervals, or the range over seeds."
-    return f"<p>{by}{hint}</p>" + _table("All rows", rows, columns, findings)
+    hint = "Small numbers are 95% intervals, over the samples of all seeds."
+    common = _text(reading.common_line(rows))
+    return f"<p>{common}</p><p>{by}{hint}</p>" + _table("All rows", rows, columns, findings)
 
 
 def _remarks(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> str:
@@ -461,8 +550,20 @@ def _judge_tables(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) ->
             columns.append(_Column(f"skipped, {way}", "", _score(name, way, "skipped")))
         parts.append(f"<h3>{_text(name)}{' (main judge)' if i == 0 else ''}</h3>")
         judged = [row for row in rows if (row.get("judges") or {}).get(name)]
-        parts.append(_table(f"Judge {name}", judged, columns, findings))
+        parts.append(_table(f"Judge {name}", judged, columns, _findings_of(name, judged, findings)))
     return "<p>On raw token ids, and on the text decoded and tokenised anew.</p>" + "".join(parts)
+
+
+def _findings_of(
+    judge: str, rows: Sequence[Row], findings: Mapping[str, list[Finding]]
+) -> dict[str, list[Finding]]:
+    """The findings, but "own judge" where this one is the row's own model."""
+    own = reading.own_judge()
+    return {
+        row["slug"]: [f for f in findings[row["slug"]] if f.word != own.word]
+        + ([own] if judge in reading.own_judges(row) else [])
+        for row in rows
+    }
 
 
 def _score(judge: str, way: str, key: str) -> Callable[[Row], Any]:
@@ -484,18 +585,24 @@ def _panels(rows, findings, texts) -> list[Row]:
     return list({row["slug"]: row for row in chosen}.values())[:3]
 
 
-def _samples(rows: Sequence[Row], shown: Sequence[Row], texts: Mapping[str, list[str]]) -> str:
+def _samples(
+    rows: Sequence[Row], shown: Sequence[Row], texts: Mapping[str, list[list[Piece]]]
+) -> str:
     if not shown:
         return "<p>There are no samples.</p>"
     order = [row["slug"] for row in rows if texts.get(row["slug"])]
     panels = "".join(
         f'<article class="card panel" data-row="{order.index(row["slug"])}">'
         f"<h3>{_text(reading.title(row))}</h3>"
-        f'<p class="sample">{escape(printable(texts[row["slug"]][0]))}</p></article>'
+        f'<p class="sample">{_spans(texts[row["slug"]][0])}</p></article>'
         for row in shown
     )
+    everything = (piece for some in texts.values() for text in some for piece in text)
+    given = any(piece.kind == "given" for piece in everything)
+    bold = " What the model was given is <b>bold</b>." if given else ""
     return (
-        "<p>The first samples of each row, unselected.</p>"
+        "<p>The first samples of each row, unselected; samples.txt has those of every seed, whole."
+        f"{bold}</p>"
         f'<div id="compare"><div class="controls"></div><div class="panels">{panels}</div></div>'
     )
 
@@ -505,17 +612,14 @@ def _player(paths: Sequence[dict[str, Any]], best: Row | None) -> str:
         return "<p>No sample was recorded on its way.</p>"
     wanted = [i for i, path in enumerate(paths) if best and path["slug"] == best["slug"]]
     index = wanted[0] if wanted else 0
-    first = _clean_path(paths[index])
+    first = paths[index]
     last = first["frames"][-1]
-    pieces = "".join(
-        f'<span class="{escape(kind)}">{escape(text)}</span>' for text, kind in last["pieces"]
-    )
     return (
         f'<div id="player" class="card" data-path="{index}"><div class="controls"></div>'
-        f'<p class="name">{escape(first["title"])}</p>'
-        f'<p class="caption" role="status">{escape(last["caption"])}</p>'
-        f'<p class="sample">{pieces}</p>'
-        '<p class="key"><span class="changed">changed in this step</span> '
+        f'<p class="name">{_text(first["title"])}</p>'
+        f'<p class="caption" role="status">{_text(last["caption"])}</p>'
+        f'<p class="sample">{_spans(last["pieces"])}</p>'
+        '<p class="key"><span class="changed">differs from the frame before</span> '
         '<span class="given">given</span> <span class="masked">░ still masked</span> '
         "<span>kept</span></p></div>"
     )
@@ -527,13 +631,58 @@ def _protocols(rows: Sequence[Row], header: Mapping[str, Any]) -> str:
     parts = (
         [f"<details><summary>The run</summary><pre>{_json(rest)}</pre></details>"] if rest else []
     )
-    parts += [
-        f"<details><summary>{_text(reading.title(row))}</summary>"
-        f"<pre>{_json(row.get('protocol'))}</pre></details>"
-        for row in rows
-    ]
-    hint = "Everything that the figures of a row depend on; equal stamps give equal figures."
+    for models in (True, False):
+        chosen = [row for row in rows if (row["kind"] == "model") == models]
+        stamps = [stamp for row in chosen for stamp in _stamps(row).values()]
+        common = _common(stamps) if len(stamps) > 1 else {}
+        if common:
+            of = "models" if models else "texts to compare with"
+            summary = f"The same for all rows of {of}"
+            parts.append(
+                f"<details><summary>{summary}</summary><pre>{_json(common)}</pre></details>"
+            )
+        for row in chosen:
+            rests = {slug: _without(stamp, common) for slug, stamp in _stamps(row).items()}
+            rest = rests if len(rests) > 1 else next(iter(rests.values()))
+            parts.append(
+                f"<details><summary>{_text(reading.title(row))}</summary>"
+                f"<pre>{_json(rest)}</pre></details>"
+            )
+    hint = (
+        "Everything that the figures of a row depend on; equal stamps give equal figures. A row "
+        "shows what it doesn't share with all others; results.json has each stamp whole."
+    )
     return f'<p>{hint}</p><div class="stamps">{"".join(parts)}</div>'
+
+
+def _stamps(row: Row) -> dict[str, Any]:
+    """Slug -> protocol of the points of a row."""
+    protocol = row.get("protocol") or {}
+    pooled = len(reading.stamps(row)) > 1
+    return dict(protocol) if pooled else {row["slug"]: protocol}
+
+
+def _common(stamps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries that are equal in all, at any depth."""
+    found = {}
+    for key, value in stamps[0].items():
+        others = [stamp.get(key) for stamp in stamps]
+        if all(other == value for other in others):
+            found[key] = value
+        elif all(isinstance(other, Mapping) for other in others) and (part := _common(others)):
+            found[key] = part
+    return found
+
+
+def _without(stamp: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a stamp that are not in `common`."""
+    rest = {}
+    for key, value in stamp.items():
+        if key not in common:
+            rest[key] = value
+        elif value != common[key]:  # a part of it is common
+            rest[key] = _without(value, common[key])
+    return rest
 
 
 def _definitions() -> str:

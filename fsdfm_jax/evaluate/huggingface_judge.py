@@ -1,12 +1,13 @@
 """Judges that Hugging Face's transformers reads: a folder of a checkpoint, or a GGUF file.
 
 Text is scored as in the literature of this field (SEDD, MDLM, FS-DFM with GPT-2 large): no
-beginning-of-text token is added, so the first token of a text is given nothing and not scored.
-Nothing is downloaded.
+beginning-of-text token is added, so the first token of a text is given nothing and not scored, nor
+are its bytes counted. Nothing is downloaded.
 """
 
 import hashlib
 import importlib.util
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,8 +71,8 @@ class HuggingFaceJudge:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        json = self._backend.to_str()
-        self._own_tokenizer = hashlib.sha256(json.encode()).hexdigest()[:16]
+        content = self._backend.to_str().encode()
+        self._own_tokenizer = hashlib.sha256(content).hexdigest()[:16]
         own = self._backend.get_vocab(with_added_tokens=True)
         if max(own.values()) >= model.get_input_embeddings().num_embeddings:
             raise ValueError(
@@ -98,6 +99,8 @@ class HuggingFaceJudge:
             "kind": "huggingface",
             "name": self.name,
             "sha256": self._sha256,
+            # Heads, rotary base and epsilons leave no trace in the weights.
+            "config": _hash_config(self._model.config),
             "tokenizer": self.tokenizer,
             "own_tokenizer": self._own_tokenizer,
             "first_token": "not scored",
@@ -116,16 +119,16 @@ class HuggingFaceJudge:
         tokens_NL, counted_NL = scoring.check_ids(
             tokens_NL, counted_NL, self._ids_tokenizer.vocab_size
         )
-        num_bytes = scoring.bytes_of_ids(self._ids_tokenizer, tokens_NL, counted_NL)
-        return self._score(list(tokens_NL), list(counted_NL), num_bytes)
+        sizes_NL = self._ids_tokenizer.num_bytes(tokens_NL)
+        return self._score(list(tokens_NL), list(counted_NL), list(sizes_NL))
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
         """See `Judge`. The first token, where it counts, is one of `skipped`."""
         encodings = self._encode(texts)
-        counted, num_bytes = scoring.counted_tokens(
+        counted, sizes = scoring.counted_tokens(
             texts, [[end for _, end in encoding.offsets] for encoding in encodings]
         )
-        return self._score([np.asarray(e.ids, np.int64) for e in encodings], counted, num_bytes)
+        return self._score([np.asarray(e.ids, np.int64) for e in encodings], counted, sizes)
 
     def features(self, texts: Sequence[Text]) -> np.ndarray:
         """See `Judge`: the last hidden layer, given the context before; 0 for an empty text."""
@@ -143,7 +146,7 @@ class HuggingFaceJudge:
     def _encode(self, texts: Sequence[Text]) -> list[Any]:
         return self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
 
-    def _score(self, sequences, counted, num_bytes) -> Scores:
+    def _score(self, sequences, counted, sizes) -> Scores:
         nll_N = np.zeros(len(sequences))
         windows = [
             window
@@ -161,7 +164,9 @@ class HuggingFaceJudge:
                 own = losses_L[window.first - window.start - 1 :]
                 nll_N[window.text] += own[counts].sum()
         first = np.asarray([part[:1].sum() for part in counted], np.int64)
-        tokens = np.asarray([part[1:].sum() for part in counted], np.int64)
+        scored = [part[1:] for part in counted]
+        tokens = np.asarray([part.sum() for part in scored], np.int64)
+        num_bytes = scoring.sum_counted((part[1:] for part in sizes), scored)
         return Scores(nll_N, tokens, num_bytes, first)
 
     def _rows(self, longest: int) -> int:
@@ -216,28 +221,46 @@ def open_folder(path: pathlib.Path, **options: Any) -> HuggingFaceJudge:
     Raises:
       ValueError: it holds no causal language model, or transformers or torch is missing.
     """
+    return _open(path, check_folder(path), path.resolve().name, {}, options)
+
+
+def check_folder(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of weights of a folder; nothing is loaded.
+
+    Raises:
+      ValueError: it is no folder of a model, or transformers or torch is missing.
+    """
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if not (path / "config.json").is_file() or not files:
         raise ValueError(
             f"{path} is no folder of a Hugging Face model: expected config.json, tokenizer.json "
             "and .safetensors or .bin files, as save_pretrained writes them."
         )
-    return _open(path, files, path.resolve().name, {}, options)
+    _check_libraries(path.resolve().name, "torch", "transformers")
+    return files
 
 
 def open_gguf(path: pathlib.Path, **options: Any) -> HuggingFaceJudge:
     """The model of a GGUF file, its quantised weights multiplied out; the rest as `open_folder`."""
+    check_gguf(path)
     return _open(path.parent, [path], path.stem, {"gguf_file": path.name}, options)
 
 
-def _open(folder, files, name, source, options) -> HuggingFaceJudge:
-    needed = ["torch", "transformers"] + ["gguf", "accelerate"] * ("gguf_file" in source)
+def check_gguf(path: pathlib.Path) -> None:
+    """Raises a ValueError if a library is missing that reads GGUF files; nothing is loaded."""
+    _check_libraries(path.stem, "torch", "transformers", "gguf", "accelerate")
+
+
+def _check_libraries(name: str, *needed: str) -> None:
     missing = [library for library in needed if importlib.util.find_spec(library) is None]
     if missing:
         raise ValueError(
             f"The judge {name!r} needs {', '.join(missing)}; install it with "
             "`pip install 'fsdfm_jax[judge]'`."
         )
+
+
+def _open(folder, files, name, source, options) -> HuggingFaceJudge:
     import torch
     import transformers
 
@@ -262,6 +285,16 @@ def _open(folder, files, name, source, options) -> HuggingFaceJudge:
     return HuggingFaceJudge(
         model, tokenizer, name=name, sha256=scoring.hash_files(files), **options
     )
+
+
+def _hash_config(config: Any) -> str:
+    """sha256 of what a model's configuration says of the network, first 16 hex digits."""
+    facts = config.to_dict()
+    # Where it was read from, and with what; the dtype has its own place in the description.
+    for name in ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"):
+        facts.pop(name, None)
+    canonical = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _windows(text: int, length: int, context: int | None) -> list[_Window]:

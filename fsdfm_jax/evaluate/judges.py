@@ -2,14 +2,15 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference
+from fsdfm_jax import inference, losses
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
@@ -19,7 +20,7 @@ from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.tokenizer import Tokenizer
 
-__all__ = ["SPECS", "AutoregressiveJudge", "Judge", "Scores", "Text", "open_judge"]
+__all__ = ["SPECS", "AutoregressiveJudge", "Judge", "Scores", "Text", "check_spec", "open_judge"]
 
 SPECS = (
     '"hf:FOLDER" (a causal language model as Hugging Face saves it), "gguf:FILE", '
@@ -36,7 +37,8 @@ _LOGITS_MIB = ModelConfig.logits_mib
 class AutoregressiveJudge:
     """The in-house judge, a network of the stage `autoregressive`.
 
-    Every token is scored; the first is given the end of a document, as in training.
+    Every token is scored; the first is given the end of a document, as in training. A vocabulary
+    with a mask token loses it: no text has one, and its share of the probability is the others'.
 
     Args:
       params, model: of the network.
@@ -88,6 +90,9 @@ class AutoregressiveJudge:
             "first_token": "given end of document",
             "context": None,  # the whole text
             "dtype": self._model.dtype,
+            # Neither leaves a trace in the weights.
+            "network": {"num_heads": self._model.num_heads, "attention": self._model.attention},
+            "tokens": self._tokenizer.vocab_size,
             "source": self._metadata,
             "versions": {"jax": jax.__version__},
         }
@@ -95,16 +100,16 @@ class AutoregressiveJudge:
     def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
         """See `Judge`."""
         tokens_NL, counted_NL = scoring.check_ids(tokens_NL, counted_NL, self._tokenizer.vocab_size)
-        num_bytes = scoring.bytes_of_ids(self._tokenizer, tokens_NL, counted_NL)
-        return self._score(list(tokens_NL), list(counted_NL), num_bytes)
+        sizes_NL = self._tokenizer.num_bytes(tokens_NL)
+        return self._score(list(tokens_NL), list(counted_NL), list(sizes_NL))
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
         """See `Judge`."""
         encoded = self._tokenizer.encode_with_offsets([text.text for text in texts])
-        counted, num_bytes = scoring.counted_tokens(
+        counted, sizes = scoring.counted_tokens(
             texts, [[end for _, end in offsets] for _, offsets in encoded]
         )
-        return self._score([ids for ids, _ in encoded], counted, num_bytes)
+        return self._score([ids for ids, _ in encoded], counted, sizes)
 
     def features(self, texts: Sequence[Text]) -> np.ndarray:
         """See `Judge`: what the head takes, once the network has read the last token."""
@@ -120,7 +125,7 @@ class AutoregressiveJudge:
             features_ND[indices] = np.asarray(values_BD)[: len(indices)]
         return features_ND
 
-    def _score(self, sequences, counted, num_bytes) -> Scores:
+    def _score(self, sequences, counted, sizes) -> Scores:
         nll_N = np.zeros(len(sequences))
         # What follows the last token that counts needs no network.
         ends = [int(np.flatnonzero(part)[-1]) + 1 if part.any() else 0 for part in counted]
@@ -130,7 +135,8 @@ class AutoregressiveJudge:
             for row, i in enumerate(indices):
                 nll_N[i] = losses_BL[row, : ends[i]][counted[i][: ends[i]]].sum()
         tokens_N = np.asarray([part.sum() for part in counted], np.int64)
-        return Scores(nll_N, tokens_N, num_bytes, np.zeros_like(tokens_N))
+        num_bytes_N = scoring.sum_counted(sizes, counted)
+        return Scores(nll_N, tokens_N, num_bytes_N, np.zeros_like(tokens_N))
 
     def _padded(self, sequences, longest: int) -> np.ndarray:
         # The last batch is filled up with empty rows: no remainder is dropped, no shape is new.
@@ -141,7 +147,13 @@ class AutoregressiveJudge:
         return tokens_BL
 
     def _token_losses(self, params, tokens_BL):
-        return autoregressive.token_losses(params, self._model, self._tokenizer.eos_id, tokens_BL)
+        logits = autoregressive.predict_next(params, self._model, self._tokenizer.eos_id, tokens_BL)
+        num_tokens = self._tokenizer.vocab_size
+
+        def loss(logits_BLV, tokens_BL):
+            return losses.cross_entropy(logits_BLV[..., :num_tokens], tokens_BL)
+
+        return logits_lib.map_positions(loss, logits, tokens_BL)
 
     def _features_at(self, params, tokens_BL, last_B):
         logits = autoregressive.predict_next(params, self._model, self._tokenizer.eos_id, tokens_BL)
@@ -149,6 +161,28 @@ class AutoregressiveJudge:
         return jnp.take_along_axis(features_BLD, last_B[:, None, None], axis=1)[:, 0].astype(
             jnp.float32
         )
+
+
+class _Located(NamedTuple):
+    """A judge that was found and not opened.
+
+    Attributes:
+      open: (place, batch_size, ids_tokenizer) -> the judge.
+      place: what its kind needs to open it.
+    """
+
+    open: Callable[[Any, int, Tokenizer | None], Judge]
+    place: Any
+
+
+def check_spec(spec: str) -> None:
+    """Refuses early what `open_judge` would refuse before it loads anything.
+
+    Raises:
+      ValueError: no such form, no file, folder or package there, or a library is missing. What is
+        inside of files is not looked at.
+    """
+    _locate(spec)
 
 
 def open_judge(spec: str, *, batch_size: int = 32, ids_tokenizer: Tokenizer | None = None) -> Judge:
@@ -161,48 +195,76 @@ def open_judge(spec: str, *, batch_size: int = 32, ids_tokenizer: Tokenizer | No
         their ids as well as their text.
 
     Raises:
-      ValueError: no such form, nothing there, or a library is missing.
+      ValueError: no such form, nothing there, a library is missing, or it is no language model.
     """
+    located = _locate(spec)
+    return located.open(located.place, batch_size, ids_tokenizer)
+
+
+def _locate(spec: str) -> _Located:
     kind, colon, rest = spec.partition(":")
-    if kind not in _OPENERS or not colon or not rest:
-        raise ValueError(f"Unknown judge {spec!r}; expected {SPECS}.")
-    return _OPENERS[kind](rest, batch_size, ids_tokenizer)
+    if kind not in _KINDS or not colon or not rest:
+        raise ValueError(
+            f'Unknown judge {spec!r}; expected "autoregressive" (the run of that stage), {SPECS}.'
+        )
+    return _KINDS[kind](rest)
 
 
-def _open_folder(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
-    return huggingface_judge.open_folder(
-        _existing(rest, f"hf:{rest}"), batch_size=batch_size, ids_tokenizer=ids_tokenizer
-    )
+def _locate_folder(rest: str) -> _Located:
+    path = _existing(rest, f"hf:{rest}")
+    huggingface_judge.check_folder(path)
+    return _Located(_open_folder, path)
 
 
-def _open_gguf(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
-    return huggingface_judge.open_gguf(
-        _existing(rest, f"gguf:{rest}"), batch_size=batch_size, ids_tokenizer=ids_tokenizer
-    )
+def _open_folder(path: pathlib.Path, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    return huggingface_judge.open_folder(path, batch_size=batch_size, ids_tokenizer=ids_tokenizer)
 
 
-def _open_package(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+def _locate_gguf(rest: str) -> _Located:
+    path = _existing(rest, f"gguf:{rest}")
+    huggingface_judge.check_gguf(path)
+    return _Located(_open_gguf, path)
+
+
+def _open_gguf(path: pathlib.Path, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+    return huggingface_judge.open_gguf(path, batch_size=batch_size, ids_tokenizer=ids_tokenizer)
+
+
+def _locate_package(rest: str) -> _Located:
     name, _, relative = rest.partition("/")
     remedy = f'install it to use the judge "package:{rest}"'
     folder = tokenizer_lib.package_folder(name, remedy)
     if not relative.lower().endswith(".gguf"):
         raise ValueError(f'Expected the judge as "package:NAME/PATH.gguf", got "package:{rest}".')
-    return _open_gguf(str(folder / relative), batch_size, ids_tokenizer)
+    return _locate_gguf(str(folder / relative))
 
 
-def _open_ngram(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
+def _locate_ngram(rest: str) -> _Located:
+    ngram_judge.check_library()
+    path = None if rest == "pocketsphinx" else _existing(rest, f"ngram:{rest}")
+    return _Located(_open_ngram, path)
+
+
+def _open_ngram(
+    path: pathlib.Path | None, batch_size: int, ids_tokenizer: Tokenizer | None
+) -> Judge:
     del batch_size, ids_tokenizer  # it reads word by word, and no ids
-    if rest == "pocketsphinx":
-        return ngram_judge.open_pocketsphinx()
-    return ngram_judge.NGramJudge(_existing(rest, f"ngram:{rest}"))
+    return ngram_judge.open_pocketsphinx() if path is None else ngram_judge.NGramJudge(path)
 
 
-def _open_bundle(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) -> Judge:
-    del ids_tokenizer  # it brings its own
+def _locate_bundle(rest: str) -> _Located:
     path, run = pathlib.Path(rest).expanduser(), ""
     if not path.exists():
         before, _, run = rest.rpartition("#")
         path = _existing(before or rest, f"bundle:{rest}")
+    return _Located(_open_bundle, (path, run))
+
+
+def _open_bundle(
+    place: tuple[pathlib.Path, str], batch_size: int, ids_tokenizer: Tokenizer | None
+) -> Judge:
+    del ids_tokenizer  # it brings its own
+    path, run = place
     bundle = formats.open_bundle(path, stage=run)
     if bundle.tokenizer is None:
         raise ValueError(
@@ -226,12 +288,12 @@ def _open_bundle(rest: str, batch_size: int, ids_tokenizer: Tokenizer | None) ->
     )
 
 
-_OPENERS = {
-    "hf": _open_folder,
-    "gguf": _open_gguf,
-    "package": _open_package,
-    "ngram": _open_ngram,
-    "bundle": _open_bundle,
+_KINDS = {
+    "hf": _locate_folder,
+    "gguf": _locate_gguf,
+    "package": _locate_package,
+    "ngram": _locate_ngram,
+    "bundle": _locate_bundle,
 }
 
 

@@ -5,9 +5,11 @@ it happens to be installed (`pip install 'fsdfm_jax[mauve]'`), and nothing else 
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,20 @@ _LEVEL = 0.95
 def available() -> bool:
     """Whether `mauve-text` is installed."""
     return importlib.util.find_spec("mauve") is not None
+
+
+def facts() -> dict[str, Any]:
+    """What the score and its interval depend on beside features and reference, as JSON.
+
+    "version" is that of `mauve-text`, None where it isn't installed.
+    """
+    return {
+        "version": importlib.metadata.version("mauve-text") if available() else None,
+        "half_samples": _HALVES,
+        "level": _LEVEL,
+        "seeds": "one generator gives all halves and a clustering seed for each score",
+        "buckets": "a tenth of the smaller set, at least 2",
+    }
 
 
 def score(features_ND: np.ndarray, reference_ND: np.ndarray, *, seed: int) -> Estimate:
@@ -82,7 +98,7 @@ def score(features_ND: np.ndarray, reference_ND: np.ndarray, *, seed: int) -> Es
     ordered = np.sort(halves) - np.mean(halves) + value
     outside = max(1, round(_HALVES * (1 - _LEVEL) / 2))
     low, high = np.clip([ordered[outside - 1], ordered[-outside]], 0.0, 1.0)
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, float(low), float(high), len(features_ND))
 
 
 def _check(features_ND, reference_ND):

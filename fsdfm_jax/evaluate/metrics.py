@@ -21,11 +21,20 @@ _HELD_INDICES = 2**20
 
 
 class Estimate(NamedTuple):
-    """A figure and the ends of its bootstrap interval; both ends are nan where there is none."""
+    """A figure and the ends of its bootstrap interval; both ends are nan where there is none.
+
+    `count` is how many samples went into it.
+    """
 
     value: float
     low: float
     high: float
+    count: int
+
+
+def failed(count: int) -> Estimate:
+    """The estimate where what measures failed on a sample; it worked on `count` of them."""
+    return Estimate(math.nan, math.nan, math.nan, count)
 
 
 def bootstrap(
@@ -44,15 +53,16 @@ def bootstrap(
 
     Args:
       statistic: takes arrays [..., N] and reduces the last axis alone.
-      *arrays_N: one number per sample, all of one length; samples that are nan in any of them are
-        left out of all.
+      *arrays_N: one number per sample, all of one length. A sample that is nan in any of them has
+        no such figure and is left out of all; where nan means that something failed, don't ask.
       resamples: R, how often rows are drawn.
       level: of the interval, in (0, 1).
       seed: of the draws.
 
     Returns:
-      The statistic of all rows and the ends of the interval; these are nan for a single row, and
-      everything is nan without rows. Resamples whose statistic is nan are left out.
+      The statistic of all rows, the ends of the interval and the number of rows that weren't left
+      out. The ends are nan for a single row, and everything is nan without rows. Resamples whose
+      statistic is nan are left out.
 
     Raises:
       ValueError: for arrays that are not one-dimensional and of one length, fewer than 2 resamples,
@@ -73,10 +83,10 @@ def bootstrap(
     arrays = [array[has_figure_N] for array in arrays]
     count = len(arrays[0])
     if not count:
-        return Estimate(math.nan, math.nan, math.nan)
+        return failed(0)
     value = float(statistic(*arrays))
     if count == 1:
-        return Estimate(value, math.nan, math.nan)
+        return Estimate(value, math.nan, math.nan, count)
 
     rng = np.random.default_rng(seed)
     held = max(1, _HELD_INDICES // count)
@@ -93,9 +103,9 @@ def bootstrap(
     ordered = np.sort(np.concatenate(values).astype(np.float64))
     ordered = ordered[~np.isnan(ordered)]
     if not len(ordered):
-        return Estimate(value, math.nan, math.nan)
+        return Estimate(value, math.nan, math.nan, count)
     outside = max(1, round(len(ordered) * (1 - level) / 2))
-    return Estimate(value, float(ordered[outside - 1]), float(ordered[-outside]))
+    return Estimate(value, float(ordered[outside - 1]), float(ordered[-outside]), count)
 
 
 # ---------------------------------------------------------------------------------------- diversity
@@ -150,6 +160,10 @@ def self_bleu(tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> np
 
     Samples without tokens that count are no reference and get nan, as does a single sample. With
     more samples there are more references, and the score rises: compare at one N only.
+
+    Scores of one set share their references, while `bootstrap` draws them as if they were
+    independent: the interval of their mean can be too narrow, most of all where many samples
+    repeat a few.
     """
     tokens_NL, counted_NL = _checked(tokens_NL, counted_NL)
     num_samples = len(tokens_NL)

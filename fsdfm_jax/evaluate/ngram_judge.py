@@ -28,7 +28,8 @@ class NGramJudge:
     """An n-gram model over lower-case words.
 
     A word is given the n - 1 words before it, fewer at the start of a text and after a word that
-    the model doesn't know. Such words are skipped and counted.
+    the model doesn't know. Such words are skipped and counted. The bytes of a text are those of its
+    scored words alone, without what parts them.
 
     Args:
       path: .lm.bin, .lm, .arpa or .dmp, also .gz.
@@ -41,10 +42,9 @@ class NGramJudge:
     tokenizer = None
 
     def __init__(self, path: pathlib.Path, *, name: str = ""):
-        try:
-            import pocketsphinx
-        except ImportError as error:
-            raise ValueError(f"The judge {path} can't be opened ({error}); {_REMEDY}.") from error
+        check_library()
+        import pocketsphinx
+
         pocketsphinx.set_loglevel("FATAL")  # it reports each format that a file isn't
         # Its logarithms are integers, to a base b (1.0001 by default): ln p = i ln b.
         self._math = pocketsphinx.LogMath()
@@ -68,6 +68,7 @@ class NGramJudge:
             "sha256": self._sha256,
             "tokenizer": None,
             "words": f"lower-case matches of {WORD.pattern}",
+            "bytes": "of scored words",
             "first_token": "given nothing",
             "context": self._given,
             "dtype": None,
@@ -81,7 +82,7 @@ class NGramJudge:
         )
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
-        """See `Judge`; `num_bytes` has the skipped words and what is no word as well."""
+        """See `Judge`; `num_bytes` has neither skipped words nor what is no word."""
         results = [self._score(text) for text in texts]
         columns = zip(*results, strict=True) if results else ((),) * 4
         nll, *counts = columns
@@ -89,7 +90,7 @@ class NGramJudge:
 
     def _score(self, text: Text) -> tuple[float, int, int, int]:
         counted_C = scoring.counted_characters(text)
-        nll, tokens, skipped, before = 0.0, 0, 0, []
+        nll, tokens, num_bytes, skipped, before = 0.0, 0, 0, 0, []
         for match in WORD.finditer(text.text):
             word = match.group().lower().replace("’", "'")
             counts = counted_C[match.end() - 1]
@@ -101,8 +102,14 @@ class NGramJudge:
             if counts:
                 nll -= self._math.log_to_ln(log)
                 tokens += 1
+                num_bytes += len(match.group().encode())
             before = [word, *before][: self._given]
-        return nll, tokens, scoring.bytes_of_text(text, counted_C), int(skipped)
+        return nll, tokens, num_bytes, int(skipped)
+
+
+def check_library() -> None:
+    """Raises a ValueError if pocketsphinx is missing; it isn't imported."""
+    tokenizer_lib.package_folder("pocketsphinx", _REMEDY)
 
 
 def open_pocketsphinx() -> NGramJudge:

@@ -201,6 +201,11 @@ function button(text, label, onClick) {
   return element;
 }
 
+function fill(element, pieces) {
+  element.replaceChildren(...pieces.map(([content, kind]) =>
+    make("span", {textContent: content, className: data.kinds[kind]})));
+}
+
 // Tables: a click on a head sorts; what has no number stays at the end.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -241,7 +246,7 @@ if (samples) {
   function show() {
     count.textContent = `sample ${number + 1} of ${most}`;
     for (const {row, text} of panels) {
-      text.textContent = data.rows[row].texts[number] ?? "(no such sample)";
+      fill(text, data.rows[row].texts[number] ?? [["(no such sample)", 0]]);
     }
   }
   const move = (by) => { number = (number + by + most) % most; show(); };
@@ -266,8 +271,7 @@ if (player) {
     const frame = path.frames[Number(slider.value)];
     caption.textContent = frame.caption;
     slider.setAttribute("aria-valuetext", frame.caption);
-    text.replaceChildren(...frame.pieces.map(([content, kind]) =>
-      make("span", {textContent: content, className: kind})));
+    fill(text, frame.pieces);
   }
   function stop() {
     clearInterval(timer);

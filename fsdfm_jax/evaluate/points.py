@@ -33,6 +33,8 @@ class Point:
       jump, grid: rule of the jumps and shape of the time grid; None for an autoregressive model.
       temperature, top_p: of the draws.
       weights: "ema" (as the stage uses them) | "student".
+      memory: what an autoregressive model keeps of the tokens so far, "cache" | "none"; None for
+        other models.
       seed: of everything random.
     """
 
@@ -47,6 +49,7 @@ class Point:
     temperature: float | None = None
     top_p: float | None = None
     weights: str | None = None
+    memory: str | None = None
     seed: int | None = None
 
     @property
@@ -54,9 +57,10 @@ class Point:
         """Name of all but the seed; points of one setting are repeats."""
         parts = [self.source if self.kind != "control" else f"control-{self.source}"]
         if self.kind == "model":
-            parts += [f"{self.steps}steps", self.jump, self.grid, f"T{self.temperature:g}"]
-            parts += [f"p{self.top_p:g}" if self.top_p < 1 else None]
+            parts += [f"{self.steps}steps", self.jump, self.grid, f"T{self.temperature:.9g}"]
+            parts += [f"p{self.top_p:.9g}" if self.top_p < 1 else None]
             parts += [self.weights if self.weights != "ema" else None]
+            parts += ["anew" if self.memory == "none" else None]
         parts += [self.task if self.task != tasks.UNCONDITIONAL else None]
         return re.sub(r"[^\w.]+", "-", "-".join(part for part in parts if part))
 
@@ -81,6 +85,7 @@ class Settings(NamedTuple):
     weights: str
     seed: int
     task: str
+    memories: tuple[str, ...]
     controls: tuple[str, ...]
     models: str
     judges: tuple[str, ...]
@@ -97,7 +102,7 @@ class Settings(NamedTuple):
           ValueError: for values that can't be evaluated with, naming the key.
         """
         values = {name: config[name] for name in cls._fields}
-        for name in ("steps", "jumps", "controls"):
+        for name in ("steps", "jumps", "memories", "controls"):
             values[name] = tuple(values[name])
         values["judges"] = tuple(j.strip() for j in values["judges"].split(",") if j.strip())
         settings = cls(**values)
@@ -107,8 +112,8 @@ class Settings(NamedTuple):
     def _check(self) -> None:
         for name, least in {
             **dict.fromkeys(("num_samples", "batch_size", "many_steps"), 1),
-            **dict.fromkeys(("watched", "bound_samples", "resamples"), 0),
-            "bound_times": 2,
+            **dict.fromkeys(("watched", "bound_samples"), 0),
+            **dict.fromkeys(("bound_times", "resamples"), 2),
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(
@@ -119,11 +124,15 @@ class Settings(NamedTuple):
         for name, allowed, values in (
             ("jumps", jumps.RULES, self.jumps),
             ("few_step_jump", jumps.RULES, (self.few_step_jump,)),
+            ("memories", inference.MEMORIES, self.memories),
             ("controls", CONTROLS, self.controls),
             ("weights", WEIGHTS, (self.weights,)),
         ):
             check_names(f"eval.{name}", allowed, values)
-        check_draws("eval", (self.seed,), (self.temperature,), (self.top_p,), (self.grid,))
+        if not self.jumps:
+            raise ValueError("eval.jumps is empty; give at least one rule for the base model.")
+        check_draws("eval", (self.seed,), (self.temperature,), (self.top_p,))
+        check_grids("eval", (self.grid,), (*self.steps, self.many_steps))
         tasks.parse(self.task)
         subjects.parse_models(self.models)
 
@@ -142,19 +151,25 @@ def check_draws(
     seeds: Iterable[int],
     temperatures: Iterable[float],
     top_ps: Iterable[float],
-    grids: Iterable[str],
 ) -> None:
     """ValueError for the first value that no sample can be drawn with, naming the section."""
     try:
         for seed, temperature in itertools.product(seeds, temperatures):
             inference.check_settings(steps=1, seed=seed, temperature=temperature)
-        for grid in grids:
-            sampler.make_grid(grid, 2)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     for top_p in top_ps:
         if not 0 < top_p <= 1:
             raise ValueError(f"{key}: top_p must lie in (0, 1], got {top_p}.")
+
+
+def check_grids(key: str, grids: Iterable[str], steps: Iterable[int]) -> None:
+    """ValueError for the first grid that can't be made with one of the numbers of steps."""
+    for grid, count in itertools.product(grids, steps):
+        try:
+            sampler.make_grid(grid, count)
+        except ValueError as error:
+            raise ValueError(f"{key}: grid {grid!r} with {count} steps: {error}") from None
 
 
 def texts_to_compare(settings: Settings) -> list[Point]:
@@ -176,21 +191,24 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
       length: tokens of a block, which is what an autoregressive model takes network calls.
     """
     result = texts_to_compare(settings)
-    how = (settings.temperature, settings.top_p, settings.weights, settings.seed)
+    how = {"temperature": settings.temperature, "top_p": settings.top_p}
+    how |= {"weights": settings.weights, "seed": settings.seed, "task": settings.task}
     left_to_right = tasks.parse(settings.task).left_to_right
     for label, stage in stage_of.items():
         if stage == "autoregressive":
-            if left_to_right:
-                point = Point("model", label, label, settings.task, stage, length, None, None, *how)
-                result.append(point)
+            for memory in settings.memories * left_to_right:
+                group = label if memory == "cache" else f"{label} (no cache)"
+                own = {"stage": stage, "steps": length, "memory": memory}
+                result.append(Point("model", group, label, **own, **how))
             continue
 
         def add(group, steps, jump, label=label, stage=stage):
-            parts = (settings.task, stage, steps, jump, settings.grid)
-            result.append(Point("model", group, label, *parts, *how))
+            own = {"stage": stage, "steps": steps, "jump": jump, "grid": settings.grid}
+            result.append(Point("model", group, label, **own, **how))
 
         if stage == "pretrain":
-            add(f"{label} (cumulative)", settings.many_steps, jumps.CUMULATIVE.name)
+            first = settings.jumps[0]
+            add(f"{label} ({first})", settings.many_steps, first)
             for jump, steps in itertools.product(settings.jumps, settings.steps):
                 add(f"{label} ({jump})", steps, jump)
         else:
@@ -226,7 +244,8 @@ class Axes(NamedTuple):
             raise ValueError(f"axes.steps must be at least 1, got {axes.steps}.")
         check_names("axes.jumps", jumps.RULES, axes.jumps)
         check_names("axes.weights", WEIGHTS, axes.weights)
-        check_draws("axes", axes.seeds, axes.temperatures, axes.top_ps, axes.grids)
+        check_draws("axes", axes.seeds, axes.temperatures, axes.top_ps)
+        check_grids("axes", axes.grids, axes.steps)
         return axes
 
 
@@ -257,10 +276,13 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
         for steps, temperature, seed in itertools.product(
             axes.steps, axes.temperatures, axes.seeds
         ):
-            moves = (length, None, None) if causal else (steps, jump, grid)
-            how = (temperature, top_p, weights, seed)
-            parts = (settings.task, stage_of[label], *moves, *how)
-            result.append(Point("model", group, label, *parts))
+            how = {"temperature": temperature, "top_p": top_p, "weights": weights, "seed": seed}
+            if causal:
+                how |= {"steps": length, "memory": "cache"}
+            else:
+                how |= {"steps": steps, "jump": jump, "grid": grid}
+            how |= {"task": settings.task, "stage": stage_of[label]}
+            result.append(Point("model", group, label, **how))
     return list(dict.fromkeys(result))
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
-BITS_PER_NAT = 1 / math.log(2)
 AGGREGATIONS = ("perplexity_a", "perplexity_b", "perplexity_c", "nats_per_byte")
 
 # When a difference from real text is more than taste. Rows of sound models lie within 0.2 bits and
@@ -25,6 +24,9 @@ SELF_BLEU = 0.15
 # A judge that gets nothing from the order of the tokens is left with how frequent each one is:
 # about 7 nats a token in English against 3 to 3.5 in context, and exp(3.5) is 33.
 UNORDERED_TIMES = 30.0
+# A tenth more of the words than of real text's went by a judge unread, whose perplexity is then one
+# of the words it knows: the easier ones.
+SKIPPED_SHARE = 0.1
 
 FEW_STEPS = 16  # up to so many network calls a sample are "few"
 MATCHED_BITS = 0.2  # rows whose entropies differ by no more are compared by their perplexity
@@ -128,6 +130,63 @@ def at_usual_temperature(rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
+def many_steps(rows: Sequence[Row]) -> Row | None:
+    """What few steps are compared with: the base model at its most steps, else any of that many."""
+    task = main_task(rows)
+    models = [row for row in rows if row["kind"] == "model" and row.get("task") == task]
+    usual = at_usual_temperature(models)
+    stepped = [r for r in usual if r.get("stage") != "autoregressive" and r.get("steps")]
+    base = [row for row in stepped if row.get("stage") == "pretrain"]
+    return max(base or stepped, key=lambda row: row["steps"], default=None)
+
+
+# What the rows of models may or may not have in common: what it is called, how to read and show it.
+_SETTINGS = {
+    "temperature": ("temperature", lambda row: _plain(row.get("temperature"))),
+    "top_p": ("top-p", lambda row: _plain(row.get("top_p"))),
+    "grid": ("grid", lambda row: row.get("grid")),
+    "weights": ("weights", lambda row: row.get("weights")),
+    "task": ("task", lambda row: row.get("task")),
+    "num_samples": ("samples", lambda row: _plain(row.get("num_samples"))),
+    "seeds": ("seeds", lambda row: _plain(row.get("num_seeds", 1))),
+    "device": ("device", lambda row: row.get("device")),
+}
+
+
+def _plain(number: float | None) -> str | None:
+    return None if number is None else f"{number:g}"
+
+
+def settings(rows: Iterable[Row]) -> tuple[dict[str, str], dict[str, str]]:
+    """What the rows of models have in common, name -> value, and what differs, key -> name.
+
+    A setting that no row has is in neither; rows without one, as an autoregressive model without a
+    grid, don't speak against the others.
+    """
+    models = [row for row in rows if row["kind"] == "model"]
+    common, varied = {}, {}
+    for key, (name, read) in _SETTINGS.items():
+        values = {read(row) for row in models} - {None}
+        if len(values) == 1:
+            common[name] = values.pop()
+        elif values:
+            varied[key] = name
+    return common, varied
+
+
+def setting(row: Row, key: str) -> str | None:
+    """One of `settings` of a row, as it is shown."""
+    return _SETTINGS[key][1](row)
+
+
+def common_line(rows: Iterable[Row]) -> str:
+    """What all rows of models have in common, in a sentence; "" without models."""
+    common, _ = settings(rows)
+    common = {k: v for k, v in common.items() if (k, v) != ("seeds", "1")}
+    told = [f"{k} {v}" if k not in ("samples", "seeds") else f"{v} {k}" for k, v in common.items()]
+    return f"The same in all rows of models: {', '.join(told)}." if told else ""
+
+
 def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
     """The lowest perplexity at few steps that nothing speaks against; None if there is none.
 
@@ -157,6 +216,35 @@ def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]])
     return min(candidates, key=lambda row: value(perplexity(row, names[0])), default=None)
 
 
+def stamps(row: Row) -> list[dict[str, Any]]:
+    """The protocols of a row: its own, or that of each point that was pooled into it."""
+    protocol = row.get("protocol") or {}
+    if "scoring" in protocol:
+        return [protocol]
+    return [stamp for stamp in protocol.values() if isinstance(stamp, Mapping)]
+
+
+def own_judges(row: Row) -> set[str]:
+    """Names of the judges whose weights are those of the row's own model."""
+    names = set()
+    for stamp in stamps(row):
+        sha256 = (stamp.get("model") or {}).get("sha256")
+        listed = (stamp.get("scoring") or {}).get("judges") or ()
+        names |= {judge["name"] for judge in listed if sha256 and judge.get("sha256") == sha256}
+    return names
+
+
+def fair_judge(row: Row, names: Iterable[str]) -> str | None:
+    """The first of the judges that scored a row and isn't its own model; None if there is none."""
+    own, scored = own_judges(row), row.get("judges") or {}
+    return next((name for name in names if scored.get(name) and name not in own), None)
+
+
+def sample_count(row: Row) -> int:
+    """Samples of a row, over all of its seeds."""
+    return row["num_samples"] * row.get("num_seeds", 1)
+
+
 # --------------------------------------------------------------------------------------- exposure
 def findings(row: Row, real: Row | None) -> list[Finding]:
     """What must not be taken for quality in a row, against real text under the same task."""
@@ -167,8 +255,13 @@ def findings(row: Row, real: Row | None) -> list[Finding]:
         found.append(Finding("control", "a naive control, not a model", ()))
     if math.isnan(value(figure(row, "entropy_bits"))):
         found.append(Finding("no figures", "its samples gave no figures", ("entropy_bits",)))
+    main = next(iter(row.get("judges") or {}), None)
+    if main in own_judges(row):
+        found.append(own_judge())
+    found += _left_out(row, real)
     if real is None:
         return found
+    found += _skipped(row, real)
     judge = next((name for name in real.get("judges") or {} if name in row["judges"]), None)
     own, reals = perplexity(row, judge), perplexity(real, judge)
     times = value(own) / value(reals) if value(reals) else math.nan
@@ -198,6 +291,66 @@ def findings(row: Row, real: Row | None) -> list[Finding]:
 def flags(row: Row, real: Row | None) -> list[str]:
     """The sentences of `findings`: [] for real text and for rows that nothing speaks against."""
     return [finding.sentence for finding in findings(row, real)]
+
+
+def own_judge() -> Finding:
+    """What is said of a model that scores itself."""
+    sentence = "this model is its own judge: its perplexity says how sure it is, not how good it is"
+    return Finding("own judge", sentence, ("perplexity_a", "perplexity_b"))
+
+
+def _left_out(row: Row, real: Row | None) -> list[Finding]:
+    """Samples that a figure is not taken over, where real text has all of its own in it."""
+    total = sample_count(row)
+    missing = {}
+    for key, estimate in _counted(row).items():
+        count = estimate.get("count", total)
+        reals = _counted(real).get(key) if real else None
+        share = 1 - reals.get("count", math.inf) / sample_count(real) if reals else 0.0
+        if count < total and 1 - count / total > share:
+            missing[key] = total - int(count)
+    told = []
+    scored = [lost for (judge, _), lost in missing.items() if judge]
+    if scored:
+        told.append(f"{max(scored)} of {total} samples had no text to score")
+    for (judge, key), lost in missing.items():
+        if not judge:
+            name = key.replace("entropy_bits", "entropy").replace("_", "-")
+            told.append(f"{lost} of {total} samples have no {name}")
+    shown = next(iter(row.get("judges") or {}), None)
+    columns = tuple(dict.fromkeys(key for judge, key in missing if judge in ("", shown)))
+    return [Finding("left out", "; ".join(told), columns)] if told else []
+
+
+def _counted(row: Row) -> dict[tuple[str, str], dict[str, float]]:
+    """(judge or "", key) -> estimate, of the figures that a sample may lack."""
+    keys = ("entropy_bits", "distinct_1", "distinct_2", "distinct_3")
+    found = {("", key): figure(row, key) for key in keys}
+    for judge in row.get("judges") or {}:
+        found |= {(judge, key): perplexity(row, judge, key) for key in AGGREGATIONS[:3]}
+    return {name: estimate for name, estimate in found.items() if estimate}
+
+
+def _skipped(row: Row, real: Row) -> list[Finding]:
+    """Judges that could not read much more of a row than of real text."""
+    told, columns = [], ()
+    for i, judge in enumerate(row.get("judges") or {}):
+        own, reals = _skipped_share(row, judge), _skipped_share(real, judge)
+        if own > reals + SKIPPED_SHARE:
+            told.append(f"{judge} could not score {own:.0%} of it, {reals:.0%} of real text")
+            columns = columns or (("perplexity_a", "perplexity_b") if i == 0 else ())
+    return (
+        [Finding("skipped", f"{', '.join(told)}: a perplexity of the rest", columns)]
+        if told
+        else []
+    )
+
+
+def _skipped_share(row: Row, judge: str) -> float:
+    """Share of the tokens or words of a row that a judge could not score; nan if it has none."""
+    scores = ((row.get("judges") or {}).get(judge) or {}).get("text") or {}
+    total = scores.get("tokens", 0) + scores.get("skipped", 0)
+    return scores["skipped"] / total if total else math.nan
 
 
 def _repetition(row: Row, real: Row) -> list[tuple[str, str]]:

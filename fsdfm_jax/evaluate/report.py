@@ -1,27 +1,28 @@
 """The report of a run: tables, pictures, samples and a page that shows them all.
 
-Every row is written as it is; the pictures and the page show repeats over seeds as one row. What
-gives a row away (fsdfm_jax/evaluate/reading.py) stands beside its figures everywhere.
+Every point is written as it is; the tables, the pictures and the page show repeats over seeds as
+one row. What gives a row away (fsdfm_jax/evaluate/reading.py) stands beside its figures everywhere.
 """
 
 import csv
 import io
+import json
 import math
-import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fsdfm_jax import trajectory as trajectory_lib
 from fsdfm_jax import writer
-from fsdfm_jax.evaluate import figures, html, reading
+from fsdfm_jax.evaluate import html, pictures, reading
 from fsdfm_jax.evaluate.reading import Finding, Row, flags
 from fsdfm_jax.tokenizer import Tokenizer
-from fsdfm_jax.trajectory import Trajectory
+from fsdfm_jax.trajectory import Piece, Trajectory
 
-__all__ = ["aggregate", "flags", "table", "write"]
+__all__ = ["flags", "table", "write"]
 
 _IDENTITY = (
     "slug",
@@ -35,11 +36,13 @@ _IDENTITY = (
     "grid",
     "temperature",
     "top_p",
+    "weights",
     "seed",
     "task",
     "num_samples",
     "milliseconds_per_sample",
     "compile_seconds",
+    "device",
 )
 _FIGURES = (
     "entropy_nats",
@@ -52,8 +55,14 @@ _FIGURES = (
     "mauve",
     "bound_nats_per_token",
 )
-_ENDS = {"": "value", "_low": "low", "_high": "high"}
+_ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count"}
 _SAMPLES_SHOWN = 3
+_FRAMES_SHOWN = 17  # of a trajectory
+_PATHS_SHOWN = 12  # trajectories in the page
+# Bytes of the page's JSON, so that a page of many long rows still opens on a phone.
+_PATHS_ROOM = 1_200_000
+_TEXTS_ROOM = 600_000
+_GIVEN = ("[[", "]]")
 _LINE_WIDTH = 120  # of the text table; long names are cut to it
 _NAME_WIDTH = 16  # but not below this
 
@@ -62,7 +71,9 @@ _NAME_WIDTH = 16  # but not below this
 def write(
     directory: pathlib.Path,
     rows: Sequence[Row],
+    pooled: Sequence[Row],
     samples: Mapping[str, np.ndarray],
+    frozen: Mapping[str, np.ndarray],
     trajectories: Mapping[str, Sequence[Trajectory]],
     tokenizer: Tokenizer,
     header: dict[str, Any],
@@ -75,21 +86,24 @@ def write(
 
     Args:
       directory: made where needed.
-      rows: figures and protocol of each row, as fsdfm_jax/evaluate/rows.py makes them.
-      samples: row's slug -> its tokens, int [N, L]; may lack rows.
-      trajectories: row's slug -> some of its samples on their way; may lack rows.
+      rows: figures and protocol of each point, as fsdfm_jax/evaluate/suite.py makes them.
+      pooled: the same with one row a setting, which is what tables, pictures and the page show.
+        Where it has several seeds, "num_seeds" and "seeds" say so, "protocol" has the stamp of each
+        point by its slug, and the row's own slug is that of one of them; "num_samples" stays the
+        count of one seed.
+      samples: slug of a point -> its first tokens, int [N, L], of which three are shown; may lack
+        points.
+      frozen: the same for the positions that were given, bool [N, L]; a point that isn't there was
+        given none.
+      trajectories: slug of a point -> some of its samples on their way; may lack points.
       tokenizer: to print them.
       header: facts about the run as a whole (parameters, device, code version), for JSON.
       mask_id: token that the tokenizer doesn't know, shown as a block.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shown = aggregate(rows)
-    known = _findings(shown)
+    known = _findings(pooled)
     texts = {
-        row["slug"]: [
-            _decode(tokens_L, mask_id, tokenizer)
-            for tokens_L in samples[row["slug"]][:_SAMPLES_SHOWN]
-        ]
+        row["slug"]: _texts(samples[row["slug"]], frozen.get(row["slug"]), mask_id, tokenizer)
         for row in rows
         if row["slug"] in samples
     }
@@ -99,24 +113,19 @@ def write(
     lines = _trajectory_lines(rows, trajectories, tokenizer, mask_id)
     writer.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
     exposed = {slug for slug, found in known.items() if found}
-    drawn = {name: draw(shown, exposed) for name, draw in figures.PICTURES.items()}
+    drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
     for name in ("frontier", "steps", "time", "results"):
-        _write_bytes(directory / f"{name}.png", figures.png(drawn[name]))
+        writer.write_bytes(directory / f"{name}.png", pictures.png(drawn[name]))
+    best = reading.best_few_step(pooled, known)
     page = html.page(
-        shown,
+        pooled,
         known,
-        texts=texts,
-        paths=_paths(shown, trajectories, tokenizer, mask_id),
-        pictures={name: figures.svg(drawn[name], name) for name in html.PICTURES},
+        texts=_within(texts, pooled),
+        paths=_paths(_watched(pooled, best, trajectories), tokenizer, mask_id),
+        pictures={name: pictures.svg(drawn[name], name) for name in html.PICTURES},
         header=header,
     )
     writer.write_text(directory / "report.html", page)
-
-
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
@@ -124,92 +133,21 @@ def _findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
     return {row["slug"]: reading.findings(row, reals[row.get("task")]) for row in rows}
 
 
-def _decode(tokens_L: np.ndarray, mask_id: int | None, tokenizer: Tokenizer) -> str:
-    none_L = np.zeros(len(tokens_L), bool)
-    cut = trajectory_lib.pieces(np.asarray(tokens_L), none_L, none_L, mask_id, tokenizer)
-    return "".join(piece.text for piece in cut)
-
-
-# ------------------------------------------------------------------------------------------- seeds
-def aggregate(rows: Sequence[Row]) -> list[Row]:
-    """One row for all rows of equal "setting", in the order of their first ones.
-
-    Its figures are means over the seeds, with the smallest and the largest as low and high; counts
-    of scored and skipped tokens are sums. "num_seeds" says how many rows went in, "protocol" has
-    the stamp of each; slug and the rest are those of the first. A single row stays as it is.
-    """
-    settings: dict[str, list[Row]] = {}
-    for row in rows:
-        settings.setdefault(row["setting"], []).append(row)
-    return [m[0] if len(m) == 1 else _merge(m) for m in settings.values()]
-
-
-def _merge(members: list[Row]) -> Row:
-    first = members[0]
-    names = reading.judges(members)
-    return first | {
-        "seed": None,
-        "num_seeds": len(members),
-        "milliseconds_per_sample": _mean(m["milliseconds_per_sample"] for m in members),
-        "compile_seconds": _mean(m["compile_seconds"] for m in members),
-        "figures": _merge_estimates([m["figures"] for m in members]),
-        "judges": {
-            name: {
-                way: _merge_estimates([(m["judges"].get(name) or {}).get(way) for m in members])
-                for way in ("ids", "text")
-            }
-            for name in names
-        },
-        "per_step": _merge_per_step([m.get("per_step") for m in members]),
-        "notes": list(dict.fromkeys(note for m in members for note in m.get("notes") or ())),
-        "protocol": {m["slug"]: m.get("protocol") for m in members},
-    }
-
-
-def _mean(values) -> float | None:
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def _merge_estimates(dicts: list[dict | None]) -> dict[str, Any] | None:
-    """Merges {"figure": estimate, "tokens": int}, dict by dict; None if all are None."""
-    present = [d for d in dicts if d is not None]
-    if not present:
-        return None
-    merged: dict[str, Any] = {}
-    for key in dict.fromkeys(key for d in present for key in d):
-        parts = [d[key] for d in present if d.get(key) is not None]
-        if not parts:
-            merged[key] = None
-        elif isinstance(parts[0], dict):
-            values = [reading.value(part) for part in parts]
-            ends = (np.mean(values), np.min(values), np.max(values))  # nan stays visible
-            merged[key] = dict(zip(("value", "low", "high"), map(float, ends), strict=True))
-        else:
-            merged[key] = sum(parts)
-    return merged
-
-
-def _merge_per_step(parts: list[dict | None]) -> dict[str, list[float]] | None:
-    present = [part for part in parts if part]
-    if not present or len({len(part["times"]) for part in present}) > 1:
-        return None
-    return {
-        key: np.mean([part[key] for part in present], axis=0).tolist()
-        for key in ("times", "entropy_nats", "changed")
-    }
-
-
 # ------------------------------------------------------------------------------------------ tables
 def table(rows: Sequence[Row]) -> str:
-    """A plain text table of the rows, with what gives a row away marked "!" at its end."""
+    """A plain text table of rows, one a setting, below a line of what all models have in common.
+
+    What gives a row away is marked "!" at its end. Of the settings only those that differ have a
+    column.
+    """
     names, known = reading.judges(rows), _findings(rows)
     judge = names[0] if names else None
+    varied = reading.settings(rows)[1]
+    short = {"temperature": "T", "num_samples": "n"}
     columns = {
         "model": lambda row: trajectory_lib.printable(row["group"], keep=""),
         "steps": lambda row: "-" if row.get("steps") is None else str(row["steps"]),
-        "T": lambda row: "-" if row.get("temperature") is None else f"{row['temperature']:g}",
-        "seeds": lambda row: str(row.get("num_seeds", 1)),
+        **{short.get(key, name): _setting(key) for key, name in varied.items()},
         "ppl A": lambda row: _cell(reading.perplexity(row, judge)),
         "ppl B": lambda row: _cell(reading.perplexity(row, judge, "perplexity_b")),
         "H bits": lambda row: _cell(reading.figure(row, "entropy_bits")),
@@ -219,11 +157,7 @@ def table(rows: Sequence[Row]) -> str:
         "ms/sample": lambda row: reading.show(row["milliseconds_per_sample"]),
         "flag": lambda row: _flag(known[row["slug"]]),
     }
-    if len({row.get("temperature") for row in rows} - {None}) < 2:
-        del columns["T"]
-    if all(row.get("num_seeds", 1) == 1 for row in rows):
-        del columns["seeds"]
-    if {"T", "seeds"} & set(columns):  # lines stay short enough for a terminal
+    if varied:  # lines stay short enough for a terminal
         del columns["H nats"]
     lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -239,7 +173,16 @@ def table(rows: Sequence[Row]) -> str:
         )
         for line in lines
     ]
-    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+    common = trajectory_lib.printable(reading.common_line(rows), keep="")
+    whole = ", ".join(item.replace(" ", "\xa0") for item in common.split(", "))  # not cut within
+    above = [line.replace("\xa0", " ") for line in textwrap.wrap(whole, _LINE_WIDTH)]
+    above += [""] if above else []
+    return "\n".join([*above, aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+
+
+def _setting(key: str) -> Callable[[Row], str]:
+    # Real text and controls have seeds and samples, but no settings that they share with models.
+    return lambda row: trajectory_lib.printable(reading.setting(row, key) or "-", keep="")
 
 
 def _flag(found: Sequence[Finding]) -> str:
@@ -276,19 +219,68 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _flat(key: str, estimate: dict[str, float] | None) -> dict[str, float | None]:
-    return {
-        key + end: None if estimate is None else float(estimate.get(part, math.nan))
-        for end, part in _ENDS.items()
-    }
+    return {key + end: (estimate or {}).get(part) for end, part in _ENDS.items()}
 
 
 # ------------------------------------------------------------------------------------------- texts
-def _samples_text(rows: Sequence[Row], texts: Mapping[str, list[str]]) -> str:
-    parts = ["The first samples of each row, unselected.\n"]
+def _texts(
+    tokens_NL: np.ndarray,
+    frozen_NL: np.ndarray | None,
+    mask_id: int | None,
+    tokenizer: Tokenizer,
+) -> list[list[Piece]]:
+    """The samples that are shown, cut where what was given begins and ends."""
+    tokens_NL = np.asarray(tokens_NL)[:_SAMPLES_SHOWN]
+    none_NL = np.zeros(tokens_NL.shape, bool)
+    given_NL = none_NL if frozen_NL is None else np.asarray(frozen_NL)[:_SAMPLES_SHOWN]
+    return [
+        trajectory_lib.pieces(tokens_L, given_L, none_L, mask_id, tokenizer)
+        for tokens_L, given_L, none_L in zip(tokens_NL, given_NL, none_NL, strict=True)
+    ]
+
+
+def _within(
+    texts: Mapping[str, list[list[Piece]]], rows: Sequence[Row]
+) -> dict[str, list[list[Piece]]]:
+    """The texts of the rows as the page has room for: fewer of each, at last shortened ones."""
+    texts = {row["slug"]: texts[row["slug"]] for row in rows if texts.get(row["slug"])}
+    for count in range(_SAMPLES_SHOWN, 0, -1):
+        texts = {slug: some[:count] for slug, some in texts.items()}
+        size = sum(_bytes(text) for some in texts.values() for text in some)
+        if size <= _TEXTS_ROOM:
+            return texts
+    share = _TEXTS_ROOM / size
+    return {slug: [_shortened(text, share) for text in some] for slug, some in texts.items()}
+
+
+def _shortened(text: list[Piece], share: float) -> list[Piece]:
+    """The beginning of a text, with "…" at its end; at most `share` of its bytes."""
+    room = _bytes(text) * share - _bytes([Piece("…", "kept")])
+    result = []
+    for piece in text:
+        fits = int(np.searchsorted(np.cumsum([len(json.dumps(c)) - 2 for c in piece.text]), room))
+        result.append(piece._replace(text=piece.text[:fits]))
+        room -= _bytes([piece])
+        if room <= 0:
+            break
+    return [*result, Piece("…", "kept")]
+
+
+def _bytes(text: Sequence[Piece]) -> int:
+    """About what a text takes in the page's JSON."""
+    return sum(len(json.dumps(piece.text)) + 5 for piece in text)
+
+
+def _samples_text(rows: Sequence[Row], texts: Mapping[str, list[list[Piece]]]) -> str:
+    first = "The first samples of each row, unselected."
+    if any(piece.kind == "given" for some in texts.values() for text in some for piece in text):
+        first += f" What the model was given stands between {_GIVEN[0]} and {_GIVEN[1]}."
+    parts = [first + "\n"]
     for row in rows:
         parts.append(_banner(row))
         for i, text in enumerate(texts.get(row["slug"], ())):
-            parts.append(f"\n[{i + 1}] {text}\n")
+            shown = (p.text.join(_GIVEN) if p.kind == "given" else p.text for p in text)
+            parts.append(f"\n[{i + 1}] {trajectory_lib.printable(''.join(shown))}\n")
     return "".join(parts)
 
 
@@ -299,36 +291,68 @@ def _banner(row: Row) -> str:
     return f"\n{'=' * 100}\n{name}\n{'=' * 100}\n"
 
 
+# ------------------------------------------------------------------------------------ trajectories
 def _trajectory_lines(rows, trajectories, tokenizer, mask_id) -> list[str]:
-    marks = "What a step changed stands between {+ and +}; ░ is a masked token."
+    marks = "What differs from the frame before stands between {+ and +}; ░ is a masked token."
     lines = [f"Samples on their way from noise to text. {marks}"]
     for row in rows:
         if trajectories.get(row["slug"]):
             lines += _banner(row).rstrip("\n").split("\n")
         for i, one in enumerate(trajectories.get(row["slug"], ())):
             lines += ["", f"sample {i + 1}"]
-            lines += trajectory_lib.text_lines(one, mask_id, tokenizer)
+            thinned = trajectory_lib.thin(one, _FRAMES_SHOWN)
+            lines += trajectory_lib.text_lines(thinned, mask_id, tokenizer)
     if len(lines) == 1:
         lines.append("None was recorded.")
     return lines
 
 
-def _paths(rows, trajectories, tokenizer, mask_id) -> list[dict[str, Any]]:
+def _watched(
+    rows: Sequence[Row], best: Row | None, trajectories: Mapping[str, Sequence[Trajectory]]
+) -> list[tuple[Row, int, Trajectory]]:
+    """Trajectories for the page, (row, number of the sample, trajectory), the best row's first.
+
+    Besides rows at the usual temperature, spread over the numbers of steps; first one sample of
+    each, then further ones while there are too few.
+    """
+    known = [row for row in rows if trajectories.get(row["slug"])]
+    usual = reading.at_usual_temperature(known)
+    others = sorted((r for r in usual if r is not best), key=lambda row: row.get("steps") or 0)
+    first = [best] if best is not None and best in known else []
+    room = _PATHS_SHOWN - len(first)
+    if len(others) > room:
+        others = [others[i] for i in np.linspace(0, len(others) - 1, room).round().astype(int)]
+    chosen = [*first, *others]
+    most = max((len(trajectories[row["slug"]]) for row in chosen), default=0)
+    ordered = [
+        (row, i, trajectories[row["slug"]][i])
+        for i in range(most)
+        for row in chosen
+        if i < len(trajectories[row["slug"]])
+    ]
+    return ordered[:_PATHS_SHOWN]
+
+
+def _paths(
+    watched: Sequence[tuple[Row, int, Trajectory]], tokenizer: Tokenizer, mask_id: int | None
+) -> list[dict[str, Any]]:
     """What the page shows of trajectories: title and frames, each a caption and pieces."""
-    paths = []
-    for row in rows:
+    paths, used = [], 0
+    for row, i, whole in watched:
         entropies = (row.get("per_step") or {}).get("entropy_nats") or ()
-        for i, one in enumerate(trajectories.get(row["slug"], ())):
-            shown = []
-            cuts = trajectory_lib.frames(one, mask_id, tokenizer)
-            lines = trajectory_lib.captions(one)
-            for step, caption, cut in zip(one.steps, lines, cuts, strict=True):
-                # Steps at which nothing was left to draw may be missing; then their places are not
-                # their numbers.
-                whole = len(entropies) == one.steps[-1]
-                if step and whole and math.isfinite(entropies[step - 1]):
-                    caption += f", predictive entropy {entropies[step - 1]:.2f} nats"
-                shown.append({"caption": caption, "pieces": [list(piece) for piece in cut]})
-            title = f"{reading.title(row)}: sample {i + 1}"
-            paths.append({"slug": row["slug"], "title": title, "frames": shown})
+        one = trajectory_lib.thin(whole, _FRAMES_SHOWN)
+        shown = []
+        cuts = trajectory_lib.frames(one, mask_id, tokenizer)
+        used += sum(map(_bytes, cuts))
+        if paths and used > _PATHS_ROOM:
+            break
+        for step, caption, cut in zip(one.steps, trajectory_lib.captions(one), cuts, strict=True):
+            # Steps at which nothing was left to draw may be missing; then their places are not
+            # their numbers.
+            complete = len(entropies) == one.steps[-1]
+            if step and complete and math.isfinite(entropies[step - 1]):
+                caption += f", predictive entropy {entropies[step - 1]:.2f} nats"
+            shown.append({"caption": caption, "pieces": cut})
+        title = f"{reading.title(row)}: sample {i + 1}"
+        paths.append({"slug": row["slug"], "title": title, "frames": shown})
     return paths

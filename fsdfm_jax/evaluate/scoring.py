@@ -5,14 +5,11 @@ first token, on its tokenizer and on which tokens count; `Judge.describe` says e
 """
 
 import hashlib
-import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
-from fsdfm_jax.tokenizer import Tokenizer
 
 
 class Text(NamedTuple):
@@ -33,7 +30,8 @@ class Scores(NamedTuple):
     Attributes:
       nll: negative log-likelihood of the tokens that count, float64 [N], nats.
       tokens: how many those are, int64 [N]; tokens or words of the judge.
-      num_bytes: UTF-8 bytes of what counts, int64 [N].
+      num_bytes: bytes of the text of just those tokens, int64 [N], so that nll over them is nats a
+        byte. What is skipped has none here.
       skipped: tokens or words that count but could not be scored, int64 [N].
     """
 
@@ -103,35 +101,36 @@ def counted_characters(text: Text) -> np.ndarray:
     return counted_C
 
 
-def bytes_of_text(text: Text, counted_C: np.ndarray) -> int:
-    """UTF-8 bytes of the characters that count, bool [characters]."""
-    return len("".join(itertools.compress(text.text, counted_C)).encode())
-
-
 def counted_tokens(
     texts: Sequence[Text], ends: Sequence[Sequence[int]]
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Which tokens of each text count: those whose last character does.
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Which tokens of each text count, those whose last character does, and what they hold.
+
+    A token holds the characters from the end of the one before it to its own end, so that nothing
+    is held twice; of several tokens that make up one character, the first one holds it.
 
     Args:
       texts: N of them.
       ends: of each text, the index after the last character of each token.
 
     Returns:
-      (bool [tokens] of each text, UTF-8 bytes of what counts int64 [N]).
+      (bool [tokens], UTF-8 bytes of the characters that each token holds int64 [tokens]), each a
+      list of N.
     """
-    characters = [counted_characters(text) for text in texts]
-    num_bytes = [bytes_of_text(*pair) for pair in zip(texts, characters, strict=True)]
-    last = [np.maximum(np.asarray(each, np.int64) - 1, 0) for each in ends]
-    counted = [counted_C[each] for counted_C, each in zip(characters, last, strict=True)]
-    return counted, np.asarray(num_bytes, np.int64)
+    counted, sizes = [], []
+    for text, each in zip(texts, ends, strict=True):
+        end_T = np.asarray(each, np.int64)
+        counted.append(counted_characters(text)[np.maximum(end_T - 1, 0)])
+        bytes_C = [len(character.encode()) for character in text.text]
+        before_C1 = np.cumsum([0, *bytes_C])
+        sizes.append(np.diff(before_C1[np.maximum.accumulate(end_T)], prepend=0))
+    return counted, sizes
 
 
-def bytes_of_ids(tokenizer: Tokenizer, tokens_NL: np.ndarray, counted_NL: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes of the text of the ids that count, int64 [N]; end of text has none."""
-    pairs = zip(tokens_NL, counted_NL, strict=True)
-    sizes = [len(tokenizer.decode(row[counted]).encode()) for row, counted in pairs]
-    return np.asarray(sizes, np.int64)
+def sum_counted(sizes: Iterable[np.ndarray], counted: Iterable[np.ndarray]) -> np.ndarray:
+    """The sum over the tokens that count of each of N texts, int64 [N]."""
+    pairs = zip(sizes, counted, strict=True)
+    return np.asarray([part[counts].sum() for part, counts in pairs], np.int64)
 
 
 def check_ids(

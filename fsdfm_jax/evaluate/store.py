@@ -1,13 +1,18 @@
 """Finished points on disk: one line of JSON each, and their samples; nothing is computed twice.
 
-DIR/points.jsonl             a row per line; of a point computed again, the last one counts
-DIR/points-2-of-8.jsonl      those of machine 2 of 8; all of them are read
-DIR/samples/SLUG.npz         tokens, what was given, what each figure was aggregated from
+    DIR/points.jsonl               a row per line; of a point computed again, the last one counts
+    DIR/points-2-of-8.jsonl        those of machine 2 of 8; all of them are read
+    DIR/samples/SLUG-DIGEST.npz    tokens, what was given, what each figure was aggregated from
+    DIR/samples/.SLUG-DIGEST/      batches of a point that isn't drawn to its end yet
+
+DIGEST is that of everything the samples depend on, so that no samples take the place of others.
 """
 
 import pathlib
+import shutil
 import zipfile
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +47,7 @@ class Store:
         """Reads what any machine has finished by now."""
         for path in sorted(self._directory.glob("points*.jsonl")):
             for line in writer.read_jsonl(path):
-                if not isinstance(line, dict) or "slug" not in line or "protocol" not in line:
+                if not isinstance(line, dict) or not line.keys() >= _NEEDED:
                     raise ValueError(f"{path} holds a line that is no result; remove the line.")
                 row = {k: _numbers(v) if k in _NUMERIC else v for k, v in line.items()}
                 self._rows[line["slug"], workdir.digest(line["protocol"])] = row
@@ -50,32 +55,51 @@ class Store:
     def finished(self, slug: str, protocol: dict[str, Any]) -> Row | None:
         """The row of a point computed under exactly this protocol, with its samples there."""
         row = self._rows.get((slug, workdir.digest(protocol)))
-        return row if row is not None and self._samples(slug).is_file() else None
+        return row if row is not None and (self._directory / row["samples"]).is_file() else None
 
-    def arrays(self, slug: str, stamp: dict[str, Any]) -> Arrays | None:
-        """The samples of a point drawn under exactly this stamp, and what was kept with them."""
+    def arrays(self, slug: str, stamp: Any, names: Sequence[str] | None = None) -> Arrays | None:
+        """The samples of a point drawn under exactly this stamp, and what was kept with them.
+
+        Args:
+          slug, stamp: of the point.
+          names: which arrays, where they are there; all by default.
+        """
         try:
-            with np.load(self._samples(slug), allow_pickle=False) as file:
-                arrays = dict(file)
+            with np.load(self._directory / self.place(slug, stamp), allow_pickle=False) as file:
+                return {name: file[name] for name in file.files if names is None or name in names}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
             return None  # not there or damaged: drawn again
-        return arrays if str(arrays.pop("stamp", "")) == workdir.digest(stamp) else None
 
-    def save_arrays(self, slug: str, stamp: dict[str, Any], arrays: Arrays) -> None:
-        """Writes a point's samples, whole or not at all."""
-        writer.write_arrays(
-            self._samples(slug), arrays | {"stamp": np.asarray(workdir.digest(stamp))}
-        )
+    def save_arrays(self, slug: str, stamp: Any, arrays: Arrays) -> None:
+        """Writes a point's samples, whole or not at all; its batches aren't needed any more."""
+        writer.write_arrays(self._directory / self.place(slug, stamp), arrays)
+        shutil.rmtree(self._batches(slug, stamp), ignore_errors=True)
+
+    def place(self, slug: str, stamp: Any) -> str:
+        """The file of a point's samples, relative to the directory."""
+        return f"samples/{slug}-{workdir.digest(stamp)[:8]}.npz"
+
+    def batch(self, slug: str, stamp: Any, index: int) -> np.ndarray | None:
+        """A batch of a point that wasn't drawn to its end, None if it is missing or damaged."""
+        try:
+            return np.load(self._batches(slug, stamp) / f"{index:05d}.npy", allow_pickle=False)
+        except (OSError, EOFError, ValueError):
+            return None
+
+    def save_batch(self, slug: str, stamp: Any, index: int, tokens_BL: np.ndarray) -> None:
+        """Keeps a batch until the samples are whole."""
+        writer.write_array(self._batches(slug, stamp) / f"{index:05d}.npy", tokens_BL)
+
+    def _batches(self, slug: str, stamp: Any) -> pathlib.Path:
+        return self._directory / "samples" / f".{slug}-{workdir.digest(stamp)[:8]}"
 
     def add(self, row: Row) -> None:
         """Appends a finished row; its samples have to be there."""
         writer.append_jsonl(self._path, row)
         self._rows[row["slug"], workdir.digest(row["protocol"])] = row
 
-    def _samples(self, slug: str) -> pathlib.Path:
-        return self._directory / "samples" / f"{slug}.npz"
 
-
+_NEEDED = {"slug", "protocol", "samples"}
 # Where numbers stand in a row.
 _NUMERIC = ("figures", "judges", "per_step", "milliseconds_per_sample", "compile_seconds")
 

@@ -1,6 +1,8 @@
 """The models that are evaluated, from any file, and what a protocol stamp says of each."""
 
+import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,18 +54,33 @@ def catalogue(
     """
     places: dict[str, Any] = {run: (folder, {"stage": run}) for run in trained}
     judges = [run for run, stage in trained.items() if stage == "autoregressive"]
-    return Catalogue(places | further_places(further, **options), next(reversed(judges), None))
+    return Catalogue(join(places, further_places(further, **options)), next(reversed(judges), None))
+
+
+def join(places: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, if no label stands for two models.
+
+    Raises:
+      ValueError: naming the label.
+    """
+    if twice := sorted(places.keys() & further.keys()):
+        raise ValueError(
+            f"eval.models names {twice[0]!r}, which is a model of its own here; choose another "
+            "label."
+        )
+    return {**places, **further}
 
 
 def open_workdir(
-    folder: pathlib.Path, further: str, runs: Sequence[str] | None = None
-) -> tuple["Catalogue", PreparedData]:
-    """The trained models of a working directory, and the text they were trained on.
+    folder: pathlib.Path, further: str, runs: Sequence[str] | None = None, **options: Any
+) -> "Catalogue":
+    """The trained models of a working directory, and further ones.
 
     Args:
       folder: the working directory.
       further: `eval.models`.
       runs: which of its runs, besides the one that judges; all by default.
+      **options: of `formats.open_bundle`, for the further ones.
 
     Raises:
       ValueError: for runs that aren't there or weren't trained.
@@ -83,8 +100,12 @@ def open_workdir(
         for run, stage in trained.items()
         if not runs or run in runs or stage == "autoregressive"
     }
-    prepared = data_lib.load(workdir.data_directory(folder, config))
-    return catalogue(folder, chosen, further), prepared
+    return catalogue(folder, chosen, further, **options)
+
+
+def prepared_text(folder: pathlib.Path) -> PreparedData:
+    """The text that a working directory was trained on."""
+    return data_lib.load(workdir.data_directory(folder, workdir.load_config(folder)))
 
 
 def further_places(text: str, **options: Any) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
@@ -107,6 +128,7 @@ class Catalogue:
       stage_of: label -> stage.
       tokenizer: of all of them.
       block_length: the greatest they were trained on, None if unknown.
+      num_params: label -> number of parameters.
 
     Raises:
       ValueError: if there is no model, if one can't be opened, or if two have different tokenizers.
@@ -120,7 +142,8 @@ class Catalogue:
         if not places:
             raise ValueError("There is no model to evaluate.")
         self._places = places
-        self._opened: dict[tuple[str, str], Subject] = {}
+        self._facts: dict[tuple[str, str], dict[str, Any]] = {}
+        self._latest: tuple[tuple[str, str], Subject] | None = None
         bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
         self.stage_of = {label: _stage_of(bundle) for label, bundle in bundles.items()}
         left_to_right = [k for k, stage in self.stage_of.items() if stage == "autoregressive"]
@@ -136,14 +159,29 @@ class Catalogue:
                 )
         lengths = [b.block_length for b in bundles.values() if b.block_length is not None]
         self.block_length = max(lengths, default=None)
+        self.num_params = {label: bundle.num_params() for label, bundle in bundles.items()}
+
+    def facts(self, label: str, weights: str) -> dict[str, Any]:
+        """What identifies a model, see `Subject`; reads its parameters at the first call."""
+        if (label, weights) not in self._facts:
+            self.open(label, weights)
+        return self._facts[label, weights]
 
     def open(self, label: str, weights: str) -> Subject:
-        """A model with its parameters on the default device; weights: "ema" | "student"."""
-        if (label, weights) not in self._opened:
+        """A model with its parameters on the default device; weights: "ema" | "student".
+
+        The latest one is kept, so that a machine needn't hold all of them.
+        """
+        name = (label, weights)
+        if self._latest is None or self._latest[0] != name:
+            self._latest = None  # dropped before the next one is read
             path, options = self._places[label]
             bundle = _open(path, which=weights, **options)
-            self._opened[label, weights] = _subject(label, bundle)
-        return self._opened[label, weights]
+            params = bundle.device_params()
+            if name not in self._facts:
+                self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
+            self._latest = name, _subject(label, bundle, params, self._facts[name])
+        return self._latest[1]
 
 
 def _open(path: pathlib.Path, **options: Any) -> Bundle:
@@ -156,8 +194,7 @@ def _open(path: pathlib.Path, **options: Any) -> Bundle:
     return bundle
 
 
-def _subject(label: str, bundle: Bundle) -> Subject:
-    params = bundle.device_params()
+def _subject(label: str, bundle: Bundle, params: Params, facts: dict[str, Any]) -> Subject:
     return Subject(
         label,
         _stage_of(bundle),
@@ -165,7 +202,7 @@ def _subject(label: str, bundle: Bundle) -> Subject:
         inference.portable(bundle.model),
         bundle.process(),
         bundle.tokenizer,
-        _facts(bundle, bundle_lib.content_hash(params)),
+        facts,
     )
 
 
@@ -179,8 +216,14 @@ def _stage_of(bundle: Bundle) -> str:
     return "pretrain" if bundle.model.conditioning == "none" else UNKNOWN_FEW_STEP
 
 
+# Fields of a network that matter in training only.
+_WITHOUT_EFFECT = ("dropout", "remat")
+
+
 def _facts(bundle: Bundle, sha256: str) -> dict[str, Any]:
     known = {key: bundle.provenance.get(key) for key in ("run", "stage", "weights", "step")}
+    # Weights don't show all of it: the number of heads leaves no trace in them.
+    network = dataclasses.asdict(bundle.model)
     digests = {
         key: workdir.digest(bundle.provenance[key])
         for key in ("config", "recipe")
@@ -192,9 +235,7 @@ def _facts(bundle: Bundle, sha256: str) -> dict[str, Any]:
             "sha256": sha256,
             "tokenizer": bundle.tokenizer.fingerprint,
             "path": dict(bundle.path),
-            "conditioning": bundle.model.conditioning,
-            "dtype": bundle.model.dtype,
-            "attention": bundle.model.attention,
+            "network": {k: v for k, v in network.items() if k not in _WITHOUT_EFFECT},
         }
         | {f"{key}_sha256": value for key, value in digests.items()}
     )
@@ -210,10 +251,10 @@ def parse_models(text: str) -> Mapping[str, tuple[pathlib.Path, str]]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         label, is_there, rest = part.partition("=")
         path, _, run = rest.partition("#")
-        if not (label and is_there and path) or label in result:
+        if not (re.fullmatch(r"[\w.]+", label) and is_there and path) or label in result:
             raise ValueError(
                 f"eval.models={text!r}: expected LABEL=PATH or LABEL=PATH#RUN between commas, each "
-                f"label once, got {part!r}."
+                f"label once and of letters, digits, '_' and '.', got {part!r}."
             )
         result[label] = pathlib.Path(path).expanduser(), run
     return result

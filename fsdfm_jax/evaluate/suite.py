@@ -1,91 +1,79 @@
 """The evaluation: every point of a plan drawn, scored, stored with its stamp, and the report.
 
-A point is finished when its row is stored; a killed evaluation goes on with the next one. Where the
-samples of a point are there but not the figures asked for (another judge, say), they are scored
-again and not drawn again.
+A point is finished when its row is stored; a killed evaluation goes on with the next one, and
+inside a point with the next batch. Samples that are there are scored again but not drawn again
+where other figures are asked of them, and by the judges that haven't scored them yet.
 """
 
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from fsdfm_jax import data as data_lib
 from fsdfm_jax import trajectory, workdir
 from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import bound, draw, mauve, metrics, points, report, summary, tasks
+from fsdfm_jax.evaluate import bound as bound_lib
+from fsdfm_jax.evaluate import (
+    draw,
+    held_out,
+    mauve,
+    metrics,
+    points,
+    report,
+    stamps,
+    summary,
+    tasks,
+)
 from fsdfm_jax.evaluate import judges as judges_lib
 from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.held_out import HeldOut
 from fsdfm_jax.evaluate.points import Point, Settings
 from fsdfm_jax.evaluate.scoring import Judge
 from fsdfm_jax.evaluate.store import Arrays, Row, Store
-from fsdfm_jax.evaluate.subjects import Catalogue, Subject
+from fsdfm_jax.evaluate.subjects import Catalogue, parse_models
 from fsdfm_jax.tokenizer import Tokenizer
 from fsdfm_jax.writer import Progress
 
-# Training blocks that the unigram control's frequencies and the repeated sentence come from.
-_UNIGRAM_BLOCKS = 1024
-_SENTENCE = 24  # tokens
-_BOUND_EPS = 1e-3
-_DEFAULT_LENGTH = 1024  # the block of the paper
+IN_HOUSE = "autoregressive"  # of `eval.judges`
 NO_BOUND = (
     "No bound on the likelihood: a few-step network answers for whole steps and was taught by a "
     "teacher, so that it is no model of the process at infinitesimal ones. Ask for it of the base "
     "model."
 )
+PROMPT_BY_TOKEN = (
+    "The given tokens are read one by one, without a prefill: the time of a sample includes them."
+)
+_BOUND_EPS = 1e-3
+_DEFAULT_LENGTH = 1024  # tokens; the block of the paper
+_SHOWN = 3  # samples of a point that a report prints
 
 
-class Text(NamedTuple):
-    """Real text to compare with.
+# --------------------------------------------------------------------------- the whole of a program
+def check_inputs(settings: Settings, length: int) -> None:
+    """Refuses what `config.eval` names and isn't there, before any work is done.
 
-    Attributes:
-      real_NL: held-out blocks, int32 [N, L].
-      reference_NL: other held-out blocks for MAUVE, [N, L]; None if there are too few.
-      unigram_V: frequencies of tokens in the training text.
-      sentence: ids of a stretch of held-out text, to be repeated.
-      fingerprint: of the prepared data.
-    """
-
-    real_NL: np.ndarray
-    reference_NL: np.ndarray | None
-    unigram_V: np.ndarray
-    sentence: np.ndarray
-    fingerprint: str
-
-
-def read_text(prepared: PreparedData, num_samples: int) -> Text:
-    """What the evaluation needs of a prepared folder.
+    Args:
+      settings: `config.eval`.
+      length: tokens of a block.
 
     Raises:
-      ValueError: if it holds out fewer blocks than samples are asked for.
+      ValueError: for a task without room, a model that isn't there, or a judge that can't be.
     """
-    held_out, train = prepared.source("validation"), prepared.source("train")
-    if len(held_out) >= 2 * num_samples:  # real text is then compared with other real text
-        both = data_lib.validation_blocks(held_out, 2 * num_samples)
-        real_NL, reference_NL = both[::2], both[1::2]
-    else:
-        real_NL, reference_NL = data_lib.validation_blocks(held_out, num_samples), None
-    blocks = data_lib.validation_blocks(train, min(len(train), _UNIGRAM_BLOCKS))
-    counts_V = np.bincount(blocks.ravel(), minlength=prepared.tokenizer.vocab_size)
-    return Text(
-        real_NL,
-        reference_NL,
-        counts_V / counts_V.sum(),
-        real_NL[0, : min(_SENTENCE, prepared.block_length)],
-        prepared.fingerprint,
-    )
-
-
-def check_task(task: str, length: int) -> None:
-    """ValueError for a task that blocks of so many tokens have no room for."""
     try:
-        tasks.parse(task).frozen(1, length)
+        tasks.parse(settings.task).frozen(1, length)
     except ValueError as error:
         raise ValueError(f"eval.task: {error}") from None
+    for label, (path, _) in parse_models(settings.models).items():
+        if not path.exists():
+            raise ValueError(f"eval.models: there is nothing at {path}, named {label!r}.")
+    for spec in settings.judges:
+        if spec != IN_HOUSE:
+            judges_lib.check_spec(spec)
 
 
 def evaluate(
@@ -99,7 +87,7 @@ def evaluate(
     index: int = 0,
     count: int = 1,
 ) -> str:
-    """Computes the points that are missing and writes the report; the whole of a program.
+    """Computes the points that are missing and writes the report.
 
     Args:
       settings: `config.eval`.
@@ -119,35 +107,48 @@ def evaluate(
     """
     tokenizer = catalogue.tokenizer
     length = prepared.block_length if prepared else catalogue.block_length or _DEFAULT_LENGTH
-    check_task(settings.task, length)
+    check_inputs(settings, length)
     plan = make_plan(settings, catalogue.stage_of, length)
     text = None
-    if prepared is not None:
-        if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"The models have tokenizer {tokenizer.fingerprint}, the text in "
-                f"{prepared.directory} has {prepared.tokenizer.fingerprint}; give text that was "
-                "prepared with their tokenizer."
-            )
-        text = read_text(prepared, settings.num_samples)
-    else:
+    if prepared is None:
         plan = _without_text(plan, settings)
-    store = Store(directory, index=index, count=count)
+    else:
+        text = _read_text(prepared, tokenizer, settings)
+    slugs = [point.slug for point in plan]
+    if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
+        raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
     evaluation = Evaluation(
         settings,
-        catalogue.open,
+        catalogue,
         open_judges(settings, catalogue),
-        tokenizer,
         length=length,
         text=text,
         room=draw.capacity(plan),
-        store=store,
+        store=Store(directory, index=index, count=count),
     )
-    rows = evaluation.run(points.share(plan, index, count))
-    if count > 1:
-        store.refresh()
-        rows = evaluation.finished(plan)
-    return write_report(directory, rows, store, tokenizer, header or {})
+    evaluation.run(points.share(plan, index, count))
+    rows = evaluation.finished(plan)
+    if len(rows) < len(plan):
+        logging.warning("%d of %d points are finished by now.", len(rows), len(plan))
+    labels = dict.fromkeys(point.source for point in plan if point.kind == "model")
+    facts = {
+        "code_version": workdir.code_version(),
+        "points": {"finished": len(rows), "planned": len(plan)},
+        "parameters": {label: catalogue.num_params[label] for label in labels},
+    }
+    return evaluation.report(directory, rows, facts | dict(header or {}))
+
+
+def _read_text(prepared: PreparedData, tokenizer: Tokenizer, settings: Settings) -> HeldOut:
+    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"The models have tokenizer {tokenizer.fingerprint}, the text in {prepared.directory} "
+            f"has {prepared.tokenizer.fingerprint}; give text that was prepared with their "
+            "tokenizer."
+        )
+    conditional = settings.task != tasks.UNCONDITIONAL
+    held_out.check(prepared.num_blocks("validation"), conditional, settings.num_samples)
+    return held_out.read(prepared, settings.num_samples, settings.bound_samples)
 
 
 def _without_text(plan: list[Point], settings: Settings) -> list[Point]:
@@ -164,14 +165,48 @@ def _without_text(plan: list[Point], settings: Settings) -> list[Point]:
     return [point for point in plan if point.kind == "model"]
 
 
+def open_judges(settings: Settings, catalogue: Catalogue) -> list[Judge]:
+    """The judges that `eval.judges` names; "autoregressive" is the catalogue's own.
+
+    Raises:
+      ValueError: see `judges.open_judge`, or for two judges of one name.
+    """
+    found: list[Judge] = []
+    for spec in settings.judges:
+        if spec != IN_HOUSE:
+            tokenizer, size = catalogue.tokenizer, settings.batch_size
+            found.append(judges_lib.open_judge(spec, batch_size=size, ids_tokenizer=tokenizer))
+        elif catalogue.judge is None:
+            logging.warning(
+                "There is no autoregressive model to judge the samples: the report has no "
+                "perplexity. Train one ('autoregressive' in config.pipeline), or name another "
+                "judge in eval.judges."
+            )
+        else:
+            subject = catalogue.open(catalogue.judge, "ema")
+            found.append(
+                judges_lib.AutoregressiveJudge(
+                    subject.params,
+                    subject.model,
+                    subject.tokenizer,
+                    metadata=subject.facts,
+                    batch_size=settings.batch_size,
+                )
+            )
+    names = [judge.name for judge in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Each judge needs a name of its own, got {', '.join(names)}.")
+    return found
+
+
+# --------------------------------------------------------------------------------------- its points
 class Evaluation:
     """All that points are computed with.
 
     Args:
       settings: `config.eval`.
-      open_subject: (label, weights) -> that model.
+      catalogue: of the models.
       judges: the first is the main one; there may be none.
-      tokenizer: of all subjects and of the text.
       length: L, tokens of a sample.
       text: None where there is no prepared data; the plan then has models only.
       room: see `draw.capacity`.
@@ -181,358 +216,400 @@ class Evaluation:
     def __init__(
         self,
         settings: Settings,
-        open_subject: Callable[[str, str], Subject],
+        catalogue: Catalogue,
         judges: Sequence[Judge],
-        tokenizer: Tokenizer,
         *,
         length: int,
-        text: Text | None,
+        text: HeldOut | None,
         room: int,
         store: Store,
     ):
-        names = [judge.name for judge in judges]
-        if len(set(names)) < len(names):
-            raise ValueError(f"Each judge needs a name of its own, got {', '.join(names)}.")
-        self._settings, self._judges, self._tokenizer = settings, judges, tokenizer
-        self._length, self._text, self._room, self._store = length, text, room, store
-        self._open = open_subject
+        self._settings, self._catalogue, self._judges = settings, catalogue, judges
+        self._tokenizer, self._length = catalogue.tokenizer, length
+        self._text, self._room, self._store = text, room, store
 
     def run(self, plan: Sequence[Point]) -> list[Row]:
         """The rows of all points, in order; those that are stored are not computed again."""
-        rows = []
-        with Progress("evaluating", total=len(plan)) as progress:
-            for point in plan:
-                rows.append(self.row(point))
-                progress.advance()
-        return rows
+        work = {p: self._calls(p) for p in plan if self._finished(p) is None}
+        name = f"evaluating {len(work)} of {len(plan)} points, network calls"
+        with Progress(name, total=sum(work.values())) as progress:
+            for point, calls in work.items():
+                self._compute(point)
+                progress.advance(calls)
+        return self.finished(plan)
 
-    def row(self, point: Point) -> Row:
-        """The row of a point, stored when this returns."""
-        subject = self._subject_of(point)
-        stamp = self.protocol(point, subject)
-        row = self._store.finished(point.slug, stamp)
-        return self._compute(point, subject, stamp) if row is None else row
+    def _calls(self, point: Point) -> int:
+        return (point.steps or 1) * self._num_samples(point)
 
     def finished(self, plan: Sequence[Point]) -> list[Row]:
-        """The rows of those points that are stored, in order."""
-        stamps = [self.protocol(point, self._subject_of(point)) for point in plan]
-        rows = [
-            self._store.finished(point.slug, stamp)
-            for point, stamp in zip(plan, stamps, strict=True)
-        ]
-        return [row for row in rows if row is not None]
+        """The rows of those points that are stored, by whatever machine, in order."""
+        self._store.refresh()
+        return [row for row in map(self._finished, plan) if row is not None]
 
-    def _subject_of(self, point: Point) -> Subject | None:
-        return self._open(point.source, point.weights) if point.kind == "model" else None
+    def _finished(self, point: Point) -> Row | None:
+        return self._store.finished(point.slug, self.protocol(point))
 
-    def _compute(self, point: Point, subject: Subject | None, stamp: dict[str, Any]) -> Row:
-        drawn_from = {key: stamp[key] for key in _SAMPLES_DEPEND_ON}
-        arrays = self._store.arrays(point.slug, drawn_from)
-        if arrays is None:
-            arrays = self._sample(point, subject)
-        found = summary.summarise(
-            arrays["tokens"],
-            ~arrays["frozen"],
-            self._tokenizer,
-            self._judges,
-            reference_ND=self._reference_features,
-            resamples=self._settings.resamples,
+    def _compute(self, point: Point) -> None:
+        """Draws and scores a point; its row is stored when this returns."""
+        stamp = self.protocol(point)
+        arrays = self._drawn(point, stamp["samples"])
+        measured = summary.measure(
+            arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=arrays
         )
-        own = _entropy_of_choice(arrays, self._settings.resamples)
-        figures = found.figures | {
+        figures, judged = self._figures(measured)
+        own = _entropy_of_choice([arrays], self._settings.resamples)
+        figures |= {
             "predictive_entropy_nats": own and own["mean"],
-            "bound_nats_per_token": self._bound(subject),
+            "mauve": self._mauve(point, arrays["tokens"]),
+            "bound_nats_per_token": self._bound(point),
         }
+        self._store.save_arrays(point.slug, stamp["samples"], arrays | measured)
         fields = ("kind", "group", "stage", "steps", "jump", "grid")
-        fields += ("temperature", "top_p", "weights", "seed", "task")
-        row = {
-            "slug": point.slug,
-            "setting": point.setting,
-            **{name: getattr(point, name) for name in fields},
-            "run": point.source if point.kind == "model" else None,
-            "num_samples": len(arrays["tokens"]),
-            "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
-            "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "figures": figures,
-            "judges": found.judges,
-            "per_step": own and own["per_step"],
-            "notes": _notes(subject),
-            "protocol": stamp,
-        }
-        self._store.save_arrays(point.slug, drawn_from, arrays | found.arrays)
-        self._store.add(row)
-        return row
+        fields += ("temperature", "top_p", "weights", "memory", "seed", "task")
+        self._store.add(
+            {
+                "slug": point.slug,
+                "setting": point.setting,
+                **{name: getattr(point, name) for name in fields},
+                "run": point.source if point.kind == "model" else None,
+                "num_samples": len(arrays["tokens"]),
+                "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
+                "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
+                "device": str(arrays["device"]) if "device" in arrays else None,
+                "figures": figures,
+                "judges": judged,
+                "per_step": own and own["per_step"],
+                "notes": _notes(point),
+                "samples": self._store.place(point.slug, stamp["samples"]),
+                "code_version": workdir.code_version(),
+                "protocol": stamp,
+            }
+        )
+
+    def _figures(self, measured: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
+        names = [judge.name for judge in self._judges]
+        return summary.aggregate(measured, names, resamples=self._settings.resamples)
 
     # ---------------------------------------------------------------------------------- the samples
-    def _sample(self, point: Point, subject: Subject | None) -> Arrays:
-        """A point's samples and how they came about, by the names they are stored under."""
+    def _num_samples(self, point: Point) -> int:
+        asked = self._settings.num_samples
+        return asked if point.kind == "model" else min(asked, len(self._text.real_NL))
+
+    def _drawn(self, point: Point, stamp: dict[str, Any]) -> Arrays:
+        """A point's samples, watched as asked for, and what an earlier evaluation made of them."""
+        arrays = self._store.arrays(point.slug, stamp)
+        if arrays is None:
+            arrays = self._sample(point, stamp)
+            self._store.save_arrays(point.slug, stamp, arrays)
+        if str(arrays.get("scored_by", "")) != self._scoring_code:
+            kept = lambda name: name in _OF_SAMPLES or name.startswith(_OF_STEPS)
+            arrays = {name: array for name, array in arrays.items() if kept(name)}
+            arrays["scored_by"] = np.asarray(self._scoring_code)
+        asked = min(self._settings.watched, self._settings.batch_size, len(arrays["tokens"]))
+        if point.kind == "model" and int(arrays.get("step_samples", 0)) != asked:
+            arrays = {k: array for k, array in arrays.items() if not k.startswith(_OF_STEPS)}
+            arrays |= self._watch(point, arrays["tokens"], asked)
+        return arrays
+
+    @property
+    def _scoring_code(self) -> str:
+        return workdir.code_digest(stamps.SCORING_CODE)
+
+    def _sample(self, point: Point, stamp: dict[str, Any]) -> Arrays:
         given = self._given(point)
-        if subject is None:
-            return {"tokens": self._text_of(point, given), "frozen": given.frozen_NL}
-        settings = self._settings
-        drawn = draw.draw(point, subject, given, batch_size=settings.batch_size, room=self._room)
-        arrays = {
+        if point.kind == "real":
+            return {"tokens": self._text.real_NL, "frozen": given.frozen_NL}
+        if point.kind == "control":
+            text = self._text
+            tokens_NL = draw.control(
+                point.source,
+                text.real_NL,
+                given.frozen_NL,
+                text.unigram_V,
+                text.sentence,
+                point.seed,
+            )
+            return {"tokens": tokens_NL, "frozen": given.frozen_NL}
+        drawn = draw.draw(
+            point,
+            self._catalogue.open(point.source, point.weights),
+            given,
+            batch_size=self._settings.batch_size,
+            room=self._room,
+            kept=_Kept(self._store, point.slug, stamp),
+        )
+        return {
             "tokens": drawn.tokens_NL,
             "frozen": given.frozen_NL,
             "seconds_per_sample": np.asarray(drawn.seconds_per_sample),
             "compile_seconds": np.asarray(drawn.compile_seconds),
+            "device": np.asarray(f"1 x {jax.devices()[0].device_kind}"),
         }
+
+    def _watch(self, point: Point, tokens_NL: np.ndarray, count: int) -> Arrays:
+        """How the first samples came about, by the names it is stored under."""
+        if not count:
+            return {}
         watched = draw.watch(
-            point, subject, given, drawn.tokens_NL, count=settings.watched, room=self._room
+            point,
+            self._catalogue.open(point.source, point.weights),
+            self._given(point),
+            tokens_NL,
+            count=count,
+            room=self._room,
         )
-        if watched is None:
-            return arrays
-        for i, path in enumerate(watched.trajectories):
-            parts = path._asdict().items()
-            arrays |= {f"trajectory{i}.{name}": np.asarray(part) for name, part in parts}
-        return arrays | {
+        arrays = {
+            "step_samples": np.asarray(count),
             "step_times": watched.times_S,
             "step_entropy_nats": watched.entropy_RS,
             "step_changed": watched.changed_RS,
         }
+        for i, path in enumerate(watched.trajectories):
+            parts = path._asdict().items()
+            arrays |= {f"step_path{i}.{name}": np.asarray(part) for name, part in parts}
+        return arrays
 
     def _given(self, point: Point) -> Given:
         """What the point's samples are made around."""
-        shape = (self._settings.num_samples, self._length)
+        shape = (self._num_samples(point), self._length)
         frozen_NL = tasks.parse(point.task).frozen(*shape)
         if not frozen_NL.any():
             return Given(np.zeros(shape, np.int32), frozen_NL)
         return Given(self._text.real_NL, frozen_NL)
 
-    def _text_of(self, point: Point, given: Given) -> np.ndarray:
-        """Held-out text, or a control around what is given of it; int32 [N, L]."""
-        text = self._text
-        if point.kind == "real":
-            return text.real_NL
-        made_NL = draw.control(
-            point.source, text.real_NL, text.unigram_V, text.sentence, seed=point.seed
-        )
-        return np.where(given.frozen_NL, given.tokens_NL, made_NL)
-
     # ---------------------------------------------------------------------------------- the stamp
-    def protocol(self, point: Point, subject: Subject | None) -> dict[str, Any]:
+    def protocol(self, point: Point) -> dict[str, Any]:
         """Everything a row's figures depend on, stored beside them."""
-        settings = self._settings
-        text = None if self._text is None else self._text.fingerprint
-        stamp = {
-            "samples": {
-                "source": point.source,
-                "num_samples": settings.num_samples,
-                "length": self._length,
-                "task": point.task,
-                "text": text if subject is None or point.task != tasks.UNCONDITIONAL else None,
-                "tokenizer": self._tokenizer.fingerprint,
-            },
-            "model": None if subject is None else subject.facts,
-            "sampling": None if subject is None else self._sampling(point, subject),
-            "scoring": {
-                "judges": [judge.describe() for judge in self._judges],
-                "positions": "all" if point.task == tasks.UNCONDITIONAL else "written, not given",
-                "intervals": f"{summary.LEVEL:.0%} percentile bootstrap over samples, "
-                f"{settings.resamples} resamples, seed 0",
-                "mauve": self._mauve_facts(),
-            },
-            "code": {"version": workdir.code_version(), "sha256": workdir.code_digest(_PICTURES)},
-            "jax": jax.__version__,
-        }
-        if subject is not None and subject.stage == "pretrain":
-            stamp["scoring"]["bound"] = self._bound_facts()
-        return stamp
-
-    def _sampling(self, point: Point, subject: Subject) -> dict[str, Any]:
-        names = ("steps", "jump", "grid", "temperature", "top_p", "seed")
-        return {name: getattr(point, name) for name in names} | {
-            "weights": subject.facts["weights"],
-            "batch_size": min(self._settings.batch_size, self._settings.num_samples),
-            "watched": self._settings.watched,
-            "draws": "two-level inverse CDF, float32 with 32-bit uniforms",
-            "key_value_cache": subject.model.causal,
-        }
-
-    def _mauve_facts(self) -> dict[str, Any] | None:
-        if self._reference_NL is None:
-            return None
+        settings, facts = self._settings, None
+        if point.kind == "model":
+            facts = self._catalogue.facts(point.source, point.weights)
+        of_text = facts is None or point.task != tasks.UNCONDITIONAL
         return {
-            "features": f"{self._judges[0].name}, last hidden state at the last token",
-            "reference": f"{len(self._reference_NL)} other held-out blocks",
+            "samples": stamps.samples(
+                point,
+                facts,
+                num_samples=self._num_samples(point),
+                batch_size=settings.batch_size,
+                length=self._length,
+                tokenizer=self._tokenizer.fingerprint,
+                text=self._text.fingerprint if of_text else None,
+            ),
+            "scoring": stamps.scoring(
+                judges=self._judge_facts,
+                positions="all" if point.task == tasks.UNCONDITIONAL else "written, not given",
+                intervals=_describe_intervals(settings.resamples),
+                watched=settings.watched if facts else None,
+                mauve=self._mauve_facts(point),
+                bound=self._bound_facts(point),
+            ),
+        }
+
+    @functools.cached_property
+    def _judge_facts(self) -> list[dict[str, Any]]:
+        return [judge.describe() for judge in self._judges]
+
+    # ---------------------------------------------------------------------------------------- MAUVE
+    def _reference_ML(self, point: Point) -> np.ndarray | None:
+        """Other real text for MAUVE; None where MAUVE can't be computed."""
+        has_features = self._judges and hasattr(self._judges[0], "features")
+        if not (has_features and self._text is not None and mauve.available()):
+            return None
+        enough = self._num_samples(point) >= mauve.MIN_SAMPLES
+        return self._text.reference_ML if enough and point.task == tasks.UNCONDITIONAL else None
+
+    def _mauve_facts(self, point: Point) -> dict[str, Any] | None:
+        reference_ML = self._reference_ML(point)
+        if reference_ML is None:
+            return None
+        return mauve.facts() | {
+            "features": f"{self._judges[0].name}: last hidden state at the last token",
+            "reference": f"{len(reference_ML)} other held-out blocks",
             "text": self._text.fingerprint,
         }
 
-    def _bound_facts(self) -> dict[str, Any] | None:
-        if self._text is None or not self._settings.bound_samples:
+    def _mauve(self, point: Point, tokens_NL: np.ndarray) -> dict[str, Any] | None:
+        if self._reference_ML(point) is None:
+            return None
+        judge, reference_ND = self._judges[0], self._reference_features
+        return summary.mauve_score(tokens_NL, self._tokenizer, judge, reference_ND)
+
+    @functools.cached_property
+    def _reference_features(self) -> np.ndarray:
+        reference_ML = self._text.reference_ML
+        everything_ML = np.ones(reference_ML.shape, bool)
+        texts = tasks.texts(reference_ML, everything_ML, self._tokenizer)
+        return self._judges[0].features(texts)
+
+    # ------------------------------------------------------------------------------------ the bound
+    def _bound_facts(self, point: Point) -> dict[str, Any] | None:
+        if point.stage != "pretrain" or self._text is None or self._text.bounded_KL is None:
             return None
         return {
-            "samples": min(self._settings.bound_samples, len(self._text.real_NL)),
+            "samples": len(self._text.bounded_KL),
             "times": self._settings.bound_times,
             "time_eps": _BOUND_EPS,
             "text": self._text.fingerprint,
         }
 
-    # ------------------------------------------------------------------------- once per evaluation
-    @functools.cached_property
-    def _reference_NL(self) -> np.ndarray | None:
-        """Other real text for MAUVE; None where MAUVE can't be computed."""
-        has_features = self._judges and hasattr(self._judges[0], "features")
-        enough = self._settings.num_samples >= mauve.MIN_SAMPLES
-        if not (has_features and enough and self._text is not None and mauve.available()):
-            return None
-        return self._text.reference_NL
-
-    @functools.cached_property
-    def _reference_features(self) -> np.ndarray | None:
-        if self._reference_NL is None:
-            return None
-        everything_NL = np.ones(self._reference_NL.shape, bool)
-        texts = tasks.texts(self._reference_NL, everything_NL, self._tokenizer)
-        return self._judges[0].features(texts)
-
-    def _bound(self, subject: Subject | None) -> dict[str, float] | None:
+    def _bound(self, point: Point) -> dict[str, float] | None:
         """The bound on a base model's likelihood, estimated once for all of its points."""
-        facts = self._bound_facts()
-        if subject is None or subject.stage != "pretrain" or facts is None:
+        facts = self._bound_facts(point)
+        if facts is None:
             return None
-        name = f"bound-{subject.label}-{subject.facts['weights']}".replace("/", "-")
-        stamp = {"model": subject.facts, "bound": facts, "code": workdir.code_digest(_PICTURES)}
+        model = self._catalogue.facts(point.source, point.weights)
+        name = f"bound-{point.source}-{point.weights}".replace("/", "-")
+        stamp = {"model": model, "bound": facts, "numerics": stamps.numerics()}
+        stamp["code"] = self._scoring_code
         arrays = self._store.arrays(name, stamp)
         if arrays is None:
+            subject = self._catalogue.open(point.source, point.weights)
             with Progress(f"bounding {subject.label}", total=facts["times"]) as progress:
-                nats_N = bound.nats_per_token(
+                nats_K = bound_lib.nats_per_token(
                     subject.params,
                     subject.model,
                     subject.process,
-                    self._text.real_NL[: facts["samples"]],
+                    self._text.bounded_KL,
                     num_times=facts["times"],
                     time_eps=facts["time_eps"],
                     seed=0,
                     batch_size=self._settings.batch_size,
                     progress=progress.advance,
                 )
-            arrays = {"nats_per_token": nats_N}
+            arrays = {"nats_per_token": nats_K}
             self._store.save_arrays(name, stamp, arrays)
-        mean = lambda values: np.mean(values, axis=-1)
-        resamples = self._settings.resamples
-        found = metrics.bootstrap(mean, arrays["nats_per_token"], resamples=resamples)
-        return summary.interval(found)
+        return _mean(arrays["nats_per_token"], self._settings.resamples)
+
+    # ---------------------------------------------------------------------------------- the report
+    def report(
+        self, directory: pathlib.Path, rows: Sequence[Row], header: Mapping[str, Any]
+    ) -> str:
+        """Writes the report of stored rows; returns its table as text.
+
+        Args:
+          directory: made where needed.
+          rows: to report, in order.
+          header: JSON dict of facts about the whole.
+        """
+        samples, frozen, paths = {}, {}, {}
+        for row in rows:
+            arrays = self._store.arrays(row["slug"], row["protocol"]["samples"])
+            if arrays is not None:
+                slug = row["slug"]
+                samples[slug], frozen[slug] = (arrays[k][:_SHOWN] for k in ("tokens", "frozen"))
+                paths[slug] = _trajectories(arrays)
+        by_setting = itertools.groupby(
+            sorted(rows, key=lambda row: row["setting"]), key=lambda row: row["setting"]
+        )
+        pooled = {setting: self._pool(list(repeats)) for setting, repeats in by_setting}
+        merged = [pooled[setting] for setting in dict.fromkeys(row["setting"] for row in rows)]
+        mask_id = self._tokenizer.vocab_size
+        report.write(
+            directory, rows, merged, samples, frozen, paths, self._tokenizer, dict(header), mask_id
+        )
+        return report.table(merged)
+
+    def _pool(self, rows: list[Row]) -> Row:
+        """One row for repeats over seeds, with intervals over the samples of all of them.
+
+        MAUVE, which compares sets, is the mean over the seeds, without an interval.
+        """
+        first, resamples = rows[0], self._settings.resamples
+        parts = [self._store.arrays(row["slug"], row["protocol"]["samples"]) for row in rows]
+        if len(rows) == 1 or any(part is None for part in parts):
+            return first
+        figures, judged = self._figures(summary.pool(parts))
+        own = _entropy_of_choice(parts, resamples)
+        scores = [row["figures"]["mauve"] for row in rows]
+        figures |= {
+            "predictive_entropy_nats": own and own["mean"],
+            "mauve": None if None in scores else _mean_without_interval(scores),
+            "bound_nats_per_token": first["figures"]["bound_nats_per_token"],
+        }
+        times = [row["milliseconds_per_sample"] for row in rows]
+        return first | {
+            "figures": figures,
+            "judges": judged,
+            "per_step": own and own["per_step"],
+            "milliseconds_per_sample": None if None in times else min(times),
+            "num_seeds": len(rows),
+            "seeds": [row["seed"] for row in rows],
+            "protocol": {row["slug"]: row["protocol"] for row in rows},
+        }
 
 
-# Of a protocol: what the samples depend on, whatever is then asked of them.
-_SAMPLES_DEPEND_ON = ("samples", "model", "sampling", "code", "jax")
-# Files that no number depends on.
-_PICTURES = (
-    *(f"evaluate/{name}.py" for name in ("report", "html", "page", "figures", "reading")),
-    *("trajectory.py", "generate.py", "cli.py"),
-)
+class _Kept:
+    """The batches of one point, see `draw.Batches`."""
+
+    def __init__(self, store: Store, slug: str, stamp: dict[str, Any]):
+        self._store, self._place = store, (slug, stamp)
+
+    def load(self, index: int) -> np.ndarray | None:
+        return self._store.batch(*self._place, index)
+
+    def save(self, index: int, tokens_BL: np.ndarray) -> None:
+        self._store.save_batch(*self._place, index, tokens_BL)
 
 
-def trajectories(arrays: Arrays) -> list[trajectory.Trajectory]:
+# Stored arrays that hold whoever scores: those of the samples, and those of how they came about.
+_OF_SAMPLES = ("tokens", "frozen", "seconds_per_sample", "compile_seconds", "device")
+_OF_STEPS = "step_"
+
+
+def _trajectories(arrays: Arrays) -> list[trajectory.Trajectory]:
     """The trajectories among a point's stored arrays."""
     found = []
-    while f"trajectory{len(found)}.tokens_TL" in arrays:
+    while f"step_path{len(found)}.tokens_TL" in arrays:
         tokens_TL, steps, times, frozen_L = (
-            arrays[f"trajectory{len(found)}.{name}"] for name in trajectory.Trajectory._fields
+            arrays[f"step_path{len(found)}.{name}"] for name in trajectory.Trajectory._fields
         )
         shown = (tuple(steps.tolist()), tuple(times.tolist()))
         found.append(trajectory.Trajectory(tokens_TL, *shown, frozen_L))
     return found
 
 
-def _entropy_of_choice(arrays: Arrays, resamples: int) -> dict[str, Any] | None:
-    """The model's own entropy: mean over steps with its interval, and step by step."""
-    if "step_entropy_nats" not in arrays:
+def _entropy_of_choice(parts: Sequence[Arrays], resamples: int) -> dict[str, Any] | None:
+    """The model's own entropy over all seeds: mean over steps, and step by step."""
+    if not all("step_entropy_nats" in part for part in parts):
         return None
-    # A step at which nothing was left to draw has no entropy.
-    free_S = np.isfinite(arrays["step_entropy_nats"]).any(axis=0)
     entropy_RS, changed_RS = (
-        arrays[name][:, free_S] for name in ("step_entropy_nats", "step_changed")
+        np.concatenate([part[name] for part in parts])
+        for name in ("step_entropy_nats", "step_changed")
     )
-    mean = lambda values: np.mean(values, axis=-1)
+    # A step at which nothing was left to draw has no entropy.
+    free_S = np.isfinite(entropy_RS).any(axis=0)
     return {
-        "mean": summary.interval(
-            metrics.bootstrap(mean, np.nanmean(entropy_RS, axis=1), resamples=resamples)
-        ),
+        "mean": _mean(np.nanmean(entropy_RS[:, free_S], axis=1), resamples),
         "per_step": {
-            "times": arrays["step_times"][free_S].tolist(),
-            "entropy_nats": np.nanmean(entropy_RS, axis=0).tolist(),
-            "changed": np.mean(changed_RS, axis=0).tolist(),
+            "times": parts[0]["step_times"][free_S].tolist(),
+            "entropy_nats": np.nanmean(entropy_RS[:, free_S], axis=0).tolist(),
+            "changed": np.mean(changed_RS[:, free_S], axis=0).tolist(),
         },
     }
+
+
+def _mean(values: np.ndarray, resamples: int) -> dict[str, Any]:
+    mean = lambda values: np.mean(values, axis=-1)
+    return summary.interval(metrics.bootstrap(mean, values, resamples=resamples))
+
+
+def _mean_without_interval(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    value = float(np.mean([estimate["value"] for estimate in estimates]))
+    count = sum(estimate["count"] for estimate in estimates)
+    return {"value": value, "low": np.nan, "high": np.nan, "count": count}
+
+
+def _describe_intervals(resamples: int) -> str:
+    return summary.INTERVALS.format(level=summary.LEVEL, resamples=resamples)
 
 
 def _scalar(arrays: Arrays, name: str, factor: float) -> float | None:
     return factor * float(arrays[name]) if name in arrays else None
 
 
-def _notes(subject: Subject | None) -> list[str]:
-    is_few_step = subject is not None and subject.stage not in ("pretrain", "autoregressive")
-    return [NO_BOUND] if is_few_step else []
-
-
-def write_report(
-    directory: pathlib.Path,
-    rows: Sequence[Row],
-    store: Store,
-    tokenizer: Tokenizer,
-    header: Mapping[str, Any],
-) -> str:
-    """Writes the report of stored rows; returns its table as text.
-
-    Args:
-      directory: made where needed.
-      rows: to report, in order.
-      store: holds their samples.
-      tokenizer: to print them.
-      header: JSON dict of facts about the whole.
-    """
-    samples, paths = {}, {}
-    for row in rows:
-        stamp = {key: row["protocol"][key] for key in _SAMPLES_DEPEND_ON}
-        arrays = store.arrays(row["slug"], stamp)
-        if arrays is None:  # removed, or drawn anew by another evaluation of this directory
-            continue
-        samples[row["slug"]], paths[row["slug"]] = arrays["tokens"], trajectories(arrays)
-    facts = {
-        "code_version": workdir.code_version(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        **header,
-    }
-    report.write(directory, rows, samples, paths, tokenizer, facts, mask_id=tokenizer.vocab_size)
-    return report.table(report.aggregate(rows))
-
-
-def open_judges(settings: Settings, catalogue: Catalogue) -> list[Judge]:
-    """The judges that `eval.judges` names; "autoregressive" is the last such model there is.
-
-    Raises:
-      ValueError: see `judges.open_judge`.
-    """
-    found = []
-    for spec in settings.judges:
-        if spec != _IN_HOUSE:
-            found.append(
-                judges_lib.open_judge(
-                    spec, batch_size=settings.batch_size, ids_tokenizer=catalogue.tokenizer
-                )
-            )
-            continue
-        if catalogue.judge is None:
-            logging.warning(
-                "There is no autoregressive model to judge the samples: the report has no "
-                "perplexity. Train one ('autoregressive' in config.pipeline), or name another "
-                "judge in eval.judges."
-            )
-            continue
-        subject = catalogue.open(catalogue.judge, "ema")
-        found.append(
-            judges_lib.AutoregressiveJudge(
-                subject.params,
-                subject.model,
-                subject.tokenizer,
-                metadata=subject.facts,
-                batch_size=settings.batch_size,
-            )
-        )
-    return found
-
-
-_IN_HOUSE = "autoregressive"
+def _notes(point: Point) -> list[str]:
+    notes = []
+    if point.kind == "model" and point.stage not in ("pretrain", "autoregressive"):
+        notes.append(NO_BOUND)
+    if point.stage == "autoregressive" and point.task != tasks.UNCONDITIONAL:
+        notes.append(PROMPT_BY_TOKEN)
+    return notes

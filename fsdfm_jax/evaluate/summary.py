@@ -1,101 +1,247 @@
-"""The figures of a set of samples, each with its interval, and all that they were made from."""
+"""The figures of a set of samples: measured once per sample, then aggregated from what is stored.
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+`measure` runs the judges and gives one number a sample; `aggregate` makes every figure with its
+interval out of these arrays alone, so that a report can be recomputed, pooled over seeds (`pool`)
+or resampled otherwise without a judge. MAUVE compares whole sets and stays apart (`mauve_score`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from fsdfm_jax import workdir
 from fsdfm_jax.evaluate import mauve, metrics, tasks
 from fsdfm_jax.evaluate.metrics import Estimate
 from fsdfm_jax.evaluate.scoring import Judge, Scores
 from fsdfm_jax.tokenizer import Tokenizer
 
-# Of distinct-n.
-_ORDERS = (1, 2, 3)
 LEVEL = 0.95
+# What a stamp says of the intervals: INTERVALS.format(level=LEVEL, resamples=..).
+INTERVALS = (
+    "{level:.0%} percentile bootstrap over samples, {resamples} resamples, seed 0; "
+    "MAUVE: half-samples"
+)
+
+_ORDERS = (1, 2, 3)  # of distinct-n
+_OWN_FIGURES = ("entropy_nats", *(f"distinct_{n}" for n in _ORDERS), "self_bleu")
+_FORMS = ("ids", "text")
 
 
-class Summary(NamedTuple):
-    """What `summarise` finds.
-
-    Attributes:
-      figures, judges: as in a report's row, see `report`.
-      arrays: name -> array [N], what the figures are aggregated from.
-    """
-
-    figures: dict[str, Any]
-    judges: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+def interval(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as JSON: value, low, high, and the count of samples that went into it."""
+    value, low, high, count = estimate
+    return {"value": float(value), "low": float(low), "high": float(high), "count": int(count)}
 
 
-def interval(estimate: Estimate) -> dict[str, float]:
-    """An estimate as JSON."""
-    return {name: float(value) for name, value in estimate._asdict().items()}
-
-
-def summarise(
+def measure(
     tokens_NL: np.ndarray,
     counted_NL: np.ndarray,
     tokenizer: Tokenizer,
     judges: Sequence[Judge],
     *,
-    reference_ND: np.ndarray | None,
-    resamples: int,
-    seed: int = 0,
-) -> Summary:
-    """All figures that depend on the samples alone.
+    known: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """All numbers of each sample that figures are made of.
 
     Args:
       tokens_NL: int [N, L].
       counted_NL: bool [N, L], the positions that were written and not given; nothing else counts.
       tokenizer: of the samples.
-      judges: the first one's features are those of MAUVE. A judge of the same tokenizer scores ids
-        and text, any other only text.
-      reference_ND: the first judge's features of real text; None leaves MAUVE out.
-      resamples: of the bootstrap over samples.
-      seed: of the bootstrap.
+      judges: one of the same tokenizer scores ids and text, any other only text.
+      known: arrays of an earlier call for the same samples, among others; the scores of a judge
+        that describes itself just as then are taken over, and it isn't run.
+
+    Returns:
+      "entropy_nats", "distinct_1" to "distinct_3" and "self_bleu", float64 [N], nan where a sample
+      has no such figure; for each judge and form "JUDGE.ids.nll", ".tokens", ".num_bytes" and
+      ".skipped" (and ".text."), [N], see `Scores`; "JUDGE.digest", a string of no dimension, the
+      digest of `Judge.describe`.
+    """
+    arrays = {"entropy_nats": metrics.unigram_entropy(tokens_NL, counted_NL)}
+    arrays |= {f"distinct_{n}": metrics.distinct(tokens_NL, n, counted_NL) for n in _ORDERS}
+    arrays["self_bleu"] = metrics.self_bleu(tokens_NL, counted_NL)
+
+    texts = None
+    for judge in judges:
+        digest = workdir.digest(judge.describe())
+        reads_ids = judge.tokenizer == tokenizer.fingerprint
+        names = _names(judge.name, _FORMS if reads_ids else ("text",))
+        if known is not None and _holds(known, judge.name, digest, names, len(tokens_NL)):
+            arrays |= {name: np.asarray(known[name]) for name in names}
+        else:
+            if texts is None:
+                texts = tasks.texts(tokens_NL, counted_NL, tokenizer)
+            scores = [judge.score_ids(tokens_NL, counted_NL)] if reads_ids else []
+            scores.append(judge.score_text(texts))
+            arrays |= dict(zip(names, (part for each in scores for part in each), strict=True))
+        arrays[f"{judge.name}.digest"] = np.asarray(digest)
+    return arrays
+
+
+def aggregate(
+    arrays: Mapping[str, np.ndarray],
+    judge_names: Sequence[str],
+    *,
+    resamples: int,
+    seed: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of samples from what `measure` found, and nothing else.
+
+    Samples without a figure are left out of it: those without tokens, with too few for an n-gram,
+    or with no other sample to compare with. "count" says how many went in. Where a judge failed, a
+    sample having tokens but no finite loss, all figures of that judge and form are nan, since
+    leaving the sample out would flatter; "count" then says how many samples it did score.
+
+    Args:
+      arrays: of `measure` or `pool`; others among them are not looked at.
+      judge_names: in the order of the report.
+      resamples, seed: of the bootstrap over samples.
+
+    Returns:
+      (figures, judges) as in a report's row, see `report`; a form that a judge doesn't read is
+      None.
+
+    Raises:
+      ValueError: the arrays lack a figure or a judge.
     """
 
-    def estimate(statistic, *arrays):
-        found = metrics.bootstrap(statistic, *arrays, resamples=resamples, level=LEVEL, seed=seed)
+    def estimate(statistic, *arrays_N) -> dict[str, Any]:
+        found = metrics.bootstrap(statistic, *arrays_N, resamples=resamples, level=LEVEL, seed=seed)
         return interval(found)
 
     mean = lambda values: np.mean(values, axis=-1)
-    entropy_N = metrics.unigram_entropy(tokens_NL, counted_NL)
-    arrays = {"entropy_nats": entropy_N}
-    arrays |= {f"distinct_{n}": metrics.distinct(tokens_NL, n, counted_NL) for n in _ORDERS}
-    arrays["self_bleu"] = metrics.self_bleu(tokens_NL, counted_NL)
-    figures = {name: estimate(mean, values) for name, values in arrays.items()}
-    bits = estimate(lambda values: mean(values) * metrics.BITS_PER_NAT, entropy_N)
-    figures["entropy_bits"] = bits
+    bits = lambda values: mean(values) * metrics.BITS_PER_NAT
+    missing = [name for name in _OWN_FIGURES if name not in arrays]
+    if missing:
+        raise ValueError(
+            f"The arrays lack {', '.join(missing)}; measure the samples before their figures are "
+            "aggregated."
+        )
+    figures = {name: estimate(mean, arrays[name]) for name in _OWN_FIGURES}
+    figures["entropy_bits"] = estimate(bits, arrays["entropy_nats"])
 
-    texts = tasks.texts(tokens_NL, counted_NL, tokenizer)
-    judged = {}
-    for judge in judges:
-        forms = {"ids": None, "text": judge.score_text(texts)}
-        if judge.tokenizer == tokenizer.fingerprint:
-            forms["ids"] = judge.score_ids(tokens_NL, counted_NL)
-        judged[judge.name] = {
+    judges = {}
+    for judge in judge_names:
+        found = {form: _scores(arrays, judge, form) for form in _FORMS}
+        if all(scores is None for scores in found.values()):
+            raise ValueError(
+                f"The arrays hold no scores of the judge {judge!r}; measure the samples with it."
+            )
+        judges[judge] = {
             form: None if scores is None else _perplexities(scores, estimate)
-            for form, scores in forms.items()
+            for form, scores in found.items()
         }
-        for form, scores in forms.items():
-            if scores is not None:
-                names = (f"{judge.name}.{form}.{field}" for field in Scores._fields)
-                arrays |= dict(zip(names, scores, strict=True))
-    figures["mauve"] = None
-    if judges and reference_ND is not None:
-        found = mauve.score(judges[0].features(texts), reference_ND, seed=seed)
-        figures["mauve"] = interval(found)
-    return Summary(figures, judged, arrays)
+    return figures, judges
 
 
-def _perplexities(scores: Scores, estimate) -> dict[str, Any]:
-    return {
-        "perplexity_a": estimate(metrics.perplexity_a, scores.nll, scores.tokens),
-        "perplexity_b": estimate(metrics.perplexity_b, scores.nll, scores.tokens),
-        "perplexity_c": estimate(metrics.perplexity_c, scores.nll, scores.tokens),
-        "nats_per_byte": estimate(metrics.nats_per_byte, scores.nll, scores.num_bytes),
+def pool(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The numbers of each sample of repeats over seeds, one set after the other.
+
+    What `aggregate` makes of them has intervals over the samples of all seeds. Self-BLEU stays what
+    it was among the samples of one seed.
+
+    Args:
+      parts: each of `measure`, other arrays may be among them. Names that one of them lacks are
+        left out, and so are all arrays that are no numbers of samples.
+
+    Raises:
+      ValueError: there are no parts, or scores of one name come from different judges.
+    """
+    if not parts:
+        raise ValueError("Expected the arrays of at least one set of samples, got none.")
+    shared = [name for name in parts[0] if all(name in part for part in parts)]
+    pooled = {}
+    for name in shared:
+        if name.endswith(".digest"):
+            digests = sorted({str(part[name]) for part in parts})
+            if len(digests) > 1:
+                raise ValueError(
+                    f"The judge {name.removesuffix('.digest')!r} isn't the same everywhere, its "
+                    f"digests are {', '.join(digests)}; score all samples with one judge before "
+                    "pooling them."
+                )
+            pooled[name] = np.asarray(parts[0][name])
+        elif name in _OWN_FIGURES or name.endswith(_SUFFIXES):
+            pooled[name] = np.concatenate([part[name] for part in parts])
+    return pooled
+
+
+def mauve_score(
+    tokens_NL: np.ndarray,
+    tokenizer: Tokenizer,
+    judge: Judge,
+    reference_ND: np.ndarray | None,
+    *,
+    counted_NL: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """MAUVE of samples against real text, as JSON.
+
+    None without a reference, and where not all positions count: a judge's features read the whole
+    text, so that a model that was given a part of it would be credited with that part.
+
+    Args:
+      tokens_NL: int [N, L].
+      tokenizer: of the samples.
+      judge: gives the features.
+      reference_ND: its features of real text.
+      counted_NL: bool [N, L], the positions that were written and not given; None: all.
+      seed: see `mauve.score`.
+
+    Returns:
+      The estimate; its numbers are nan if the judge fails on a sample (features that aren't
+      finite), and "count" then says on how many it didn't.
+
+    Raises:
+      ValueError: see `mauve.score`.
+    """
+    if reference_ND is None or (counted_NL is not None and not np.all(counted_NL)):
+        return None
+    everything_NL = np.ones(np.shape(tokens_NL), bool)
+    features_ND = judge.features(tasks.texts(tokens_NL, everything_NL, tokenizer))
+    worked_N = np.all(np.isfinite(features_ND), axis=1)
+    if not worked_N.all():
+        return interval(metrics.failed(int(worked_N.sum())))
+    return interval(mauve.score(features_ND, reference_ND, seed=seed))
+
+
+_SUFFIXES = tuple(f".{form}.{field}" for form in _FORMS for field in Scores._fields)
+
+
+def _names(judge: str, forms: Sequence[str]) -> list[str]:
+    return [f"{judge}.{form}.{field}" for form in forms for field in Scores._fields]
+
+
+def _holds(known, judge: str, digest: str, names: Sequence[str], num_samples: int) -> bool:
+    """Whether arrays hold all scores of just this judge for so many samples."""
+    if str(known.get(f"{judge}.digest", "")) != digest:
+        return False
+    return all(name in known and np.shape(known[name]) == (num_samples,) for name in names)
+
+
+def _scores(arrays: Mapping[str, np.ndarray], judge: str, form: str) -> Scores | None:
+    names = _names(judge, (form,))
+    if not all(name in arrays for name in names):
+        return None
+    return Scores(*(np.asarray(arrays[name]) for name in names))
+
+
+def _perplexities(scores: Scores, estimate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    has_tokens_N = scores.tokens > 0
+    nll, tokens, num_bytes, _ = (part[has_tokens_N] for part in scores)
+    worked_N = np.isfinite(nll)
+    statistics = {
+        "perplexity_a": (metrics.perplexity_a, tokens),
+        "perplexity_b": (metrics.perplexity_b, tokens),
+        "perplexity_c": (metrics.perplexity_c, tokens),
+        "nats_per_byte": (metrics.nats_per_byte, num_bytes),
+    }
+    if worked_N.all():
+        found = {name: estimate(one, nll, sizes) for name, (one, sizes) in statistics.items()}
+    else:
+        found = dict.fromkeys(statistics, interval(metrics.failed(int(worked_N.sum()))))
+    return found | {
         "tokens": int(np.sum(scores.tokens)),
         "skipped": int(np.sum(scores.skipped)),
     }

@@ -1,7 +1,8 @@
 """What is given to a model before it writes: nothing, a prefix, a random share, all but some gaps.
 
     unconditional     nothing
-    prefix:K          the first K tokens of a held-out block; prefix:512 of 1,024 is the paper's
+    continuation      the first 512 tokens of a held-out block: the paper's, in blocks of 1,024
+    prefix:K          the first K tokens
     random:SHARE      this share of its tokens, anywhere
     infill:COUNTxN    all of it but COUNT gaps of N tokens each
 
@@ -9,7 +10,8 @@ What is given depends on the task and on the number of the sample alone: every m
 number of steps gets the same. Only the other positions are scored.
 """
 
-from collections.abc import Callable
+import codecs
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,9 @@ from fsdfm_jax.evaluate.scoring import Text
 from fsdfm_jax.tokenizer import Tokenizer
 
 UNCONDITIONAL = "unconditional"
-_FORMS = "'unconditional', 'prefix:K', 'random:SHARE' or 'infill:COUNTxN'"
+CONTINUATION = "continuation"
+_CONTINUED = 512  # tokens given by the paper's protocol, arXiv:2509.20624
+_FORMS = "'unconditional', 'continuation', 'prefix:K', 'random:SHARE' or 'infill:COUNTxN'"
 
 
 class Task(NamedTuple):
@@ -54,8 +58,10 @@ def parse(name: str) -> Task:
     try:
         if name == UNCONDITIONAL:
             return Task(name, True, lambda rng, length: np.zeros(length, bool))
+        if name == CONTINUATION:
+            return Task(name, True, _prefix(name, _CONTINUED))
         if kind == "prefix" and int(argument) >= 1:
-            return Task(name, True, _prefix(int(argument)))
+            return Task(name, True, _prefix(name, int(argument)))
         if kind == "random" and 0 < float(argument) < 1:
             return Task(name, False, _random(float(argument)))
         if kind == "infill":
@@ -67,11 +73,11 @@ def parse(name: str) -> Task:
     raise ValueError(f"Unknown task {name!r}; expected {_FORMS}, all numbers above 0, SHARE < 1.")
 
 
-def _prefix(count: int):
+def _prefix(name: str, count: int):
     def freeze(rng, length):
         if count >= length:
             raise ValueError(
-                f"prefix:{count} leaves nothing to write in blocks of {length} tokens."
+                f"{name} gives {count} tokens, which leaves nothing to write in blocks of {length}."
             )
         return np.arange(length) < count
 
@@ -108,7 +114,8 @@ def _infill(count: int, size: int):
 def texts(tokens_NL: np.ndarray, counted_NL: np.ndarray, tokenizer: Tokenizer) -> list[Text]:
     """Samples as text for a judge of another tokenizer, with the stretches that count.
 
-    A character whose bytes lie on both sides of a boundary belongs to the stretch it ends in.
+    A character whose bytes lie on both sides of a boundary belongs to the stretch it ends in. What
+    stands for broken UTF-8 belongs to where that begins.
 
     Args:
       tokens_NL: int [N, L].
@@ -122,14 +129,31 @@ def _text(tokens_L: np.ndarray, counted_L: np.ndarray, tokenizer: Tokenizer) -> 
     text = tokenizer.decode(ids)
     if counted_L.all():
         return Text(text)
-
-    def offset(position: int) -> int:
-        # An unfinished character decodes to a replacement character that isn't in the whole text.
-        head = tokenizer.decode(ids[:position])
-        while not text.startswith(head):
-            head = head[:-1]
-        return len(head)
-
     edges = np.flatnonzero(np.diff(counted_L.astype(np.int8), prepend=0, append=0)).tolist()
-    spans = [(offset(a), offset(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-    return Text(text, tuple(span for span in spans if span[0] < span[1]))
+    if tokenizer.token_bytes is None:
+        offsets = [_offset(text, tokenizer.decode(ids[:edge])) for edge in edges]
+    else:
+        each = _offsets(text, (tokenizer.token_bytes[i] for i in ids))
+        offsets = [each[edge] for edge in edges]
+    spans = zip(offsets[::2], offsets[1::2], strict=True)
+    return Text(text, tuple((start, end) for start, end in spans if start < end))
+
+
+def _offset(text: str, head: str) -> int:
+    """Characters of the text that are there at the end of `head`, its first ids decoded."""
+    # An unfinished character decodes to a replacement character that isn't in the whole text.
+    while not text.startswith(head):
+        head = head[:-1]
+    return len(head)
+
+
+def _offsets(text: str, pieces: Iterable[bytes]) -> list[int]:
+    """`_offset` before each piece of the text and at its end, in one pass."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    complete, offsets = 0, [0]
+    for piece in pieces:
+        complete += len(decoder.decode(piece))
+        held_back, _ = decoder.getstate()  # a few bytes at most
+        head = held_back.decode(errors="replace")
+        offsets.append(complete + _offset(text[complete : complete + len(head)], head))
+    return offsets

@@ -1,0 +1,74 @@
+"""Real text to compare with: held-out blocks, and what the naive controls are made of."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fsdfm_jax import data as data_lib
+from fsdfm_jax.data import PreparedData
+
+# Training blocks that the unigram control's frequencies come from.
+_UNIGRAM_BLOCKS = 1024
+_SENTENCE = 24  # tokens of the repeated control's
+
+
+class HeldOut(NamedTuple):
+    """Real text.
+
+    Attributes:
+      real_NL: held-out blocks, int32 [N, L].
+      reference_ML: other held-out blocks, for MAUVE; None if there are too few.
+      bounded_KL: the blocks that base models are bounded on, whatever N is; None for none.
+      unigram_V: frequencies of tokens in the training text, they add up to 1.
+      sentence: ids of a stretch of held-out text.
+      fingerprint: of the prepared data.
+    """
+
+    real_NL: np.ndarray
+    reference_ML: np.ndarray | None
+    bounded_KL: np.ndarray | None
+    unigram_V: np.ndarray
+    sentence: np.ndarray
+    fingerprint: str
+
+
+def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> HeldOut:
+    """What an evaluation needs of a prepared folder.
+
+    Args:
+      prepared: the folder.
+      num_samples: blocks of real text, where there are so many.
+      bound_samples: blocks for bounds, where there are so many.
+    """
+    source, train = prepared.source("validation"), prepared.source("train")
+    real_NL, reference_ML = data_lib.validation_blocks(source, min(num_samples, len(source))), None
+    if len(source) >= 2 * num_samples:  # real text is then compared with other real text
+        both = data_lib.validation_blocks(source, 2 * num_samples)
+        real_NL, reference_ML = both[::2], both[1::2]
+    bounded_KL = None
+    if bound_samples:
+        bounded_KL = data_lib.validation_blocks(source, min(bound_samples, len(source)))
+    blocks = data_lib.validation_blocks(train, min(len(train), _UNIGRAM_BLOCKS))
+    counts_V = np.bincount(blocks.ravel(), minlength=prepared.tokenizer.vocab_size)
+    return HeldOut(
+        real_NL,
+        reference_ML,
+        bounded_KL,
+        counts_V / counts_V.sum(),
+        real_NL[0, : min(_SENTENCE, prepared.block_length)],
+        prepared.fingerprint,
+    )
+
+
+def check(prepared_blocks: int, task_is_conditional: bool, num_samples: int) -> None:
+    """Refuses a conditional task with fewer held-out blocks than samples.
+
+    Raises:
+      ValueError: naming both.
+    """
+    if task_is_conditional and prepared_blocks < num_samples:
+        raise ValueError(
+            f"The held-out text has {prepared_blocks} blocks, but eval.task gives a part of one to "
+            f"each of eval.num_samples={num_samples}: lower eval.num_samples or data.block_length, "
+            "or raise data.holdout."
+        )

@@ -1,0 +1,85 @@
+"""Protocol stamps: everything that a number depends on, and nothing that it doesn't.
+
+A stamp has two parts that are compared: what the samples depend on, and what is then made of them.
+So another judge scores the samples that are there, and a change in the training code redoes
+nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from fsdfm_jax import workdir
+from fsdfm_jax.evaluate.points import Point
+
+# Modules that decide which tokens are drawn.
+SAMPLING_CODE = (
+    *("attention", "draws", "inference", "jumps", "logits", "loops", "models", "sampler"),
+    *("schedules", "sources", "stages", "stages.autoregressive", "teacher"),
+    *("evaluate.draw", "evaluate.held_out", "evaluate.tasks"),
+)
+# Modules that decide which figures are made of them.
+SCORING_CODE = (
+    *("losses", "paths", "tokenizer"),
+    *(f"evaluate.{name}" for name in ("bound", "huggingface_judge", "judges", "mauve", "metrics")),
+    *(f"evaluate.{name}" for name in ("ngram_judge", "scoring", "suite", "summary")),
+)
+
+
+def samples(
+    point: Point,
+    facts: Mapping[str, Any] | None,
+    *,
+    num_samples: int,
+    batch_size: int,
+    length: int,
+    tokenizer: str,
+    text: str | None,
+) -> dict[str, Any]:
+    """What the samples of a point depend on.
+
+    Args:
+      point: what is sampled.
+      facts: of its model, see `Subject`; None for real text and controls.
+      num_samples, batch_size, length: how much is drawn.
+      tokenizer: fingerprint.
+      text: fingerprint of the held-out text if the samples are made of it or around it.
+    """
+    return {
+        "source": point.source,
+        "num_samples": num_samples,
+        "length": length,
+        "task": point.task,
+        "text": text,
+        "tokenizer": tokenizer,
+        "model": None if facts is None else dict(facts),
+        "sampling": _sampling(point, facts, min(batch_size, num_samples)),
+        "numerics": numerics(),
+        "code": workdir.code_digest(SAMPLING_CODE),
+    }
+
+
+def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) -> dict | None:
+    if facts is None:
+        return None if point.seed is None else {"seed": point.seed}
+    names = ("steps", "jump", "grid", "temperature", "top_p", "seed", "memory")
+    return {name: getattr(point, name) for name in names} | {
+        "weights": facts["weights"],
+        "batch_size": batch_size,
+        "draws": "two-level inverse CDF, float32, 32-bit uniforms",
+    }
+
+
+def numerics() -> dict[str, Any]:
+    """What rounding depends on, as far as this process knows it."""
+    return {
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }
+
+
+def scoring(**facts: Any) -> dict[str, Any]:
+    """What is made of the samples: `facts`, and the code that makes it."""
+    return facts | {"code": workdir.code_digest(SCORING_CODE)}
