@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chance import assert_frequencies
 
-from benchmarks import literal, measure, sample, scaling, train, waterfall
+from benchmarks import autoregressive, literal, measure, sample, scaling, train, waterfall
 from fsdfm_jax import models, schedules
 from fsdfm_jax.models import ModelConfig
 
@@ -147,3 +147,23 @@ def test_sampler_cases_draw_the_same_tokens():
         run(params, jax.random.key(2), x0_BL, grid_S1),
         library(params, jax.random.key(2), x0_BL, grid_S1),
     )
+
+
+def test_left_to_right_draws_the_same_with_and_without_cache():
+    config = measure.make_config("tiny", dtype="float32", overrides=SMALL)
+    names = [autoregressive.FEW_STEP, *autoregressive.CAUSAL]
+    cases = autoregressive.make_cases(config, 11, batch=3, length=6, steps=[1, 2], names=names)
+    assert list(cases) == [
+        ("few-step", 1),
+        ("few-step", 2),
+        ("autoregressive", 6),
+        ("autoregressive, no cache", 6),
+    ]
+    tokens = {}
+    for name, (run, model) in cases.items():
+        assert model.causal == (name[0] != "few-step")
+        params = measure.filled(models.init_params(jax.random.key(1), model))
+        tokens[name] = run(params, jax.random.key(0))
+        assert tokens[name].shape == (3, 6)
+    np.testing.assert_array_equal(*list(tokens.values())[2:])
+    assert (tokens["few-step", 1] != tokens["few-step", 2]).any()

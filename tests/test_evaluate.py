@@ -19,8 +19,9 @@ from chance import assert_frequencies
 
 from configs import base
 from fsdfm_jax import inference, models, tokenizer, workdir
-from fsdfm_jax.evaluate import draw, judges, points, stamps, suite
+from fsdfm_jax.evaluate import draw, judges, points, stamps
 from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.engine import Evaluation
 from fsdfm_jax.evaluate.held_out import HeldOut
 from fsdfm_jax.evaluate.points import Point, Settings
 from fsdfm_jax.evaluate.scoring import Scores
@@ -121,7 +122,7 @@ def _text(num_samples=5):
 def _evaluation(folder, judges_, *, text=None, models_=None, **changes):
     settings = _settings(**changes)
     plan = points.plan(settings, STAGES, L)
-    evaluation = suite.Evaluation(
+    evaluation = Evaluation(
         settings,
         models_ or Models(),
         judges_,

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference, losses
-from fsdfm_jax import logits as logits_lib
+from fsdfm_jax import inference
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
@@ -147,13 +146,10 @@ class AutoregressiveJudge:
         return tokens_BL
 
     def _token_losses(self, params, tokens_BL):
-        logits = autoregressive.predict_next(params, self._model, self._tokenizer.eos_id, tokens_BL)
-        num_tokens = self._tokenizer.vocab_size
-
-        def loss(logits_BLV, tokens_BL):
-            return losses.cross_entropy(logits_BLV[..., :num_tokens], tokens_BL)
-
-        return logits_lib.map_positions(loss, logits, tokens_BL)
+        eos_id, num_tokens = self._tokenizer.eos_id, self._tokenizer.vocab_size
+        return autoregressive.token_losses(
+            params, self._model, eos_id, tokens_BL, num_tokens=num_tokens
+        )
 
     def _features_at(self, params, tokens_BL, last_B):
         logits = autoregressive.predict_next(params, self._model, self._tokenizer.eos_id, tokens_BL)

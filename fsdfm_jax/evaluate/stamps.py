@@ -22,8 +22,8 @@ SAMPLING_CODE = (
 # Modules that decide which figures are made of them.
 SCORING_CODE = (
     *("losses", "paths", "tokenizer"),
-    *(f"evaluate.{name}" for name in ("bound", "huggingface_judge", "judges", "mauve", "metrics")),
-    *(f"evaluate.{name}" for name in ("ngram_judge", "scoring", "suite", "summary")),
+    *(f"evaluate.{name}" for name in ("bound", "engine", "huggingface_judge", "judges", "mauve")),
+    *(f"evaluate.{name}" for name in ("metrics", "ngram_judge", "scoring", "summary")),
 )
 
 

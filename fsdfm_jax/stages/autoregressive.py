@@ -28,10 +28,27 @@ def predict_next(
     return models.predict(params, model, shift_right(x1_BL, eos_id), key=key)
 
 
-def token_losses(params: Params, model: ModelConfig, eos_id: int, x1_BL: jax.Array) -> jax.Array:
-    """-log p(token | tokens before it), float32 [B, L], nats."""
-    logits = predict_next(params, model, eos_id, x1_BL)
-    return logits_lib.map_positions(losses.cross_entropy, logits, x1_BL)
+def token_losses(
+    params: Params,
+    model: ModelConfig,
+    eos_id: int,
+    x1_BL: jax.Array,
+    *,
+    num_tokens: int | None = None,
+) -> jax.Array:
+    """-log p(token | tokens before it), float32 [B, L], nats.
+
+    Args:
+      params, model: of a causal network.
+      eos_id: stands before the first position.
+      x1_BL: int [B, L].
+      num_tokens: ids of text, where the vocabulary has a mask token after them, which is no text.
+    """
+
+    def loss(logits_BLV, x1_BL):
+        return losses.cross_entropy(logits_BLV[..., :num_tokens], x1_BL)
+
+    return logits_lib.map_positions(loss, predict_next(params, model, eos_id, x1_BL), x1_BL)
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:

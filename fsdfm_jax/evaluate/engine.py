@@ -1,0 +1,452 @@
+"""Points computed: drawn, scored, stored with their stamps, pooled over seeds and reported.
+
+A point is finished when its row is stored; a killed evaluation goes on with the next one, and
+inside a point with the next batch. Samples that are there are scored again but not drawn again
+where other figures are asked of them, and by the judges that haven't scored them yet.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fsdfm_jax import trajectory, workdir
+from fsdfm_jax.evaluate import bound as bound_lib
+from fsdfm_jax.evaluate import draw, mauve, metrics, report, stamps, summary, tasks
+from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.held_out import HeldOut
+from fsdfm_jax.evaluate.points import Point, Settings
+from fsdfm_jax.evaluate.scoring import Judge
+from fsdfm_jax.evaluate.store import Arrays, Row, Store
+from fsdfm_jax.evaluate.subjects import Catalogue
+from fsdfm_jax.writer import Progress
+
+NO_BOUND = (
+    "No bound on the likelihood: a few-step network answers for whole steps and was taught by a "
+    "teacher, so that it is no model of the process at infinitesimal ones. Ask for it of the base "
+    "model."
+)
+PROMPT_BY_TOKEN = (
+    "The given tokens are read one by one, without a prefill: the time of a sample includes them."
+)
+_BOUND_EPS = 1e-3
+_SHOWN = 3  # samples of a point that a report prints
+
+
+class Evaluation:
+    """All that points are computed with.
+
+    Args:
+      settings: `config.eval`.
+      catalogue: of the models.
+      judges: the first is the main one; there may be none.
+      length: L, tokens of a sample.
+      text: None where there is no prepared data; the plan then has models only.
+      room: see `draw.capacity`.
+      store: of finished points.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalogue: Catalogue,
+        judges: Sequence[Judge],
+        *,
+        length: int,
+        text: HeldOut | None,
+        room: int,
+        store: Store,
+    ):
+        self._settings, self._catalogue, self._judges = settings, catalogue, judges
+        self._tokenizer, self._length = catalogue.tokenizer, length
+        self._text, self._room, self._store = text, room, store
+
+    def run(self, plan: Sequence[Point]) -> list[Row]:
+        """The rows of all points, in order; those that are stored are not computed again."""
+        work = {p: self._calls(p) for p in plan if self._finished(p) is None}
+        name = f"evaluating {len(work)} of {len(plan)} points, network calls"
+        with Progress(name, total=sum(work.values())) as progress:
+            for point, calls in work.items():
+                self._compute(point)
+                progress.advance(calls)
+        return self.finished(plan)
+
+    def _calls(self, point: Point) -> int:
+        return (point.steps or 1) * self._num_samples(point)
+
+    def finished(self, plan: Sequence[Point]) -> list[Row]:
+        """The rows of those points that are stored, by whatever machine, in order."""
+        self._store.refresh()
+        return [row for row in map(self._finished, plan) if row is not None]
+
+    def _finished(self, point: Point) -> Row | None:
+        return self._store.finished(point.slug, self.protocol(point))
+
+    def _compute(self, point: Point) -> None:
+        """Draws and scores a point; its row is stored when this returns."""
+        stamp = self.protocol(point)
+        arrays = self._drawn(point, stamp["samples"])
+        measured = summary.measure(
+            arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=arrays
+        )
+        figures, judged = self._figures(measured)
+        own = _entropy_of_choice([arrays], self._settings.resamples)
+        figures |= {
+            "predictive_entropy_nats": own and own["mean"],
+            "mauve": self._mauve(point, arrays["tokens"]),
+            "bound_nats_per_token": self._bound(point),
+        }
+        self._store.save_arrays(point.slug, stamp["samples"], arrays | measured)
+        fields = ("kind", "group", "stage", "steps", "jump", "grid")
+        fields += ("temperature", "top_p", "weights", "memory", "seed", "task")
+        self._store.add(
+            {
+                "slug": point.slug,
+                "setting": point.setting,
+                **{name: getattr(point, name) for name in fields},
+                "run": point.source if point.kind == "model" else None,
+                "num_samples": len(arrays["tokens"]),
+                "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
+                "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
+                "device": str(arrays["device"]) if "device" in arrays else None,
+                "figures": figures,
+                "judges": judged,
+                "per_step": own and own["per_step"],
+                "notes": _notes(point),
+                "samples": self._store.place(point.slug, stamp["samples"]),
+                "code_version": workdir.code_version(),
+                "protocol": stamp,
+            }
+        )
+
+    def _figures(self, measured: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
+        names = [judge.name for judge in self._judges]
+        return summary.aggregate(measured, names, resamples=self._settings.resamples)
+
+    # ---------------------------------------------------------------------------------- the samples
+    def _num_samples(self, point: Point) -> int:
+        asked = self._settings.num_samples
+        return asked if point.kind == "model" else min(asked, len(self._text.real_NL))
+
+    def _drawn(self, point: Point, stamp: dict[str, Any]) -> Arrays:
+        """A point's samples, watched as asked for, and what an earlier evaluation made of them."""
+        arrays = self._store.arrays(point.slug, stamp)
+        if arrays is None:
+            arrays = self._sample(point, stamp)
+            self._store.save_arrays(point.slug, stamp, arrays)
+        if str(arrays.get("scored_by", "")) != self._scoring_code:
+            kept = lambda name: name in _OF_SAMPLES or name.startswith(_OF_STEPS)
+            arrays = {name: array for name, array in arrays.items() if kept(name)}
+            arrays["scored_by"] = np.asarray(self._scoring_code)
+        asked = min(self._settings.watched, self._settings.batch_size, len(arrays["tokens"]))
+        if point.kind == "model" and int(arrays.get("step_samples", 0)) != asked:
+            arrays = {k: array for k, array in arrays.items() if not k.startswith(_OF_STEPS)}
+            arrays |= self._watch(point, arrays["tokens"], asked)
+        return arrays
+
+    @property
+    def _scoring_code(self) -> str:
+        return workdir.code_digest(stamps.SCORING_CODE)
+
+    def _sample(self, point: Point, stamp: dict[str, Any]) -> Arrays:
+        given = self._given(point)
+        if point.kind == "real":
+            return {"tokens": self._text.real_NL, "frozen": given.frozen_NL}
+        if point.kind == "control":
+            text = self._text
+            tokens_NL = draw.control(
+                point.source,
+                text.real_NL,
+                given.frozen_NL,
+                text.unigram_V,
+                text.sentence,
+                point.seed,
+            )
+            return {"tokens": tokens_NL, "frozen": given.frozen_NL}
+        drawn = draw.draw(
+            point,
+            self._catalogue.open(point.source, point.weights),
+            given,
+            batch_size=self._settings.batch_size,
+            room=self._room,
+            kept=_Kept(self._store, point.slug, stamp),
+        )
+        return {
+            "tokens": drawn.tokens_NL,
+            "frozen": given.frozen_NL,
+            "seconds_per_sample": np.asarray(drawn.seconds_per_sample),
+            "compile_seconds": np.asarray(drawn.compile_seconds),
+            "device": np.asarray(f"1 x {jax.devices()[0].device_kind}"),
+        }
+
+    def _watch(self, point: Point, tokens_NL: np.ndarray, count: int) -> Arrays:
+        """How the first samples came about, by the names it is stored under."""
+        if not count:
+            return {}
+        watched = draw.watch(
+            point,
+            self._catalogue.open(point.source, point.weights),
+            self._given(point),
+            tokens_NL,
+            count=count,
+            room=self._room,
+        )
+        arrays = {
+            "step_samples": np.asarray(count),
+            "step_times": watched.times_S,
+            "step_entropy_nats": watched.entropy_RS,
+            "step_changed": watched.changed_RS,
+        }
+        for i, path in enumerate(watched.trajectories):
+            parts = path._asdict().items()
+            arrays |= {f"step_path{i}.{name}": np.asarray(part) for name, part in parts}
+        return arrays
+
+    def _given(self, point: Point) -> Given:
+        """What the point's samples are made around."""
+        shape = (self._num_samples(point), self._length)
+        frozen_NL = tasks.parse(point.task).frozen(*shape)
+        if not frozen_NL.any():
+            return Given(np.zeros(shape, np.int32), frozen_NL)
+        return Given(self._text.real_NL, frozen_NL)
+
+    # ---------------------------------------------------------------------------------- the stamp
+    def protocol(self, point: Point) -> dict[str, Any]:
+        """Everything a row's figures depend on, stored beside them."""
+        settings, facts = self._settings, None
+        if point.kind == "model":
+            facts = self._catalogue.facts(point.source, point.weights)
+        of_text = facts is None or point.task != tasks.UNCONDITIONAL
+        return {
+            "samples": stamps.samples(
+                point,
+                facts,
+                num_samples=self._num_samples(point),
+                batch_size=settings.batch_size,
+                length=self._length,
+                tokenizer=self._tokenizer.fingerprint,
+                text=self._text.fingerprint if of_text else None,
+            ),
+            "scoring": stamps.scoring(
+                judges=self._judge_facts,
+                positions="all" if point.task == tasks.UNCONDITIONAL else "written, not given",
+                intervals=_describe_intervals(settings.resamples),
+                watched=settings.watched if facts else None,
+                mauve=self._mauve_facts(point),
+                bound=self._bound_facts(point),
+            ),
+        }
+
+    @functools.cached_property
+    def _judge_facts(self) -> list[dict[str, Any]]:
+        return [judge.describe() for judge in self._judges]
+
+    # ---------------------------------------------------------------------------------------- MAUVE
+    def _reference_ML(self, point: Point) -> np.ndarray | None:
+        """Other real text for MAUVE; None where MAUVE can't be computed."""
+        has_features = self._judges and hasattr(self._judges[0], "features")
+        if not (has_features and self._text is not None and mauve.available()):
+            return None
+        enough = self._num_samples(point) >= mauve.MIN_SAMPLES
+        return self._text.reference_ML if enough and point.task == tasks.UNCONDITIONAL else None
+
+    def _mauve_facts(self, point: Point) -> dict[str, Any] | None:
+        reference_ML = self._reference_ML(point)
+        if reference_ML is None:
+            return None
+        return mauve.facts() | {
+            "features": f"{self._judges[0].name}: last hidden state at the last token",
+            "reference": f"{len(reference_ML)} other held-out blocks",
+            "text": self._text.fingerprint,
+        }
+
+    def _mauve(self, point: Point, tokens_NL: np.ndarray) -> dict[str, Any] | None:
+        if self._reference_ML(point) is None:
+            return None
+        judge, reference_ND = self._judges[0], self._reference_features
+        return summary.mauve_score(tokens_NL, self._tokenizer, judge, reference_ND)
+
+    @functools.cached_property
+    def _reference_features(self) -> np.ndarray:
+        reference_ML = self._text.reference_ML
+        everything_ML = np.ones(reference_ML.shape, bool)
+        texts = tasks.texts(reference_ML, everything_ML, self._tokenizer)
+        return self._judges[0].features(texts)
+
+    # ------------------------------------------------------------------------------------ the bound
+    def _bound_facts(self, point: Point) -> dict[str, Any] | None:
+        if point.stage != "pretrain" or self._text is None or self._text.bounded_KL is None:
+            return None
+        return {
+            "samples": len(self._text.bounded_KL),
+            "times": self._settings.bound_times,
+            "time_eps": _BOUND_EPS,
+            "text": self._text.fingerprint,
+        }
+
+    def _bound(self, point: Point) -> dict[str, float] | None:
+        """The bound on a base model's likelihood, estimated once for all of its points."""
+        facts = self._bound_facts(point)
+        if facts is None:
+            return None
+        model = self._catalogue.facts(point.source, point.weights)
+        name = f"bound-{point.source}-{point.weights}".replace("/", "-")
+        stamp = {"model": model, "bound": facts, "numerics": stamps.numerics()}
+        stamp["code"] = self._scoring_code
+        arrays = self._store.arrays(name, stamp)
+        if arrays is None:
+            subject = self._catalogue.open(point.source, point.weights)
+            with Progress(f"bounding {subject.label}", total=facts["times"]) as progress:
+                nats_K = bound_lib.nats_per_token(
+                    subject.params,
+                    subject.model,
+                    subject.process,
+                    self._text.bounded_KL,
+                    num_times=facts["times"],
+                    time_eps=facts["time_eps"],
+                    seed=0,
+                    batch_size=self._settings.batch_size,
+                    progress=progress.advance,
+                )
+            arrays = {"nats_per_token": nats_K}
+            self._store.save_arrays(name, stamp, arrays)
+        return _mean(arrays["nats_per_token"], self._settings.resamples)
+
+    # ---------------------------------------------------------------------------------- the report
+    def report(
+        self, directory: pathlib.Path, rows: Sequence[Row], header: Mapping[str, Any]
+    ) -> str:
+        """Writes the report of stored rows; returns its table as text.
+
+        Args:
+          directory: made where needed.
+          rows: to report, in order.
+          header: JSON dict of facts about the whole.
+        """
+        samples, frozen, paths = {}, {}, {}
+        for row in rows:
+            arrays = self._store.arrays(row["slug"], row["protocol"]["samples"])
+            if arrays is not None:
+                slug = row["slug"]
+                samples[slug], frozen[slug] = (arrays[k][:_SHOWN] for k in ("tokens", "frozen"))
+                paths[slug] = _trajectories(arrays)
+        by_setting = itertools.groupby(
+            sorted(rows, key=lambda row: row["setting"]), key=lambda row: row["setting"]
+        )
+        pooled = {setting: self._pool(list(repeats)) for setting, repeats in by_setting}
+        merged = [pooled[setting] for setting in dict.fromkeys(row["setting"] for row in rows)]
+        mask_id = self._tokenizer.vocab_size
+        report.write(
+            directory, rows, merged, samples, frozen, paths, self._tokenizer, dict(header), mask_id
+        )
+        return report.table(merged)
+
+    def _pool(self, rows: list[Row]) -> Row:
+        """One row for repeats over seeds, with intervals over the samples of all of them.
+
+        MAUVE, which compares sets, is the mean over the seeds, without an interval.
+        """
+        first, resamples = rows[0], self._settings.resamples
+        parts = [self._store.arrays(row["slug"], row["protocol"]["samples"]) for row in rows]
+        if len(rows) == 1 or any(part is None for part in parts):
+            return first
+        figures, judged = self._figures(summary.pool(parts))
+        own = _entropy_of_choice(parts, resamples)
+        scores = [row["figures"]["mauve"] for row in rows]
+        figures |= {
+            "predictive_entropy_nats": own and own["mean"],
+            "mauve": None if None in scores else _mean_without_interval(scores),
+            "bound_nats_per_token": first["figures"]["bound_nats_per_token"],
+        }
+        times = [row["milliseconds_per_sample"] for row in rows]
+        return first | {
+            "figures": figures,
+            "judges": judged,
+            "per_step": own and own["per_step"],
+            "milliseconds_per_sample": None if None in times else min(times),
+            "num_seeds": len(rows),
+            "seeds": [row["seed"] for row in rows],
+            "protocol": {row["slug"]: row["protocol"] for row in rows},
+        }
+
+
+class _Kept:
+    """The batches of one point, see `draw.Batches`."""
+
+    def __init__(self, store: Store, slug: str, stamp: dict[str, Any]):
+        self._store, self._place = store, (slug, stamp)
+
+    def load(self, index: int) -> np.ndarray | None:
+        return self._store.batch(*self._place, index)
+
+    def save(self, index: int, tokens_BL: np.ndarray) -> None:
+        self._store.save_batch(*self._place, index, tokens_BL)
+
+
+# Stored arrays that hold whoever scores: those of the samples, and those of how they came about.
+_OF_SAMPLES = ("tokens", "frozen", "seconds_per_sample", "compile_seconds", "device")
+_OF_STEPS = "step_"
+
+
+def _trajectories(arrays: Arrays) -> list[trajectory.Trajectory]:
+    """The trajectories among a point's stored arrays."""
+    found = []
+    while f"step_path{len(found)}.tokens_TL" in arrays:
+        tokens_TL, steps, times, frozen_L = (
+            arrays[f"step_path{len(found)}.{name}"] for name in trajectory.Trajectory._fields
+        )
+        shown = (tuple(steps.tolist()), tuple(times.tolist()))
+        found.append(trajectory.Trajectory(tokens_TL, *shown, frozen_L))
+    return found
+
+
+def _entropy_of_choice(parts: Sequence[Arrays], resamples: int) -> dict[str, Any] | None:
+    """The model's own entropy over all seeds: mean over steps, and step by step."""
+    if not all("step_entropy_nats" in part for part in parts):
+        return None
+    entropy_RS, changed_RS = (
+        np.concatenate([part[name] for part in parts])
+        for name in ("step_entropy_nats", "step_changed")
+    )
+    # A step at which nothing was left to draw has no entropy.
+    free_S = np.isfinite(entropy_RS).any(axis=0)
+    return {
+        "mean": _mean(np.nanmean(entropy_RS[:, free_S], axis=1), resamples),
+        "per_step": {
+            "times": parts[0]["step_times"][free_S].tolist(),
+            "entropy_nats": np.nanmean(entropy_RS[:, free_S], axis=0).tolist(),
+            "changed": np.mean(changed_RS[:, free_S], axis=0).tolist(),
+        },
+    }
+
+
+def _mean(values: np.ndarray, resamples: int) -> dict[str, Any]:
+    mean = lambda values: np.mean(values, axis=-1)
+    return summary.interval(metrics.bootstrap(mean, values, resamples=resamples))
+
+
+def _mean_without_interval(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    value = float(np.mean([estimate["value"] for estimate in estimates]))
+    count = sum(estimate["count"] for estimate in estimates)
+    return {"value": value, "low": np.nan, "high": np.nan, "count": count}
+
+
+def _describe_intervals(resamples: int) -> str:
+    return summary.INTERVALS.format(level=summary.LEVEL, resamples=resamples)
+
+
+def _scalar(arrays: Arrays, name: str, factor: float) -> float | None:
+    return factor * float(arrays[name]) if name in arrays else None
+
+
+def _notes(point: Point) -> list[str]:
+    notes = []
+    if point.kind == "model" and point.stage not in ("pretrain", "autoregressive"):
+        notes.append(NO_BOUND)
+    if point.stage == "autoregressive" and point.task != tasks.UNCONDITIONAL:
+        notes.append(PROMPT_BY_TOKEN)
+    return notes
