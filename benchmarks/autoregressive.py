@@ -19,7 +19,6 @@ from absl import app, flags
 from benchmarks import measure
 from fsdfm_jax import inference, models, sampler, stages
 
-_STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps, comma-separated.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Samples at once, comma-separated.")
 # Of the causal network: case -> what it keeps of the tokens so far.
 CAUSAL = {"autoregressive": "cache", "autoregressive, no cache": "none"}
@@ -71,7 +70,7 @@ def main(argv: list[str]) -> None:
     else:
         names = measure.wanted(possible) if measure.WANTED.value else possible[:2]
     size, length, dtype = measure.SIZE.value, measure.LENGTH.value, measure.DTYPE.value
-    steps = [int(count) for count in _STEPS.value]
+    steps = [int(count) for count in measure.STEPS.value]
     vocab_size = measure.vocab_size(size)
     config = measure.make_config(size, dtype=dtype, overrides={})
     key = jax.random.key(0)

@@ -15,12 +15,11 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app
 
 from benchmarks import literal, measure
 from fsdfm_jax import inference, jumps, models, sampler, stages
 
-_STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps, comma-separated.")
 _UNIT = "forward of one row"
 
 # Case -> (the library's sampler, or parts of it literal; changes of the model's config).
@@ -68,7 +67,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     names = measure.wanted(list(CASES))
-    all_steps = [int(steps) for steps in _STEPS.value]
+    all_steps = [int(steps) for steps in measure.STEPS.value]
     size, batch, length = measure.SIZE.value, measure.BATCH.value or 1, measure.LENGTH.value
     dtype, mib = measure.DTYPE.value, measure.LOGITS_MIB.value
     result = {"machine": measure.machine(), "size": size, "batch": batch}
