@@ -19,7 +19,8 @@ from chance import assert_frequencies
 
 from configs import base
 from fsdfm_jax import inference, models, tokenizer, workdir
-from fsdfm_jax.evaluate import draw, judges, points, stamps
+from fsdfm_jax.convert import bundle
+from fsdfm_jax.evaluate import draw, judges, points, reading, stamps
 from fsdfm_jax.evaluate.draw import Given
 from fsdfm_jax.evaluate.engine import Evaluation
 from fsdfm_jax.evaluate.held_out import HeldOut
@@ -46,7 +47,7 @@ def _subject(label, stage, seed=0, process=PROCESS, **changes):
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes
     )
-    facts = {"run": label, "weights": "ema", "sha256": f"{seed:016x}"}
+    facts = {"run": label, "weights": "ema", "sha256": bundle.content_hash(params)}
     return Subject(label, stage, params, model, process, TOKENIZER, facts)
 
 
@@ -390,7 +391,7 @@ def test_the_stamp_says_what_the_number_depends_on(finished):
     assert samples["sampling"]["draws"].startswith("two-level inverse CDF")
     names = {"steps", "jump", "grid", "temperature", "top_p", "seed", "weights", "batch_size"}
     assert names <= samples["sampling"].keys()
-    assert samples["model"]["sha256"] == f"{2:016x}"
+    assert samples["model"]["sha256"] == SUBJECTS["distill"].facts["sha256"]
     assert samples["num_samples"] == 5
     assert {"jax", "platform", "matmul_precision"} <= samples["numerics"].keys()
     assert [judge["kind"] for judge in stamp["scoring"]["judges"]][1] == "words"
@@ -476,6 +477,10 @@ def test_collapse_is_exposed_by_the_report(finished):
     assert repeated["figures"]["entropy_bits"]["value"] < real["figures"]["entropy_bits"]["value"]
     for name in ("entropy_bits", "distinct_1"):
         assert shuffled["figures"][name]["value"] == pytest.approx(real["figures"][name]["value"])
+    words = {row["group"]: {f.word for f in reading.findings(row, real)} for row in rows}
+    assert {"control", "repeats"} <= words["repeated control"]
+    assert "own judge" in words["autoregressive"]
+    assert not any("own judge" in found for group, found in words.items() if group == "distill")
 
 
 # ---------------------------------------------------------------------------------------- sampling

@@ -38,7 +38,8 @@ def _scores(perplexity):
 
 def _stamp(model, judges):
     listed = [{"name": name, "sha256": sha256} for name, sha256 in judges.items()]
-    return {"model": model and {"sha256": f"of {model}"}, "scoring": {"judges": listed}}
+    sha256 = model and {"sha256": f"of {model}"}
+    return {"samples": {"model": sha256}, "scoring": {"judges": listed}}
 
 
 def _row(group, steps=None, *, kind="model", perplexity=50.0, bits=6.3, **changes):
@@ -750,7 +751,7 @@ def test_stamps_of_the_page_add_up(tmp_path):
     assert read["The same for all rows of texts to compare with"] == REAL["protocol"]
     assert read["held-out text"] == {}
     assert read["distill, 8 steps"] == {
-        **{key: rows[3]["protocol"][key] for key in ("model", "scoring")},
+        **{key: rows[3]["protocol"][key] for key in ("samples", "scoring")},
         "sampling": {"seed": 1},
     }
     assert [read["distill, 2 steps"][seed]["sampling"] for seed in seeds] == [

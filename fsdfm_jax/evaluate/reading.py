@@ -228,7 +228,7 @@ def own_judges(row: Row) -> set[str]:
     """Names of the judges whose weights are those of the row's own model."""
     names = set()
     for stamp in stamps(row):
-        sha256 = (stamp.get("model") or {}).get("sha256")
+        sha256 = ((stamp.get("samples") or {}).get("model") or {}).get("sha256")
         listed = (stamp.get("scoring") or {}).get("judges") or ()
         names |= {judge["name"] for judge in listed if sha256 and judge.get("sha256") == sha256}
     return names
