@@ -193,7 +193,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.top_p = 1.0  # share of the posterior's mass that is drawn from
     evaluation.weights = "ema"  # ema (as the stage uses them) | student
     evaluation.seed = 1
-    evaluation.task = "unconditional"  # unconditional | prefix:K | random:SHARE | infill:COUNTxN
+    # unconditional | prefix:K | continuation (prefix:512) | random:SHARE | infill:COUNTxN
+    evaluation.task = "unconditional"
     evaluation.controls = ("unigram", "shuffled", "repeated")  # texts that show what can be gamed
     evaluation.models = ""  # further ones, "LABEL=PATH" or "LABEL=PATH#RUN", comma-separated
     # The first is the main one: "autoregressive" (of the same run) | hf:FOLDER | gguf:FILE |

@@ -4,7 +4,9 @@ python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny            
 python -m launch.sweep --config=configs/sweep.py:smoke --workdir=runs/smoke     a minute of it
 
 Change an axis on the command line, --config.axes.temperatures='(0.9,1.0)', or in a file like this
-one. `eval` is as in configs/base.py; the axes replace what it says of them.
+one. `eval` is as in configs/base.py; of its keys those that the axes are about (steps, many_steps,
+jumps, few_step_jump, memories, grid, temperature, top_p, weights) have no effect here, and seed is
+that of the controls.
 """
 
 import ml_collections

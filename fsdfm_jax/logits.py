@@ -88,7 +88,7 @@ def position(logits: Logits, index: jax.Array | int) -> Logits:
 
 
 def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
-    """The logits divided by a temperature."""
+    """The logits divided by a temperature, which comes before a `nucleus`."""
     if not isinstance(logits, Factored):
         return logits.astype(jnp.float32) / temperature
     if logits.temperature is not None:

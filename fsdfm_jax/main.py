@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
 from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import held_out, points, subjects, suite, tasks
+from fsdfm_jax.evaluate import held_out, points, subjects, suite
 from fsdfm_jax.stages import Process, refine
 from fsdfm_jax.train import Settings, check_settings, train
 from fsdfm_jax.workdir import Entry
@@ -181,6 +181,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     pipeline = workdir.entries(config, folder)
     settings = points.Settings.from_config(config.eval)
     suite.check_inputs(settings, config.data.block_length)
+    subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))
     if jax.process_count() > 1:
         raise ValueError(
             f"This version trains in one process, got {jax.process_count()}: run it on one host, "
@@ -229,9 +230,7 @@ def main(argv: list[str]) -> None:
         data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)
     )
     if _EVALUATE.value:
-        settings = points.Settings.from_config(config.eval)
-        conditional = settings.task != tasks.UNCONDITIONAL
-        held_out.check(prepared.num_blocks("validation"), conditional, settings.num_samples)
+        held_out.check(prepared.num_blocks("validation"), points.Settings.from_config(config.eval))
     workdir.save_config(folder, config)
     process = stages.make_process(
         config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id

@@ -177,8 +177,8 @@ def test_stamped_numbers_can_be_recomputed_from_the_saved_samples(finished):
     folder, rows, plan = finished
     assert len(rows) == len(plan) == 1 + 3 + 1 + 3 + 2
     for row in rows:
-        saved = np.load(folder / row["samples"])
-        tokens_NL = saved["tokens"]
+        tokens_NL = np.load(folder / row["samples_file"])["tokens"]
+        saved = np.load(folder / row["scores_file"])
         assert tokens_NL.shape == (5, L)
         assert tokens_NL.dtype == np.int32
         value = lambda name, row=row: row["figures"][name]["value"]
@@ -208,8 +208,8 @@ def test_stamped_numbers_can_be_recomputed_from_the_saved_samples(finished):
 def test_saved_log_likelihoods_are_the_judges_own(finished):
     folder, rows, _ = finished
     for row in (rows[0], rows[-1]):
-        saved = np.load(folder / row["samples"])
-        nll = [_literal_nll(ids) for ids in saved["tokens"]]
+        saved = np.load(folder / row["scores_file"])
+        nll = [_literal_nll(ids) for ids in np.load(folder / row["samples_file"])["tokens"]]
         # float32 sums of six losses in another order
         np.testing.assert_allclose(saved["autoregressive.ids.nll"], nll, rtol=1e-5)
         assert (saved["autoregressive.ids.tokens"] == L).all()
@@ -218,7 +218,7 @@ def test_saved_log_likelihoods_are_the_judges_own(finished):
 def test_a_judge_of_another_tokenizer_reads_text(finished):
     folder, rows, _ = finished
     for row in rows:
-        tokens_NL = np.load(folder / row["samples"])["tokens"]
+        tokens_NL = np.load(folder / row["samples_file"])["tokens"]
         words = [TOKENIZER.decode(t.tolist()).split() for t in tokens_NL]
         pooled = sum(len(w) for row in words for w in row) / sum(map(len, words))
         found = row["judges"]["words"]
@@ -306,7 +306,7 @@ def test_another_way_of_sampling_is_drawn_anew_beside_the_first(
     # The first ones are still there, and still found.
     plain, _ = _evaluation(folder, [judge, Words()])
     assert [row["slug"] for row in plain.finished(plan)] == [row["slug"] for row in rows]
-    assert (folder / rows[-1]["samples"]).is_file()
+    assert (folder / rows[-1]["samples_file"]).is_file()
 
 
 def test_watching_more_samples_draws_none_anew(tmp_path, judge, monkeypatch):
@@ -321,6 +321,39 @@ def test_watching_more_samples_draws_none_anew(tmp_path, judge, monkeypatch):
     assert len(second["per_step"]["entropy_nats"]) == 2
     assert second["figures"]["predictive_entropy_nats"]["count"] == 2
     assert second["judges"] == first["judges"]
+
+
+def test_what_is_known_of_the_same_samples_is_taken_over(tmp_path, judge, monkeypatch):
+    """Asked again with other resamples, then with what was watched before: nothing is redone."""
+
+    class Once(Words):
+        asked = 0
+
+        def score_text(self, texts):
+            Once.asked += 1
+            return super().score_text(texts)
+
+    watched = collections.Counter()
+    plain = draw.watch
+
+    def counted(point, *arguments, count, **options):
+        watched[count] += 1
+        return plain(point, *arguments, count=count, **options)
+
+    monkeypatch.setattr(draw, "watch", counted)
+    rows = {}
+    for changes in ({}, {"resamples": 60}, {"watched": 0}, {"watched": 1}, {"resamples": 70}):
+        evaluation, plan = _evaluation(tmp_path, [Once()], **changes)
+        (rows[str(changes)],) = evaluation.run(plan[-1:])
+    assert Once.asked == 1
+    assert watched == {2: 1, 1: 1}
+    # All of them are still found, each with its own numbers.
+    for changes in ({}, {"watched": 0}, {"watched": 1}):
+        evaluation, plan = _evaluation(tmp_path, [Once()], **changes)
+        (row,) = evaluation.finished(plan[-1:])
+        assert json.dumps(row) == json.dumps(rows[str(changes)])
+    assert len({row["scores_file"] for row in rows.values()}) == 5
+    assert len({row["samples_file"] for row in rows.values()}) == 1
 
 
 def test_a_point_killed_between_batches_goes_on_with_the_next_one(tmp_path, judge, monkeypatch):
@@ -352,7 +385,7 @@ def test_a_point_killed_between_batches_goes_on_with_the_next_one(tmp_path, judg
     whole, _ = _evaluation(tmp_path / "whole", [judge], batch_size=1, watched=0)
     (other,) = whole.run(plan[-1:])
     np.testing.assert_array_equal(
-        *(np.load(f / row["samples"])["tokens"] for f in (tmp_path, tmp_path / "whole"))
+        *(np.load(f / row["samples_file"])["tokens"] for f in (tmp_path, tmp_path / "whole"))
     )
     assert row["figures"] == other["figures"]
 
@@ -429,7 +462,7 @@ def test_repeats_are_pooled_over_their_samples(tmp_path, judge):
     assert pooled["num_seeds"] == 3
     assert pooled["seeds"] == [1, 2, 3]
     assert pooled["protocol"].keys() == {point.slug for point in repeats}
-    saved = [np.load(tmp_path / row["samples"]) for row in rows[1:]]
+    saved = [np.load(tmp_path / row["scores_file"]) for row in rows[1:]]
     nll = np.concatenate([one["autoregressive.ids.nll"] for one in saved]) / L
     found = pooled["judges"]["autoregressive"]["ids"]["perplexity_a"]
     assert found["value"] == pytest.approx(np.exp(nll).mean(), rel=1e-6)

@@ -129,7 +129,7 @@ def _results(folder):
 
 
 def _samples(folder, row):
-    return np.load(folder / "report" / row["samples"])["tokens"]
+    return np.load(folder / "report" / row["samples_file"])["tokens"]
 
 
 def _table(out):

@@ -131,7 +131,7 @@ def test_a_sweep_writes_a_line_and_samples_of_each_point(whole):
     assert len(lines) == len({line["slug"] for line in lines}) == POINTS
     assert [line["slug"] for line in lines] == [row["slug"] for row in _rows(folder)]
     for line in lines:
-        with np.load(folder / line["samples"]) as arrays:
+        with np.load(folder / line["samples_file"]) as arrays:
             assert arrays["tokens"].shape == (4, 8)
     for name in ("report.html", "results.csv", "frontier.png", "samples.txt"):
         assert (folder / name).stat().st_size > 0
@@ -161,7 +161,7 @@ def test_killed_twice_it_ends_with_the_same_points(world, whole):
     assert len(lines) == len({line["slug"] for line in lines}) == POINTS
     assert _rows(folder) == _rows(whole[0])
     for row in _rows(folder):
-        ours, theirs = (np.load(f / row["samples"])["tokens"] for f in (folder, whole[0]))
+        ours, theirs = (np.load(f / row["samples_file"])["tokens"] for f in (folder, whole[0]))
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -251,9 +251,9 @@ def test_evaluating_a_checkpoint_with_given_tokens(world):
     assert "give a prepared folder with --data" in err
     world.run("fsdfm_jax.evaluate", "", changes, *flags, f"--data={world.run_folder / 'data'}")
     rows = _rows(world.folder / "file")
-    real = np.load(world.folder / "file" / rows[0]["samples"])["tokens"]
+    real = np.load(world.folder / "file" / rows[0]["samples_file"])["tokens"]
     for row in rows:
-        with np.load(world.folder / "file" / row["samples"]) as arrays:
+        with np.load(world.folder / "file" / row["samples_file"]) as arrays:
             np.testing.assert_array_equal(arrays["tokens"][:, :4], real[:, :4])
         (judge,) = row["judges"].values()
         # Only what was written is scored.

@@ -25,7 +25,7 @@ from fsdfm_jax.evaluate.points import Settings
 from fsdfm_jax.evaluate.subjects import Catalogue
 
 _DEFAULT_CONFIG = pathlib.Path(fsdfm_jax.__file__).parents[1] / "configs" / "base.py"
-_GIVEN = cli.config_given(sys.argv)
+_CONFIG_GIVEN = cli.config_given(sys.argv)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration; its eval section then replaces that of the run."
 )
@@ -54,7 +54,7 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     Raises:
       ValueError: for a stored value of another type.
     """
-    if _GIVEN:
+    if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
     for key, value in (stored.get("eval") or {}).items():
@@ -101,6 +101,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if not _GIVEN:  # not as the flag's default: a misspelt key would then end in a traceback
+    if not _CONFIG_GIVEN:  # not as the flag's default: a misspelt key would then end in a traceback
         sys.argv.insert(1, f"--config={_DEFAULT_CONFIG}")
     cli.run(main)

@@ -246,15 +246,11 @@ def _watch_autoregressive(point, subject, frozen_RL, drawn_RL) -> Watched:
 def _entropies(params, model, eos_id, mask_id, tokens_BL, temperature, top_p):
     logits = autoregressive.predict_next(params, model, eos_id, tokens_BL)
     logits = logits_lib.divide(logits, temperature)
-
-    def entropy(logits_BLV):
-        if mask_id is not None:
-            logits_BLV = logits_BLV.at[..., mask_id].set(-jnp.inf)
-        if top_p is not None:
-            logits_BLV = logits_lib.nucleus(logits_BLV, top_p)
-        return inference.entropy(logits_BLV)
-
-    return logits_lib.map_positions(entropy, logits)
+    if mask_id is not None:
+        logits = logits_lib.exclude(logits, mask_id)
+    if top_p is not None:
+        logits = logits_lib.nucleus(logits, top_p)
+    return logits_lib.map_positions(inference.entropy, logits)
 
 
 def control(

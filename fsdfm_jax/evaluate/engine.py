@@ -67,7 +67,7 @@ class Evaluation:
 
     def run(self, plan: Sequence[Point]) -> list[Row]:
         """The rows of all points, in order; those that are stored are not computed again."""
-        work = {p: self._calls(p) for p in plan if self._finished(p) is None}
+        work = {p: self._calls(p) for p in plan if self._stored(p) is None}
         name = f"evaluating {len(work)} of {len(plan)} points, network calls"
         with Progress(name, total=sum(work.values())) as progress:
             for point, calls in work.items():
@@ -81,34 +81,49 @@ class Evaluation:
     def finished(self, plan: Sequence[Point]) -> list[Row]:
         """The rows of those points that are stored, by whatever machine, in order."""
         self._store.refresh()
-        return [row for row in map(self._finished, plan) if row is not None]
+        return [row for row in map(self._stored, plan) if row is not None]
 
-    def _finished(self, point: Point) -> Row | None:
+    def _stored(self, point: Point) -> Row | None:
         return self._store.finished(point.slug, self.protocol(point))
 
     def _compute(self, point: Point) -> None:
         """Draws and scores a point; its row is stored when this returns."""
-        stamp = self.protocol(point)
-        arrays = self._drawn(point, stamp["samples"])
-        measured = summary.measure(
-            arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=arrays
+        protocol = self.protocol(point)
+        stamp = protocol["samples"]
+        arrays = self._store.arrays(point.slug, stamp)
+        if arrays is None:
+            arrays = self._sample(point, stamp)
+            self._store.save_arrays(point.slug, stamp, arrays)
+        # All that others made of the same samples, the same part of one of them twice or not.
+        known = dict(
+            itertools.chain.from_iterable(
+                part.items()
+                for part in self._store.earlier_scores(point.slug, stamp, self._scoring_code)
+            )
         )
-        figures, judged = self._figures(measured)
-        own = _entropy_of_choice([arrays], self._settings.resamples)
+        scores = summary.measure(
+            arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=known
+        )
+        scores |= self._steps(point, arrays["tokens"], known)
+        scores |= self._mauve(point, arrays["tokens"], known)
+        self._store.save_scores(point.slug, protocol, self._scoring_code, scores)
+        figures, judged = self._figures(scores)
+        own = _entropy_of_choice([scores], self._settings.resamples)
         figures |= {
             "predictive_entropy_nats": own and own["mean"],
-            "mauve": self._mauve(point, arrays["tokens"]),
+            "mauve": _mauve_estimate(scores),
             "bound_nats_per_token": self._bound(point),
         }
-        self._store.save_arrays(point.slug, stamp["samples"], arrays | measured)
         fields = ("kind", "group", "stage", "steps", "jump", "grid")
-        fields += ("temperature", "top_p", "weights", "memory", "seed", "task")
+        fields += ("temperature", "top_p", "memory", "seed", "task")
         self._store.add(
             {
                 "slug": point.slug,
                 "setting": point.setting,
                 **{name: getattr(point, name) for name in fields},
                 "run": point.source if point.kind == "model" else None,
+                # Those that were opened: a run without an average has one set of weights.
+                "weights": stamp["model"] and stamp["model"]["weights"],
                 "num_samples": len(arrays["tokens"]),
                 "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
                 "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
@@ -117,9 +132,10 @@ class Evaluation:
                 "judges": judged,
                 "per_step": own and own["per_step"],
                 "notes": _notes(point),
-                "samples": self._store.place(point.slug, stamp["samples"]),
+                "samples_file": self._store.samples_file(point.slug, stamp),
+                "scores_file": self._store.scores_file(point.slug, protocol),
                 "code_version": workdir.code_version(),
-                "protocol": stamp,
+                "protocol": protocol,
             }
         )
 
@@ -132,25 +148,10 @@ class Evaluation:
         asked = self._settings.num_samples
         return asked if point.kind == "model" else min(asked, len(self._text.real_NL))
 
-    def _drawn(self, point: Point, stamp: dict[str, Any]) -> Arrays:
-        """A point's samples, watched as asked for, and what an earlier evaluation made of them."""
-        arrays = self._store.arrays(point.slug, stamp)
-        if arrays is None:
-            arrays = self._sample(point, stamp)
-            self._store.save_arrays(point.slug, stamp, arrays)
-        if str(arrays.get("scored_by", "")) != self._scoring_code:
-            kept = lambda name: name in _OF_SAMPLES or name.startswith(_OF_STEPS)
-            arrays = {name: array for name, array in arrays.items() if kept(name)}
-            arrays["scored_by"] = np.asarray(self._scoring_code)
-        asked = min(self._settings.watched, self._settings.batch_size, len(arrays["tokens"]))
-        if point.kind == "model" and int(arrays.get("step_samples", 0)) != asked:
-            arrays = {k: array for k, array in arrays.items() if not k.startswith(_OF_STEPS)}
-            arrays |= self._watch(point, arrays["tokens"], asked)
-        return arrays
-
-    @property
+    @functools.cached_property
     def _scoring_code(self) -> str:
-        return workdir.code_digest(stamps.SCORING_CODE)
+        # Judges and bounds are computed by the networks' code as well.
+        return workdir.code_digest((*stamps.SAMPLING_CODE, *stamps.SCORING_CODE))
 
     def _sample(self, point: Point, stamp: dict[str, Any]) -> Arrays:
         given = self._given(point)
@@ -183,10 +184,14 @@ class Evaluation:
             "device": np.asarray(f"1 x {jax.devices()[0].device_kind}"),
         }
 
-    def _watch(self, point: Point, tokens_NL: np.ndarray, count: int) -> Arrays:
+    def _steps(self, point: Point, tokens_NL: np.ndarray, known: Arrays) -> Arrays:
         """How the first samples came about, by the names it is stored under."""
-        if not count:
+        count = min(self._settings.watched, self._settings.batch_size, len(tokens_NL))
+        if point.kind != "model" or not count:
             return {}
+        if int(known.get("step_samples", 0)) == count:
+            is_ours = lambda name: name in _STEPS or name.startswith(_PATH)
+            return {name: array for name, array in known.items() if is_ours(name)}
         watched = draw.watch(
             point,
             self._catalogue.open(point.source, point.weights),
@@ -195,15 +200,11 @@ class Evaluation:
             count=count,
             room=self._room,
         )
-        arrays = {
-            "step_samples": np.asarray(count),
-            "step_times": watched.times_S,
-            "step_entropy_nats": watched.entropy_RS,
-            "step_changed": watched.changed_RS,
-        }
+        parts = (count, watched.times_S, watched.entropy_RS, watched.changed_RS)
+        arrays = {name: np.asarray(part) for name, part in zip(_STEPS, parts, strict=True)}
         for i, path in enumerate(watched.trajectories):
-            parts = path._asdict().items()
-            arrays |= {f"step_path{i}.{name}": np.asarray(part) for name, part in parts}
+            named = path._asdict().items()
+            arrays |= {f"{_PATH}{i}.{name}": np.asarray(part) for name, part in named}
         return arrays
 
     def _given(self, point: Point) -> Given:
@@ -264,11 +265,20 @@ class Evaluation:
             "text": self._text.fingerprint,
         }
 
-    def _mauve(self, point: Point, tokens_NL: np.ndarray) -> dict[str, Any] | None:
-        if self._reference_ML(point) is None:
-            return None
+    def _mauve(self, point: Point, tokens_NL: np.ndarray, known: Arrays) -> Arrays:
+        """The score by the names it is stored under; {} where there is none."""
+        facts = self._mauve_facts(point)
+        if facts is None:
+            return {}
+        digest = workdir.digest([facts, self._judge_facts[0]])
+        if str(known.get("mauve_digest", "")) == digest:
+            return {name: known[name] for name in ("mauve", "mauve_digest")}
         judge, reference_ND = self._judges[0], self._reference_features
-        return summary.mauve_score(tokens_NL, self._tokenizer, judge, reference_ND)
+        found = summary.mauve_score(tokens_NL, self._tokenizer, judge, reference_ND)
+        return {
+            "mauve": np.asarray([found[name] for name in _ESTIMATE], np.float64),
+            "mauve_digest": np.asarray(digest),
+        }
 
     @functools.cached_property
     def _reference_features(self) -> np.ndarray:
@@ -330,10 +340,11 @@ class Evaluation:
         samples, frozen, paths = {}, {}, {}
         for row in rows:
             arrays = self._store.arrays(row["slug"], row["protocol"]["samples"])
-            if arrays is not None:
+            scores = self._store.scores(row["slug"], row["protocol"])
+            if arrays is not None and scores is not None:
                 slug = row["slug"]
                 samples[slug], frozen[slug] = (arrays[k][:_SHOWN] for k in ("tokens", "frozen"))
-                paths[slug] = _trajectories(arrays)
+                paths[slug] = _trajectories(scores)
         by_setting = itertools.groupby(
             sorted(rows, key=lambda row: row["setting"]), key=lambda row: row["setting"]
         )
@@ -351,7 +362,7 @@ class Evaluation:
         MAUVE, which compares sets, is the mean over the seeds, without an interval.
         """
         first, resamples = rows[0], self._settings.resamples
-        parts = [self._store.arrays(row["slug"], row["protocol"]["samples"]) for row in rows]
+        parts = [self._store.scores(row["slug"], row["protocol"]) for row in rows]
         if len(rows) == 1 or any(part is None for part in parts):
             return first
         figures, judged = self._figures(summary.pool(parts))
@@ -387,17 +398,25 @@ class _Kept:
         self._store.save_batch(*self._place, index, tokens_BL)
 
 
-# Stored arrays that hold whoever scores: those of the samples, and those of how they came about.
-_OF_SAMPLES = ("tokens", "frozen", "seconds_per_sample", "compile_seconds", "device")
-_OF_STEPS = "step_"
+# Names of what is stored of the steps that were watched, and of the trajectories among it.
+_STEPS = ("step_samples", "step_times", "step_entropy_nats", "step_changed")
+_PATH = "step_path"
+_ESTIMATE = ("value", "low", "high", "count")
+
+
+def _mauve_estimate(scores: Arrays) -> dict[str, Any] | None:
+    if "mauve" not in scores:
+        return None
+    found = dict(zip(_ESTIMATE, scores["mauve"].tolist(), strict=True))
+    return found | {"count": int(found["count"])}
 
 
 def _trajectories(arrays: Arrays) -> list[trajectory.Trajectory]:
     """The trajectories among a point's stored arrays."""
     found = []
-    while f"step_path{len(found)}.tokens_TL" in arrays:
+    while f"{_PATH}{len(found)}.tokens_TL" in arrays:
         tokens_TL, steps, times, frozen_L = (
-            arrays[f"step_path{len(found)}.{name}"] for name in trajectory.Trajectory._fields
+            arrays[f"{_PATH}{len(found)}.{name}"] for name in trajectory.Trajectory._fields
         )
         shown = (tuple(steps.tolist()), tuple(times.tolist()))
         found.append(trajectory.Trajectory(tokens_TL, *shown, frozen_L))

@@ -6,6 +6,8 @@ import numpy as np
 
 from fsdfm_jax import data as data_lib
 from fsdfm_jax.data import PreparedData
+from fsdfm_jax.evaluate import tasks
+from fsdfm_jax.evaluate.points import Settings
 
 # Training blocks that the unigram control's frequencies come from.
 _UNIGRAM_BLOCKS = 1024
@@ -60,15 +62,15 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
     )
 
 
-def check(prepared_blocks: int, task_is_conditional: bool, num_samples: int) -> None:
+def check(num_blocks: int, settings: Settings) -> None:
     """Refuses a conditional task with fewer held-out blocks than samples.
 
     Raises:
       ValueError: naming both.
     """
-    if task_is_conditional and prepared_blocks < num_samples:
+    if settings.task != tasks.UNCONDITIONAL and num_blocks < settings.num_samples:
         raise ValueError(
-            f"The held-out text has {prepared_blocks} blocks, but eval.task gives a part of one to "
-            f"each of eval.num_samples={num_samples}: lower eval.num_samples or data.block_length, "
-            "or raise data.holdout."
+            f"The held-out text has {num_blocks} blocks, but eval.task gives a part of one to each "
+            f"of eval.num_samples={settings.num_samples}: lower eval.num_samples or "
+            "data.block_length, or raise data.holdout."
         )

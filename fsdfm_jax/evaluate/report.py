@@ -86,7 +86,7 @@ def write(
 
     Args:
       directory: made where needed.
-      rows: figures and protocol of each point, as fsdfm_jax/evaluate/suite.py makes them.
+      rows: figures and protocol of each point, as fsdfm_jax/evaluate/engine.py makes them.
       pooled: the same with one row a setting, which is what tables, pictures and the page show.
         Where it has several seeds, "num_seeds" and "seeds" say so, "protocol" has the stamp of each
         point by its slug, and the row's own slug is that of one of them; "num_samples" stays the

@@ -15,7 +15,7 @@ from fsdfm_jax.evaluate.points import Point
 
 # Modules that decide which tokens are drawn.
 SAMPLING_CODE = (
-    *("attention", "draws", "inference", "jumps", "logits", "loops", "models", "sampler"),
+    *("attention", "data", "draws", "inference", "jumps", "logits", "loops", "models", "sampler"),
     *("schedules", "sources", "stages", "stages.autoregressive", "teacher"),
     *("evaluate.draw", "evaluate.held_out", "evaluate.tasks"),
 )

@@ -1,18 +1,19 @@
 """Finished points on disk: one line of JSON each, and their samples; nothing is computed twice.
 
-    DIR/points.jsonl               a row per line; of a point computed again, the last one counts
-    DIR/points-2-of-8.jsonl        those of machine 2 of 8; all of them are read
-    DIR/samples/SLUG-DIGEST.npz    tokens, what was given, what each figure was aggregated from
-    DIR/samples/.SLUG-DIGEST/      batches of a point that isn't drawn to its end yet
+    DIR/points.jsonl                a row per line; of a point computed again, the last one counts
+    DIR/points-2-of-8.jsonl         those of machine 2 of 8; all of them are read
+    DIR/samples/SLUG-S.npz          tokens, what was given, what they cost
+    DIR/samples/SLUG-S-F.npz        what each figure is aggregated from
+    DIR/samples/.SLUG-S/            batches of a point that isn't drawn to its end yet
 
-DIGEST is that of everything the samples depend on, so that no samples take the place of others.
+S is the digest of everything the samples depend on, F that of what is made of them (the two parts
+of a protocol), so that no file ever takes the place of another.
 """
 
 import pathlib
 import shutil
 import zipfile
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,40 +45,55 @@ class Store:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what any machine has finished by now."""
+        """Reads what any machine has finished by now; rows of earlier versions are passed over."""
         for path in sorted(self._directory.glob("points*.jsonl")):
             for line in writer.read_jsonl(path):
-                if not isinstance(line, dict) or not line.keys() >= _NEEDED:
+                if not isinstance(line, dict):
                     raise ValueError(f"{path} holds a line that is no result; remove the line.")
-                row = {k: _numbers(v) if k in _NUMERIC else v for k, v in line.items()}
-                self._rows[line["slug"], workdir.digest(line["protocol"])] = row
+                if line.keys() >= _NEEDED:
+                    row = {k: _numbers(v) if k in _NUMERIC else v for k, v in line.items()}
+                    self._rows[row["slug"], workdir.digest(row["protocol"])] = row
 
     def finished(self, slug: str, protocol: dict[str, Any]) -> Row | None:
-        """The row of a point computed under exactly this protocol, with its samples there."""
+        """The row of a point computed under exactly this protocol, with its files there."""
         row = self._rows.get((slug, workdir.digest(protocol)))
-        return row if row is not None and (self._directory / row["samples"]).is_file() else None
+        if row is None:
+            return None
+        files = (row["samples_file"], row["scores_file"])
+        return row if all((self._directory / name).is_file() for name in files) else None
 
-    def arrays(self, slug: str, stamp: Any, names: Sequence[str] | None = None) -> Arrays | None:
-        """The samples of a point drawn under exactly this stamp, and what was kept with them.
+    def arrays(self, slug: str, stamp: Any) -> Arrays | None:
+        """The samples of a point drawn under exactly this stamp."""
+        return _load(self._directory / self.samples_file(slug, stamp))
 
-        Args:
-          slug, stamp: of the point.
-          names: which arrays, where they are there; all by default.
-        """
-        try:
-            with np.load(self._directory / self.place(slug, stamp), allow_pickle=False) as file:
-                return {name: file[name] for name in file.files if names is None or name in names}
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
-            return None  # not there or damaged: drawn again
+    def scores(self, slug: str, protocol: dict[str, Any]) -> Arrays | None:
+        """What the figures of a point under exactly this protocol are aggregated from."""
+        return _load(self._directory / self.scores_file(slug, protocol))
+
+    def earlier_scores(self, slug: str, stamp: Any, code: str) -> list[Arrays]:
+        """What other evaluations by the same code made of the same samples."""
+        pattern = self.samples_file(slug, stamp).removesuffix(".npz") + "-*.npz"
+        found = map(_load, sorted(self._directory.glob(pattern)))
+        return [arrays for arrays in found if arrays and str(arrays.get("code", "")) == code]
+
+    def save_scores(self, slug: str, protocol: dict[str, Any], code: str, arrays: Arrays) -> None:
+        """Writes what a point's figures are aggregated from; `code`: digest of what made it."""
+        path = self._directory / self.scores_file(slug, protocol)
+        writer.write_arrays(path, arrays | {"code": np.asarray(code)})
 
     def save_arrays(self, slug: str, stamp: Any, arrays: Arrays) -> None:
         """Writes a point's samples, whole or not at all; its batches aren't needed any more."""
-        writer.write_arrays(self._directory / self.place(slug, stamp), arrays)
+        writer.write_arrays(self._directory / self.samples_file(slug, stamp), arrays)
         shutil.rmtree(self._batches(slug, stamp), ignore_errors=True)
 
-    def place(self, slug: str, stamp: Any) -> str:
+    def samples_file(self, slug: str, stamp: Any) -> str:
         """The file of a point's samples, relative to the directory."""
         return f"samples/{slug}-{workdir.digest(stamp)[:8]}.npz"
+
+    def scores_file(self, slug: str, protocol: dict[str, Any]) -> str:
+        """The file of what is made of them."""
+        samples = self.samples_file(slug, protocol["samples"]).removesuffix(".npz")
+        return f"{samples}-{workdir.digest(protocol['scoring'])[:8]}.npz"
 
     def batch(self, slug: str, stamp: Any, index: int) -> np.ndarray | None:
         """A batch of a point that wasn't drawn to its end, None if it is missing or damaged."""
@@ -99,9 +115,18 @@ class Store:
         self._rows[row["slug"], workdir.digest(row["protocol"])] = row
 
 
-_NEEDED = {"slug", "protocol", "samples"}
+_NEEDED = {"slug", "protocol", "samples_file", "scores_file"}
 # Where numbers stand in a row.
 _NUMERIC = ("figures", "judges", "per_step", "milliseconds_per_sample", "compile_seconds")
+
+
+def _load(path: pathlib.Path) -> Arrays | None:
+    """All arrays of a file, None if it isn't there or is damaged: then they are made again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def _numbers(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fsdfm_jax import data as data_lib
@@ -39,7 +39,11 @@ class Subject(NamedTuple):
 
 
 def catalogue(
-    folder: pathlib.Path, trained: Mapping[str, str], further: str, **options: Any
+    folder: pathlib.Path,
+    trained: Mapping[str, str],
+    further: str,
+    runs: Sequence[str] | None = None,
+    **options: Any,
 ) -> "Catalogue":
     """The models of a working directory, and further ones.
 
@@ -47,6 +51,7 @@ def catalogue(
       folder: the working directory.
       trained: run -> stage, all of them trained, in the order of the pipeline.
       further: `eval.models`.
+      runs: which are to be evaluated; all by default.
       **options: of `formats.open_bundle`, for the further ones.
 
     Raises:
@@ -54,7 +59,11 @@ def catalogue(
     """
     places: dict[str, Any] = {run: (folder, {"stage": run}) for run in trained}
     judges = [run for run, stage in trained.items() if stage == "autoregressive"]
-    return Catalogue(join(places, further_places(further, **options)), next(reversed(judges), None))
+    return Catalogue(
+        join(places, further_places(further, **options)),
+        next(reversed(judges), None),
+        unlisted=set(trained) - set(runs or trained),
+    )
 
 
 def join(places: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def open_workdir(
     Args:
       folder: the working directory.
       further: `eval.models`.
-      runs: which of its runs, besides the one that judges; all by default.
+      runs: which of its runs are to be evaluated; all that are trained by default.
       **options: of `formats.open_bundle`, for the further ones.
 
     Raises:
@@ -95,12 +104,7 @@ def open_workdir(
         raise ValueError(
             f"{folder} has no trained run {unknown[0]!r}; expected some of {', '.join(trained)}."
         )
-    chosen = {
-        run: stage
-        for run, stage in trained.items()
-        if not runs or run in runs or stage == "autoregressive"
-    }
-    return catalogue(folder, chosen, further, **options)
+    return catalogue(folder, trained, further, runs, **options)
 
 
 def prepared_text(folder: pathlib.Path) -> PreparedData:
@@ -122,10 +126,11 @@ class Catalogue:
     Args:
       places: label -> (path, options of `formats.open_bundle`), in order.
       judge: label of the in-house judge; None for the last autoregressive model among them.
+      unlisted: labels that may be opened and aren't to be evaluated, the judge's perhaps.
 
     Attributes:
       judge: label of the in-house judge, None if there is none.
-      stage_of: label -> stage.
+      stage_of: label -> stage of those to be evaluated.
       tokenizer: of all of them.
       block_length: the greatest they were trained on, None if unknown.
       num_params: label -> number of parameters.
@@ -138,6 +143,7 @@ class Catalogue:
         self,
         places: Mapping[str, tuple[pathlib.Path, Mapping[str, Any]]],
         judge: str | None = None,
+        unlisted: Collection[str] = (),
     ):
         if not places:
             raise ValueError("There is no model to evaluate.")
@@ -145,8 +151,9 @@ class Catalogue:
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._latest: tuple[tuple[str, str], Subject] | None = None
         bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
-        self.stage_of = {label: _stage_of(bundle) for label, bundle in bundles.items()}
-        left_to_right = [k for k, stage in self.stage_of.items() if stage == "autoregressive"]
+        stages_ = {label: _stage_of(bundle) for label, bundle in bundles.items()}
+        left_to_right = [label for label, stage in stages_.items() if stage == "autoregressive"]
+        self.stage_of = {k: stage for k, stage in stages_.items() if k not in unlisted}
         self.judge = judge or next(reversed(left_to_right), None)
         first, *others = bundles.items()
         self.tokenizer = first[1].tokenizer

@@ -120,8 +120,7 @@ def _read_text(prepared: PreparedData, tokenizer: Tokenizer, settings: Settings)
             f"has {prepared.tokenizer.fingerprint}; give text that was prepared with their "
             "tokenizer."
         )
-    conditional = settings.task != tasks.UNCONDITIONAL
-    held_out.check(prepared.num_blocks("validation"), conditional, settings.num_samples)
+    held_out.check(prepared.num_blocks("validation"), settings)
     return held_out.read(prepared, settings.num_samples, settings.bound_samples)
 
 
