@@ -46,8 +46,11 @@ def check_inputs(settings: Settings, length: int) -> None:
         if not path.exists():
             raise ValueError(f"eval.models: there is nothing at {path}, named {label!r}.")
     for spec in settings.judges:
-        if spec != IN_HOUSE:
-            judges_lib.check_spec(spec)
+        try:
+            if spec != IN_HOUSE:
+                judges_lib.check_spec(spec)
+        except ValueError as error:
+            raise ValueError(f"eval.judges: {error}") from None
 
 
 def evaluate(
