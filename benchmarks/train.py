@@ -72,7 +72,7 @@ def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, over
     config = measure.make_config(size, dtype=dtype, overrides=overrides)
     config.data.block_length = length
     vocab_size = measure.vocab_size(size)
-    process = stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    process = measure.make_process(config, vocab_size)
     built = stages.make_stage(stage, config, process)
     loss = built.loss
     if how is not None:

@@ -94,20 +94,17 @@ class Evaluation:
         if arrays is None:
             arrays = self._sample(point, stamp)
             self._store.save_arrays(point.slug, stamp, arrays)
-        # All that others made of the same samples, the same part of one of them twice or not.
-        known = dict(
-            itertools.chain.from_iterable(
-                part.items()
-                for part in self._store.earlier_scores(point.slug, stamp, self._scoring_code)
-            )
-        )
+        known = self._store.earlier_scores(point.slug, stamp, self._scoring_code)
+        judged: Arrays = {}
+        for judge, facts in zip(self._judges, self._judge_facts, strict=True):
+            judged |= _part_with(known, f"{judge.name}.digest", workdir.digest(facts))
         scores = summary.measure(
-            arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=known
+            arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=judged
         )
         scores |= self._steps(point, arrays["tokens"], known)
         scores |= self._mauve(point, arrays["tokens"], known)
         self._store.save_scores(point.slug, protocol, self._scoring_code, scores)
-        figures, judged = self._figures(scores)
+        figures, judges = self._figures(scores)
         own = _entropy_of_choice([scores], self._settings.resamples)
         figures |= {
             "predictive_entropy_nats": own and own["mean"],
@@ -129,7 +126,7 @@ class Evaluation:
                 "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
                 "device": str(arrays["device"]) if "device" in arrays else None,
                 "figures": figures,
-                "judges": judged,
+                "judges": judges,
                 "per_step": own and own["per_step"],
                 "notes": _notes(point),
                 "samples_file": self._store.samples_file(point.slug, stamp),
@@ -184,14 +181,14 @@ class Evaluation:
             "device": np.asarray(f"1 x {jax.devices()[0].device_kind}"),
         }
 
-    def _steps(self, point: Point, tokens_NL: np.ndarray, known: Arrays) -> Arrays:
+    def _steps(self, point: Point, tokens_NL: np.ndarray, known: Sequence[Arrays]) -> Arrays:
         """How the first samples came about, by the names it is stored under."""
         count = min(self._settings.watched, self._settings.batch_size, len(tokens_NL))
         if point.kind != "model" or not count:
             return {}
-        if int(known.get("step_samples", 0)) == count:
+        if part := _part_with(known, "step_samples", count):
             is_ours = lambda name: name in _STEPS or name.startswith(_PATH)
-            return {name: array for name, array in known.items() if is_ours(name)}
+            return {name: array for name, array in part.items() if is_ours(name)}
         watched = draw.watch(
             point,
             self._catalogue.open(point.source, point.weights),
@@ -265,14 +262,14 @@ class Evaluation:
             "text": self._text.fingerprint,
         }
 
-    def _mauve(self, point: Point, tokens_NL: np.ndarray, known: Arrays) -> Arrays:
+    def _mauve(self, point: Point, tokens_NL: np.ndarray, known: Sequence[Arrays]) -> Arrays:
         """The score by the names it is stored under; {} where there is none."""
         facts = self._mauve_facts(point)
         if facts is None:
             return {}
         digest = workdir.digest([facts, self._judge_facts[0]])
-        if str(known.get("mauve_digest", "")) == digest:
-            return {name: known[name] for name in ("mauve", "mauve_digest")}
+        if part := _part_with(known, "mauve_digest", digest):
+            return {name: part[name] for name in ("mauve", "mauve_digest")}
         judge, reference_ND = self._judges[0], self._reference_features
         found = summary.mauve_score(tokens_NL, self._tokenizer, judge, reference_ND)
         return {
@@ -362,8 +359,10 @@ class Evaluation:
         MAUVE, which compares sets, is the mean over the seeds, without an interval.
         """
         first, resamples = rows[0], self._settings.resamples
+        if len(rows) == 1:
+            return first
         parts = [self._store.scores(row["slug"], row["protocol"]) for row in rows]
-        if len(rows) == 1 or any(part is None for part in parts):
+        if any(part is None for part in parts):
             return first
         figures, judged = self._figures(summary.pool(parts))
         own = _entropy_of_choice(parts, resamples)
@@ -402,6 +401,11 @@ class _Kept:
 _STEPS = ("step_samples", "step_times", "step_entropy_nats", "step_changed")
 _PATH = "step_path"
 _ESTIMATE = ("value", "low", "high", "count")
+
+
+def _part_with(parts: Sequence[Arrays], name: str, value: Any) -> Arrays:
+    """The first of several sets of arrays in which a scalar has this value, {} if none has."""
+    return next((part for part in parts if name in part and part[name].item() == value), {})
 
 
 def _mauve_estimate(scores: Arrays) -> dict[str, Any] | None:
