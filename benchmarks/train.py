@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import literal, measure
-from fsdfm_jax import models, sharding, stages
+from fsdfm_jax import layout, models, sharding, stages
 from fsdfm_jax.stages import few_step
 
 _STAGE = flags.DEFINE_enum(
@@ -88,7 +88,7 @@ def compile_ahead(names: list[str], topology: str, *, batch: int, length: int, *
     """What the TPU compiler sets aside on each chip of a topology for a step of each case, GB."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    axes = sharding.AXES
+    axes = layout.AXES
     mesh = Mesh(np.asarray(devices).reshape(-1, *[1] * (len(axes) - 1)), axes)
     everywhere, spread = NamedSharding(mesh, P()), sharding.batch_sharding(mesh)
 

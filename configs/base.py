@@ -66,7 +66,7 @@ def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
     model.width, model.num_blocks, model.num_heads, model.cond_width = SIZES[size]
     model.dtype = "bfloat16"
     model.remat = "dots"
-    model.logits_mib = 1024
+    model.logits_mib = 256
     # FineWeb-Edu's parquet files, to be put there or named by --config.data.corpus.
     config.data.corpus = "fineweb-edu/*.parquet"
     config.data.tokenizer = "gpt2"
@@ -145,7 +145,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     model.attention = "auto"  # auto (by the device) | blocked | manual | xla | cudnn
     model.remat = "none"  # rematerialise blocks in the backward pass: none | full | dots
-    model.logits_mib = 128  # MiB of a chunk of float32 logits, over all devices; 0: no chunks
+    model.logits_mib = 128  # MiB of a chunk of float32 logits, on each device; 0: no chunks
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.b1 = 0.9
@@ -171,7 +171,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
 
     config.mesh = mesh = ml_collections.ConfigDict()
-    mesh.data = -1  # devices along the batch; -1 takes all that are left
+    # Sizes of the axes; they multiply to the number of devices, one may be -1: what is left.
+    mesh.data = -1  # spreads rows of a batch
+    mesh.fsdp = 1  # spreads rows of a batch, and parameters with their moments and average
+    mesh.tensor = 1  # splits heads, hidden channels and positions of one row
+    mesh.slices = 1  # slices of a multi-slice job, the outermost part of mesh.data
 
     config.train = train = ml_collections.ConfigDict()
     train.log_every = 20  # steps between lines of metrics

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from fsdfm_jax import loops
+from fsdfm_jax import layout, loops
 
 
 @functools.partial(
@@ -40,8 +40,9 @@ class Factored:
       temperature: scalar, or None for 1.
       top_p: scalar, or None for 1, see `nucleus`.
       dtype: factors of the product are rounded to; it is accumulated in float32.
-      chunk_size: entries that an array [B, chunk, V] may have; 0 for one chunk. A loss with its
-        gradient holds some three such arrays at once, a distillation loss five.
+      chunk_size: entries that a device's share of an array [B, chunk, V] may have; 0 for one
+        chunk. A loss with its gradient holds some three such arrays at once, a distillation loss
+        five.
     """
 
     features_BLD: jax.Array
@@ -69,7 +70,7 @@ def dense(logits: Logits) -> jax.Array:
     """The logits written down, float32 [B, L, V]."""
     if not isinstance(logits, Factored):
         return logits.astype(jnp.float32)
-    return _multiply(logits, logits.features_BLD)
+    return _multiply(_gathered(logits), logits.features_BLD)
 
 
 def rows(logits: Logits, start: int, stop: int) -> Logits:
@@ -77,6 +78,13 @@ def rows(logits: Logits, start: int, stop: int) -> Logits:
     if not isinstance(logits, Factored):
         return logits[start:stop]
     return dataclasses.replace(logits, features_BLD=logits.features_BLD[start:stop])
+
+
+def pad_rows(logits: Logits) -> Logits:
+    """See `layout.pad_rows`."""
+    if not isinstance(logits, Factored):
+        return layout.pad_rows(logits)
+    return dataclasses.replace(logits, features_BLD=layout.pad_rows(logits.features_BLD))
 
 
 def position(logits: Logits, index: jax.Array | int) -> Logits:
@@ -166,7 +174,8 @@ def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array
     if not isinstance(logits, Factored):
         return fn(dense(logits), *args)
     held = -(-logits.chunk_size // _MAP_FRACTION)
-    chunks = _Chunks(dataclasses.replace(logits, chunk_size=held))
+    logits = dataclasses.replace(_gathered(logits), chunk_size=held)
+    chunks = _Chunks(logits)
 
     def one(inputs):
         features_BcD, *parts = inputs
@@ -177,7 +186,10 @@ def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array
 
 
 def mean_loss(
-    position_loss: Callable[..., jax.Array], logits: Logits, *args: jax.Array | Factored
+    position_loss: Callable[..., jax.Array],
+    logits: Logits,
+    *args: jax.Array | Factored,
+    num_rows: int | None = None,
 ) -> jax.Array:
     """The mean of position_loss(logits_BLV, *args) over rows and positions.
 
@@ -191,6 +203,7 @@ def mean_loss(
         factored ones written down; gives float32 [B, c]. It must not close over traced values.
       logits: [B, L, V].
       *args: arrays [B, L, ..] or logits.
+      num_rows: the first rows that count, where the others are padding; all of them by default.
 
     Returns:
       float32 scalar.
@@ -198,72 +211,92 @@ def mean_loss(
     args = jax.lax.stop_gradient(args)
     if not isinstance(logits, Factored):
         args = [dense(x) if isinstance(x, Factored) else x for x in args]
-        return jnp.mean(position_loss(dense(logits), *args))
-    return _fused_mean(position_loss, logits, args)
+        return jnp.mean(position_loss(dense(logits), *args)[:num_rows])
+    return _fused_mean(position_loss, num_rows or logits.shape[0], logits, args)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused_mean(position_loss, logits, args):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused_mean(position_loss, num_rows, logits, args):
+    logits, args = _gathered(logits), [_gathered(x) for x in args]
+
     def chunk(total, inputs):
         features_BcD, counts_Bc, parts = inputs
         values_Bc = position_loss(_multiply(logits, features_BcD), *_written_down(args, parts))
         return total + jnp.sum(jnp.where(counts_Bc, values_Bc, 0.0)), None
 
-    total, _ = _scan_chunks(chunk, jnp.zeros(()), logits, args)
-    return total / _positions(logits)
+    total, _ = _scan_chunks(chunk, jnp.zeros(()), num_rows, logits, args)
+    return total / (num_rows * logits.shape[1])
 
 
-def _fused_mean_forward(position_loss, logits, args):
-    kernel_DV = logits.kernel_DV.astype(logits.dtype)
-    shards = _shards(logits.shape[0])
+def _fused_mean_forward(position_loss, num_rows, logits, args):
+    given, logits, args = logits, _gathered(logits), [_gathered(x) for x in args]
+    kernel_DV, shards = logits.kernel_DV, _Shards(logits.shape[0])
 
     def chunk(carry, inputs):
         total_P, dkernel_PDV, dbias_PV = carry
         features_BcD, counts_Bc, parts = inputs
-        features_BcD = features_BcD.astype(logits.dtype)
+        features_BcD = layout.constrain(
+            features_BcD.astype(logits.dtype), "rows", "positions", None
+        )
 
         def summed(logits_BcV):
             values_Bc = position_loss(logits_BcV, *_written_down(args, parts))
             values_Bc = jnp.where(counts_Bc, values_Bc, 0.0)
-            return jnp.sum(values_Bc), jnp.sum(values_Bc.reshape(shards, -1), axis=1)
+            return jnp.sum(values_Bc), jnp.sum(shards.split(values_Bc[..., None]), axis=(1, 2))
 
         logits_BcV = _multiply(logits, features_BcD)
         dlogits_BcV, values_P = jax.grad(summed, has_aux=True)(logits_BcV)
         if logits.temperature is not None:
             dlogits_BcV = dlogits_BcV / logits.temperature
         # A sum over positions as a product: the CPU compiler's own sum takes thirty times as long.
-        dlogits_PRV = _as_shards(dlogits_BcV, shards)
-        ones_P1R = jnp.ones((shards, 1, dlogits_PRV.shape[1]))
+        dlogits_PRV = shards.split(dlogits_BcV)
+        ones_P1R = jnp.ones((shards.count, 1, dlogits_PRV.shape[1]))
         dbias_P1V = jnp.matmul(ones_P1R, dlogits_PRV, precision=jax.lax.Precision.HIGHEST)
         dlogits_BcV = dlogits_BcV.astype(logits.dtype)
         dfeatures_BcD = _contract(dlogits_BcV, kernel_DV, (2,), (1,))
         # Transposing the narrow factor lets the product read the wide one in order.
-        features_PDR = jnp.swapaxes(_as_shards(features_BcD, shards), 1, 2)
+        features_PDR = jnp.swapaxes(shards.split(features_BcD), 1, 2)
         dkernel_PDV += jnp.matmul(
-            features_PDR, _as_shards(dlogits_BcV, shards), preferred_element_type=jnp.float32
+            features_PDR, shards.split(dlogits_BcV), preferred_element_type=jnp.float32
         )
-        return (total_P + values_P, dkernel_PDV, dbias_PV + dbias_P1V[:, 0]), dfeatures_BcD
+        sums = (total_P + values_P, dkernel_PDV, dbias_PV + dbias_P1V[:, 0])
+        return shards.constrain(sums), dfeatures_BcD
 
-    zeros = [jnp.zeros((shards, *shape)) for shape in ((), kernel_DV.shape, logits.bias_V.shape)]
-    sums, dfeatures = _scan_chunks(chunk, tuple(zeros), logits, args)
+    zeros = [jnp.zeros((shards.count, *x.shape)) for x in (jnp.zeros(()), kernel_DV, logits.bias_V)]
+    sums, dfeatures = _scan_chunks(chunk, shards.constrain(tuple(zeros)), num_rows, logits, args)
     total, dkernel_DV, dbias_V = (jnp.sum(x, axis=0) for x in sums)
-    gradients = (_Chunks(logits).join(dfeatures), dkernel_DV, dbias_V)
-    return total / _positions(logits), (logits, *gradients)
+    gradients = (_Chunks(logits).join(dfeatures), layout.stored(dkernel_DV, _HEAD), dbias_V)
+    return total / (num_rows * logits.shape[1]), (given, *gradients)
 
 
-def _shards(num_rows: int) -> int:
-    """Parts of the batch that are summed apart until after the last chunk.
+class _Shards:
+    """Parts of a chunk, of rows and of positions, that are summed apart until the last chunk.
 
-    With rows spread over the devices of a mesh a single sum would have to be exchanged between
-    them at each chunk.
+    Spread over the devices of a mesh, a single sum would have to be exchanged at each chunk.
     """
-    return math.gcd(num_rows, max(1, jax.sharding.get_abstract_mesh().size))
+
+    def __init__(self, num_rows: int):
+        self._rows = math.gcd(num_rows, layout.shards("rows"))
+        self._positions = layout.shards("positions")
+        self.count = self._rows * self._positions
+
+    def split(self, x_BcD: jax.Array) -> jax.Array:
+        """[parts, B/rows c/positions, D]."""
+        batch, length, width = x_BcD.shape
+        x = x_BcD.reshape(
+            self._rows, batch // self._rows, self._positions, length // self._positions, width
+        )
+        return jnp.swapaxes(x, 1, 2).reshape(self.count, -1, width)
+
+    def constrain(self, sums_P):
+        """Each part's sums where the part is."""
+        return jax.tree.map(lambda x: layout.constrain(x, "parts"), sums_P)
 
 
-def _fused_mean_backward(position_loss, residuals, cotangent):
+def _fused_mean_backward(position_loss, num_rows, residuals, cotangent):
     del position_loss
     logits, *gradients = residuals
-    scale = cotangent / _positions(logits)
+    scale = cotangent / (num_rows * logits.shape[1])
     primals = (logits.features_BLD, logits.kernel_DV, logits.bias_V)
     scaled = [(scale * g).astype(x.dtype) for g, x in zip(gradients, primals, strict=True)]
     return dataclasses.replace(
@@ -293,8 +326,10 @@ class _Chunks:
         # The batch of an exported program is a symbol; its chunks are cut as for one row.
         num_rows = self._batch if isinstance(self._batch, int) else 1
         held = logits.chunk_size // (num_rows * vocab_size) if logits.chunk_size else self.length
+        held *= layout.shards("rows") * layout.shards("positions")
         self.count = -(-self.length // max(1, held))
         self.size = -(-self.length // self.count)
+        self.size += -self.size % layout.shards("positions")
         self.count = -(-self.length // self.size)
 
     def split(self, x_BL):
@@ -308,10 +343,11 @@ class _Chunks:
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
 
 
-def _scan_chunks(step, carry, logits, args):
+def _scan_chunks(step, carry, num_rows, logits, args):
     """Scans step(carry, (features, whether a position counts, parts of args)) over the chunks."""
     chunks = _Chunks(logits)
-    counts_NBc = chunks.split(jnp.ones((1, chunks.length), bool))
+    rows_B1 = (jnp.arange(logits.shape[0]) < num_rows)[:, None]
+    counts_NBc = chunks.split(jnp.broadcast_to(rows_B1, logits.shape[:2]))
     parts = [chunks.split(x.features_BLD if isinstance(x, Factored) else x) for x in args]
     return loops.scan(step, carry, (chunks.split(logits.features_BLD), counts_NBc, parts))
 
@@ -324,23 +360,28 @@ def _written_down(args, parts):
     ]
 
 
-def _positions(logits: Factored) -> int:
-    return logits.shape[0] * logits.shape[1]
+_HEAD = "head/kernel"
+
+
+def _gathered(x):
+    """Logits, if that is what it is, with the head where it is used: in front of a loop, not in it.
+
+    Rounded before it is gathered: half the bytes of an exchange.
+    """
+    if not isinstance(x, Factored):
+        return x
+    kernel_DV = layout.gather(x.kernel_DV.astype(x.dtype), _HEAD)
+    return dataclasses.replace(x, kernel_DV=kernel_DV)
 
 
 def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
-    """The logits of some features, float32 [B, c, V]."""
-    kernel_DV = logits.kernel_DV.astype(logits.dtype)
-    logits_BcV = _contract(features_BcD.astype(logits.dtype), kernel_DV, (2,), (0,))
+    """The logits of some features, float32 [B, c, V]; the head is that of `_gathered`."""
+    features_BcD = layout.constrain(features_BcD.astype(logits.dtype), "rows", "positions", None)
+    logits_BcV = _contract(features_BcD, logits.kernel_DV, (2,), (0,))
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
     if logits.temperature is not None:
         logits_BcV = logits_BcV / logits.temperature
     return logits_BcV if logits.top_p is None else nucleus(logits_BcV, logits.top_p)
-
-
-def _as_shards(x_BcD, shards):
-    """[shards, B/shards c, D]."""
-    return x_BcD.reshape(shards, -1, x_BcD.shape[-1])
 
 
 def _contract(a, b, axes_a, axes_b):

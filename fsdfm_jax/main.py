@@ -111,6 +111,7 @@ def train_settings(config: ConfigDict, stage: str) -> Settings:
     """The static numbers of a stage's training."""
     return Settings(
         num_steps=config[stage].num_steps,
+        batch_size=config[stage].batch_size,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep_checkpoints=config.train.keep_checkpoints,

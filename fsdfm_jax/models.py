@@ -29,7 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fsdfm_jax import attention
+from fsdfm_jax import attention, layout
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.logits import Factored, Logits
 
@@ -68,7 +68,7 @@ class ModelConfig:
       attention: see `attention`, one of its `IMPLEMENTATIONS`.
       remat: what the backward pass recomputes, "none" | "full" | "dots" (what matrix products give
         is kept, and what "blocked" and "cudnn" attention give, which recompute their scores).
-      logits_mib: MiB of a chunk of float32 logits, over all devices. Changes no result but by
+      logits_mib: MiB of a chunk of float32 logits, on each device. Changes no result but by
         rounding. 0 writes all of them down, as arrays: the reference for the other values.
     """
 
@@ -401,12 +401,43 @@ def _modulate(x_BLD, shift_BD, scale_BD):
     return x_BLD * (1.0 + scale_BD[:, None]) + shift_BD[:, None]
 
 
-class _Linear(nn.Dense):
-    """`nn.Dense` on all rows as one matrix: the backward pass on a CPU takes half as long."""
+class _Linear(nn.Module):
+    """A dense layer whose weights lie where `layout` says.
 
+    All rows are one matrix: the backward pass on a CPU takes half as long.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: str = "float32"
+    kernel_init: Callable[..., jax.Array] = _linear_init
+
+    @nn.compact
     def __call__(self, inputs):
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        def weight(name, init, shape):
+            # Rounded before it is gathered: half the bytes of an exchange.
+            rounded = self.param(name, init, shape, jnp.float32).astype(self.dtype)
+            return layout.gather(rounded, "/".join((*self.path, name)))
+
+        width = inputs.shape[-1]
+        kernel = weight("kernel", self.kernel_init, (width, self.features))
+        rows = jnp.matmul(inputs.reshape(-1, width).astype(self.dtype), kernel)
+        if self.use_bias:
+            rows += weight("bias", nn.initializers.zeros, (self.features,))[None]
         return rows.reshape(*inputs.shape[:-1], self.features)
+
+
+class _Embed(nn.Module):
+    """A float32 vector of width D for each token."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BL):
+        shape = (self.cfg.vocab_size, self.cfg.width)
+        table_VD = self.param("embedding", _small_init, shape, jnp.float32)
+        table_VD = layout.gather(table_VD, "/".join((*self.path, "embedding")))
+        return jnp.take(table_VD, tokens_BL, axis=0)
 
 
 class _Norm(nn.Module):
@@ -554,11 +585,12 @@ class _Block(nn.Module):
         branch = _modulate(_Norm(name="norm1")(x_BLD), shift1, scale1).astype(cfg.dtype)
         branch, cache = self._attention(branch, cache, rotary, position)
         x_BLD = x_BLD + gate1[:, None] * drop(branch).astype(jnp.float32)
+        x_BLD = layout.constrain(x_BLD, "rows", None, None)
 
         branch = _modulate(_Norm(name="norm2")(x_BLD), shift2, scale2).astype(cfg.dtype)
         branch = self._mlp(branch)
         x_BLD = x_BLD + gate2[:, None] * drop(branch).astype(jnp.float32)
-        return x_BLD, cache
+        return layout.constrain(x_BLD, "rows", None, None), cache
 
     def _attention(self, x_BLD, cache, rotary, position):
         cfg = self.cfg
@@ -571,7 +603,7 @@ class _Block(nn.Module):
             projected = dense(name=name)(x_BLD).reshape(
                 batch, length, cfg.num_heads, cfg.head_width
             )
-            return jnp.swapaxes(projected, 1, 2)
+            return layout.constrain(jnp.swapaxes(projected, 1, 2), "rows", "heads")
 
         q_BHLK, k_BHLK = _rotate(heads("q_proj"), rotary), _rotate(heads("k_proj"), rotary)
         v_BHLK = heads("v_proj")
@@ -598,9 +630,8 @@ class _Block(nn.Module):
     def _mlp(self, x_BLD):
         cfg = self.cfg
         dense = functools.partial(_Linear, dtype=cfg.dtype, kernel_init=_linear_init)
-        hidden_BLF = nn.gelu(
-            dense(cfg.mlp_ratio * cfg.width, name="mlp_in")(x_BLD), approximate=True
-        )
+        hidden_BLF = dense(cfg.mlp_ratio * cfg.width, name="mlp_in")(x_BLD)
+        hidden_BLF = nn.gelu(layout.constrain(hidden_BLF, "rows", None, "hidden"), approximate=True)
         return dense(cfg.width, name="mlp_out")(hidden_BLF)
 
 
@@ -616,8 +647,8 @@ class _Trunk(nn.Module):
     @nn.compact
     def __call__(self, tokens_BL, modulation, position=None, cache=None):
         cfg = self.cfg
-        embed = nn.Embed(cfg.vocab_size, cfg.width, embedding_init=_small_init, name="vocab_embed")
-        x_BLD = embed(tokens_BL).astype(jnp.float32)
+        x_BLD = _Embed(cfg, name="vocab_embed")(tokens_BL)
+        x_BLD = layout.constrain(x_BLD, "rows", None, None)
         positions_L = jnp.arange(tokens_BL.shape[1]) if position is None else position[None]
         rotary = _rotary(positions_L, cfg.head_width)
 

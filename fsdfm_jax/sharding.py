@@ -1,73 +1,241 @@
-"""Where arrays live: one mesh, one table of rules from parameter paths to partition specs.
+"""Meshes, and the shardings that the tables of `layout` give on them.
 
-The same table serves the parameters, their average and the optimiser's moments, at initialisation,
-in the step and when a checkpoint is restored. Adding an axis means adding it to `AXES` and naming
-it in `RULES`.
+The same tables serve the parameters, their average and the optimiser's moments, at initialisation,
+in the step, in sampling and when a checkpoint is restored.
 """
 
 import math
-import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-AXES = ("data",)
-
-# (pattern searched in the leaf's path, spec); the first match counts.
-RULES: tuple[tuple[str, P], ...] = ((r".*", P()),)
-
-BATCH_SPEC = P("data")
+from fsdfm_jax import layout
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """A mesh of all devices from `config.mesh`, whose axis sizes may hold one -1 ("what is left").
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the axes of `layout.AXES`, laid out by how the devices are connected.
+
+    Args:
+      config: `config.mesh`: sizes of the axes, of which one may be -1 ("what is left"), and the
+        number of `slices`, over which only rows of the batch are spread (the outermost part of
+        `data`), since the network between slices is slow.
+      devices: all of the job by default.
 
     Raises:
-      ValueError: if the sizes don't multiply to the number of devices.
+      ValueError: if the sizes don't multiply to the number of devices, or the slices aren't there.
     """
-    sizes = [config[axis] for axis in AXES]
-    count = jax.device_count()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes, count, slices = [config[axis] for axis in layout.AXES], len(devices), config.slices
     known = math.prod(size for size in sizes if size != -1)
     wrong = (
-        sizes.count(-1) > 1 or known < 1 or count % known or (-1 not in sizes and known != count)
+        sizes.count(-1) > 1
+        or min(sizes) < -1
+        or known < 1
+        or count % known
+        or (-1 not in sizes and known != count)
     )
     if wrong:
-        asked = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+        asked = ", ".join(f"mesh.{a}={s}" for a, s in zip(layout.AXES, sizes, strict=True))
         raise ValueError(
             f"The mesh sizes ({asked}) must multiply to the {count} device(s) present, "
             "with at most one axis given as -1."
         )
-    shape = tuple(count // known if size == -1 else size for size in sizes)
+    shape = [count // known if size == -1 else size for size in sizes]
     # Auto: Linen's modules predate explicit sharding types.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(shape)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), layout.AXES, types, devices=devices)
+    return Mesh(_over_slices(shape, slices, devices), layout.AXES, axis_types=types)
 
 
-def spec_for(path: str) -> P:
-    """The partition spec of the leaf at `path` ("params/blocks/q_proj/kernel")."""
-    return next(spec for pattern, spec in RULES if re.search(pattern, path))
+def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the shape of the mesh, each slice a contiguous part of the `data` axis."""
+    # Devices without a slice of their own (several hosts of other accelerators) go by process.
+    by_process = getattr(devices[0], "slice_index", None) is None
+    found = {d.process_index if by_process else d.slice_index for d in devices}
+    if slices < 1 or len(found) != slices or shape[0] % slices:
+        what = "processes" if by_process else "slices"
+        raise ValueError(
+            f"mesh.slices={slices} must be the number of {what} ({len(found)}) and divide "
+            f"mesh.data={shape[0]}; only rows of a batch are spread over slices."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]),
+        (slices, *[1] * (len(shape) - 1)),
+        devices=devices,
+        process_is_granule=by_process,
+    )
+
+
+def local_mesh() -> Mesh:
+    """A mesh of this process's devices for sampling: rows spread, parameters as well."""
+    devices = jax.local_devices()
+    sizes = {axis: 1 for axis in layout.AXES} | {"fsdp": len(devices)}
+    return make_mesh(ConfigDict(sizes | {"slices": 1}), devices)
 
 
 def state_shardings(mesh: Mesh, abstract_state):
-    """A sharding for each leaf of a tree of shapes (state, parameters), by `RULES`."""
+    """A sharding for each leaf of a tree of shapes (state, parameters), by `layout.RULES`.
 
-    def one(path, _leaf):
-        return NamedSharding(mesh, spec_for(jax.tree_util.keystr(path, simple=True, separator="/")))
+    Raises:
+      ValueError: naming the first leaf whose shape a rule doesn't fit, the axis and the remedy.
+    """
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _checked_spec(mesh, name, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, abstract_state)
 
 
+def _checked_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+    spec = layout.spec_for(name)
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"The sharding rule {spec} doesn't fit {name}, which has the shape {shape}: it names "
+            "more dimensions than there are; mend layout.RULES."
+        )
+    named = [axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes is not None]
+    flat = [axis for axes in named for axis in axes]
+    if len(set(flat)) < len(flat) or not set(flat) <= set(mesh.shape):
+        raise ValueError(
+            f"The sharding rule {spec} of {name} names an axis twice, or one that the mesh "
+            f"{dict(mesh.shape)} lacks; mend layout.RULES."
+        )
+    for dimension, axes in enumerate(spec):
+        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if shape[dimension] % parts:
+            sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            raise ValueError(
+                f"{name} can't be spread: dimension {dimension} of its shape {shape} doesn't "
+                f"divide by {sizes}. Choose a smaller {' or '.join(f'mesh.{a}' for a in axes)} "
+                "and a larger mesh.data, or another model.width."
+            )
+    return spec
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch spread over the data axis."""
-    return NamedSharding(mesh, BATCH_SPEC)
+    """Rows of a batch spread over the axes that share them."""
+    return NamedSharding(mesh, layout.activation_spec("rows"))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are in."""
+    return math.prod(mesh.shape[axis] for axis in layout.ACTIVATIONS["rows"])
+
+
+def rows_sharding(mesh: Mesh, num_rows: int) -> NamedSharding:
+    """`batch_sharding` where so many rows spread evenly, else all rows on each device."""
+    even = num_rows % row_shards(mesh) == 0
+    return batch_sharding(mesh) if even else NamedSharding(mesh, P())
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (part,) in places.values() for row in range(batch_size)[part]})
+
+
+def place_rows(mesh: Mesh, batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The whole batch as arrays spread over the mesh, from this process's `local_rows` of it."""
+    spread, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+    at = {row: i for i, row in enumerate(rows)}
+
+    def place(own):
+        def part(index):
+            wanted = range(batch_size)[index[0]]
+            return own[at[wanted[0]] : at[wanted[0]] + len(wanted)]
+
+        return jax.make_array_from_callback((batch_size, *own.shape[1:]), spread, part)
+
+    return jax.tree.map(place, batch)
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
-    """ValueError naming the config `key` unless rows spread evenly over the data axis."""
-    shards = mesh.shape["data"]
+    """ValueError naming the config `key` unless rows spread evenly over the mesh."""
+    shards = row_shards(mesh)
     if batch_size < 1 or batch_size % shards:
+        sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in layout.ACTIVATIONS["rows"])
         raise ValueError(
             f"{key}={batch_size} must be a positive multiple of the {shards} data shard(s) of "
-            "the mesh."
+            f"the mesh ({sizes})."
         )
+
+
+def check_heads(mesh: Mesh, num_heads: int) -> None:
+    """ValueError unless the heads of attention spread evenly over the `tensor` axis."""
+    if num_heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"model.num_heads={num_heads} must be a multiple of mesh.tensor="
+            f"{mesh.shape['tensor']}: each device of that axis computes some of the heads."
+        )
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+class Placed(NamedTuple):
+    """Where a leaf of the state lies: its path, shape, dtype, spec, and bytes in all and on each
+    device."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: P
+    total_bytes: int
+    device_bytes: int
+
+
+def describe(mesh: Mesh, abstract_state) -> list[Placed]:
+    """Where each leaf of a tree of shapes lies on a mesh, by `state_shardings`."""
+    shardings = jax.tree.leaves(state_shardings(mesh, abstract_state))
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_state)
+    return [
+        Placed(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            tuple(leaf.shape),
+            str(leaf.dtype),
+            place.spec,
+            leaf.size * leaf.dtype.itemsize,
+            math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        )
+        for (path, leaf), place in zip(leaves, shardings, strict=True)
+    ]
+
+
+def report(mesh: Mesh, abstract_state: Any) -> str:
+    """A table of where each leaf lies, with bytes on each device, and what is held by all."""
+    placed = describe(mesh, abstract_state)
+    width = max(len(leaf.path) for leaf in placed)
+    lines = [f"mesh {dict(mesh.shape)}, {mesh.size} device(s)"]
+    for leaf in placed:
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        spec = ", ".join(str(axes) if axes else "-" for axes in leaf.spec) or "on each device"
+        lines.append(
+            f"{leaf.path:{width}}  {leaf.dtype:8} {shape:>16}  {_size(leaf.device_bytes):>9}"
+            f" of {_size(leaf.total_bytes):>9}  {spec}"
+        )
+    total = sum(leaf.total_bytes for leaf in placed)
+    device = sum(leaf.device_bytes for leaf in placed)
+    whole = sum(leaf.total_bytes for leaf in placed if leaf.device_bytes == leaf.total_bytes)
+    lines.append(
+        f"total {_size(total)}, on each device {_size(device)} (1/{total / device:.2f}); "
+        f"held by every device: {_size(whole)}"
+    )
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    """Bytes in units of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

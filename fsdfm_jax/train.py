@@ -28,12 +28,14 @@ class Settings(NamedTuple):
 
     Attributes:
       num_steps: optimiser steps in all.
+      batch_size: rows of a batch, over all processes.
       log_every, checkpoint_every: steps between lines of metrics and between checkpoints.
       keep_checkpoints: newest checkpoints that are kept.
       ema_decay: weight of the old average, 0 for none.
     """
 
     num_steps: int
+    batch_size: int
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
@@ -42,11 +44,47 @@ class Settings(NamedTuple):
 
 def check_settings(settings: Settings) -> None:
     """ValueError naming the first value that no run can have."""
-    for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(settings, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
     if not 0 <= settings.ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}.")
+
+
+def make_init(stage: Stage, optimizer: optax.GradientTransformation, settings: Settings):
+    """A function (key, base weights or None) -> `state.TrainState`, to be jitted."""
+
+    def init(key, base):
+        params = stage.init_params(key, base)
+        return state.init_state(params, optimizer, ema_decay=settings.ema_decay)
+
+    return init
+
+
+def make_step(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    mesh: Mesh,
+    shardings: state.TrainState,
+):
+    """The jitted (state, batch, key) -> (state, metrics) of a stage; it donates the state.
+
+    Trace it within `jax.set_mesh(mesh)`.
+
+    Args:
+      shardings: of the state, from `sharding.state_shardings`.
+    """
+    step = functools.partial(
+        state.train_step, loss=stage.loss, optimizer=optimizer, ema_decay=settings.ema_decay
+    )
+    whole = NamedSharding(mesh, P())
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh), whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
 
 
 def train(
@@ -92,10 +130,7 @@ def train(
         Checkpoints(directory / "checkpoints", keep=settings.keep_checkpoints) as checkpoints,
     ):
         # ------------------------------------------------------------------------------ state
-        def init(key, base):
-            params = stage.init_params(key, base)
-            return state.init_state(params, optimizer, ema_decay=settings.ema_decay)
-
+        init = make_init(stage, optimizer, settings)
         abstract = jax.eval_shape(init, init_key, base)
         shardings = sharding.state_shardings(mesh, abstract)
         start = checkpoints.latest_step() or 0
@@ -116,18 +151,7 @@ def train(
             return
 
         # ------------------------------------------------------------------------------- step
-        batch_sharding = sharding.batch_sharding(mesh)
-        step_fn = jax.jit(
-            functools.partial(
-                state.train_step,
-                loss=stage.loss,
-                optimizer=optimizer,
-                ema_decay=settings.ema_decay,
-            ),
-            in_shardings=(shardings, batch_sharding, None),
-            out_shardings=(shardings, NamedSharding(mesh, P())),
-            donate_argnums=0,
-        )
+        step_fn = make_step(stage, optimizer, settings, mesh, shardings)
 
         # ------------------------------------------------------------------------------- loop
         stream = batches(start)
@@ -136,15 +160,13 @@ def train(
             directory,
             name=name,
             total_steps=settings.num_steps,
-            tokens_per_step=first["x1"].size,
+            tokens_per_step=settings.batch_size * first["x1"].shape[1],
             start_step=start,
         ) as metric_writer:
             report = _Reporter(name, metric_writer, settings, start)
             batch = first
             for step in range(start + 1, settings.num_steps + 1):
-                placed_batch = jax.tree.map(
-                    lambda rows: jax.make_array_from_process_local_data(batch_sharding, rows), batch
-                )
+                placed_batch = sharding.place_rows(mesh, settings.batch_size, batch)
                 train_state, metrics = step_fn(train_state, placed_batch, step_key)
                 report.finish()  # of the step before, while this one runs
                 report.begin(step, metrics)

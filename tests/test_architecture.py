@@ -12,7 +12,7 @@ PACKAGE = ROOT / "fsdfm_jax"
 # Every file of the package with its floor; a file imports from its own floor and those below. A new
 # file has to be given a place here.
 FLOORS = {
-    0: ("schedules", "sources", "budgets", "draws", "loops", "logits", "attention"),
+    0: ("schedules", "sources", "budgets", "draws", "loops", "logits", "attention", "layout"),
     1: ("paths", "jumps"),
     2: ("losses", "models"),
     3: ("teacher", "sampler"),
@@ -68,7 +68,7 @@ FLOORS = {
 }
 # Arrays only: these know nothing of flow matching. Value: what of the package each may import.
 TOWER = {
-    "sharding": (),
+    "sharding": ("layout",),  # the tables
     "optim": (),
     "state": ("models",),  # the type of parameters
     "checkpoint": (),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fsdfm_jax import jumps, losses, models, paths, schedules, teacher
+from fsdfm_jax import jumps, layout, losses, models, paths, schedules, teacher
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.budgets import Budgets, make_budgets, sample_budgets
 from fsdfm_jax.jumps import Jump
@@ -153,12 +153,12 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         value, metrics = jnp.zeros(()), {}
         if split:
             weight_R = _path_weight(path, process, t_B[:split], h_B[:split])
+            weight_RL = jnp.broadcast_to(weight_R[:, None], xt_BL[:split].shape)
             part = logits_lib.mean_loss(
                 losses.path_loss,
-                logits_lib.rows(logits, 0, split),
-                xt_BL[:split],
-                x1_BL[:split],
-                jnp.broadcast_to(weight_R[:, None], xt_BL[:split].shape),
+                logits_lib.pad_rows(logits_lib.rows(logits, 0, split)),
+                *(layout.pad_rows(x) for x in (xt_BL[:split], x1_BL[:split], weight_RL)),
+                num_rows=split,
             )
             value += path.budgets.share * part
             metrics["path_loss"] = part
@@ -167,16 +167,11 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
             def denoise(x, t, h):
                 return models.predict(frozen, model, x, t, h)
 
-            target = teacher.teacher_logits(
-                keys[4],
-                taught.rule,
-                denoise,
-                taught.jump,
-                xt_BL[split:],
-                t_B[split:],
-                h_B[split:],
-            )
-            part = logits_lib.mean_loss(match, logits_lib.rows(logits, split, batch_size), target)
+            # The noise of a row doesn't depend on how many there are: padding changes nothing.
+            inputs = (layout.pad_rows(x[split:]) for x in (xt_BL, t_B, h_B))
+            target = teacher.teacher_logits(keys[4], taught.rule, denoise, taught.jump, *inputs)
+            student = logits_lib.pad_rows(logits_lib.rows(logits, split, batch_size))
+            part = logits_lib.mean_loss(match, student, target, num_rows=batch_size - split)
             value += taught.budgets.share * part
             metrics["distillation_loss"] = part
         return value, metrics | {"loss": value}
