@@ -17,21 +17,19 @@ are spread over the chips, parameters held on each.
 """
 
 import dataclasses
-import os
-import re
 import statistics
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import literal, measure
-from fsdfm_jax import layout, models, sharding, stages
+from configs import base
+from fsdfm_jax import models, sharding, stages
 from fsdfm_jax.stages import few_step
+from launch import ahead
 
 _STAGE = flags.DEFINE_enum(
     "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
@@ -86,10 +84,8 @@ def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, over
 
 def compile_ahead(names: list[str], topology: str, *, batch: int, length: int, **shape):
     """What the TPU compiler sets aside on each chip of a topology for a step of each case, GB."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    axes = layout.AXES
-    mesh = Mesh(np.asarray(devices).reshape(-1, *[1] * (len(axes) - 1)), axes)
+    target = ahead.find_target(topology)
+    mesh = sharding.make_mesh(base.get_config().mesh, devices=target.devices)
     everywhere, spread = NamedSharding(mesh, P()), sharding.batch_sharding(mesh)
 
     def placed(tree, place):
@@ -104,23 +100,12 @@ def compile_ahead(names: list[str], topology: str, *, batch: int, length: int, *
         arguments = (train_state, placed({"x1": tokens_BL}, spread), placed(key, everywhere))
         out = (jax.tree.map(lambda _: everywhere, train_state), everywhere)
         with jax.set_mesh(mesh):
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-            try:
-                compiled, seconds = measure.compile_timed(jitted, *arguments)
-            except jax.errors.JaxRuntimeError as error:
-                table.append({"case": name, "compile_s": None} | _refused(error))
-                continue
-        table.append({"case": name, "compile_s": seconds} | measure.compiled_gb(compiled))
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arguments)
+        _, memory = ahead.compile_program(lowered, target)
+        sizes = {key: memory[key] for key in ("arguments", "temporaries", "total")}
+        in_gb = {f"{key}_gb": value and value / 1e9 for key, value in sizes.items()}
+        table.append({"case": name, "compile_s": memory["compile_s"]} | in_gb)
     return table
-
-
-def _refused(error: Exception) -> dict[str, float | None]:
-    """The row of a program that the compiler finds too large, with the size it names if any."""
-    found = re.search(r"Used ([\d.]+)G of", str(error))
-    if found is None and "RESOURCE_EXHAUSTED" not in str(error):
-        raise error
-    needed = float(found.group(1)) * 2**30 / 1e9 if found else None
-    return {"arguments_gb": None, "temporaries_gb": None, "total_gb": needed}
 
 
 def step_flops(model, stage: str, batch: int, length: int) -> float:

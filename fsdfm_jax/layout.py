@@ -26,7 +26,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # (pattern searched in the leaf's path, spec); the first match counts. Stacked parameters of blocks
 # have a leading axis of N. What no rule names is small (norms, biases, embedders) and held by each.
-_SPREAD = ("fsdp", "tensor")
+_SPREAD = ("tensor", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
     (r"vocab_embed/embedding$", P(None, _SPREAD)),
     (r"head/kernel$", P(_SPREAD, None)),
@@ -45,7 +45,9 @@ ACTIVATIONS: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "hidden": "tensor",
     "positions": "tensor",
-    "parts": ("data", "fsdp", "tensor"),  # of sums over rows and positions
+    "parts": AXES,  # of sums over rows and positions
+    "replicas": "data",  # rows, or such parts, where the other axes spread another dimension
+    "spread": _SPREAD,
     None: None,
 }
 
@@ -110,6 +112,15 @@ def gather(weight: jax.Array, path: str) -> jax.Array:
 def stored(gradient: jax.Array, path: str) -> jax.Array:
     """The gradient of a whole parameter, summed and spread as the parameter lies."""
     return _constrain(gradient, spec_for(path)) if _is_spread() else gradient
+
+
+def like_parameters(tree):
+    """A tree that mirrors the parameters, as a gradient does, spread as they lie."""
+
+    def one(path, leaf):
+        return stored(leaf, jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

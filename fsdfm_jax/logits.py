@@ -264,7 +264,10 @@ def _fused_mean_forward(position_loss, num_rows, logits, args):
 
     zeros = [jnp.zeros((shards.count, *x.shape)) for x in (jnp.zeros(()), kernel_DV, logits.bias_V)]
     sums, dfeatures = _scan_chunks(chunk, shards.constrain(tuple(zeros)), num_rows, logits, args)
-    total, dkernel_DV, dbias_V = (jnp.sum(x, axis=0) for x in sums)
+    total_P, dkernel_PDV, dbias_PV = sums
+    # Spread over D first: an exchange of the size of one part, where a sum would have two.
+    dkernel_PDV = layout.constrain(dkernel_PDV, "replicas", "spread", None)
+    total, dkernel_DV, dbias_V = (jnp.sum(x, axis=0) for x in (total_P, dkernel_PDV, dbias_PV))
     gradients = (_Chunks(logits).join(dfeatures), layout.stored(dkernel_DV, _HEAD), dbias_V)
     return total / (num_rows * logits.shape[1]), (given, *gradients)
 

@@ -16,17 +16,40 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import cli, data, optim, sharding, stages, workdir, writer
+from fsdfm_jax import (
+    cli,
+    data,
+    models,
+    optim,
+    processes,
+    sharding,
+    stages,
+    tokenizer,
+    workdir,
+    writer,
+)
+from fsdfm_jax.checkpoint import Retention
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import held_out, points, subjects, suite
 from fsdfm_jax.stages import Process, refine
-from fsdfm_jax.train import Settings, check_settings, train
+from fsdfm_jax.train import Settings, check_settings, make_init, train
 from fsdfm_jax.workdir import Entry
 from fsdfm_jax.writer import Progress
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for data, checkpoints and report.")
 _EVALUATE = flags.DEFINE_bool("evaluate", True, "End with the result table.")
+_PRINT_SHARDING = flags.DEFINE_bool(
+    "print_sharding", False, "Say where each array of the training state would lie, and end."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, each started with this command."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where JAX doesn't know the cluster itself."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the job; as --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process; as --coordinator.")
 
 
 def run_seed(config: ConfigDict, run: str) -> int:
@@ -43,17 +66,28 @@ def batch_stream(
     folder: pathlib.Path,
     start: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A run's batches from step `start` on; first makes the pairs of `refine` that are missing."""
+    """A run's batches from step `start` on, this process's rows of them.
+
+    First makes the pairs of `refine` that are missing.
+    """
     own = config[entry.stage]
     seed = run_seed(config, entry.run)
-    real = data.Batches(prepared.source("train"), batch_size=own.batch_size, seed=seed)
-    if entry.stage != "refine":
+    rows = sharding.local_rows(mesh, own.batch_size)
+    coupled = entry.stage == "refine"
+    real = data.Batches(
+        prepared.source("train"),
+        batch_size=own.batch_size,
+        seed=seed,
+        # Coupled rows are put in random order, which needs all of them.
+        rows=None if coupled else rows,
+    )
+    if not coupled:
         for x1_BL in real.iterate(start):
             yield {"x1": x1_BL}
         return
     pairs = make_pairs(entry, config, process, prepared, mesh, folder)
     for step, x1_BL in enumerate(real.iterate(start), start):
-        yield refine.mix_real(
+        batch = refine.mix_real(
             pairs,
             x1_BL,
             source_size=process.source.vocab_size,
@@ -61,6 +95,7 @@ def batch_stream(
             seed=seed,
             step=step,
         )
+        yield {name: tokens_BL[rows] for name, tokens_BL in batch.items()}
 
 
 def make_pairs(
@@ -78,7 +113,8 @@ def make_pairs(
     """
     settings = refine.read_pair_settings(config.refine)
     place = workdir.stage_directory(folder, entry.run) / "pairs"
-    generator = workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint)
+    fingerprint = prepared.tokenizer.fingerprint
+    generator = workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh)
     made_from = {
         "seed": config.seed,
         "settings": [settings.num_pairs, settings.steps, settings.batch_size, settings.jump.name],
@@ -86,36 +122,66 @@ def make_pairs(
         "data": prepared.fingerprint,
     }
     stamp = place / "made_from.json"
-    if not stamp.is_file() or writer.read_json(stamp) != made_from:
+    parts = [place / f"{part:05d}.npy" for part in range(settings.num_pairs // settings.batch_size)]
+    if processes.is_first() and not (stamp.is_file() and writer.read_json(stamp) == made_from):
         shutil.rmtree(place, ignore_errors=True)
         writer.write_json(stamp, made_from)
-    parts = range(settings.num_pairs // settings.batch_size)
-    missing = [part for part in parts if not (place / f"{part:05d}.npy").is_file()]
-    if missing:
-        params = jax.device_put(generator.params, sharding.state_shardings(mesh, generator.params))
+    # One process looks, so that all make the same ones.
+    missing = np.asarray([not part.is_file() for part in parts])
+    if jax.process_count() > 1:
+        missing = processes.from_first(missing)
+    if missing.any():
         run = refine.make_pair_sampler(
-            generator.model, process, settings, length=prepared.block_length
+            generator.model,
+            process,
+            settings,
+            length=prepared.block_length,
+            sharding=sharding.whole(mesh),
         )
         key = jax.random.key(run_seed(config, f"{entry.run}/pairs"))
-        with Progress(f"{entry.run}: making pairs", total=settings.num_pairs) as progress:
-            progress.advance((len(parts) - len(missing)) * settings.batch_size)
-            for part in missing:
+        params = jax.device_put(generator.params, sharding.state_shardings(mesh, generator.params))
+        with (
+            jax.set_mesh(mesh),
+            Progress(f"{entry.run}: making pairs", total=settings.num_pairs) as progress,
+        ):
+            progress.advance(int((~missing).sum()) * settings.batch_size)
+            for part in np.flatnonzero(missing).tolist():
                 pair = run(params, jax.random.fold_in(key, part))
-                writer.write_array(place / f"{part:05d}.npy", np.stack(pair).astype(np.int32))
+                if processes.is_first():
+                    writer.write_array(parts[part], np.stack(pair).astype(np.int32))
                 progress.advance(settings.batch_size)
-    made = [np.load(place / f"{part:05d}.npy") for part in parts]
+    processes.barrier(f"{entry.run}/pairs")
+    made = [np.load(part) for part in parts]
     return tuple(np.concatenate(side) for side in zip(*made, strict=True))
 
 
 def train_settings(config: ConfigDict, stage: str) -> Settings:
-    """The static numbers of a stage's training."""
+    """The static numbers of a stage's training.
+
+    Raises:
+      ValueError: for checkpoints that can't be chosen so.
+    """
+    try:
+        retention = Retention(
+            keep=config.train.keep_checkpoints,
+            keep_every=config.train.keep_every,
+            keep_best=config.train.keep_best,
+            metric=config.train.best_metric,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"train.keep_checkpoints, keep_every, keep_best, best_metric: {error}."
+        ) from None
     return Settings(
         num_steps=config[stage].num_steps,
         batch_size=config[stage].batch_size,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
-        keep_checkpoints=config.train.keep_checkpoints,
+        retention=retention,
         ema_decay=config[stage].ema_decay,
+        accumulate=config[stage].accumulate,
+        max_skipped=config.optim.max_skipped,
+        watchdog_minutes=config.train.watchdog_minutes,
     )
 
 
@@ -142,7 +208,8 @@ def train_run(
             return None
         if begun:  # its weights hold all that mattered of the base; don't read it again
             return workdir.weight_shapes(entry.base)
-        return workdir.load_weights(entry.base, tokenizer=prepared.tokenizer.fingerprint).params
+        fingerprint = prepared.tokenizer.fingerprint
+        return workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh).params
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
         return batch_stream(entry, config, process, prepared, mesh, folder, start)
@@ -168,6 +235,33 @@ def train_run(
     )
 
 
+def check_batch(mesh: Mesh, config: ConfigDict, stage: str) -> None:
+    """ValueError unless the parts of a stage's batch spread evenly over the mesh."""
+    own = config[stage]
+    if own.accumulate < 1 or own.batch_size % own.accumulate:
+        raise ValueError(
+            f"{stage}.batch_size={own.batch_size} must be a multiple of "
+            f"{stage}.accumulate={own.accumulate}: its parts have the same number of rows."
+        )
+    part = "" if own.accumulate == 1 else f" / {stage}.accumulate ({own.accumulate})"
+    rows = own.batch_size // own.accumulate
+    sharding.check_batch_size(mesh, rows, f"{stage}.batch_size{part}")
+
+
+def print_sharding(config: ConfigDict, pipeline: list[Entry], mesh: Mesh) -> None:
+    """Prints where the state of each stage would lie on the mesh."""
+    spec = data.DataSpec.from_config(config.data)
+    num_tokens = spec.vocab_size or tokenizer.load(spec.tokenizer).vocab_size
+    process = stages.make_process(config.path, num_tokens=num_tokens, eos_id=0)
+    for entry in pipeline:
+        stage = stages.make_stage(entry.stage, config, process)
+        optimizer = optim.make_optimizer(config.optim, config[entry.stage])
+        init = make_init(stage, optimizer, train_settings(config, entry.stage))
+        fresh = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))  # noqa: B023
+        abstract = jax.eval_shape(init, jax.random.key(0), fresh)
+        print(f"{entry.run}: {sharding.report(mesh, abstract)}\n")
+
+
 def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[str, dict], Mesh]:
     """Everything that can be refused before any work is done.
 
@@ -183,22 +277,17 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     settings = points.Settings.from_config(config.eval)
     suite.check_inputs(settings, config.data.block_length)
     subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"This version trains in one process, got {jax.process_count()}: run it on one host, "
-            "with all its devices."
-        )
     mesh = sharding.make_mesh(config.mesh)
     # Token ids don't matter to what is checked here; the tokenizer is only known once the text is
     # prepared.
     process = stages.make_process(config.path, num_tokens=2, eos_id=0)
     recipes: dict[pathlib.Path, dict] = {}
     for entry in pipeline:
-        key = f"{entry.stage}.batch_size"
-        sharding.check_batch_size(mesh, config[entry.stage].batch_size, key)
+        check_batch(mesh, config, entry.stage)
         stage = stages.make_stage(entry.stage, config, process)
         optim.make_optimizer(config.optim, config[entry.stage])
         check_settings(train_settings(config, entry.stage))
+        sharding.check_heads(mesh, stage.model.num_heads)
         base = None
         if entry.base is not None:
             base = recipes.get(entry.base) or workdir.saved_metadata(entry.base)["recipe"]
@@ -210,38 +299,68 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
 
 
 def evaluate(
-    config: ConfigDict, pipeline: list[Entry], folder: pathlib.Path, prepared: PreparedData
+    config: ConfigDict,
+    pipeline: list[Entry],
+    folder: pathlib.Path,
+    prepared: PreparedData,
+    mesh: Mesh,
 ) -> str:
-    """Writes WORKDIR/report, returns its table as text."""
+    """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
     settings = points.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in pipeline}
     catalogue = subjects.catalogue(folder, trained, settings.models)
     header = {"config": config.to_dict(), "data": prepared.manifest}
-    return suite.evaluate(settings, catalogue, prepared, folder / "report", header=header)
+    with sharding.use(mesh):
+        return suite.evaluate(settings, catalogue, prepared, folder / "report", header=header)
+
+
+def prepare(config: ConfigDict, folder: pathlib.Path) -> PreparedData:
+    """The prepared text, made by the first process and read by all."""
+    spec = data.DataSpec.from_config(config.data)
+    place = workdir.data_directory(folder, config)
+    if processes.is_first():
+        prepared = data.prepare(spec, place)
+        processes.barrier("data")
+        return prepared
+    processes.barrier("data")
+    return data.load(place)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     began = time.monotonic()
+    if _DISTRIBUTED.value:
+        processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
     pipeline, recipes, mesh = check(config, folder)
-    logging.info("Devices: %d x %s.", jax.device_count(), jax.devices()[0].device_kind)
-    prepared = data.prepare(
-        data.DataSpec.from_config(config.data), workdir.data_directory(folder, config)
+    if _PRINT_SHARDING.value:
+        if processes.is_first():
+            print_sharding(config, pipeline, mesh)
+        return
+    logging.info(
+        "Devices: %d x %s in %d process(es).",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        jax.process_count(),
     )
+    prepared = prepare(config, folder)
     if _EVALUATE.value:
         held_out.check(prepared.num_blocks("validation"), points.Settings.from_config(config.eval))
-    workdir.save_config(folder, config)
+    if processes.is_first():
+        workdir.save_config(folder, config)
     process = stages.make_process(
         config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id
     )
     for entry in pipeline:
         train_run(entry, recipes[entry.run], config, process, prepared, mesh, folder)
-    if _EVALUATE.value:
-        print(evaluate(config, pipeline, folder, prepared))
-        print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
-    print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
+    if processes.is_first():
+        if _EVALUATE.value:
+            own = mesh if jax.process_count() == 1 else sharding.local_mesh()
+            print(evaluate(config, pipeline, folder, prepared, own))
+            print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
+        print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
+    processes.barrier("done")
 
 
 if __name__ == "__main__":

@@ -436,8 +436,10 @@ class _Embed(nn.Module):
     def __call__(self, tokens_BL):
         shape = (self.cfg.vocab_size, self.cfg.width)
         table_VD = self.param("embedding", _small_init, shape, jnp.float32)
-        table_VD = layout.gather(table_VD, "/".join((*self.path, "embedding")))
-        return jnp.take(table_VD, tokens_BL, axis=0)
+        x_BLD = jnp.take(table_VD, tokens_BL, axis=0)
+        # Each device looks up its channels of all rows: vectors are exchanged, not the table.
+        x_BLD = layout.constrain(x_BLD, "replicas", None, "spread")
+        return layout.constrain(x_BLD, "rows", None, "hidden")
 
 
 class _Norm(nn.Module):

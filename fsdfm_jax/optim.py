@@ -8,12 +8,18 @@ def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransf
     """AdamW with the values of arXiv:2509.20624 App. B where the config keeps them.
 
     Args:
-      optim: `config.optim` (betas, eps, weight decay, clipping).
+      optim: `config.optim` (betas, eps, weight decay, clipping, dtype of the first moment). The
+        second moment stays float32: at a decay near 1 its changes are below what bfloat16 holds.
       stage: the stage's config (`num_steps`, `learning_rate`, `warmup_steps`, `final_lr_fraction`).
 
     Raises:
-      ValueError: if the warm-up is longer than the stage, or the stage has no step.
+      ValueError: if the warm-up is longer than the stage, the stage has no step, or the dtype is
+        another.
     """
+    if optim.moment_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"Unknown optim.moment_dtype={optim.moment_dtype!r}; expected float32 or bfloat16."
+        )
     if stage.num_steps < 1:
         raise ValueError(f"A stage needs num_steps >= 1, got {stage.num_steps}.")
     if not 0 <= stage.warmup_steps <= stage.num_steps:
@@ -37,5 +43,6 @@ def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransf
             b2=optim.b2,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            mu_dtype=optim.moment_dtype,
         ),
     )

@@ -4,6 +4,7 @@ The same tables serve the parameters, their average and the optimiser's moments,
 in the step, in sampling and when a checkpoint is restored.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -73,11 +74,21 @@ def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np
     )
 
 
+def use(mesh: Mesh):
+    """A context in which arrays are spread over the mesh, if it has more than one device."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
 def local_mesh() -> Mesh:
     """A mesh of this process's devices for sampling: rows spread, parameters as well."""
     devices = jax.local_devices()
     sizes = {axis: 1 for axis in layout.AXES} | {"fsdp": len(devices)}
     return make_mesh(ConfigDict(sizes | {"slices": 1}), devices)
+
+
+def leaf_sharding(mesh: Mesh, path: str, leaf) -> NamedSharding:
+    """The sharding of one array or shape of the state, as `state_shardings`."""
+    return NamedSharding(mesh, _checked_spec(mesh, path, leaf.shape))
 
 
 def state_shardings(mesh: Mesh, abstract_state):
@@ -89,7 +100,7 @@ def state_shardings(mesh: Mesh, abstract_state):
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, _checked_spec(mesh, name, leaf.shape))
+        return leaf_sharding(mesh, name, leaf)
 
     return jax.tree_util.tree_map_with_path(one, abstract_state)
 
@@ -121,9 +132,29 @@ def _checked_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     return spec
 
 
+def spread(params, *, abstract: bool = False):
+    """Parameters where the mesh of `jax.set_mesh` wants them; as they are where none is set.
+
+    With `abstract`, a tree of shapes that says where they will be.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return params
+    places = state_shardings(mesh, params)
+    if not abstract:
+        return jax.device_put(params, places)
+    put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return jax.tree.map(put, params, places)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch spread over the axes that share them."""
     return NamedSharding(mesh, layout.activation_spec("rows"))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """All of an array on each device."""
+    return NamedSharding(mesh, P())
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -134,7 +165,7 @@ def row_shards(mesh: Mesh) -> int:
 def rows_sharding(mesh: Mesh, num_rows: int) -> NamedSharding:
     """`batch_sharding` where so many rows spread evenly, else all rows on each device."""
     even = num_rows % row_shards(mesh) == 0
-    return batch_sharding(mesh) if even else NamedSharding(mesh, P())
+    return batch_sharding(mesh) if even else whole(mesh)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

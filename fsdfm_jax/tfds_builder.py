@@ -1,84 +1,25 @@
-"""A TFDS dataset of packed text: documents, each with an end-of-text token, cut into blocks.
+"""A TFDS dataset of packed text: blocks of tokens, made in this process.
 
 Nothing here imports TensorFlow or touches the network. Only this module imports tensorflow_datasets
 at its top.
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import io
 import os
 import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from fsdfm_jax import packing
 from fsdfm_jax.corpus import Document
 from fsdfm_jax.tokenizer import Tokenizer
-
-_BATCH_CHARACTERS = 1 << 20  # documents are encoded together up to this many characters
-_BATCH_DOCUMENTS = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitCounts:
-    """What packing did to one split.
-
-    Attributes:
-      documents: number of documents.
-      tokens: of all documents, with one end-of-text token each.
-      blocks: number of blocks stored.
-      dropped_tokens: tokens after the last full block; tokens = blocks * L + dropped_tokens.
-      sha256: of the blocks in document order, as little-endian int32.
-    """
-
-    documents: int
-    tokens: int
-    blocks: int
-    dropped_tokens: int
-    sha256: str
-
-
-class Packer:
-    """Packs a stream of documents into blocks, and counts."""
-
-    def __init__(self, tokenizer: Tokenizer, block_length: int):
-        self._tokenizer = tokenizer
-        self._block_length = block_length
-        self._documents = self._tokens = self._blocks = 0
-        self._digest = hashlib.sha256()
-
-    def blocks(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
-        """Yields int32 [L] blocks; the tokens after the last full block are dropped."""
-        rest = np.empty(0, np.int32)
-        for batch in _batches(documents):
-            ids = self._tokenizer.encode_batch([document.text for document in batch])
-            ends = [self._tokenizer.eos_id]
-            stream = np.concatenate([rest, *(np.array(i + ends, np.int32) for i in ids)])
-            self._documents += len(batch)
-            self._tokens += len(stream) - len(rest)
-            full, rest = np.split(stream, [len(stream) - len(stream) % self._block_length])
-            self._digest.update(full.astype("<i4").tobytes())
-            blocks_NL = full.reshape(-1, self._block_length)
-            self._blocks += len(blocks_NL)
-            yield from blocks_NL
-
-    @property
-    def counts(self) -> SplitCounts:
-        """Counts so far; final once `blocks` is exhausted."""
-        return SplitCounts(
-            documents=self._documents,
-            tokens=self._tokens,
-            blocks=self._blocks,
-            dropped_tokens=self._tokens - self._blocks * self._block_length,
-            sha256=self._digest.hexdigest(),
-        )
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -108,7 +49,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         self._documents = documents
         self._tokenizer = tokenizer
         self._block_length = block_length
-        self.counts: dict[str, SplitCounts] = {}  # by split, once prepared
+        self.counts: dict[str, packing.SplitCounts] = {}  # by split, once prepared
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -123,17 +64,11 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         # TFDS stores examples in the order of the keys' hashes: fixed, but not the order they come
         # in. Keeping that order (disable_shuffling) would make it sort a whole split in memory once
         # the split exceeds 1 GB.
-        packer = Packer(self._tokenizer, self._block_length)
+        packer = packing.Packer(self._tokenizer, self._block_length)
         for key, block_L in enumerate(packer.blocks(self._documents[split]())):
             yield key, {"tokens": block_L}
         counts = self.counts[split] = packer.counts
-        if counts.blocks == 0:
-            raise ValueError(
-                f"the {split} split has no full block of {self._block_length} tokens: its "
-                f"{counts.documents} document(s) have {counts.tokens} tokens; lower "
-                "data.block_length, give more text, or move documents between the splits by "
-                "data.holdout"
-            )
+        packing.check_blocks(split, counts, self._block_length)
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
@@ -146,7 +81,7 @@ class _LocalInfo(tfds.core.DatasetInfo):
         """
 
 
-def build(builder: PackedText) -> dict[str, SplitCounts]:
+def build(builder: PackedText) -> dict[str, packing.SplitCounts]:
     """Writes the dataset of a builder; prints nothing, and shows progress on a terminal only.
 
     Returns:
@@ -162,15 +97,25 @@ def build(builder: PackedText) -> dict[str, SplitCounts]:
     return dict(builder.counts)
 
 
-def open_split(directory: str | os.PathLike, split: str) -> Sequence[Mapping[str, np.ndarray]]:
+class Split(NamedTuple):
+    """A split on disk: its records {"tokens": int32 [L]}, and files with their records' numbers."""
+
+    records: Sequence[Mapping[str, np.ndarray]]
+    files: list[pathlib.Path]
+    lengths: list[int]
+
+
+def open_split(directory: str | os.PathLike, split: str) -> Split:
     """Opens a split for random access; `directory` is the `data_dir` it was built in.
 
-    Returns:
-      A sequence of {"tokens": int32 [L]}; safe to read from several threads.
+    Its records are safe to read from several threads.
     """
     folder = pathlib.Path(directory) / PackedText.name / str(PackedText.VERSION)
     with _quiet():
-        return tfds.builder_from_directory(folder).as_data_source(split)
+        builder = tfds.builder_from_directory(folder)
+        info = builder.info.splits[split]
+        files = [pathlib.Path(path) for path in info.filepaths]
+        return Split(builder.as_data_source(split), files, list(info.shard_lengths))
 
 
 @contextlib.contextmanager
@@ -184,15 +129,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -1,8 +1,11 @@
 """The training loop, shared by all stages: straight-line, resumable, metrics one step late."""
 
+import contextlib
+import faulthandler
 import functools
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +16,8 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import models, sharding, state
-from fsdfm_jax.checkpoint import Checkpoints
+from fsdfm_jax import models, processes, sharding, state
+from fsdfm_jax.checkpoint import Checkpoints, Retention
 from fsdfm_jax.stages import Stage
 from fsdfm_jax.writer import MetricWriter
 
@@ -30,25 +33,40 @@ class Settings(NamedTuple):
       num_steps: optimiser steps in all.
       batch_size: rows of a batch, over all processes.
       log_every, checkpoint_every: steps between lines of metrics and between checkpoints.
-      keep_checkpoints: newest checkpoints that are kept.
+      retention: which checkpoints are kept.
       ema_decay: weight of the old average, 0 for none.
+      accumulate: parts that a batch is computed in, one after the other.
+      max_skipped: steps in a row that may be skipped where something isn't finite.
+      watchdog_minutes: without a finished step, after which the process dumps the stacks of its
+        threads to stderr and exits with code 1; 0 for never.
     """
 
     num_steps: int
     batch_size: int
     log_every: int
     checkpoint_every: int
-    keep_checkpoints: int
     ema_decay: float
+    retention: Retention = Retention()
+    accumulate: int = 1
+    max_skipped: int = 0
+    watchdog_minutes: float = 0.0
 
 
 def check_settings(settings: Settings) -> None:
     """ValueError naming the first value that no run can have."""
-    for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
         if getattr(settings, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
     if not 0 <= settings.ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}.")
+    if settings.batch_size % settings.accumulate:
+        raise ValueError(
+            f"batch_size={settings.batch_size} must be a multiple of "
+            f"accumulate={settings.accumulate}: its parts have the same number of rows."
+        )
+    for field in ("max_skipped", "watchdog_minutes"):
+        if getattr(settings, field) < 0:
+            raise ValueError(f"{field} must not be negative, got {getattr(settings, field)}.")
 
 
 def make_init(stage: Stage, optimizer: optax.GradientTransformation, settings: Settings):
@@ -76,7 +94,12 @@ def make_step(
       shardings: of the state, from `sharding.state_shardings`.
     """
     step = functools.partial(
-        state.train_step, loss=stage.loss, optimizer=optimizer, ema_decay=settings.ema_decay
+        state.train_step,
+        loss=stage.loss,
+        optimizer=optimizer,
+        ema_decay=settings.ema_decay,
+        accumulate=settings.accumulate,
+        max_skipped=settings.max_skipped,
     )
     whole = NamedSharding(mesh, P())
     return jax.jit(
@@ -103,50 +126,62 @@ def train(
     """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
 
     The state after a step depends on nothing but the arguments and the step, so that a run killed
-    at any moment and started again ends with the same parameters bit for bit.
+    at any moment and started again ends with the same parameters bit for bit; on another mesh, or
+    with another number of processes, up to rounding.
 
     Args:
       stage: what to train.
       settings: how long, how often.
       name: of the run, for progress.
       optimizer: from `optim.make_optimizer`.
-      batches: start_step -> iterator over batches from that step on.
+      batches: start_step -> iterator over batches from that step on, of which a process gives the
+        rows `sharding.local_rows`.
       base: weights of the run this one starts from, or None; their shapes do where it goes on from
         a checkpoint of its own.
       key: root of the run's randomness.
-      mesh: where to run.
-      directory: gets checkpoints/, metrics.jsonl and tensorboard/.
+      mesh: where to run, of the devices of all processes.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
       metadata: stored inside each checkpoint.
 
     Raises:
-      Diverged: at the first loss or gradient that isn't finite; no checkpoint of that step is
-        written.
+      Diverged: at the first loss or gradient that isn't finite, or the first beyond
+        `settings.max_skipped` in a row; no checkpoint of that step is written.
+      processes.Stopped: after SIGTERM, once the step at hand is in a checkpoint.
+      checkpoint.SaveFailed: where one can't be written.
+      checkpoint.DamagedCheckpoint: where there are checkpoints and none is whole.
       ValueError: if the stage can't start from `base`.
     """
     check_settings(settings)
     init_key, step_key = jax.random.split(key)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(directory / "checkpoints", keep=settings.keep_checkpoints) as checkpoints,
+        Checkpoints(directory / "checkpoints", retention=settings.retention) as checkpoints,
+        processes.StopRequest(mesh) as stop,
+        _Watchdog(settings.watchdog_minutes) as watchdog,
     ):
         # ------------------------------------------------------------------------------ state
         init = make_init(stage, optimizer, settings)
         abstract = jax.eval_shape(init, init_key, base)
         shardings = sharding.state_shardings(mesh, abstract)
-        start = checkpoints.latest_step() or 0
-        if start:
-            placed = jax.tree.map(
+        found = checkpoints.restore_latest(
+            jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                 abstract,
                 shardings,
             )
-            train_state = checkpoints.restore(placed)
+        )
+        if found is not None:
+            start, train_state = found
             logging.info("%s goes on from the checkpoint of step %d.", name, start)
         else:
-            # Weights read from a checkpoint sit on one device, which jit won't mix with a mesh.
+            if _is_abstract(base):
+                raise ValueError(
+                    f"The checkpoints of {name} in {directory} are gone; run the same command "
+                    "again to start it anew."
+                )
             base = jax.device_put(base, sharding.state_shardings(mesh, base))
-            train_state = jax.jit(init, out_shardings=shardings)(init_key, base)
-        del base  # not to be kept beside the state
+            start, train_state = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
+        del base, found  # not to be kept beside the state
         if start >= settings.num_steps:
             return
 
@@ -155,65 +190,161 @@ def train(
 
         # ------------------------------------------------------------------------------- loop
         stream = batches(start)
-        first = next(stream)
-        with MetricWriter(
+        batch = next(stream)
+        with _open_writer(
             directory,
             name=name,
             total_steps=settings.num_steps,
-            tokens_per_step=settings.batch_size * first["x1"].shape[1],
+            tokens_per_step=settings.batch_size * batch["x1"].shape[1],
             start_step=start,
         ) as metric_writer:
             report = _Reporter(name, metric_writer, settings, start)
-            batch = first
+            agreed: bool | jax.Array = False
             for step in range(start + 1, settings.num_steps + 1):
-                placed_batch = sharding.place_rows(mesh, settings.batch_size, batch)
-                train_state, metrics = step_fn(train_state, placed_batch, step_key)
+                rows = sharding.place_rows(mesh, settings.batch_size, batch)
+                train_state, metrics = step_fn(train_state, rows, step_key)
                 report.finish()  # of the step before, while this one runs
+                watchdog.pat(step - start)
                 report.begin(step, metrics)
-                if step % settings.checkpoint_every == 0 or step == settings.num_steps:
+                stopping = stop.granted(agreed)
+                agreed = stop.ask()
+                if stopping or step % settings.checkpoint_every == 0 or step == settings.num_steps:
                     report.finish()
-                    checkpoints.save(step, train_state, metadata)
+                    checkpoints.save(step, train_state, metadata, report.since_checkpoint() or None)
+                if stopping and step < settings.num_steps:
+                    checkpoints.wait()
+                    processes.barrier(f"{name} stopped")
+                    raise processes.Stopped(
+                        f"{name}: stopped by SIGTERM at step {step} of {settings.num_steps}, "
+                        "which is saved; the same command goes on from there."
+                    )
                 if step < settings.num_steps:
+                    began = time.perf_counter()
                     batch = next(stream)
+                    report.waited(time.perf_counter() - began)
         stream.close()
         checkpoints.wait()
+
+
+def _is_abstract(tree) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def _open_writer(directory: pathlib.Path, **options):
+    """The writer of metrics in the first process, one that does nothing in the others."""
+    return MetricWriter(directory, **options) if processes.is_first() else _Silent()
+
+
+class _Silent(contextlib.nullcontext):
+    """As a `MetricWriter`, without a file or a line."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+        """Writes nothing."""
+
+    def tick(self, step: int) -> None:
+        """Shows nothing."""
+
+
+class _Watchdog:
+    """Ends a process that hangs: no step for so long, as when another host is gone."""
+
+    def __init__(self, minutes: float):
+        self._seconds = 60.0 * minutes
+
+    def __enter__(self) -> "_Watchdog":
+        return self
+
+    def pat(self, steps: int) -> None:
+        """A step has ended; nothing before the second one, since the first compiles."""
+        if self._seconds and steps > 1:
+            # By a thread of C, which runs even where Python can't.
+            faulthandler.dump_traceback_later(self._seconds, exit=True)
+
+    def __exit__(self, *exc_info) -> None:
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class _Reporter:
     """Checks every step's metrics and writes their mean every `log_every` steps."""
 
-    def __init__(self, name: str, writer: MetricWriter, settings: Settings, start: int):
+    def __init__(self, name: str, writer: MetricWriter | _Silent, settings: Settings, start: int):
         self._name, self._writer, self._settings, self._kept = name, writer, settings, start
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._line, self._checkpoint = _Means(), _Means()
+        self._skipped = 0
+        self._waited, self._since = 0.0, time.perf_counter()
 
     def begin(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._pending = (step, metrics)
 
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for text."""
+        self._waited += seconds
+
+    def since_checkpoint(self) -> dict[str, float]:
+        """Means of the metrics since the last call."""
+        means, self._checkpoint = self._checkpoint.values(), _Means()
+        return means
+
     def finish(self) -> None:
-        """Waits for the pending step; raises Diverged unless it is finite."""
+        """Waits for the pending step; raises Diverged unless it is finite or may be skipped."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         values = {key: float(value) for key, value in metrics.items()}
+        in_a_row = values.pop("skipped", 0)
         bad = {key: value for key, value in values.items() if not math.isfinite(value)}
         if bad:
-            self._writer.write(step, values)
-            every = self._settings.checkpoint_every
-            kept = max(self._kept, (step - 1) // every * every)
-            what = ", ".join(f"{key} is {value}" for key, value in bad.items())
-            raise Diverged(
-                f"{self._name}: {what} at step {step}. Checkpoints up to step {kept} are kept; "
-                f"lower {self._name}'s learning_rate, lengthen its warmup_steps, or look at the "
-                "text of that batch."
-            )
+            self._check_bad(step, values, bad, in_a_row)
+            self._skipped += 1
+        else:
+            self._line.add(values)
+            self._checkpoint.add(values)
+        if step % self._settings.log_every == 0 or step == self._settings.num_steps:
+            now = time.perf_counter()
+            line = self._line.values()
+            if self._settings.max_skipped:
+                line["skipped"] = self._skipped
+            # A bound on what reading costs: devices work meanwhile.
+            share = self._waited / max(now - self._since, 1e-9)
+            self._writer.write(step, line, timing={"input_wait": round(share, 4)})
+            self._line, self._skipped, self._waited, self._since = _Means(), 0, 0.0, now
+        else:
+            self._writer.tick(step)
+
+    def _check_bad(self, step, values, bad, in_a_row) -> None:
+        what = ", ".join(f"{key} is {value}" for key, value in bad.items())
+        allowed = self._settings.max_skipped
+        if allowed and in_a_row <= allowed:
+            logging.warning("%s: %s at step %d, which is skipped.", self._name, what, step)
+            return
+        self._writer.write(step, values, timing={})
+        every = self._settings.checkpoint_every
+        kept = max(self._kept, (step - 1) // every * every)
+        after = f" ({int(in_a_row)} steps in a row, optim.max_skipped={allowed})" if allowed else ""
+        raise Diverged(
+            f"{self._name}: {what} at step {step}{after}. Checkpoints up to step {kept} are kept; "
+            f"lower {self._name}'s learning_rate, lengthen its warmup_steps, or look at the "
+            "text of that batch."
+        )
+
+
+class _Means:
+    """Means of named numbers."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, values: dict[str, float]) -> None:
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1
-        if step % self._settings.log_every == 0 or step == self._settings.num_steps:
-            self._writer.write(step, {k: v / self._count for k, v in self._sums.items()})
-            self._sums, self._count = {}, 0
-        else:
-            self._writer.tick(step)
+
+    def values(self) -> dict[str, float]:
+        return {key: total / self._count for key, total in self._sums.items()}

@@ -16,10 +16,11 @@ import subprocess
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import fsdfm_jax
-from fsdfm_jax import checkpoint, models, stages, writer
+from fsdfm_jax import checkpoint, models, sharding, stages, writer
 from fsdfm_jax.models import ModelConfig, Params
 
 
@@ -119,9 +120,24 @@ def _base(run, name, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
     return stage_directory(workdir, same[-1].run) if same else None
 
 
+# Keys of the data that came later: left out where they say nothing, so that older runs go on.
+_DATA_DEFAULTS = {"documents": "record", "validation": "", "mixture": ""}
+
+# What changes results by rounding only: a run may go on where other devices need other values.
+_ROUNDING_KEYS = ("attention", "remat", "logits_mib")
+
+
 def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[str, Any]:
-    """Everything that determines a run's weights, as JSON; a run only goes on under the same."""
-    data = {key: value for key, value in config.data.items() if key != "directory"}
+    """All that determines a run's weights up to rounding, as JSON; it only goes on under the same.
+
+    The mesh isn't part of it, nor the number of processes.
+    """
+    data = {
+        key: value
+        for key, value in config.data.items()
+        if key != "directory" and _DATA_DEFAULTS.get(key) != value
+    }
+    model = {k: v for k, v in config.model.items() if k not in _ROUNDING_KEYS}
     own = config[entry.stage].to_dict()
     del own["init_from"]  # the base below says it, whatever way it was named
     return _plain(
@@ -129,7 +145,7 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
             "seed": config.seed,
             "data": data,
             "path": config.path.to_dict(),
-            "model": config.model.to_dict(),
+            "model": model,
             "optim": config.optim.to_dict(),
             entry.stage: own,
             "base": None if base_recipe is None else digest(base_recipe),
@@ -225,12 +241,15 @@ def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
             )
 
 
-def load_weights(directory: pathlib.Path, *, tokenizer: str | None = None) -> Weights:
+def load_weights(
+    directory: pathlib.Path, *, tokenizer: str | None = None, mesh: Mesh | None = None
+) -> Weights:
     """Weights of the newest checkpoint of a run.
 
     Args:
       directory: WORKDIR/stages/RUN.
       tokenizer: fingerprint the weights must have been trained with; None skips the check.
+      mesh: where to put them, by the rules of `layout`; this process's first device by default.
 
     Raises:
       ValueError: if there is no checkpoint, or it belongs to another tokenizer.
@@ -249,7 +268,8 @@ def load_weights(directory: pathlib.Path, *, tokenizer: str | None = None) -> We
             "text. Use the tokenizer.json the run was trained with."
         )
     part = metadata["weights"]
-    params = checkpoint.restore_part(folder, (part,), step)[part]
+    place = None if mesh is None else functools.partial(sharding.leaf_sharding, mesh)
+    params = checkpoint.restore_part(folder, (part,), step, sharding=place)[part]
     return Weights(params, ModelConfig(**metadata["model"]), metadata, step)
 
 

@@ -166,16 +166,19 @@ class MetricWriter:
         """Mean since the first `write` or `tick`; NaN before there is a second one."""
         return self._rate.per_second
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(
+        self, step: int, metrics: Mapping[str, Any], *, timing: Mapping[str, float] | None = None
+    ) -> None:
         """Writes one line {"step", "time" (Unix seconds), name: value, ...} and shows progress.
 
         Args:
           step: Steps completed, larger than in any line before.
           metrics: Name -> number (anything `float` takes; a jax array is waited for). "loss" is
             shown.
+          timing: Name -> number of what differs from run to run, under the key "timing".
 
         Raises:
-          ValueError: The step is not larger, or a metric is called "step" or "time".
+          ValueError: The step is not larger, or a metric is called "step", "time" or "timing".
         """
         step = int(step)
         if step <= self._last_written:
@@ -183,11 +186,16 @@ class MetricWriter:
                 f"metrics are written once a step, in order: got step {step} after "
                 f"{self._last_written}; put all metrics of a step into one call"
             )
-        if taken := {"step", "time"} & set(metrics):
+        if taken := {"step", "time", "timing"} & set(metrics):
             raise ValueError(f"metrics may not be called {sorted(taken)}: the line has these keys")
         values = {key: float(value) for key, value in metrics.items()}
         now = time.time()
-        append_jsonl(self.path, {"step": step, "time": round(now, 3)} | values)
+        append_jsonl(
+            self.path,
+            {"step": step, "time": round(now, 3)}
+            | values
+            | ({"timing": dict(timing)} if timing else {}),
+        )
         for key, value in values.items():
             self._events.add_scalar(key, value, step, walltime=now)
         self._last_written = step

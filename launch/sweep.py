@@ -14,7 +14,7 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
-from fsdfm_jax import cli
+from fsdfm_jax import cli, sharding
 from fsdfm_jax.evaluate import points, subjects, suite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/sweep.py.")
@@ -44,16 +44,17 @@ def main(argv: list[str]) -> None:
     catalogue = subjects.open_workdir(folder, settings.models)
     prepared = subjects.prepared_text(folder)
     directory = folder / "sweeps" / config.name
-    table = suite.evaluate(
-        settings,
-        catalogue,
-        prepared,
-        directory,
-        make_plan=lambda *rest: points.sweep(axes, *rest),
-        header={"config": config.to_dict(), "data": prepared.manifest},
-        index=index,
-        count=count,
-    )
+    with sharding.use(sharding.local_mesh()):
+        table = suite.evaluate(
+            settings,
+            catalogue,
+            prepared,
+            directory,
+            make_plan=lambda *rest: points.sweep(axes, *rest),
+            header={"config": config.to_dict(), "data": prepared.manifest},
+            index=index,
+            count=count,
+        )
     print(table)
     print(f"\nReport: {directory / 'report.html'}, with its data beside it.")
 

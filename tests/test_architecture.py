@@ -70,12 +70,18 @@ FLOORS = {
 TOWER = {
     "sharding": ("layout",),  # the tables
     "optim": (),
-    "state": ("models",),  # the type of parameters
-    "checkpoint": (),
+    "processes": (),
+    "state": ("models", "layout", "loops"),  # the type of parameters
+    "checkpoint": ("checksums",),
+    "checksums": (),
     "tokenizer": (),
     "corpus": ("tokenizer",),
-    "tfds_builder": ("corpus", "tokenizer"),
-    "data": ("corpus", "tokenizer", "tfds_builder"),
+    "packing": ("corpus", "tokenizer"),
+    "shards": (),
+    "mixture": (),
+    "tfds_builder": ("corpus", "packing", "tokenizer"),
+    "data": ("corpus", "mixture", "shards", "tfds_builder", "tokenizer"),
+    "beam_prepare": ("corpus", "data", "packing", "shards", "tokenizer"),
     "writer": (),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -88,6 +94,8 @@ ONLY = {
     "tensorflow_datasets": {"tfds_builder"},
     "tokenizers": {"tokenizer", "convert.run_exported"},
     "grain": {"data"},
+    "array_record": {"shards"},
+    "apache_beam": {"beam_prepare"},
     "tensorboardX": {"writer"},
     "matplotlib": {"evaluate.pictures"},
     "optax": {"optim", "state", "train"},
@@ -120,6 +128,8 @@ DRAWERS = {"draws", "sampler"}
 LATE_ONLY = {
     "tensorflow_datasets": {"tfds_builder"},
     "grain": set(),
+    "array_record": set(),
+    "apache_beam": set(),
     "matplotlib": set(),
     "torch": set(),
     "transformers": set(),

@@ -249,7 +249,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
         assert next(batches(0))["x1"].shape == (8, 4)
         networks[name] = stage.model, metadata
 
-    def fake_weights(directory, *, tokenizer):
+    def fake_weights(directory, *, tokenizer, mesh):
         model, metadata = networks[directory.name]
         shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -269,7 +269,9 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workdir, "load_weights", fake_weights)
     monkeypatch.setattr(subjects, "catalogue", fake_catalogue)
     monkeypatch.setattr(suite, "evaluate", fake_evaluate)
-    for name, value in (("_CONFIG", config), ("_WORKDIR", str(tmp_path)), ("_EVALUATE", True)):
+    given = {"_CONFIG": config, "_WORKDIR": str(tmp_path), "_EVALUATE": True}
+    given |= {"_DISTRIBUTED": False, "_PRINT_SHARDING": False}
+    for name, value in given.items():
         monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
 
     everything = set(cli.keys(config))
@@ -292,5 +294,6 @@ def test_the_record_sees_what_it_should(monkeypatch):
         with pytest.raises(AttributeError):
             main.optim.make_optimizer(config.optim, config.path)
     leaves = set(record.read)
-    assert leaves == {"path.schedule", "path.power", "path.source", "path.revealed"}
+    path = {"path.schedule", "path.power", "path.source", "path.revealed"}
+    assert leaves == path | {"optim.moment_dtype"}  # read before what is missing
     assert record.missing == {"path.num_steps"}

@@ -762,7 +762,9 @@ def working(tmp_path_factory):
             data="d" * 16,
         )
         params[run] = {}
-        steps = checkpoint.Checkpoints(folder / "stages" / run / "checkpoints", keep=5)
+        steps = checkpoint.Checkpoints(
+            folder / "stages" / run / "checkpoints", retention=checkpoint.Retention(keep=5)
+        )
         with steps as checkpoints:
             for step in (10, 20):
                 trees = {"params": _params(model, seed=i + step)}
@@ -851,7 +853,9 @@ def test_metadata_from_before_path_revealed(tmp_path):
     metadata = workdir.make_metadata(
         config, entry, model, the_recipe=recipe, tokenizer="", data="d"
     )
-    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    with checkpoint.Checkpoints(
+        tmp_path / "run" / "checkpoints", retention=checkpoint.Retention()
+    ) as checkpoints:
         checkpoints.save(1, {"params": _params(model)}, metadata)
     bundle = formats.open_bundle(tmp_path / "run")
     assert bundle.path["revealed"] == "stay"

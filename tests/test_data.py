@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from configs import base
 from fsdfm_jax import corpus as corpus_lib
 from fsdfm_jax import data as data_lib
-from fsdfm_jax import tfds_builder
+from fsdfm_jax import packing
 from fsdfm_jax import tokenizer as tokenizer_lib
 
 LENGTH = 16
@@ -86,13 +87,13 @@ def test_packing_equals_a_literal_reimplementation(corpus, prepared):
 
 def test_packing_does_not_depend_on_how_documents_are_grouped(corpus, prepared, monkeypatch):
     def pack():
-        packer = tfds_builder.Packer(prepared.tokenizer, LENGTH)
+        packer = packing.Packer(prepared.tokenizer, LENGTH)
         return np.stack(list(packer.blocks(corpus_lib.documents(corpus)))), packer.counts
 
     blocks, counts = pack()
     for limit, value in [("_BATCH_DOCUMENTS", 1), ("_BATCH_CHARACTERS", 500)]:
         with monkeypatch.context() as patch:
-            patch.setattr(tfds_builder, limit, value)
+            patch.setattr(packing, limit, value)
             np.testing.assert_array_equal(pack()[0], blocks)
             assert pack()[1] == counts
 
@@ -100,7 +101,7 @@ def test_packing_does_not_depend_on_how_documents_are_grouped(corpus, prepared, 
 def test_packing_streams(prepared):
     """Blocks come out before an endless corpus ends."""
     endless = (corpus_lib.Document(str(i), "we the people") for i in itertools.count())
-    blocks = tfds_builder.Packer(prepared.tokenizer, LENGTH).blocks(endless)
+    blocks = packing.Packer(prepared.tokenizer, LENGTH).blocks(endless)
     assert len(list(itertools.islice(blocks, 10))) == 10
 
 
@@ -185,8 +186,8 @@ def test_a_failed_or_killed_build_leaves_nothing(corpus, tmp_path, monkeypatch):
     target = tmp_path / "data"
     whole = corpus_lib.documents
 
-    def interrupted(corpus_name, text_field):
-        yield from itertools.islice(whole(corpus_name, text_field), 40)
+    def interrupted(*args):
+        yield from itertools.islice(whole(*args), 40)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -225,7 +226,8 @@ def test_damaged_folders(corpus, tmp_path):
     path = tmp_path / "data" / "manifest.json"
     manifest = path.read_text()
     path.write_text(manifest.replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="has format 99, expected 1; remove the folder"):
+    message = r"has format 99 \(dataset\), expected 1 \(dataset\), .*; remove the folder"
+    with pytest.raises(ValueError, match=message):
         data_lib.load(tmp_path / "data")
     path.write_text(manifest[: len(manifest) // 2])
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
@@ -236,10 +238,64 @@ def test_damaged_folders(corpus, tmp_path):
         data_lib.load(tmp_path / "data")
 
 
+def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
+    data = data_lib.prepare(_spec(corpus), tmp_path / "data")
+    assert {file.split for file in data.files} == set(data_lib.SPLITS)
+    assert sum(file.blocks for file in data.files if file.split == "train") == len(
+        data.source("train")
+    )
+    assert data.verify() == len(data.files) == 2
+    shard = next(data.directory.rglob("*train.array_record*"))
+    whole = shard.read_bytes()
+    source = data.source("train")
+    shard.write_bytes(whole[:8000] + bytes(len(whole) - 8000))  # the size stays
+    data_lib.load(data.directory)
+    with pytest.raises(ValueError, match=rf"{shard.name} has sha256 \w+ instead of \w+; put the"):
+        data.verify()
+    with pytest.raises(ValueError, match=rf"{shard.name} cannot be read \("):
+        _ = [source[index] for index in range(len(source))]
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name} has \d+ bytes instead of {len(whole)}"):
+        data_lib.load(data.directory)
+    source = data.source("train")
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"is damaged: \S*{shard.name} is missing"):
+        data_lib.load(data.directory)
+    with pytest.raises(FileNotFoundError, match=rf"{shard.name} has vanished; put the files back"):
+        _ = source[0]
+
+
+def test_folders_of_older_versions_open_but_cannot_be_verified(corpus, prepared, tmp_path):
+    """Format 1 had no list of files, and specs had six keys."""
+    shutil.copytree(prepared.directory, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]
+    assert set(manifest["spec"]) == {
+        *("corpus", "text_field", "tokenizer", "vocab_size", "block_length", "holdout")
+    }
+    assert manifest.keys() == {"format", "spec", "tokenizer", "splits", "fingerprint"}
+    path.write_text(json.dumps(manifest))
+    data = data_lib.prepare(_spec(corpus), tmp_path / "data")
+    assert data.fingerprint == prepared.fingerprint
+    assert len(data.source("train")) == data.num_blocks("train")
+    with pytest.raises(ValueError, match="no checksums; prepare it again"):
+        data.verify()
+
+
+def test_a_changed_manifest_is_noticed(prepared, tmp_path):
+    shutil.copytree(prepared.directory, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    path.write_text(path.read_text().replace('"holdout": 0.2', '"holdout": 0.3'))
+    with pytest.raises(ValueError, match="damaged \\(its fingerprint is not that of the rest"):
+        data_lib.load(tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"block_length": 0}, "data.block_length must be at least 1"),
+        ({"documents": "page"}, "data.documents must be one of record, wikitext, got 'page'"),
         ({"holdout": 0.0}, "data.holdout must be between 0 and 1"),
         ({"block_length": 5000}, "the validation split has no full block of 5000 tokens: its 1"),
         (
@@ -316,6 +372,21 @@ for name in ("tensorflow", "pandas", "apache_beam"):
     assert "validation: " in done.stdout
     assert "blocks of 16, " in done.stdout
     assert done.stderr == ""
+    check = [
+        sys.executable,
+        "-m",
+        "launch.prepare_data",
+        "--verify",
+        f"--directory={tmp_path}/data",
+    ]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"verified {tmp_path}/data: 2 files are as they were written\n")
+    shard = next((tmp_path / "data").rglob("*train.array_record*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/data is damaged: packed_text/")
+    assert done.stderr.count("\n") == 1
 
 
 def test_importing_data_opens_nothing():
@@ -409,10 +480,28 @@ def test_errors_while_reading_ahead_reach_the_reader():
         list(itertools.islice(batches.iterate(), 10))
 
 
-def test_rows_are_slices_of_the_whole_batch():
+def test_rows_are_those_of_the_whole_batch():
     whole = _batches().batch_at(6)
-    np.testing.assert_array_equal(_batches(rows=slice(1, 3)).batch_at(6), whole[1:3])
-    np.testing.assert_array_equal(next(_batches(rows=slice(2, 4)).iterate(6)), whole[2:4])
+    np.testing.assert_array_equal(_batches(rows=range(1, 3)).batch_at(6), whole[1:3])
+    np.testing.assert_array_equal(next(_batches(rows=[3, 0]).iterate(6)), whole[[3, 0]])
+
+
+def test_only_the_own_rows_are_read():
+    class Counted:
+        read = 0
+
+        def __len__(self):
+            return len(NUMBERS)
+
+        def __getitem__(self, index):
+            self.read += 1
+            return NUMBERS[index]
+
+    source = Counted()
+    batches = data_lib.Batches(source, batch_size=8, seed=0, rows=np.array([1, 6]))
+    source.read = 0
+    assert batches.batch_at(3).shape == (2, 3)
+    assert source.read == 2
 
 
 @pytest.mark.parametrize(
@@ -421,7 +510,9 @@ def test_rows_are_slices_of_the_whole_batch():
         (lambda: _batches(batch_size=0), "positive batch size"),
         (lambda: data_lib.Batches(NUMBERS[:0], batch_size=1, seed=0), "at least one block"),
         (lambda: _batches(seed=-1), r"must be in \[0, 2\*\*32\), got -1"),
-        (lambda: _batches(rows=slice(4, 8)), r"slice\(4, 8, None\) selects none of the 4 rows"),
+        (lambda: _batches(rows=range(4, 8)), r"some of the 4 rows of a batch, got range\(4, 8\)"),
+        (lambda: _batches(rows=[0, -1]), r"some of the 4 rows of a batch, got \[0, -1\]"),
+        (lambda: _batches(rows=[]), r"some of the 4 rows of a batch, got \[\]"),
         (lambda: _batches().batch_at(-1), "must not be negative, got -1"),
         (lambda: _batches().iterate(-2), "must not be negative, got -2"),
         (lambda: data_lib.validation_blocks(NUMBERS, 11), "expected 1 to 10 .* got 11"),

@@ -535,7 +535,9 @@ def trained(tmp_path_factory):
         data="d" * 16,
     )
     run = folder / "stages" / "distill"
-    with checkpoint.Checkpoints(run / "checkpoints") as checkpoints:
+    with checkpoint.Checkpoints(
+        run / "checkpoints", retention=checkpoint.Retention()
+    ) as checkpoints:
         state = {"params": _params(model, 1), "ema": MASK.params(), "step": np.asarray(7)}
         checkpoints.save(7, state, metadata)
     BPE.save(folder / "tokenizer.json")

@@ -32,7 +32,9 @@ def _save(directory, *, config=None, entry=None, recipe=None, steps=(1,), tokeni
     metadata = workdir.make_metadata(
         config, entry, MODEL, the_recipe=recipe or {}, tokenizer=tokenizer, data="data"
     )
-    with checkpoint.Checkpoints(directory / "checkpoints", keep=9) as checkpoints:
+    with checkpoint.Checkpoints(
+        directory / "checkpoints", retention=checkpoint.Retention(keep=9)
+    ) as checkpoints:
         for step in steps:
             state = {"params": {"w": jnp.full(2, float(step))}, "ema": {"w": jnp.full(2, step / 2)}}
             checkpoints.save(step, state, metadata)

@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 import fsdfm_jax
-from fsdfm_jax import cli, data, workdir
+from fsdfm_jax import cli, data, sharding, workdir
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate import subjects, suite
 from fsdfm_jax.evaluate.points import Settings
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
     header = {"config": stored | {"eval": config.eval.to_dict()}}
     if prepared is not None:
         header["data"] = prepared.manifest
-    print(suite.evaluate(settings, catalogue, prepared, output, header=header))
+    with sharding.use(sharding.local_mesh()):
+        print(suite.evaluate(settings, catalogue, prepared, output, header=header))
     print(f"\nReport: {output / 'report.html'}, with its data beside it.")
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference, models, sampler
+from fsdfm_jax import inference, models, sampler, sharding
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.evaluate.points import Point
 from fsdfm_jax.evaluate.subjects import Subject
@@ -178,6 +178,7 @@ def _compile(model, process, rule, size, has_nucleus):
         grid = jnp.zeros((room + 1,), jnp.float32)
         inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1))
     params = jax.eval_shape(lambda: models.init_params(key, model))
+    params = sharding.spread(params, abstract=True)
     began = time.perf_counter()
     compiled = run.lower(params, *inputs).compile()
     return compiled, time.perf_counter() - began

@@ -178,7 +178,7 @@ class Evaluation:
             "frozen": given.frozen_NL,
             "seconds_per_sample": np.asarray(drawn.seconds_per_sample),
             "compile_seconds": np.asarray(drawn.compile_seconds),
-            "device": np.asarray(f"1 x {jax.devices()[0].device_kind}"),
+            "device": np.asarray(_devices()),
         }
 
     def _steps(self, point: Point, tokens_NL: np.ndarray, known: Sequence[Arrays]) -> Arrays:
@@ -382,6 +382,12 @@ class Evaluation:
             "seeds": [row["seed"] for row in rows],
             "protocol": {row["slug"]: row["protocol"] for row in rows},
         }
+
+
+def _devices() -> str:
+    """The devices that samples are drawn on, "8 x KIND"."""
+    mesh = jax.sharding.get_mesh()
+    return f"{max(1, mesh.size)} x {jax.devices()[0].device_kind}"
 
 
 class _Kept:

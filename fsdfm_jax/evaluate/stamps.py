@@ -15,8 +15,8 @@ from fsdfm_jax.evaluate.points import Point
 
 # Modules that decide which tokens are drawn.
 SAMPLING_CODE = (
-    *("attention", "data", "draws", "inference", "jumps", "logits", "loops", "models", "sampler"),
-    *("schedules", "sources", "stages", "stages.autoregressive", "teacher"),
+    *("attention", "data", "draws", "inference", "jumps", "layout", "logits", "loops", "models"),
+    *("sampler", "schedules", "sources", "stages", "stages.autoregressive", "teacher"),
     *("evaluate.draw", "evaluate.held_out", "evaluate.tasks"),
 )
 # Modules that decide which figures are made of them.

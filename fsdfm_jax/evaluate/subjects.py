@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fsdfm_jax import data as data_lib
-from fsdfm_jax import inference, stages, workdir
+from fsdfm_jax import inference, sharding, stages, workdir
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
@@ -175,7 +175,9 @@ class Catalogue:
         return self._facts[label, weights]
 
     def open(self, label: str, weights: str) -> Subject:
-        """A model with its parameters on the default device; weights: "ema" | "student".
+        """A model with its parameters on the mesh that is set, or else the default device.
+
+        weights: "ema" | "student".
 
         The latest one is kept, so that a machine needn't hold all of them.
         """
@@ -184,7 +186,7 @@ class Catalogue:
             self._latest = None  # dropped before the next one is read
             path, options = self._places[label]
             bundle = _open(path, which=weights, **options)
-            params = bundle.device_params()
+            params = sharding.spread(bundle.device_params())
             if name not in self._facts:
                 self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
             self._latest = name, _subject(label, bundle, params, self._facts[name])

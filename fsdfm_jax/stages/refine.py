@@ -11,6 +11,7 @@ Needs a source that carries randomness: with a mask source every x0 is the same 
 to couple.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax import jumps, models, sampler
+from fsdfm_jax import jumps, layout, models, sampler
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
 
@@ -54,17 +55,26 @@ def read_pair_settings(config: ConfigDict) -> PairSettings:
 
 
 def make_pair_sampler(
-    model: ModelConfig, process: Process, settings: PairSettings, *, length: int
+    model: ModelConfig,
+    process: Process,
+    settings: PairSettings,
+    *,
+    length: int,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, key) -> (x0_BL, x1_BL), int32 [settings.batch_size, length] each."""
+    """A jitted (params, key) -> (x0_BL, x1_BL), int32 [settings.batch_size, length] each.
+
+    `sharding` is that of what it returns; rows are spread over the mesh while it runs.
+    """
     jump = jumps.make_jump(settings.jump, process.schedule)
     finalize = jumps.make_finalize(process.source)
     grid = sampler.uniform_grid(settings.steps)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding)
     def make_pairs(params, key):
         noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
+        x0_BL = layout.constrain(x0_BL, "rows")
         denoise, condition = models.denoiser(params, model, settings.steps)
         x1_BL = sampler.sample(
             sample_key, denoise, jump, finalize, x0_BL, grid, condition=condition

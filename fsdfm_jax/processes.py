@@ -1,0 +1,153 @@
+"""Several processes as one job: how they find each other, wait for each other and stop together.
+
+Every process runs the same program on the devices of its host. The working directory is one folder
+that all of them see; only the first process writes files there, checkpoints aside, of which each
+process writes its part.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Of a program that was asked to end (SIGTERM), as shells count: 128 + 15.
+STOPPED = 143
+
+# Longer than anything that one process does alone, as preparing text or evaluating.
+_BARRIER_MILLISECONDS = 30 * 24 * 3600 * 1000
+
+
+class Stopped(SystemExit):
+    """The job was asked to end and has saved what it had."""
+
+    def __init__(self, message: str):
+        super().__init__(STOPPED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a job; to be called before anything asks for a device.
+
+    Args:
+      coordinator: "HOST:PORT" of the first process; None where JAX knows the cluster (TPU pods,
+        SLURM, Open MPI, GKE).
+      num_processes, process_id: how many there are, and which one this is; as above.
+
+    Raises:
+      ValueError: if they can't find each other, with JAX's reason.
+    """
+    # JAX's own notifier would swallow SIGTERM outside of training loops too.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The processes of the job can't be joined ({error}). Where the cluster isn't known to "
+            "JAX, give --coordinator=HOST:PORT --num_processes=N --process_id=I; on a lone host "
+            "leave --distributed out."
+        ) from error
+
+
+def is_joined() -> bool:
+    """Whether this process is one of a job, see `initialize`."""
+    return jax.distributed.is_initialized()
+
+
+def leave(code: int) -> None:
+    """Ends this process of a job at once: the others, which can't go on alone, see it gone.
+
+    An ordinary exit waits minutes for them. Nothing in a lone process.
+    """
+    if is_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def is_first() -> bool:
+    """Whether this process writes the files that are written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process of the job is here, be it days; nothing in a lone process."""
+    if jax.process_count() == 1:
+        return
+    # JAX has no public wait on hosts: `sync_global_devices` waits on the devices, whose
+    # collectives give up after seconds (CPU) or block the accelerator.
+    from jax._src import distributed
+
+    distributed.global_state.client.wait_at_barrier(name, _BARRIER_MILLISECONDS)
+
+
+def from_first(value: np.ndarray) -> np.ndarray:
+    """The first process's value, in all of them; the shapes agree."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
+class StopRequest:
+    """SIGTERM as a wish that a loop grants between two steps; a second signal ends at once.
+
+        with StopRequest(mesh) as request:
+            for ...:
+                agreed = request.ask()        # a device scalar, not waited for
+                ...
+                if request.granted(agreed):   # a step later, the same in all processes
+                    save; raise Stopped
+
+    Outside of such a loop SIGTERM ends a program as it always does.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._asked = False
+        self._before = None
+        self._mesh = mesh
+        spread = NamedSharding(mesh, P(mesh.axis_names))
+        self._place = lambda flags: jax.make_array_from_callback(
+            (mesh.size,), spread, lambda index: flags[index]
+        )
+        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+    def __enter__(self) -> "StopRequest":
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        except ValueError:  # not the main thread: whoever runs us handles signals
+            self._before = None
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._asked:
+            # No clean-up: the one who asks twice wants it gone, and a kill is survived.
+            os.write(2, b"Second SIGTERM: ends at once.\n")
+            os._exit(STOPPED)
+        self._asked = True
+        # Written without a lock: the signal may have come while a line was being logged.
+        os.write(2, b"SIGTERM: saves after this step, then ends; again to end at once.\n")
+
+    def ask(self) -> bool | jax.Array:
+        """Whether any process was told to stop; over several processes computed on the devices."""
+        if jax.process_count() == 1:
+            return self._asked
+        # What each process knows, in the places of its devices; the others' aren't looked at.
+        return self._any(self._place(np.full(self._mesh.size, self._asked, np.int32)))
+
+    def granted(self, agreed: bool | jax.Array) -> bool:
+        """The answer to an `ask`, waited for."""
+        return bool(agreed)
