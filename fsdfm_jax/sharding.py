@@ -51,8 +51,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     # Auto: Linen's modules predate explicit sharding types.
     types = (AxisType.Auto,) * len(shape)
     if slices == 1:
-        return jax.make_mesh(tuple(shape), layout.AXES, types, devices=devices)
-    return Mesh(_over_slices(shape, slices, devices), layout.AXES, axis_types=types)
+        # An axis may take a part of an axis of the torus, which `jax.make_mesh` refuses.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        placed = _over_slices(shape, slices, devices)
+    return Mesh(placed, layout.AXES, axis_types=types)
 
 
 def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
@@ -71,6 +74,7 @@ def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np
         (slices, *[1] * (len(shape) - 1)),
         devices=devices,
         process_is_granule=by_process,
+        allow_split_physical_axes=True,
     )
 
 
