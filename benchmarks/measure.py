@@ -21,7 +21,7 @@ from absl import app, flags
 
 from configs import base
 from fsdfm_jax import models, optim, stages, state
-from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.models import Params
 from fsdfm_jax.stages import Process, Stage
 
 VOCAB_SIZE = 50_257
@@ -103,23 +103,6 @@ def vocab_size(size: str) -> int:
 def make_process(config, vocab_size: int) -> Process:
     """The noising process of a config over so many tokens, the last of which ends documents."""
     return stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
-
-
-def trunk_flops(model: ModelConfig, batch: int, length: int) -> float:
-    """Operations of a forward pass up to the head: matrix products, attention included."""
-    dense = model.num_blocks * (4 + 2 * model.mlp_ratio) * model.width**2
-    attention = 2 * model.num_blocks * length * model.width
-    return 2.0 * batch * length * (dense + attention)
-
-
-def head_flops(model: ModelConfig, batch: int, length: int) -> float:
-    """Operations of the product with the vocabulary."""
-    return 2.0 * batch * length * model.width * model.vocab_size
-
-
-def forward_flops(model: ModelConfig, batch: int, length: int) -> float:
-    """Operations of a whole forward pass."""
-    return trunk_flops(model, batch, length) + head_flops(model, batch, length)
 
 
 def matmul_ceiling(dtype: str, *, seconds: float = 2.0) -> float:

@@ -19,6 +19,7 @@ from absl import app
 
 from benchmarks import literal, measure
 from fsdfm_jax import inference, jumps, models, sampler, stages
+from launch import model_flops
 
 _UNIT = "forward of one row"
 
@@ -98,13 +99,13 @@ def main(argv: list[str]) -> None:
     seconds = measure.in_turn(cases, rounds=measure.ROUNDS.value)
 
     unit_s = statistics.median(seconds[_UNIT])
-    unit_rate = measure.forward_flops(model, 1, length) / unit_s
+    unit_rate = model_flops.forward_flops(model, 1, length) / unit_s
     named = {" ".join(map(str, k)) if isinstance(k, tuple) else k: v for k, v in seconds.items()}
     result |= {"unit_s": unit_s, "unit_of_ceiling": unit_rate / ceiling, "rounds": named}
     table = []
     for name, steps in rows:
         sample_s = statistics.median(seconds[name, steps])
-        needed = steps * measure.forward_flops(model, batch, length)
+        needed = steps * model_flops.forward_flops(model, batch, length)
         table.append(
             {
                 "case": name,

@@ -29,7 +29,7 @@ from benchmarks import literal, measure
 from configs import base
 from fsdfm_jax import models, sharding, stages
 from fsdfm_jax.stages import few_step
-from launch import ahead
+from launch import ahead, model_flops
 
 _STAGE = flags.DEFINE_enum(
     "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
@@ -114,10 +114,10 @@ def step_flops(model, stage: str, batch: int, length: int) -> float:
     The student three times (forward, and twice as much backward). Of the RK-4 teacher, for the half
     of the rows that it teaches, four passes, the last head for the average.
     """
-    student = 3 * measure.forward_flops(model, batch, length)
+    student = 3 * model_flops.forward_flops(model, batch, length)
     if stage == "pretrain":
         return student
-    return student + 4 * measure.forward_flops(model, batch - batch // 2, length)
+    return student + 4 * model_flops.forward_flops(model, batch - batch // 2, length)
 
 
 def main(argv: list[str]) -> None:
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
     seconds = measure.in_turn(cases, rounds=measure.ROUNDS.value)
 
     unit_s = statistics.median(seconds[_UNIT])
-    unit_rate = measure.forward_flops(model, 1, length) / unit_s
+    unit_rate = model_flops.forward_flops(model, 1, length) / unit_s
     result |= {"unit_s": unit_s, "unit_of_ceiling": unit_rate / ceiling, "rounds": seconds}
     needed = step_flops(model, stage, batch, length)
     table = []

@@ -20,6 +20,7 @@ from absl import app
 from benchmarks import measure, train
 from fsdfm_jax import jumps, losses, models, schedules
 from fsdfm_jax import logits as logits_lib
+from launch import model_flops
 
 STEP = "whole step"
 
@@ -65,8 +66,8 @@ def parts_of(model, params, *, batch: int, length: int) -> dict[str, tuple[Any, 
     taught_logits = logits_lib.rows(logits, fine, batch)
     teacher_BL = tokens_BL[:taught]
     weight_BL = jnp.ones((fine, length))
-    trunk = functools.partial(measure.trunk_flops, model, length=length)
-    head = functools.partial(measure.head_flops, model, length=length)
+    trunk = functools.partial(model_flops.trunk_flops, model, length=length)
+    head = functools.partial(model_flops.head_flops, model, length=length)
     backward = jax.jit(jax.grad(trunk_loss))
     return {
         "teacher: trunk": (

@@ -11,6 +11,7 @@ from chance import assert_frequencies
 from benchmarks import autoregressive, literal, measure, sample, scaling, train, waterfall
 from fsdfm_jax import models, schedules
 from fsdfm_jax.models import ModelConfig
+from launch import model_flops
 
 MODEL = ModelConfig(vocab_size=11, width=8, num_blocks=3, num_heads=2, cond_width=4)
 SMALL = {"width": 8, "num_blocks": 2, "num_heads": 2, "cond_width": 4, "remat": "dots"}
@@ -25,15 +26,15 @@ def test_operations_of_a_forward_pass_are_those_of_its_program():
     arguments = (params, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch,)))
     run = jax.jit(lambda p, x, t: models.apply(p, model, x, t))
     counted = run.lower(*arguments).compile().cost_analysis()["flops"]
-    ours = measure.forward_flops(model, batch, length)
-    assert ours == measure.trunk_flops(model, batch, length) + measure.head_flops(
+    ours = model_flops.forward_flops(model, batch, length)
+    assert ours == model_flops.trunk_flops(model, batch, length) + model_flops.head_flops(
         model, batch, length
     )
     assert ours <= counted <= 1.1 * ours
 
 
 def test_a_step_counts_student_and_teacher():
-    once = measure.forward_flops(MODEL, 1, 16)
+    once = model_flops.forward_flops(MODEL, 1, 16)
     assert train.step_flops(MODEL, "pretrain", 4, 16) == pytest.approx(12 * once)
     assert train.step_flops(MODEL, "distill", 4, 16) == pytest.approx((12 + 8) * once)
 
