@@ -127,7 +127,8 @@ def train(
 
     The state after a step depends on nothing but the arguments and the step, so that a run killed
     at any moment and started again ends with the same parameters bit for bit; on another mesh, or
-    with another number of processes, up to rounding.
+    with another number of processes, up to rounding. A line of metrics is the mean since the line
+    before, or since the start of the process.
 
     Args:
       stage: what to train.
@@ -149,7 +150,7 @@ def train(
       processes.Stopped: after SIGTERM, once the step at hand is in a checkpoint.
       checkpoint.SaveFailed: where one can't be written.
       checkpoint.DamagedCheckpoint: where there are checkpoints and none is whole.
-      ValueError: if the stage can't start from `base`.
+      ValueError: if the stage can't start from `base`, or has no metric to choose checkpoints by.
     """
     check_settings(settings)
     init_key, step_key = jax.random.split(key)
@@ -183,6 +184,7 @@ def train(
             start, train_state = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
         del base, found  # not to be kept beside the state
         if start >= settings.num_steps:
+            _end_if_asked(stop, name, start, settings)
             return
 
         # ------------------------------------------------------------------------------- step
@@ -211,19 +213,26 @@ def train(
                 if stopping or step % settings.checkpoint_every == 0 or step == settings.num_steps:
                     report.finish()
                     checkpoints.save(step, train_state, metadata, report.since_checkpoint() or None)
-                if stopping and step < settings.num_steps:
-                    checkpoints.wait()
-                    processes.barrier(f"{name} stopped")
-                    raise processes.Stopped(
-                        f"{name}: stopped by SIGTERM at step {step} of {settings.num_steps}, "
-                        "which is saved; the same command goes on from there."
-                    )
+                if stopping:
+                    break
                 if step < settings.num_steps:
                     began = time.perf_counter()
                     batch = next(stream)
                     report.waited(time.perf_counter() - began)
         stream.close()
         checkpoints.wait()
+        _end_if_asked(stop, name, step, settings)
+
+
+def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: Settings) -> None:
+    """Raises Stopped, in all processes, if one of them was told to end."""
+    if not stop.granted(stop.ask()):
+        return
+    processes.barrier(f"{name} stopped")
+    raise processes.Stopped(
+        f"{name}: stopped by SIGTERM at step {step} of {settings.num_steps}, which is saved; the "
+        "same command goes on from there."
+    )
 
 
 def _is_abstract(tree) -> bool:
@@ -298,6 +307,12 @@ class _Reporter:
         self._pending = None
         values = {key: float(value) for key, value in metrics.items()}
         in_a_row = values.pop("skipped", 0)
+        retention = self._settings.retention
+        if retention.keep_best and retention.metric not in values:
+            raise ValueError(
+                f"train.best_metric={retention.metric!r} is no metric of {self._name}, which has "
+                f"{', '.join(sorted(values))}."
+            )
         bad = {key: value for key, value in values.items() if not math.isfinite(value)}
         if bad:
             self._check_bad(step, values, bad, in_a_row)

@@ -1,7 +1,12 @@
-"""The mesh and the one table of rules, on the eight CPU devices of conftest.py."""
+"""Meshes and where arrays lie on them, on the eight CPU devices of conftest.py."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,101 +15,439 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs import base as base_config
-from fsdfm_jax import models, sharding, state
+from fsdfm_jax import layout, main, models, optim, sharding, stages, state, train, workdir
 
 
-def mesh_of(size):
-    return sharding.make_mesh(ConfigDict({"data": size}))
+def mesh_of(data=-1, fsdp=1, tensor=1, *, slices=1, devices=None):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices}
+    return sharding.make_mesh(ConfigDict(sizes), devices)
 
 
-@pytest.mark.parametrize("size", [8, -1])
-def test_the_mesh_takes_all_devices(size):
-    mesh = mesh_of(size)
-    assert dict(mesh.shape) == {"data": 8}
+# ------------------------------------------------------------------------------------------ meshes
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((-1, 2, 4), (1, 2, 4)),
+        ((2, 1, 4), (2, 1, 4)),
+    ],
+)
+def test_one_axis_may_be_left_open(asked, got):
+    mesh = mesh_of(*asked)
+    assert tuple(mesh.shape.items()) == tuple(zip(layout.AXES, got, strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
     # Linen's modules don't run under explicit sharding types.
-    assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
 def test_the_default_config_makes_a_mesh():
     config = base_config.get_config().mesh
-    assert set(config) == set(sharding.AXES)
-    assert sharding.make_mesh(config).size == jax.device_count()
+    assert set(config) == {*layout.AXES, "slices"}
+    assert dict(sharding.make_mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("size", [4, 16, 3, 0, -2, -8])
-def test_a_mesh_that_does_not_fit_is_refused(size):
-    with pytest.raises(ValueError, match=rf"\(data={size}\) must multiply to the 8 device"):
-        mesh_of(size)
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 1, 1), (16, 1, 1), (3, -1, 1), (0, 1, 1), (-2, 1, 1), (-1, -1, 1), (2, 2, 1), (-1, 0, 8)],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(layout.AXES, sizes, strict=True))
+    with pytest.raises(ValueError, match=rf"\({asked}\) must multiply to the 8 device.*one axis"):
+        mesh_of(*sizes)
 
 
-def test_with_more_axes_one_may_be_left_open(monkeypatch):
-    monkeypatch.setattr(sharding, "AXES", ("data", "model"))
-    make = lambda data, model: sharding.make_mesh(ConfigDict({"data": data, "model": model}))
-    assert dict(make(-1, 2).shape) == {"data": 4, "model": 2}
-    assert dict(make(2, -1).shape) == {"data": 2, "model": 4}
-    assert dict(make(2, 4).shape) == {"data": 2, "model": 4}
-    for sizes in [(-1, -1), (-1, 3), (2, 2), (16, -1)]:
-        with pytest.raises(ValueError, match="at most one axis given as -1"):
-            make(*sizes)
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "imagined"
+    device_kind: str = "imagined"
 
 
-def abstract_state(ema_decay=0.9):
-    model = models.ModelConfig(vocab_size=11, width=8, num_blocks=2, num_heads=2, cond_width=4)
+def slices_of(count, size, *, known=True):
+    """Devices of `count` slices, or of as many processes; in no order."""
+    ids = np.random.default_rng(0).permutation(count * size).tolist()
+    if known:  # two devices to a process
+        return [Device(i, i // 2, i // size) for i in ids]
+    return [Device(i, i // size) for i in ids]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["slices", "processes"])
+@pytest.mark.parametrize("sizes", [(-1, 4, 1), (4, 2, 2), (2, 4, 2), (16, 1, 1)])
+def test_only_rows_are_spread_over_slices(known, sizes):
+    mesh = mesh_of(*sizes, slices=2, devices=slices_of(2, 8, known=known))
+    # Each slice is one part of the outermost axis: fsdp and tensor stay within it.
+    parts = np.split(mesh.devices, 2)
+    for part in parts:
+        where = {d.slice_index if known else d.process_index for d in part.flat}
+        assert len(where) == 1
+    assert {d.id for d in mesh.devices.flat} == set(range(16))
+
+
+@pytest.mark.parametrize(
+    ("slices", "sizes"), [(4, (-1, 1, 1)), (3, (-1, 1, 1)), (2, (1, 16, 1)), (0, (-1, 1, 1))]
+)
+@pytest.mark.parametrize("known", [True, False], ids=["slices", "processes"])
+def test_slices_that_are_not_there_are_refused(known, slices, sizes):
+    what = "slices" if known else "processes"
+    data = 1 if sizes[0] == 1 else 16
+    match = rf"mesh\.slices={slices} must be the number of {what} \(2\).* mesh\.data={data};"
+    with pytest.raises(ValueError, match=match):
+        mesh_of(*sizes, slices=slices, devices=slices_of(2, 8, known=known))
+
+
+def test_sampling_in_one_process_spreads_rows_and_parameters():
+    assert dict(sharding.local_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_a_mesh_is_only_used_where_there_is_something_to_spread():
+    with sharding.use(mesh_of(devices=jax.devices()[:1])):
+        assert jax.sharding.get_mesh().empty
+    with sharding.use(mesh_of()):
+        assert jax.sharding.get_mesh().size == 8
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+MODEL = models.ModelConfig(
+    vocab_size=11, width=16, num_blocks=2, num_heads=4, cond_width=4, conditioning="official"
+)
+
+
+def init_small(key, ema_decay=0.9, model=MODEL):
+    params = models.init_params(key, model)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1)))
-
-    def init(key):
-        params = models.init_params(key, model)
-        return state.init_state(params, optimizer, ema_decay=ema_decay)
-
-    return jax.eval_shape(init, jax.random.key(0))
+    return state.init_state(params, optimizer, ema_decay=ema_decay)
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_every_leaf_of_the_state_gets_a_place(ema_decay):
-    mesh, abstract = mesh_of(-1), abstract_state(ema_decay)
-    placed = sharding.state_shardings(mesh, abstract)
-    assert jax.tree.structure(placed) == jax.tree.structure(abstract)
-    leaves = jax.tree.leaves(placed)
-    weights = len(jax.tree.leaves(abstract.params))
-    # weights, average, two moments; counts of the step, of Adam and of the schedule
-    assert len(leaves) == (3 + bool(ema_decay)) * weights + 3
-    assert all(leaf == NamedSharding(mesh, P()) for leaf in leaves)
+def abstract_state(ema_decay=0.9, model=MODEL):
+    return jax.eval_shape(lambda key: init_small(key, ema_decay, model), jax.random.key(0))
 
 
-def test_rules_reach_the_average_and_the_moments(monkeypatch):
-    """A rule written for a parameter holds for whatever mirrors it; the first match counts."""
-    rules = ((r"vocab_embed/embedding", P(None, "data")), (r"vocab_embed", P("data")), (r".*", P()))
-    monkeypatch.setattr(sharding, "RULES", rules)
-    placed = sharding.state_shardings(mesh_of(-1), abstract_state())
-    by_path = {
+def specs(placed):
+    return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
     }
-    split = {path for path, spec in by_path.items() if spec != P()}
-    assert split == {
-        f"{where}/vocab_embed/embedding"
-        for where in ("params", "ema", "opt_state/1/0/mu", "opt_state/1/0/nu")
-    }
-    assert {by_path[path] for path in split} == {P(None, "data")}
-    assert sharding.spec_for("step") == P()
 
 
-def test_rows_of_a_batch_are_spread_over_the_devices():
-    mesh = mesh_of(-1)
+MIRRORS = ("params", "ema", "opt_state/1/0/mu", "opt_state/1/0/nu")
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_what_mirrors_the_parameters_lies_where_they_lie(ema_decay):
+    mesh, abstract = mesh_of(2, 2, 2), abstract_state(ema_decay)
+    placed = sharding.state_shardings(mesh, abstract)
+    assert jax.tree.structure(placed) == jax.tree.structure(abstract)
+    assert all(leaf.mesh == mesh for leaf in jax.tree.leaves(placed))
+    found = specs(placed)
+    weights = specs(sharding.state_shardings(mesh, abstract.params))
+    mirrors = [mirror for mirror in MIRRORS if ema_decay or mirror != "ema"]
+    # And counts: of steps, of steps skipped in a row, of Adam and of the schedule.
+    assert len(found) == len(mirrors) * len(weights) + 4
+    for mirror, (path, spec) in itertools.product(mirrors, weights.items()):
+        assert found[f"{mirror}/{path}"] == spec
+    assert found["step"] == found["skipped"] == P()
+
+
+# What a device of a 1 x 2 x 4 mesh holds of each array that is spread at all.
+SPREAD = {
+    "vocab_embed/embedding": ((11, 16), (11, 2)),
+    "head/kernel": ((16, 11), (2, 11)),
+    **{f"blocks/{n}_proj/kernel": ((2, 16, 16), (2, 8, 4)) for n in "qkv"},
+    "blocks/out_proj/kernel": ((2, 16, 16), (2, 4, 8)),
+    "blocks/mlp_in/kernel": ((2, 16, 64), (2, 8, 16)),
+    "blocks/mlp_in/bias": ((2, 64), (2, 16)),
+    "blocks/mlp_out/kernel": ((2, 64, 16), (2, 16, 8)),
+    "blocks/adaln/modulation/kernel": ((2, 4, 96), (2, 4, 12)),
+    "blocks/adaln/modulation/bias": ((2, 96), (2, 12)),
+    "final_adaln/modulation/kernel": ((4, 32), (4, 4)),
+}
+
+
+def test_what_a_device_holds():
+    mesh = mesh_of(1, 2, 4)
+    shapes = abstract_state().params
+    placed = jax.tree.leaves(sharding.state_shardings(mesh, shapes))
+    found = {}
+    for (path, leaf), place in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), placed, strict=True
+    ):
+        held = place.shard_shape(leaf.shape)
+        if held != leaf.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found[name] = (leaf.shape, held)
+    assert found == SPREAD
+
+
+def test_the_first_rule_that_matches_counts(monkeypatch):
+    rules = ((r"vocab_embed/embedding", P(None, "data")), (r"vocab_embed", P("data")), (r".*", P()))
+    monkeypatch.setattr(layout, "RULES", rules)
+    found = specs(sharding.state_shardings(mesh_of(), abstract_state()))
+    split = {path: spec for path, spec in found.items() if spec != P()}
+    assert split == {f"{mirror}/vocab_embed/embedding": P(None, "data") for mirror in MIRRORS}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "name", "dimension", "asked"),
+    [
+        ((1, 8, 1), {"width": 12}, "blocks/k_proj/kernel", r"1 .*\(2, 12, 12\)", "mesh.fsdp=8"),
+        ((2, 1, 4), {"width": 18}, "blocks/k_proj/kernel", r"2 .*\(2, 18, 18\)", "mesh.tensor=4"),
+        (
+            (1, 2, 4),
+            {"width": 20},
+            "head/kernel",
+            r"0 .*\(20, 11\)",
+            "mesh.tensor=4 x mesh.fsdp=2",
+        ),
+    ],
+)
+def test_a_width_that_does_not_divide_is_named(sizes, changes, name, dimension, asked):
+    heads = {12: 2, 18: 1, 20: 2}[changes["width"]]
+    model = dataclasses.replace(MODEL, num_heads=heads, **changes)
+    shapes = abstract_state(model=model).params
+    if "head" in name:
+        shapes = {"head": shapes["head"]}
+    else:
+        shapes = {"blocks": {"k_proj": shapes["blocks"]["k_proj"]}}
+    axes = " or ".join(f"mesh.{axis}" for axis in ("tensor", "fsdp") if f"{axis}=" in asked)
+    match = (
+        rf"{name} can't be spread: dimension {dimension} doesn't divide by {asked}\. "
+        rf"Choose a smaller {axes} and a larger mesh.data, or another model.width"
+    )
+    with pytest.raises(ValueError, match=match):
+        sharding.state_shardings(mesh_of(*sizes), {"params": shapes})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (P("fsdp", "fsdp"), "names an axis twice"),
+        (P(("fsdp", "tensor"), "tensor"), "names an axis twice"),
+        (P("model"), r"the mesh \{'data': 8, 'fsdp': 1, 'tensor': 1\} lacks"),
+        (P(None, None, "fsdp"), r"the shape \(16, 11\): it names more dimensions"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_named(monkeypatch, spec, message):
+    monkeypatch.setattr(layout, "RULES", ((r"head/kernel$", spec), (r".*", P())))
+    with pytest.raises(ValueError, match=rf"params/head/kernel.*{message}.*mend layout.RULES"):
+        sharding.state_shardings(mesh_of(), abstract_state())
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_rows_are_spread_over_data_and_fsdp(sizes):
+    mesh = mesh_of(*sizes)
     rows = np.arange(48).reshape(16, 3)
-    placed = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), rows)
-    assert placed.shape == (16, 3)
-    for i, device in enumerate(mesh.devices.flat):
-        (shard,) = (s for s in placed.addressable_shards if s.device == device)
-        np.testing.assert_array_equal(shard.data, rows[2 * i : 2 * i + 2])
-    np.testing.assert_array_equal(jnp.sum(placed), rows.sum())
+    assert sharding.local_rows(mesh, 16) == list(range(16))
+    placed = sharding.place_rows(mesh, 16, {"x1": rows, "x0": -rows})
+    for sign, name in ((1, "x1"), (-1, "x0")):
+        assert placed[name].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+        np.testing.assert_array_equal(placed[name], sign * rows)
+    parts = sizes[0] * sizes[1]
+    assert sharding.row_shards(mesh) == parts
+    held = collections.Counter(
+        tuple(shard.data[:, 0].tolist()) for shard in placed["x1"].addressable_shards
+    )
+    each = rows[:, 0].reshape(parts, -1)
+    assert held == {tuple(part.tolist()): 8 // parts for part in each}
+
+
+class OneOfTwo:
+    """A sharding of sixteen rows, of which the devices of this process hold some."""
+
+    def __init__(self, parts):
+        self._parts = parts
+
+    def addressable_devices_indices_map(self, shape):
+        return {i: (part, *[slice(None)] * (len(shape) - 1)) for i, part in enumerate(self._parts)}
+
+
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch):
+    # Two devices of a `tensor` axis hold the same rows; the parts needn't be neighbours.
+    parts = [slice(12, 16), slice(0, 4), slice(12, 16), slice(0, 4)]
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: OneOfTwo(parts))
+    assert sharding.local_rows(None, 16) == [0, 1, 2, 3, 12, 13, 14, 15]
+
+
+def test_place_rows_takes_the_rows_that_are_asked_for(monkeypatch):
+    """Each device gets its own rows, from a batch that has only this process's."""
+    mesh = mesh_of(2, 2, 2)
+    asked = []
+
+    def make(shape, place, part):
+        asked.append((shape, place))
+        return [part((slice(start, start + 4), slice(None))) for start in (12, 0)]
+
+    monkeypatch.setattr(sharding, "local_rows", lambda mesh, size: [0, 1, 2, 3, 12, 13, 14, 15])
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
+    own = 10 * np.asarray([0, 1, 2, 3, 12, 13, 14, 15])[:, None]
+    (late, early) = sharding.place_rows(mesh, 16, {"x1": own})["x1"]
+    np.testing.assert_array_equal(late[:, 0], [120, 130, 140, 150])
+    np.testing.assert_array_equal(early[:, 0], [0, 10, 20, 30])
+    assert asked == [((16, 1), sharding.batch_sharding(mesh))]
+
+
+def test_rows_that_do_not_spread_evenly_are_on_each_device():
+    mesh = mesh_of(2, 2, 2)
+    assert sharding.rows_sharding(mesh, 8) == sharding.batch_sharding(mesh)
+    assert sharding.rows_sharding(mesh, 6) == sharding.whole(mesh) == NamedSharding(mesh, P())
 
 
 def test_batch_sizes():
-    mesh = mesh_of(-1)
-    for size in (8, 96):
+    mesh = mesh_of(2, 2, 2)
+    for size in (4, 96):
         sharding.check_batch_size(mesh, size, "distill.batch_size")
-    for size in (0, -8, 4, 12):
-        with pytest.raises(ValueError, match=rf"distill.batch_size={size} must be .* the 8 data"):
+    for size in (0, -4, 2, 6):
+        match = (
+            rf"distill.batch_size={size} must be a positive multiple of the 4 data shard\(s\) of "
+            r"the mesh \(mesh.data=2 x mesh.fsdp=2\)"
+        )
+        with pytest.raises(ValueError, match=match):
             sharding.check_batch_size(mesh, size, "distill.batch_size")
+
+
+def test_each_device_of_the_tensor_axis_computes_some_heads():
+    for heads in (4, 12):
+        sharding.check_heads(mesh_of(1, 2, 4), heads)
+    with pytest.raises(ValueError, match=r"model.num_heads=6 must be a multiple of mesh.tensor=4"):
+        sharding.check_heads(mesh_of(1, 2, 4), 6)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_bytes_are_those_of_real_arrays(sizes):
+    mesh = mesh_of(*sizes)
+    abstract = abstract_state()
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    leaves = jax.tree.leaves(jax.device_put(zeros, sharding.state_shardings(mesh, abstract)))
+    placed = sharding.describe(mesh, abstract_state())
+    assert [leaf.total_bytes for leaf in placed] == [leaf.nbytes for leaf in leaves]
+    for device in jax.devices():
+        held = [
+            shard.data.nbytes
+            for leaf in leaves
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        ]
+        assert held == [leaf.device_bytes for leaf in placed]
+
+
+def paper_state(size, conditioning):
+    config = base_config.get_config()
+    base_config.use_paper_values(config, size)
+    config.model.conditioning = conditioning
+    process = stages.make_process(config.path, num_tokens=50_257, eos_id=0)
+    stage = stages.make_stage("distill", config, process)
+    optimizer = optim.make_optimizer(config.optim, config.distill)
+    settings = train.Settings(10, 96, 1, 1, config.distill.ema_decay)
+    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    init = train.make_init(stage, optimizer, settings)
+    return jax.eval_shape(init, jax.random.key(0), shapes)
+
+
+@pytest.mark.parametrize("conditioning", ["official", "additive"])
+@pytest.mark.parametrize("size", base_config.SIZES)
+def test_a_device_holds_its_share_of_the_papers_states(size, conditioning):
+    """Within 2% of bytes / (fsdp x tensor); what is held by all is small."""
+    abstract = paper_state(size, conditioning)
+    for sizes in itertools.product((1, 2, 4, 8), repeat=3):
+        if math.prod(sizes) != 8:
+            continue
+        placed = sharding.describe(mesh_of(*sizes), abstract)
+        total = sum(leaf.total_bytes for leaf in placed)
+        held = sum(leaf.device_bytes for leaf in placed)
+        assert 1.0 <= held * sizes[1] * sizes[2] / total < 1.02, sizes
+
+
+REPORT = """\
+mesh {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 device(s)
+params/blocks/mlp_in/bias    float32              4x64      512 B of     1 KiB  -, tensor
+params/blocks/q_proj/kernel  float32           4x16x16      1 KiB of     4 KiB  -, fsdp, tensor
+params/head/kernel           bfloat16            16x64      512 B of     2 KiB  ('tensor', 'fsdp'), -
+params/norm                  float32                16       64 B of      64 B  on each device
+step                         int32              scalar        4 B of       4 B  on each device
+total 7.066 KiB, on each device 2.066 KiB (1/3.42); held by every device: 68 B"""
+
+
+def test_the_report_says_where_everything_lies():
+    shape = jax.ShapeDtypeStruct
+    tree = {
+        "params": {
+            "blocks": {
+                "mlp_in": {"bias": shape((4, 64), np.float32)},
+                "q_proj": {"kernel": shape((4, 16, 16), np.float32)},
+            },
+            "head": {"kernel": shape((16, 64), jax.numpy.bfloat16)},
+            "norm": shape((16,), np.float32),
+        },
+        "step": shape((), np.int32),
+    }
+    assert sharding.report(mesh_of(2, 2, 2), tree) == REPORT
+
+
+def test_large_sizes_are_readable():
+    tree = {"params": jax.ShapeDtypeStruct((3 * 2**29,), np.float32)}
+    assert "6 GiB of     6 GiB" in sharding.report(mesh_of(), tree)
+
+
+def test_the_program_prints_where_the_state_would_lie(monkeypatch, tmp_path, capsys):
+    """Of every stage, without text: nothing is read, nothing is written."""
+    config = base_config.get_config()
+    config.model.width, config.model.num_heads = 32, 2
+    config.mesh.fsdp, config.mesh.tensor = 2, 2
+    config.data.corpus = "nowhere/*.txt"
+    values = {"_CONFIG": config, "_WORKDIR": str(tmp_path / "run"), "_PRINT_SHARDING": True}
+    for name, value in (values | {"_EVALUATE": True, "_DISTRIBUTED": False}).items():
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    main.main(["main"])
+    assert not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    tables = printed.strip().split("\n\n")
+    assert [table.split(":")[0] for table in tables] == list(stages.NAMES)
+    for table in tables:
+        lines = table.splitlines()
+        assert "{'data': 2, 'fsdp': 2, 'tensor': 2}, 8 device(s)" in lines[0]
+        (embedding,) = (line for line in lines if line.startswith("params/vocab_embed/embedding"))
+        assert "1024x32" in embedding
+        assert embedding.endswith("-, ('tensor', 'fsdp')")
+        assert lines[-1].startswith("total ")
+    # The last stages keep an average, the base models none.
+    assert [("\nema/" in table) for table in tables] == [False, False, True, True, True]
+
+
+def test_what_the_program_prints_is_what_it_trains(tmp_path):
+    """The state that `print_sharding` describes has the shapes of a trained one."""
+    config = base_config.get_config()
+    config.pipeline = "pretrain"
+    (entry,) = workdir.entries(config, tmp_path)
+    process = stages.make_process(config.path, num_tokens=11, eos_id=0)
+    stage = stages.make_stage(entry.stage, config, process)
+    shapes = jax.eval_shape(stage.init_params, jax.random.key(0), None)
+    fresh = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, fresh)
+
+
+def test_parameters_go_where_the_mesh_wants_them():
+    params = {"params": {"head": {"kernel": np.ones((16, 11), np.float32)}}}
+    assert sharding.spread(params) is params
+    mesh = mesh_of(1, 2, 4)
+    want = NamedSharding(mesh, P(("tensor", "fsdp"), None))
+    with sharding.use(mesh):
+        (placed,) = jax.tree.leaves(sharding.spread(params))
+        (shape,) = jax.tree.leaves(sharding.spread(params, abstract=True))
+    np.testing.assert_array_equal(placed, params["params"]["head"]["kernel"])
+    assert placed.sharding == shape.sharding == want
+    assert (shape.shape, shape.dtype) == ((16, 11), np.float32)
