@@ -218,6 +218,17 @@ class _Blocks:
         return self._records[index]["tokens"]
 
 
+def vocab_size(spec: DataSpec) -> int:
+    """Ids of the tokenizer that a spec names, without preparing anything.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load` and `tokenizer.load`.
+    """
+    if spec.mixture:
+        return load(mixture_lib.parse(spec.mixture)[0][0]).tokenizer.vocab_size
+    return spec.vocab_size or tokenizer_lib.load(spec.tokenizer).vocab_size
+
+
 def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
     """Makes a prepared folder, or opens it if it is there already.
 

@@ -250,8 +250,7 @@ def check_batch(mesh: Mesh, config: ConfigDict, stage: str) -> None:
 
 def print_sharding(config: ConfigDict, pipeline: list[Entry], mesh: Mesh) -> None:
     """Prints where the state of each stage would lie on the mesh."""
-    spec = data.DataSpec.from_config(config.data)
-    num_tokens = spec.vocab_size or tokenizer.load(spec.tokenizer).vocab_size
+    num_tokens = data.vocab_size(data.DataSpec.from_config(config.data))
     process = stages.make_process(config.path, num_tokens=num_tokens, eos_id=0)
     for entry in pipeline:
         stage = stages.make_stage(entry.stage, config, process)
