@@ -35,7 +35,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp_in/bias$", P(None, "tensor")),
     (r"blocks/adaln/modulation/kernel$", P(None, None, _SPREAD)),
     (r"blocks/adaln/modulation/bias$", P(None, _SPREAD)),
-    (r"final_adaln/modulation/kernel$", P(None, _SPREAD)),
+    (r"blocks/adaln/condition_fuser/kernel$", P(None, None, _SPREAD)),
+    (r"(final_adaln/modulation|condition_fuser)/kernel$", P(None, _SPREAD)),
     (r".*", P()),
 )
 

@@ -24,7 +24,6 @@ from fsdfm_jax import (
     processes,
     sharding,
     stages,
-    tokenizer,
     workdir,
     writer,
 )

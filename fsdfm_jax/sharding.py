@@ -29,7 +29,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
       devices: all of the job by default.
 
     Raises:
-      ValueError: if the sizes don't multiply to the number of devices, or the slices aren't there.
+      ValueError: if the sizes don't multiply to the number of devices, or the slices are others.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes, count, slices = [config[axis] for axis in layout.AXES], len(devices), config.slices
@@ -50,6 +50,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     shape = [count // known if size == -1 else size for size in sizes]
     # Auto: Linen's modules predate explicit sharding types.
     types = (AxisType.Auto,) * len(shape)
+    there = {getattr(device, "slice_index", None) for device in devices}
+    if slices == 1 and len(there) > 1:
+        raise ValueError(
+            f"The devices are in {len(there)} slices, with a slow network between them, and "
+            f"mesh.slices=1; set mesh.slices={len(there)}."
+        )
     if slices == 1:
         # An axis may take a part of an axis of the torus, which `jax.make_mesh` refuses.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
