@@ -1071,6 +1071,7 @@ def test_parameters_are_compared_bit_by_bit():
         parity.check_parameters(bundle, bundle, "bfloat16")
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_run_by_the_check(tmp_path):
     flat = {path: array * np.float32(0.3) for path, array in _bundle().arrays()}
     bundle = bundle_lib.from_params(bundle_lib.unflatten(flat), _model(), block_length=6)

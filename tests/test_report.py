@@ -687,6 +687,7 @@ def test_what_was_given_is_marked(tmp_path):
     assert "<b>bold</b>" not in (plain / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_png")
 def test_the_page_of_a_large_sweep_stays_small(tmp_path):
     """165 settings at 1,024 tokens, every one watched at 65 frames that change everywhere."""

@@ -169,6 +169,7 @@ def test_killed_twice_it_ends_with_the_same_points(world, whole):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_machines_share_a_sweep(world, whole):
     folder = world.sweep_folder("shared")
     world.run(*world.sweep("shared", "--host=1/2"))
