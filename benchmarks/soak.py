@@ -4,8 +4,8 @@
 
 Runs a stage of the smoke configuration with no end in sight. Every segment is one process, ended by
 SIGTERM and followed by the same command. While it runs, its resident memory and its step are noted;
-printed are, of each segment, steps per second, memory after the first minute and at the end, and
-the slope between them in MiB an hour.
+printed are, of each segment, steps per second, memory a minute after its first steps and at the
+end, and the slope between them in MiB an hour.
 """
 
 import json
@@ -25,7 +25,7 @@ _MINUTES = flags.DEFINE_float("minutes", 120.0, "Of all segments together.", low
 _SEGMENT = flags.DEFINE_float("segment_minutes", 20.0, "Of one process.", lower_bound=0.0)
 _STAGE = flags.DEFINE_string("stage", "pretrain", "Stage that is trained; needs no base weights.")
 _EVERY = flags.DEFINE_float("every", 10.0, "Seconds between two looks at the process.")
-# What the process does before its memory says something: compiling, filling caches.
+# After its first new line of metrics, before its memory says something: caches fill up.
 _WARM_SECONDS = 60.0
 _PAGE_MIB = 4096 / 2**20
 
@@ -62,13 +62,14 @@ def resident_mib(pid: int) -> float:
 
 def segment(workdir: pathlib.Path, seconds: float) -> dict:
     """Runs one process for so long; what was seen of it."""
+    before = last_line(workdir).get("step", 0)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command(workdir), stdout=log, stderr=log)
         began, seen = time.monotonic(), []
         while time.monotonic() - began < seconds and process.poll() is None:
             time.sleep(_EVERY.value)
             line = last_line(workdir)
-            if process.poll() is None and line:
+            if process.poll() is None and line.get("step", 0) > before:
                 now = time.monotonic() - began
                 seen.append((now, resident_mib(process.pid), line["step"], line["loss"]))
         process.send_signal(signal.SIGTERM)
@@ -77,7 +78,12 @@ def segment(workdir: pathlib.Path, seconds: float) -> dict:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace"))
             raise RuntimeError(f"A segment ended with {code}, expected 143 after SIGTERM.")
-    warm = np.asarray([row for row in seen if row[0] > min(_WARM_SECONDS, seconds / 2)])
+    if not seen:
+        raise RuntimeError(
+            f"A segment of {seconds:.0f} s got nowhere; --segment_minutes is too short."
+        )
+    until_warm = seen[0][0] + min(_WARM_SECONDS, seconds / 4)
+    warm = np.asarray([row for row in seen if row[0] >= until_warm])
     hours = (warm[:, 0] - warm[0, 0]) / 3600
     return {
         "first_step": int(seen[0][2]),

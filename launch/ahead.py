@@ -291,9 +291,9 @@ def compile_program(lowered, target: Target) -> tuple[Any, dict[str, Any]]:
     """(compiled program or None, its memory on each device).
 
     Returns:
-      None where the compiler finds it too large. Memory in bytes: `arguments`, `temporaries`,
-      `code`, `total` (with results that take no argument's place) and `hbm`, of which None is not
-      known; `fits`, None where it can't be said; `compile_s`.
+      None where the compiler finds it too large. Memory in bytes: `arguments`, `temporaries` (and
+      results that take no argument's place), `code`, all together as `total`, and `hbm`, what there
+      is, of which None is not known; `fits`, None where it can't be said; `compile_s`.
     """
     began = time.perf_counter()
     try:
@@ -309,13 +309,17 @@ def compile_program(lowered, target: Target) -> tuple[Any, dict[str, Any]]:
             "compile_s": time.perf_counter() - began,
         }
     memory = compiled.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    total = arguments + temporaries + fresh + code
+    arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    if target.described:
+        # What is alive at once. The sum of the plan's parts is more than it is checked against: the
+        # TPU compiler counts gaps between its temporaries.
+        total = memory.peak_memory_in_bytes
+    else:
+        fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        total = arguments + memory.temp_size_in_bytes + fresh + code
     return compiled, {
         "arguments": arguments,
-        "temporaries": temporaries,
+        "temporaries": total - arguments - code,
         "code": code,
         "total": total,
         "hbm": target.hbm_bytes,

@@ -430,7 +430,10 @@ def _all_called(one: Instruction) -> list[str]:
 
 def _group_size(attributes: str, num_devices: int) -> int:
     """Devices of one group, of any of the forms in which groups are written."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if "replica_groups=" not in attributes or "replica_groups={}" in attributes:
+        return num_devices
+    # A mesh may name its devices in another order: mesh['a'=4,'b'=2], device_ids=(..) {'a'}.
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
@@ -438,10 +441,11 @@ def _group_size(attributes: str, num_devices: int) -> int:
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
     if iota:
         return int(iota[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    if listed and listed[1]:
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
         return len(listed[1].split(","))
-    return num_devices
+    text = attributes.partition("replica_groups=")[2][:80]
+    raise ValueError(f"The groups of an exchange are written in a form that isn't known: {text}")
 
 
 # ------------------------------------------------------------------------------------------- loops

@@ -263,6 +263,7 @@ def test_gathers_count_what_others_send():
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
         ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", 4),
         ("replica_groups={}", 8),
     ],
 )
@@ -287,6 +288,22 @@ ENTRY %main (x: f32[40,10]) -> f32[40,10] {{
     (one,) = hlo_cost.measure(text).exchanges
     assert (one.kind, one.group, one.times) == (kind, size, 1)
     assert one.sent == pytest.approx(1600 * sent(size))
+
+
+def test_groups_of_an_unknown_form_are_refused():
+    text = GATHER.replace("GROUPS", "replica_groups=ring(2)")
+    with pytest.raises(ValueError, match=r"form that isn't known: ring\(2\)"):
+        hlo_cost.measure(text)
+    assert hlo_cost.measure(GATHER.replace("GROUPS", "replica_groups={}")).exchanges[0].group == 8
+
+
+GATHER = """HloModule toy, num_partitions=8
+
+ENTRY %main (x: f32[40,10]) -> f32[320,10] {
+  %x = f32[40,10]{1,0} parameter(0)
+  ROOT %g = f32[320,10]{1,0} all-gather(%x), channel_id=1, GROUPS, dimensions={0}
+}
+"""
 
 
 STEPS = """HloModule toy, num_partitions=4
@@ -624,8 +641,9 @@ def toy_program(largest):
             output_size_in_bytes=4,
             alias_size_in_bytes=4,
             argument_size_in_bytes=5 * rows,
-            temp_size_in_bytes=3 * rows,
+            temp_size_in_bytes=4 * rows,
             generated_code_size_in_bytes=2 * rows,
+            peak_memory_in_bytes=10 * rows,
         )
         text = lowered.compile().as_text()
         made = types.SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: text)
@@ -643,6 +661,10 @@ def test_the_largest_batch_is_of_whole_shards():
     assert (row["batch"], row["total"], row["fits"]) == (72, 720, True)
     assert set(known) == {8, 16, 32, 64, 128, 96, 80, 72}
     assert lines[-1] == "largest batch, train: 72 rows take 0.00 of 0.00 GB: fits"
+    assert (row["arguments"], row["temporaries"], row["code"]) == (360, 216, 144)
+    # What is added up for real devices, gaps and all.
+    summed = ahead.judge(program, 72, target._replace(described=False))
+    assert (summed["total"], summed["fits"]) == (792, False)
     options["known"] = {}
     assert ahead.find_largest(program, target._replace(hbm_bytes=79), **options) is None
     with pytest.raises(ValueError, match="needs to know the memory of a device, and toy doesn't"):

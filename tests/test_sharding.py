@@ -103,6 +103,13 @@ def test_slices_that_are_not_there_are_refused(known, slices, sizes):
         mesh_of(*sizes, slices=slices, devices=slices_of(2, 8, known=known))
 
 
+def test_slices_that_are_not_named_are_refused():
+    with pytest.raises(ValueError, match=r"2 slices, .*set mesh\.slices=2"):
+        mesh_of(devices=slices_of(2, 8))
+    # Processes on one fast network are no slices.
+    assert mesh_of(devices=slices_of(2, 8, known=False)).size == 16
+
+
 def test_sampling_in_one_process_spreads_rows_and_parameters():
     assert dict(sharding.local_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
 
@@ -118,7 +125,7 @@ def test_a_mesh_is_only_used_where_there_is_something_to_spread():
 
 
 MODEL = models.ModelConfig(
-    vocab_size=11, width=16, num_blocks=2, num_heads=4, cond_width=4, conditioning="official"
+    vocab_size=11, width=16, num_blocks=2, num_heads=4, cond_width=8, conditioning="official"
 )
 
 
@@ -167,9 +174,12 @@ SPREAD = {
     "blocks/mlp_in/kernel": ((2, 16, 64), (2, 8, 16)),
     "blocks/mlp_in/bias": ((2, 64), (2, 16)),
     "blocks/mlp_out/kernel": ((2, 64, 16), (2, 16, 8)),
-    "blocks/adaln/modulation/kernel": ((2, 4, 96), (2, 4, 12)),
+    "blocks/adaln/condition_fuser/kernel": ((2, 16, 8), (2, 16, 1)),
+    "blocks/adaln/modulation/kernel": ((2, 8, 96), (2, 8, 12)),
     "blocks/adaln/modulation/bias": ((2, 96), (2, 12)),
-    "final_adaln/modulation/kernel": ((4, 32), (4, 4)),
+    "final_adaln/condition_fuser/kernel": ((16, 8), (16, 1)),
+    "final_adaln/modulation/kernel": ((8, 32), (8, 4)),
+    "time_condition_fuser/kernel": ((16, 16), (16, 2)),
 }
 
 
@@ -374,18 +384,18 @@ def test_a_device_holds_its_share_of_the_papers_states(size, conditioning):
 
 REPORT = """\
 mesh {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 device(s)
-params/blocks/mlp_in/bias    float32              4x64      512 B of     1 KiB  -, tensor
-params/blocks/q_proj/kernel  float32           4x16x16      1 KiB of     4 KiB  -, fsdp, tensor
-params/head/kernel           bfloat16            16x64      512 B of     2 KiB  ('tensor', 'fsdp'), -
-params/norm                  float32                16       64 B of      64 B  on each device
-step                         int32              scalar        4 B of       4 B  on each device
+ema/blocks/mlp_in/bias    float32              4x64      512 B of     1 KiB  -, tensor
+ema/blocks/q_proj/kernel  float32           4x16x16      1 KiB of     4 KiB  -, fsdp, tensor
+ema/head/kernel           bfloat16            16x64      512 B of     2 KiB  ('tensor', 'fsdp'), -
+ema/norm                  float32                16       64 B of      64 B  on each device
+step                      int32              scalar        4 B of       4 B  on each device
 total 7.066 KiB, on each device 2.066 KiB (1/3.42); held by every device: 68 B"""
 
 
 def test_the_report_says_where_everything_lies():
     shape = jax.ShapeDtypeStruct
     tree = {
-        "params": {
+        "ema": {
             "blocks": {
                 "mlp_in": {"bias": shape((4, 64), np.float32)},
                 "q_proj": {"kernel": shape((4, 16, 16), np.float32)},
