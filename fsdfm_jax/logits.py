@@ -328,8 +328,10 @@ class _Chunks:
         self._batch, self.length, vocab_size = logits.shape
         # The batch of an exported program is a symbol; its chunks are cut as for one row.
         num_rows = self._batch if isinstance(self._batch, int) else 1
-        held = logits.chunk_size // (num_rows * vocab_size) if logits.chunk_size else self.length
-        held *= layout.shards("rows") * layout.shards("positions")
+        held = self.length
+        if logits.chunk_size:
+            devices = math.gcd(num_rows, layout.shards("rows")) * layout.shards("positions")
+            held = logits.chunk_size * devices // (num_rows * vocab_size)
         self.count = -(-self.length // max(1, held))
         self.size = -(-self.length // self.count)
         self.size += -self.size % layout.shards("positions")

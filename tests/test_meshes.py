@@ -1,0 +1,190 @@
+"""What is trained and sampled doesn't depend on the mesh, on the eight CPU devices of conftest.py.
+
+The whole grid, with several processes, is `python -m benchmarks.meshes`.
+"""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import meshes
+from benchmarks.meshes import Case
+from fsdfm_jax import inference, models, sampler, sharding
+from fsdfm_jax.evaluate import draw
+from fsdfm_jax.evaluate.points import Point
+from fsdfm_jax.evaluate.subjects import Subject
+from fsdfm_jax.stages import refine
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_faster():
+    """Tiny networks take seconds to compile and none to run; what is compared compiles alike."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+@functools.cache
+def on_one_device(case, num_steps):
+    return meshes.trained(case, (1, 1, 1), num_steps)
+
+
+def assert_same(case, sizes, num_steps):
+    want = on_one_device(case, num_steps)
+    # Something was learnt, or equal parameters would say nothing.
+    start = meshes.base_params(case)["head"]["kernel"]
+    assert np.abs(want.params["head"]["kernel"] - start).max() > 1e-3
+    found = meshes.difference(meshes.trained(case, sizes, num_steps), want)
+    allowed = dict.fromkeys(found, TOLERANCE)
+    if case.moment_dtype == "bfloat16":
+        # A moment between two values goes to either: 2^-8 of it, of which a step makes little.
+        allowed |= {"parameters": 1e-3, "grad_norms": 1e-3}
+    assert all(found[name] < allowed[name] for name in found), found
+
+
+# Two parts of the loss, none of which divides over the devices; a dropout, a teacher, an average.
+DISTILL = Case("distill", accumulate=2, max_skipped=2)
+
+
+def test_a_few_steps_on_a_mesh_are_those_of_one_device():
+    assert_same(DISTILL, (2, 2, 2), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", meshes.MESHES, ids=str)
+@pytest.mark.parametrize("case", meshes.CASES, ids=str)
+def test_steps_on_every_mesh_are_those_of_one_device(case, sizes):
+    assert_same(case, sizes, 5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_anywhere(tmp_path):
+    """Saved on one mesh: bit for bit on the same, the same losses on any other."""
+    case = Case("distill")
+    meshes.run(case, (2, 2, 2), 2, tmp_path / "begun")
+    meshes.run(case, (2, 2, 2), 6, tmp_path / "whole")
+    want = meshes.read(tmp_path / "whole")
+    for number, sizes in enumerate([(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4), (1, 1, 1)]):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "begun", folder)
+        meshes.run(case, sizes, 6, folder)
+        found = meshes.difference(meshes.read(folder), want)
+        assert max(found.values()) < TOLERANCE, (sizes, found)
+        if number == 0:
+            assert found == {"losses": 0.0, "grad_norms": 0.0, "parameters": 0.0}
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+ROWS, LENGTH = 16, 12
+
+
+def a_network(name, vocab_size=11):
+    """(network, process, parameters) of a stage, with sharp predictions."""
+    stage, process, _ = meshes.make_stage(Case(name, vocab_size=vocab_size))
+    rng = np.random.default_rng(1)
+    fresh = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    noise = lambda leaf: 0.4 * rng.standard_normal(leaf.shape).astype(np.float32)
+    return stage.model, process, jax.tree.map(noise, fresh)
+
+
+def few_steps(vocab_size=11):
+    model, process, params = a_network("distill", vocab_size)
+    run = inference.make_sampler(model, process, "cumulative")
+    noise_key, key = jax.random.split(jax.random.key(3))
+    x0_BL = process.source.sample(noise_key, (ROWS, LENGTH))
+    frozen_BL = jnp.zeros(x0_BL.shape, bool).at[:, 0].set(True)
+    return run, params, (key, x0_BL, frozen_BL, jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95)
+
+
+def left_to_right(memory="cache"):
+    model, process, params = a_network("autoregressive")
+    run = inference.make_autoregressive_sampler(model, LENGTH, memory=memory)
+    first_B = jnp.full((ROWS,), process.eos_id, jnp.int32)
+    return run, params, (jax.random.key(3), first_B, jnp.float32(1.0))
+
+
+def pairs():
+    model, process, params = a_network("pretrain")
+    settings = refine.PairSettings(ROWS, 4, ROWS, refine.jumps.get_rule("mixture"))
+    run = refine.make_pair_sampler(model, process, settings, length=LENGTH)
+    return run, params, (jax.random.key(3),)
+
+
+KINDS = {
+    "few steps": few_steps,
+    "left to right": left_to_right,
+    "left to right, anew": functools.partial(left_to_right, "none"),
+    "pairs": pairs,
+}
+
+
+def drawn(sizes, kind):
+    run, params, inputs = KINDS[kind]()
+    with sharding.use(meshes.make_mesh(sizes)):
+        if max(sizes) > 1:
+            params = sharding.spread(params)
+            assert len(params["head"]["kernel"].sharding.device_set) == 8
+        return np.asarray(run(params, *inputs))
+
+
+@functools.cache
+def drawn_on_one(kind):
+    tokens = drawn((1, 1, 1), kind)
+    assert len(np.unique(tokens)) > 5
+    return tokens
+
+
+# With `tensor`, sums are taken in another order: a candidate that ties within rounding may win.
+def test_samples_on_a_mesh_are_those_of_one_device():
+    np.testing.assert_array_equal(drawn((2, 2, 2), "few steps"), drawn_on_one("few steps"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [*meshes.MESHES, (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_on_every_mesh_are_those_of_one_device(kind, sizes):
+    np.testing.assert_array_equal(drawn(sizes, kind), drawn_on_one(kind))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_evaluation_draws_the_same_on_a_mesh(sizes):
+    """The last batch is cut; how many rows there are doesn't say how they are spread."""
+    model, process, params = a_network("distill")
+    given = draw.Given(np.zeros((5, LENGTH), np.int32), np.zeros((5, LENGTH), bool))
+    point = Point("model", "distill", "distill", stage="distill", steps=2, jump="cumulative")
+    point = dataclasses.replace(point, grid="uniform", temperature=1.0, top_p=1.0, seed=4)
+    found = []
+    for where in ((1, 1, 1), sizes):
+        draw._compile.cache_clear()
+        with sharding.use(meshes.make_mesh(where)):
+            subject = Subject(
+                "distill", "distill", sharding.spread(params), model, process, None, {}
+            )
+            done = draw.draw(point, subject, given, batch_size=3, room=2)
+            found.append(done.tokens_NL)
+    assert found[0].shape == (5, LENGTH)
+    np.testing.assert_array_equal(*found)
+
+
+def test_fresh_parameters_do_not_depend_on_the_mesh():
+    stage, _, _ = meshes.make_stage(Case("autoregressive"))
+    make = lambda key: stage.init_params(key, None)
+    want = jax.jit(make)(jax.random.key(0))
+    mesh = meshes.make_mesh((1, 2, 4))
+    places = sharding.state_shardings(mesh, want)
+    with jax.set_mesh(mesh):
+        got = jax.jit(make, out_shardings=places)(jax.random.key(0))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)

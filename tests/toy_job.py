@@ -1,0 +1,118 @@
+"""The real training loop and command line around a stage that compiles at once.
+
+    python tests/toy_job.py --directory=DIR --num_steps=9
+
+Tests run it as a process of its own, which can be stopped, killed, starved and hung.
+"""
+
+import itertools
+import pathlib
+import resource
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from ml_collections import ConfigDict
+
+from fsdfm_jax import checkpoint, cli, sharding, stages, train
+
+SIZE = 20_000  # of the weights: noise, so that a checkpoint has more than 80 kB
+B, L = 8, 6
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("directory", None, "Of the stage.")
+flags.DEFINE_integer("stages", 1, "Stages that run one after the other, in DIR, DIR_2 ..")
+flags.DEFINE_integer("num_steps", 9, "")
+flags.DEFINE_integer("checkpoint_every", 3, "")
+flags.DEFINE_integer("max_skipped", 0, "")
+flags.DEFINE_float("watchdog_minutes", 0.0, "")
+flags.DEFINE_multi_integer("poison", [], "Steps whose loss is NaN.")
+flags.DEFINE_float("pause", 0.0, "Seconds that a batch takes.")
+flags.DEFINE_integer("wait_at", None, "Step whose batch never comes.")
+flags.DEFINE_integer("wait_in", None, "Step that never ends on the device.")
+flags.DEFINE_bool("wait_outside", False, "Wait where nothing is trained, at the end.")
+flags.DEFINE_float("slow_save", 0.0, "Seconds that a checkpoint takes.")
+flags.DEFINE_integer("file_bytes", None, "Size that a file can have: a full disk.")
+flags.DEFINE_integer("forgets", 0, "A planted bug: steps that a resumed run skips in its text.")
+
+
+def batches(start: int):
+    """The batches from step `start` on; step n is made of batch n - 1."""
+    for n in itertools.count(start + (FLAGS.forgets if start else 0)):
+        if n + 1 == FLAGS.wait_at:
+            print("waits", flush=True)
+            threading.Event().wait()
+        time.sleep(FLAGS.pause)
+        x1_BL = np.full((B, L), 3 * n % 7, np.int32)
+        x1_BL[0, 0] = -1 if n + 1 in FLAGS.poison else -2 if n + 1 == FLAGS.wait_in else x1_BL[1, 1]
+        yield {"x1": x1_BL}
+
+
+def endless(wanted):
+    """0; where wanted, a computation that never ends, as one that waits for a host that is gone."""
+    return jax.lax.while_loop(lambda x: wanted & (x >= 0), lambda x: (x + 1) % 7, 0 * wanted)
+
+
+def init_params(key, base):
+    """Noise."""
+    del base
+    return {"w": jax.random.normal(key, (SIZE,))}
+
+
+def loss(params, frozen, key, batch):
+    """w follows the batch, and noise of the step's key."""
+    x1_BL = batch["x1"]
+    first = x1_BL[0, 0]
+    target = x1_BL[1:].astype(jnp.float32).mean() + jax.random.normal(key) + endless(first == -2)
+    value = jnp.mean((params["w"] - target) ** 2) + jnp.where(first == -1, jnp.nan, 0.0)
+    return value, {"loss": value, "frozen": frozen["w"][0]}
+
+
+class SlowCheckpoints(checkpoint.Checkpoints):
+    """Says where it is, and takes its time."""
+
+    def save(self, step, *rest):
+        """As the real one."""
+        print(f"saves {step}", flush=True)
+        time.sleep(FLAGS.slow_save)
+        super().save(step, *rest)
+
+
+def main(argv):
+    del argv
+    if FLAGS.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FLAGS.file_bytes, FLAGS.file_bytes))
+    train.Checkpoints = SlowCheckpoints
+    settings = train.Settings(
+        num_steps=FLAGS.num_steps,
+        batch_size=B,
+        log_every=1,
+        checkpoint_every=FLAGS.checkpoint_every,
+        ema_decay=0.5,
+        max_skipped=FLAGS.max_skipped,
+        watchdog_minutes=FLAGS.watchdog_minutes,
+    )
+    for number in range(1, FLAGS.stages + 1):
+        train.train(
+            stages.Stage("toy", None, init_params, loss),
+            settings,
+            name="toy",
+            optimizer=optax.adam(0.1),
+            batches=batches,
+            base=None,
+            key=jax.random.key(number),
+            mesh=sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "slices": 1})),
+            directory=pathlib.Path(FLAGS.directory + (f"_{number}" if number > 1 else "")),
+            metadata={"of": "toy"},
+        )
+    if FLAGS.wait_outside:
+        print("waits", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    cli.run(main)
