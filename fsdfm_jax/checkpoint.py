@@ -350,11 +350,7 @@ class Checkpoints:
         """Every process reads its part without waiting for others; then they agree how it went."""
         directory = self._directory
         record = _together(lambda: _read_record(directory, step))
-        if len(set(_everyone_says(record.digest))) > 1:
-            raise OSError(
-                f"the processes read different metadata of step {step} in {directory}; give a "
-                "folder that all of them share"
-            )
+        _check_shared(record, directory)
         _check_same(record.leaves, wanted, directory)
         return _load_checked(directory, record, wanted, together=True)
 
@@ -490,6 +486,8 @@ def restore_part(
         place = sharding(name, leaf) if callable(sharding) else sharding
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     together = not all(leaf.sharding.is_fully_addressable for leaf in wanted.values())
+    if together:
+        _check_shared(record, directory)
     tree = _nest(_load_checked(directory, record, wanted, together=together))
     return {part: _lookup(tree, part) for part in names}
 
@@ -520,10 +518,19 @@ def read_metadata(directory: str | os.PathLike, step: int | None = None) -> dict
     return _read_record(directory, _existing(directory, step)).metadata
 
 
+def newest_step(directory: str | os.PathLike) -> int | None:
+    """Step of the newest checkpoint, damaged or not; the directory may be missing or empty.
+
+    What reads weights takes this one, so that a damaged checkpoint is refused and not passed over.
+    """
+    directory = _absolute(directory)
+    return max(_steps(directory), default=None) if directory.is_dir() else None
+
+
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Step of the newest checkpoint with intact metadata; the directory may be missing or empty.
 
-    Newer ones whose metadata is damaged are skipped with a warning.
+    Newer ones whose metadata is damaged are skipped with a warning, as a run does that goes on.
     """
     directory = _absolute(directory)
     if not directory.is_dir():
@@ -603,6 +610,15 @@ def _read_record(directory: epath.Path, step: int) -> _Record:
         _raise_unless_damage(error, directory, step)
         raise _damaged(directory, step, f"its metadata cannot be read ({_short(error)})") from error
     return _Record(step, leaves, sums, record["metadata"], metrics, digest)
+
+
+def _check_shared(record: _Record, directory: epath.Path) -> None:
+    """Raises OSError, in all processes, unless all of them have read the same record."""
+    if len(set(_everyone_says(record.digest))) > 1:
+        raise OSError(
+            f"the processes read different metadata of step {record.step} in {directory}; give a "
+            "folder that all of them share"
+        )
 
 
 def _load_checked(
@@ -919,8 +935,13 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], directory) 
 
 
 def _keep_record(record: logging.LogRecord) -> bool:
-    """False for Orbax's own progress reports: some 30 lines a save. Warnings and errors stay."""
-    return record.levelno > logging.INFO or _ORBAX_FOLDER not in record.pathname
+    """False for Orbax's own progress reports, some 30 lines a save; warnings and errors stay.
+
+    But for the tracebacks of its threads: what stopped them is raised here, in one sentence.
+    """
+    if _ORBAX_FOLDER not in record.pathname:
+        return True
+    return record.levelno > logging.INFO and "_SignalingThread" not in str(record.msg)
 
 
 # Names of the part of a checkpoint that has the arrays: with checksums, and from before them.

@@ -27,20 +27,23 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, str]:
       leaves: {name: array} of any shape and dtype, jax (with several processes each of them calls
         this with its part of the same global arrays) or numpy (hashed on this process alone).
     """
-    started = {name: _start(leaf) for name, leaf in leaves.items()}  # all run before the first wait
-    return {name: "".join(f"{word:08x}" for word in _fetch(s)) for name, s in started.items()}
+    return {name: "".join(f"{word:08x}" for word in _sums_of(x)) for name, x in leaves.items()}
 
 
-def _start(leaf: Any) -> jax.Array:
+def _sums_of(leaf: Any) -> np.ndarray:
+    """Both sums; one leaf after the other.
+
+    Several programs at once that exchange something and don't depend on each other can wait for
+    each other's threads for ever where devices are simulated, and copies of a whole numpy state
+    would be its size again.
+    """
     if isinstance(leaf, jax.Array):
-        return _sums_where_it_is(leaf, leaf.ndim)
+        return _fetch(_sums_where_it_is(leaf, leaf.ndim))
     leaf = np.asarray(leaf, order="C")
     ndim = leaf.ndim
     if leaf.dtype.itemsize > 4:  # JAX may have no such dtype: words along one axis more
         leaf = leaf[..., None].view(np.uint32)
-    # One at a time: the copies of a whole state would be its size again.
-    placed = jax.device_put(leaf, jax.local_devices()[0])
-    return _sums_where_it_is(placed, ndim).block_until_ready()
+    return _fetch(_sums_where_it_is(jax.device_put(leaf, jax.local_devices()[0]), ndim))
 
 
 def _sums_where_it_is(leaf: jax.Array, ndim: int) -> jax.Array:

@@ -112,6 +112,13 @@ class DataSpec:
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
 
+    def to_recipe(self) -> dict[str, Any]:
+        """What of it decides about training, wherever the folders of a mixture lie."""
+        values = dataclasses.asdict(self)
+        if self.mixture:
+            values["mixture"] = [str(weight) for _, weight in mixture_lib.parse(self.mixture)]
+        return values
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
@@ -225,7 +232,8 @@ def vocab_size(spec: DataSpec) -> int:
       FileNotFoundError, ValueError: as `load` and `tokenizer.load`.
     """
     if spec.mixture:
-        return load(mixture_lib.parse(spec.mixture)[0][0]).tokenizer.vocab_size
+        folder, _ = mixture_lib.parse(spec.mixture)[0]
+        return load(pathlib.Path(folder).expanduser()).tokenizer.vocab_size
     return spec.vocab_size or tokenizer_lib.load(spec.tokenizer).vocab_size
 
 
@@ -249,6 +257,7 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
     """
     directory = pathlib.Path(directory).resolve()
     if (directory / MANIFEST).exists():
+        _follow_moved_mixture(spec, directory)
         data = load(directory)
         check_same_spec(spec, data)
         return data
@@ -262,7 +271,9 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
     partial.mkdir(parents=True)
     try:
         if spec.mixture:
-            _build_mixture(spec, partial)
+            manifest, tokenizer = _mixture_manifest(spec)
+            tokenizer.save(partial / TOKENIZER)
+            write_manifest(partial, manifest, [])
         else:
             _build(spec, partial)
         os.rename(partial, directory)
@@ -399,7 +410,22 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
     write_manifest(directory, manifest, files)
 
 
-def _build_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
+def _follow_moved_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
+    """Where only the places of a mixture's members have changed, writes down the new ones."""
+    path = directory / MANIFEST
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        moved = spec.mixture and old["spec"].get("mixture") != spec.mixture
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # damaged, which `load` says
+    if moved:
+        manifest, _ = _mixture_manifest(spec)
+        if manifest["fingerprint"] == old.get("fingerprint"):
+            write_manifest(directory, manifest, [])
+
+
+def _mixture_manifest(spec: DataSpec) -> tuple[dict[str, Any], tokenizer_lib.Tokenizer]:
+    """The manifest of a mixture, and the tokenizer that its members share."""
     members, sources = [], []
     for folder, weight in mixture_lib.parse(spec.mixture):
         member = load(pathlib.Path(folder).expanduser())
@@ -422,12 +448,11 @@ def _build_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
         source = {"directory": str(member.directory), "weight": str(weight)}
         sources.append(source | {"fingerprint": member.fingerprint})
     tokenizer = members[0].tokenizer
-    tokenizer.save(directory / TOKENIZER)
     splits = {
         split: {"blocks": len(_mix(members, split, {"sources": sources}))} for split in SPLITS
     }
     manifest = make_manifest(spec, tokenizer, splits, storage="mixture", sources=sources)
-    write_manifest(directory, manifest, [])
+    return manifest, tokenizer
 
 
 def _load_member(source: Mapping[str, str], directory: pathlib.Path) -> PreparedData:

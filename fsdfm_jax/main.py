@@ -31,6 +31,7 @@ from fsdfm_jax.checkpoint import Retention
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import held_out, points, subjects, suite
 from fsdfm_jax.stages import Process, refine
+from fsdfm_jax.state import TrainState
 from fsdfm_jax.train import Settings, check_settings, make_init, train
 from fsdfm_jax.workdir import Entry
 from fsdfm_jax.writer import Progress
@@ -67,7 +68,7 @@ def batch_stream(
 ) -> Iterator[dict[str, np.ndarray]]:
     """A run's batches from step `start` on, this process's rows of them.
 
-    First makes the pairs of `refine` that are missing.
+    The first one waits for the pairs of `refine` that are missing to be made.
     """
     own = config[entry.stage]
     seed = run_seed(config, entry.run)
@@ -112,24 +113,26 @@ def make_pairs(
     """
     settings = refine.read_pair_settings(config.refine)
     place = workdir.stage_directory(folder, entry.run) / "pairs"
-    fingerprint = prepared.tokenizer.fingerprint
-    generator = workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh)
+    step, metadata = workdir.weights_metadata(entry.base)
     made_from = {
         "seed": config.seed,
         "settings": [settings.num_pairs, settings.steps, settings.batch_size, settings.jump.name],
-        "generator": [workdir.digest(generator.metadata["recipe"]), generator.step],
+        "generator": [workdir.digest(metadata["recipe"]), step],
         "data": prepared.fingerprint,
     }
     stamp = place / "made_from.json"
     parts = [place / f"{part:05d}.npy" for part in range(settings.num_pairs // settings.batch_size)]
-    if processes.is_first() and not (stamp.is_file() and writer.read_json(stamp) == made_from):
-        shutil.rmtree(place, ignore_errors=True)
-        writer.write_json(stamp, made_from)
-    # One process looks, so that all make the same ones.
-    missing = np.asarray([not part.is_file() for part in parts])
-    if jax.process_count() > 1:
-        missing = processes.from_first(missing)
+    missing = np.zeros(len(parts), bool)
+    # Only one looks: another host that looks too early may go on finding nothing for a while.
+    if processes.is_first():
+        if not (stamp.is_file() and writer.read_json(stamp) == made_from):
+            shutil.rmtree(place, ignore_errors=True)
+            writer.write_json(stamp, made_from)
+        missing = np.asarray([not part.is_file() for part in parts])
+    missing = processes.from_first(missing)
     if missing.any():
+        fingerprint = prepared.tokenizer.fingerprint
+        generator = workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh)
         run = refine.make_pair_sampler(
             generator.model,
             process,
@@ -200,7 +203,7 @@ def train_run(
         directory, tokenizer=prepared.tokenizer.fingerprint, data=prepared.fingerprint
     )
     stage = stages.make_stage(entry.stage, config, process)
-    begun = workdir.saved_metadata(directory) is not None
+    begun = bool(processes.from_first(np.bool_(workdir.saved_metadata(directory) is not None)))
 
     def load_base():
         if entry.base is None:
@@ -247,17 +250,27 @@ def check_batch(mesh: Mesh, config: ConfigDict, stage: str) -> None:
     sharding.check_batch_size(mesh, rows, f"{stage}.batch_size{part}")
 
 
+def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainState:
+    """Shapes of the training state of a stage."""
+    process = stages.make_process(config.path, num_tokens=num_tokens, eos_id=0)
+    made = stages.make_stage(stage, config, process)
+    optimizer = optim.make_optimizer(config.optim, config[stage])
+    init = make_init(made, optimizer, train_settings(config, stage))
+    base = jax.eval_shape(lambda: models.init_params(jax.random.key(0), made.model))
+    return jax.eval_shape(init, jax.random.key(0), base)
+
+
 def print_sharding(config: ConfigDict, pipeline: list[Entry], mesh: Mesh) -> None:
     """Prints where the state of each stage would lie on the mesh."""
     num_tokens = data.vocab_size(data.DataSpec.from_config(config.data))
-    process = stages.make_process(config.path, num_tokens=num_tokens, eos_id=0)
     for entry in pipeline:
-        stage = stages.make_stage(entry.stage, config, process)
-        optimizer = optim.make_optimizer(config.optim, config[entry.stage])
-        init = make_init(stage, optimizer, train_settings(config, entry.stage))
-        fresh = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))  # noqa: B023
-        abstract = jax.eval_shape(init, jax.random.key(0), fresh)
-        print(f"{entry.run}: {sharding.report(mesh, abstract)}\n")
+        report = sharding.report(mesh, abstract_state(config, entry.stage, num_tokens))
+        print(f"{entry.run}: {report}\n")
+
+
+# Token ids don't matter to what is checked, nor to what is spread; the tokenizer is only known once
+# the text is prepared.
+_ANY_VOCABULARY = 2
 
 
 def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[str, dict], Mesh]:
@@ -276,9 +289,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     suite.check_inputs(settings, config.data.block_length)
     subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))
     mesh = sharding.make_mesh(config.mesh)
-    # Token ids don't matter to what is checked here; the tokenizer is only known once the text is
-    # prepared.
-    process = stages.make_process(config.path, num_tokens=2, eos_id=0)
+    process = stages.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)
     recipes: dict[pathlib.Path, dict] = {}
     for entry in pipeline:
         check_batch(mesh, config, entry.stage)
@@ -286,6 +297,8 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         optim.make_optimizer(config.optim, config[entry.stage])
         check_settings(train_settings(config, entry.stage))
         sharding.check_heads(mesh, stage.model.num_heads)
+        if mesh.size > 1:
+            sharding.state_shardings(mesh, abstract_state(config, entry.stage, _ANY_VOCABULARY))
         base = None
         if entry.base is not None:
             base = recipes.get(entry.base) or workdir.saved_metadata(entry.base)["recipe"]
@@ -301,14 +314,13 @@ def evaluate(
     pipeline: list[Entry],
     folder: pathlib.Path,
     prepared: PreparedData,
-    mesh: Mesh,
 ) -> str:
     """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
     settings = points.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in pipeline}
     catalogue = subjects.catalogue(folder, trained, settings.models)
     header = {"config": config.to_dict(), "data": prepared.manifest}
-    with sharding.use(mesh):
+    with sharding.use(sharding.local_mesh()):
         return suite.evaluate(settings, catalogue, prepared, folder / "report", header=header)
 
 
@@ -354,8 +366,7 @@ def main(argv: list[str]) -> None:
         train_run(entry, recipes[entry.run], config, process, prepared, mesh, folder)
     if processes.is_first():
         if _EVALUATE.value:
-            own = mesh if jax.process_count() == 1 else sharding.local_mesh()
-            print(evaluate(config, pipeline, folder, prepared, own))
+            print(evaluate(config, pipeline, folder, prepared))
             print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
         print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
     processes.barrier("done")

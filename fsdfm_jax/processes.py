@@ -8,6 +8,7 @@ process writes its part.
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 import jax
@@ -93,7 +94,13 @@ def barrier(name: str) -> None:
 
 
 def from_first(value: np.ndarray) -> np.ndarray:
-    """The first process's value, in all of them; the shapes agree."""
+    """The first process's value, in all of them; the shapes agree.
+
+    What decides how all go on is looked up by one of them: a folder that several hosts share need
+    not look the same to all at one moment.
+    """
+    if jax.process_count() == 1:
+        return np.asarray(value)
     return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
@@ -112,7 +119,7 @@ class StopRequest:
 
     def __init__(self, mesh: Mesh):
         self._asked = False
-        self._before = None
+        self._undo = lambda: None
         self._mesh = mesh
         spread = NamedSharding(mesh, P(mesh.axis_names))
         self._place = lambda flags: jax.make_array_from_callback(
@@ -122,24 +129,32 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         try:
-            self._before = signal.signal(signal.SIGTERM, self._handle)
+            handler = signal.signal(signal.SIGTERM, self._handle)
         except ValueError:  # not the main thread: whoever runs us handles signals
-            self._before = None
+            return self
+        # Python calls a handler between two instructions of the main thread, which may be waiting
+        # for a device that a lost host keeps busy. The number of a signal is written at once.
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
+        wakeup = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+        listener = threading.Thread(target=_listen, args=(receiver,), daemon=True)
+        listener.start()
+
+        def undo():
+            signal.set_wakeup_fd(wakeup)
+            signal.signal(signal.SIGTERM, handler)
+            os.close(sender)
+            listener.join()
+
+        self._undo = undo
         return self
 
     def __exit__(self, *exc_info) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        self._undo()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self._asked:
-            # No clean-up: the one who asks twice wants it gone, and a kill is survived.
-            os.write(2, b"Second SIGTERM: ends at once.\n")
-            os._exit(STOPPED)
         self._asked = True
-        # Written without a lock: the signal may have come while a line was being logged.
-        os.write(2, b"SIGTERM: saves after this step, then ends; again to end at once.\n")
 
     def ask(self) -> bool | jax.Array:
         """Whether any process was told to stop; over several processes computed on the devices."""
@@ -151,3 +166,19 @@ class StopRequest:
     def granted(self, agreed: bool | jax.Array) -> bool:
         """The answer to an `ask`, waited for."""
         return bool(agreed)
+
+
+def _listen(receiver: int) -> None:
+    """Answers the signals whose numbers come out of a pipe, until it is closed."""
+    asked = 0
+    while numbers := os.read(receiver, 64):
+        for _ in range(numbers.count(signal.SIGTERM)):
+            asked += 1
+            if asked == 1:
+                # Without a lock: the signal may have come while a line was being logged.
+                os.write(2, b"SIGTERM: saves after this step, then ends; again to end at once.\n")
+            else:
+                # No clean-up: the one who asks twice wants it gone, and a kill is survived.
+                os.write(2, b"Second SIGTERM: ends at once.\n")
+                os._exit(STOPPED)
+    os.close(receiver)

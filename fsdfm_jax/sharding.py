@@ -51,7 +51,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     # Auto: Linen's modules predate explicit sharding types.
     types = (AxisType.Auto,) * len(shape)
     there = {getattr(device, "slice_index", None) for device in devices}
-    if slices == 1 and len(there) > 1:
+    # Without coordinates in a torus, slices are but hosts: their network may be as fast.
+    if slices == 1 and len(there) > 1 and getattr(devices[0], "coords", None):
         raise ValueError(
             f"The devices are in {len(there)} slices, with a slow network between them, and "
             f"mesh.slices=1; set mesh.slices={len(there)}."
@@ -66,8 +67,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
     """The devices in the shape of the mesh, each slice a contiguous part of the `data` axis."""
-    # Devices without a slice of their own (several hosts of other accelerators) go by process.
-    by_process = getattr(devices[0], "slice_index", None) is None
+    # Where there are no slices, or all is one, hosts take their place.
+    by_process = len({getattr(device, "slice_index", None) for device in devices}) == 1
     found = {d.process_index if by_process else d.slice_index for d in devices}
     if slices < 1 or len(found) != slices or shape[0] % slices:
         what = "processes" if by_process else "slices"
@@ -90,7 +91,10 @@ def use(mesh: Mesh):
 
 
 def local_mesh() -> Mesh:
-    """A mesh of this process's devices for sampling: rows spread, parameters as well."""
+    """A mesh of this process's devices for sampling: rows spread, parameters as well.
+
+    Tokens are those of one device, so that samples stored by any number of them may be used.
+    """
     devices = jax.local_devices()
     sizes = {axis: 1 for axis in layout.AXES} | {"fsdp": len(devices)}
     return make_mesh(ConfigDict(sizes | {"slices": 1}), devices)
@@ -130,9 +134,8 @@ def _checked_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
             f"{dict(mesh.shape)} lacks; mend layout.RULES."
         )
     for dimension, axes in enumerate(spec):
-        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        if shape[dimension] % parts:
+        if shape[dimension] % _parts(mesh, axes):
+            axes = axes if isinstance(axes, tuple) else (axes,)
             sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
             raise ValueError(
                 f"{name} can't be spread: dimension {dimension} of its shape {shape} doesn't "
@@ -142,19 +145,37 @@ def _checked_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     return spec
 
 
-def spread(params, *, abstract: bool = False):
-    """Parameters where the mesh of `jax.set_mesh` wants them; as they are where none is set.
+def put(path: str, leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+    """A parameter where sampling wants it, on the mesh of `jax.set_mesh` or the default device.
 
-    With `abstract`, a tree of shapes that says where they will be.
+    Args:
+      path: of the parameter, which the rules go by.
+      leaf: its values, which are put there, or its shape, which gets that sharding.
+
+    A dimension that doesn't divide is whole on each device, where `state_shardings` refuses it: any
+    model can be sampled on any number of devices.
     """
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return params
-    places = state_shardings(mesh, params)
-    if not abstract:
-        return jax.device_put(params, places)
-    put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    return jax.tree.map(put, params, places)
+    mesh, place = jax.sharding.get_mesh(), None
+    if not mesh.empty:
+        fits = lambda size, axes: size % _parts(mesh, axes) == 0
+        spec = zip(layout.spec_for(path), leaf.shape, strict=False)
+        spec = P(*(axes if fits(size, axes) else None for axes, size in spec))
+        place = NamedSharding(mesh, spec)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return jax.device_put(leaf, place)
+
+
+def spread(params):
+    """`put` of all parameters in a tree."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: put(name(path), leaf), params)
+
+
+def _parts(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """How many parts a dimension over these axes is in."""
+    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -170,12 +191,6 @@ def whole(mesh: Mesh) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are in."""
     return math.prod(mesh.shape[axis] for axis in layout.ACTIVATIONS["rows"])
-
-
-def rows_sharding(mesh: Mesh, num_rows: int) -> NamedSharding:
-    """`batch_sharding` where so many rows spread evenly, else all rows on each device."""
-    even = num_rows % row_shards(mesh) == 0
-    return batch_sharding(mesh) if even else whole(mesh)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -38,7 +38,8 @@ class Settings(NamedTuple):
       accumulate: parts that a batch is computed in, one after the other.
       max_skipped: steps in a row that may be skipped where something isn't finite.
       watchdog_minutes: without a finished step, after which the process dumps the stacks of its
-        threads to stderr and exits with code 1; 0 for never.
+        threads to stderr and exits with code 1; for the first step, which compiles, three times as
+        many and at least 30; 0 for never.
     """
 
     num_steps: int
@@ -144,10 +145,14 @@ def train(
       directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
       metadata: stored inside each checkpoint.
 
+    A finished run is restored once more before this returns: here a damaged last checkpoint can
+    still be made again, while whoever reads it later can only refuse it.
+
     Raises:
       Diverged: at the first loss or gradient that isn't finite, or the first beyond
         `settings.max_skipped` in a row; no checkpoint of that step is written.
-      processes.Stopped: after SIGTERM, once the step at hand is in a checkpoint.
+      processes.Stopped: after SIGTERM while steps are taken, once the step at hand is in a
+        checkpoint. Before, when there is nothing new to save, SIGTERM ends the process as usual.
       checkpoint.SaveFailed: where one can't be written.
       checkpoint.DamagedCheckpoint: where there are checkpoints and none is whole.
       ValueError: if the stage can't start from `base`, or has no metric to choose checkpoints by.
@@ -157,8 +162,6 @@ def train(
     with (
         jax.set_mesh(mesh),
         Checkpoints(directory / "checkpoints", retention=settings.retention) as checkpoints,
-        processes.StopRequest(mesh) as stop,
-        _Watchdog(settings.watchdog_minutes) as watchdog,
     ):
         # ------------------------------------------------------------------------------ state
         init = make_init(stage, optimizer, settings)
@@ -184,7 +187,6 @@ def train(
             start, train_state = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
         del base, found  # not to be kept beside the state
         if start >= settings.num_steps:
-            _end_if_asked(stop, name, start, settings)
             return
 
         # ------------------------------------------------------------------------------- step
@@ -193,13 +195,17 @@ def train(
         # ------------------------------------------------------------------------------- loop
         stream = batches(start)
         batch = next(stream)
-        with _open_writer(
-            directory,
-            name=name,
-            total_steps=settings.num_steps,
-            tokens_per_step=settings.batch_size * batch["x1"].shape[1],
-            start_step=start,
-        ) as metric_writer:
+        with (
+            _open_writer(
+                directory,
+                name=name,
+                total_steps=settings.num_steps,
+                tokens_per_step=settings.batch_size * batch["x1"].shape[1],
+                start_step=start,
+            ) as metric_writer,
+            _Watchdog(settings.watchdog_minutes) as watchdog,
+            processes.StopRequest(mesh) as stop,
+        ):
             report = _Reporter(name, metric_writer, settings, start)
             agreed: bool | jax.Array = False
             for step in range(start + 1, settings.num_steps + 1):
@@ -219,9 +225,9 @@ def train(
                     began = time.perf_counter()
                     batch = next(stream)
                     report.waited(time.perf_counter() - began)
-        stream.close()
-        checkpoints.wait()
-        _end_if_asked(stop, name, step, settings)
+            stream.close()
+            checkpoints.wait()
+            _end_if_asked(stop, name, step, settings)
 
 
 def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: Settings) -> None:
@@ -264,13 +270,18 @@ class _Watchdog:
         self._seconds = 60.0 * minutes
 
     def __enter__(self) -> "_Watchdog":
+        if self._seconds:  # the first step compiles
+            self._wait(max(3 * self._seconds, 1800.0))
         return self
 
     def pat(self, steps: int) -> None:
-        """A step has ended; nothing before the second one, since the first compiles."""
+        """So many steps have been started, all but the last have ended."""
         if self._seconds and steps > 1:
-            # By a thread of C, which runs even where Python can't.
-            faulthandler.dump_traceback_later(self._seconds, exit=True)
+            self._wait(self._seconds)
+
+    def _wait(self, seconds: float) -> None:
+        # By a thread of C, which runs even where Python can't.
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
     def __exit__(self, *exc_info) -> None:
         if self._seconds:
@@ -344,8 +355,9 @@ class _Reporter:
         after = f" ({int(in_a_row)} steps in a row, optim.max_skipped={allowed})" if allowed else ""
         raise Diverged(
             f"{self._name}: {what} at step {step}{after}. Checkpoints up to step {kept} are kept; "
-            f"lower {self._name}'s learning_rate, lengthen its warmup_steps, or look at the "
-            "text of that batch."
+            f"look at the text of that batch, let optim.max_skipped pass over such steps, or start "
+            f"anew in another folder with a lower learning_rate or longer warmup_steps of "
+            f"{self._name}."
         )
 
 

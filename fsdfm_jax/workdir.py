@@ -16,11 +16,13 @@ import subprocess
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import fsdfm_jax
-from fsdfm_jax import checkpoint, models, sharding, stages, writer
+from fsdfm_jax import checkpoint, models, processes, sharding, stages, writer
+from fsdfm_jax.data import DataSpec
 from fsdfm_jax.models import ModelConfig, Params
 
 
@@ -120,23 +122,20 @@ def _base(run, name, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
     return stage_directory(workdir, same[-1].run) if same else None
 
 
-# Keys of the data that came later: left out where they say nothing, so that older runs go on.
-_DATA_DEFAULTS = {"documents": "record", "validation": "", "mixture": ""}
-
 # What changes results by rounding only: a run may go on where other devices need other values.
 _ROUNDING_KEYS = ("attention", "remat", "logits_mib")
+# What says when a run is given up, and nothing about the steps before.
+_PATIENCE_KEYS = ("max_skipped",)
 
 
 def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[str, Any]:
     """All that determines a run's weights up to rounding, as JSON; it only goes on under the same.
 
-    The mesh isn't part of it, nor the number of processes.
+    The mesh isn't part of it, nor the number of processes, nor where prepared text lies: the
+    fingerprint of what is in it is checked by `check_data`.
     """
-    data = {
-        key: value
-        for key, value in config.data.items()
-        if key != "directory" and _DATA_DEFAULTS.get(key) != value
-    }
+    data = DataSpec.from_config(config.data).to_recipe()
+    optim = {k: v for k, v in config.optim.items() if k not in _PATIENCE_KEYS}
     model = {k: v for k, v in config.model.items() if k not in _ROUNDING_KEYS}
     own = config[entry.stage].to_dict()
     del own["init_from"]  # the base below says it, whatever way it was named
@@ -146,7 +145,7 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
             "data": data,
             "path": config.path.to_dict(),
             "model": model,
-            "optim": config.optim.to_dict(),
+            "optim": optim,
             entry.stage: own,
             "base": None if base_recipe is None else digest(base_recipe),
         }
@@ -161,10 +160,7 @@ def saved_metadata(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 # What may differ between a network and the one it starts from.
-_FREE_MODEL_KEYS = {
-    *("vocab_size", "conditioning"),
-    *("dropout", "dtype", "attention", "remat", "logits_mib"),
-}
+_FREE_MODEL_KEYS = {"vocab_size", "conditioning", "dropout", "dtype", *_ROUNDING_KEYS}
 
 
 def check_base(directory: pathlib.Path, model: ModelConfig, config: ConfigDict) -> None:
@@ -249,18 +245,13 @@ def load_weights(
     Args:
       directory: WORKDIR/stages/RUN.
       tokenizer: fingerprint the weights must have been trained with; None skips the check.
-      mesh: where to put them, by the rules of `layout`; this process's first device by default.
+      mesh: where to put them, by the rules of `layout`, in which case all processes of a job call;
+        this process's first device by default.
 
     Raises:
-      ValueError: if there is no checkpoint, or it belongs to another tokenizer.
+      ValueError: if there is no checkpoint, or it is damaged or belongs to another tokenizer.
     """
-    folder = directory / "checkpoints"
-    step = checkpoint.latest_step(folder)
-    if step is None:
-        raise ValueError(
-            f"There is no checkpoint in {folder}; train that run first (python -m fsdfm_jax.main)."
-        )
-    metadata = checkpoint.read_metadata(folder, step)
+    step, metadata = weights_metadata(directory, together=mesh is not None)
     if tokenizer is not None and metadata["tokenizer"] != tokenizer:
         raise ValueError(
             f"The checkpoint in {directory} was trained with tokenizer "
@@ -269,13 +260,34 @@ def load_weights(
         )
     part = metadata["weights"]
     place = None if mesh is None else functools.partial(sharding.leaf_sharding, mesh)
+    folder = directory / "checkpoints"
     params = checkpoint.restore_part(folder, (part,), step, sharding=place)[part]
     return Weights(params, ModelConfig(**metadata["model"]), metadata, step)
 
 
+def weights_metadata(directory: pathlib.Path, *, together: bool = True) -> tuple[int, dict]:
+    """Step of a run's newest checkpoint and what it says of itself.
+
+    With `together` all processes of a job call, and get those of the same one.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it is damaged.
+    """
+    folder = directory / "checkpoints"
+    newest = checkpoint.newest_step(folder)
+    step = -1 if newest is None else newest
+    if together:
+        step = int(processes.from_first(np.int32(step)))
+    if step < 0:
+        raise ValueError(
+            f"There is no checkpoint in {folder}; train that run first (python -m fsdfm_jax.main)."
+        )
+    return step, checkpoint.read_metadata(folder, step)
+
+
 def weight_shapes(directory: pathlib.Path) -> Params:
     """Shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
-    model = ModelConfig(**checkpoint.read_metadata(directory / "checkpoints")["model"])
+    model = ModelConfig(**saved_metadata(directory)["model"])
     return jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
 
 

@@ -7,6 +7,7 @@ JSON has no NaN and no infinity: they are written as the strings "nan", "inf" an
 With several processes only one of them writes; callers choose it.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -15,7 +16,7 @@ import pathlib
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -52,13 +53,24 @@ def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     # In the same folder, hence on one file system; other hosts may have a process of this number.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Lets the errors of a file that is open say which it is, as a full disk doesn't."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -77,7 +89,7 @@ def append_jsonl(path: str | os.PathLike, obj: Any) -> None:
     path = pathlib.Path(path)
     line = json.dumps(_plain(obj), allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with _naming(path), open(path, "a+b") as file:
         _drop_torn_line(file)
         file.write(line.encode())
         file.flush()
@@ -158,8 +170,10 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+    def __exit__(self, exc_type, *exc_info) -> None:
+        # On a full disk this fails too; what went wrong first is what must be told.
+        with contextlib.suppress(OSError) if exc_type else contextlib.nullcontext():
+            self.close()
 
     @property
     def steps_per_second(self) -> float:
@@ -213,10 +227,11 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes the events and takes the bar off the terminal's last line."""
-        self._events.close()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        with _naming(self._events.logdir):
+            self._events.close()
 
     def _speed(self) -> str:
         rate = self._rate.per_second

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fsdfm_jax import cli, inference, models, optim, sampler, sharding, stages, tokenizer, train
+from fsdfm_jax import cli, data, inference, models, optim, sampler, sharding, stages, train
 from fsdfm_jax.stages import Process
 from launch import hlo_cost, model_flops, roofline
 from launch.roofline import GIB, Chip
@@ -109,11 +109,6 @@ def find_target(name: str) -> Target:
     return Target(name, description.devices, chip, chip.hbm_bytes, True)
 
 
-def num_tokens(data: ConfigDict) -> int:
-    """Ids of the tokenizer that a config names, without preparing its data."""
-    return data.vocab_size if data.tokenizer == "bpe" else tokenizer.load(data.tokenizer).vocab_size
-
-
 def fit_config(config: ConfigDict, target: Target) -> ConfigDict:
     """A copy of a config in which nothing goes by the devices at hand if others are meant."""
     config = config.copy_and_resolve_references()
@@ -166,7 +161,7 @@ def make_mesh(config: ConfigDict, target: Target) -> Mesh:
 
 def make_process(config: ConfigDict) -> Process:
     """The noising process of a config; which id ends documents doesn't matter to a program."""
-    count = num_tokens(config.data)
+    count = data.vocab_size(data.DataSpec.from_config(config.data))
     return stages.make_process(config.path, num_tokens=count, eos_id=count - 1)
 
 

@@ -625,13 +625,6 @@ def test_described_chips_have_the_attention_of_their_kind():
     assert ahead.fit_config(config, described).model.attention == "manual"
 
 
-def test_the_vocabulary_is_known_without_data():
-    config = base.get_config()
-    assert ahead.num_tokens(config.data) == config.data.vocab_size
-    config.data.tokenizer = "gpt2"
-    assert ahead.num_tokens(config.data) == 50_257
-
-
 def toy_program(largest):
     """A program that takes 10 bytes a row."""
 

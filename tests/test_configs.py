@@ -267,6 +267,8 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main.data, "prepare", lambda spec, directory: prepared)
     monkeypatch.setattr(main, "train", fake_train)
     monkeypatch.setattr(workdir, "load_weights", fake_weights)
+    fake_metadata = lambda directory: (1, networks[directory.name][1])
+    monkeypatch.setattr(workdir, "weights_metadata", fake_metadata)
     monkeypatch.setattr(subjects, "catalogue", fake_catalogue)
     monkeypatch.setattr(suite, "evaluate", fake_evaluate)
     given = {"_CONFIG": config, "_WORKDIR": str(tmp_path), "_EVALUATE": True}

@@ -162,6 +162,14 @@ def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
     assert job.said.endswith("Second SIGTERM: ends at once.\n")
 
 
+def test_a_second_sigterm_ends_what_does_not_return_to_python(tmp_path):
+    """Where nothing looks for signals: a library that waits for a host that is gone."""
+    job = Job(tmp_path / "stage", "--count_at=4").until("counts").stop()
+    job.until("SIGTERM: saves").stop()
+    assert job.end() == 143
+    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+
+
 def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
     directory = tmp_path / "stage"
     job = Job(directory, "--stages=2", "--slow_save=1").until("saves 12").stop()
@@ -171,8 +179,10 @@ def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
     ends_like(directory, whole)
 
 
-def test_sigterm_outside_of_training_ends_as_always(tmp_path):
-    job = Job(tmp_path / "stage", "--wait_outside").until("waits").stop()
+@pytest.mark.parametrize("where", ["--wait_outside", "--wait_at=1"], ids=["after", "before"])
+def test_sigterm_outside_of_training_ends_as_always(tmp_path, where):
+    """Before the first step as well: pairs may take hours to be made, and survive a kill."""
+    job = Job(tmp_path / "stage", where).until("waits").stop()
     assert job.end() == -signal.SIGTERM
 
 

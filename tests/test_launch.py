@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import time
@@ -221,6 +220,17 @@ def test_local_ends_all_when_one_fails_and_returns_its_code(stub):
     assert "told 15" in (stub / "runs/logs/process-2.log").read_text()
 
 
+@pytest.mark.parametrize("first", [2, 134])
+def test_local_does_not_run_again_what_is_to_be_mended(stub, first):
+    # Whichever is seen first: 2 says why, and the other process only lost its coordinator.
+    does = f"if me == '1': time.sleep(1)\nsys.exit({first} if me == '0' else {136 - first})"
+    ended = _local(stub, "--processes=2", "--devices=1", "--restarts=3", "--grace=5", does=does)
+    assert ended.returncode == 2
+    assert "ended with exit code 2, see" in ended.stderr
+    assert "running again" not in ended.stderr
+    assert not (stub / "seen-0-1").exists()
+
+
 def test_local_kills_what_does_not_listen(stub):
     does = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif me == '0': sys.exit(3)\ntime.sleep(60)"
@@ -422,7 +432,8 @@ def test_slurm_task_per_node_takes_all_its_gpus(slurm, stub):
 
 
 @pytest.mark.parametrize(
-    ("code", "restarted", "requeued"), [(143, 0, True), (143, 2, False), (1, 0, False)]
+    ("code", "restarted", "requeued"),
+    [(143, 0, True), (143, 2, False), (1, 0, False), (2, 0, False), (134, 0, False)],
 )
 def test_slurm_requeues_what_saved_itself(slurm, stub, code, restarted, requeued):
     ended = slurm(
@@ -486,7 +497,8 @@ def _only(folder, *names):
 # tpu_pod.sh
 
 # A cloud in the folder FAKE: `state` of the queued resource, and a home for each of two hosts of
-# each slice. Words of every call go to a file in `calls`; commands of `ssh` are run.
+# each slice. Words of every call go to a file in `calls`; commands of `ssh` are run. `fail-VERB`
+# holds how many calls of VERB fail.
 GCLOUD = """#!/usr/bin/env bash
 set -e
 mkdir -p "$FAKE/calls"
@@ -494,6 +506,12 @@ printf '%s\\0' "$@" >"$FAKE/calls/$(date +%s%N)-$$"
 [[ "$1 $2" == "compute tpus" ]]
 kind=$3 verb=$4
 shift 4
+if [[ -e $FAKE/fail-$verb ]]; then # as often as it says
+  left=$(($(cat "$FAKE/fail-$verb") - 1))
+  if ((left)); then echo "$left" >"$FAKE/fail-$verb"; else rm "$FAKE/fail-$verb"; fi
+  echo "ERROR: (gcloud) connection lost" >&2
+  exit 255
+fi
 case "$kind $verb" in
   "queued-resources describe")
     if [[ ! -e $FAKE/state ]]; then echo "ERROR: (gcloud) NOT_FOUND: no such thing" >&2; exit 1; fi
@@ -540,7 +558,7 @@ def _kill_group(pid):
 
 @pytest.fixture
 def cloud(stub, tmp_path):
-    """A function that runs tpu_pod.sh on the cloud of stand-ins, with polls of 0 seconds."""
+    """A function that runs tpu_pod.sh on the cloud of stand-ins, without long pauses."""
     commands = tmp_path / "bin"
     commands.mkdir()
     _executable(commands / "gcloud", GCLOUD)
@@ -548,7 +566,7 @@ def cloud(stub, tmp_path):
     fake = tmp_path / "cloud"
 
     def command(action, *arguments):
-        options = ["--name=pod", "--zone=z", "--poll=0", "--grace=10"]
+        options = ["--name=pod", "--zone=z", "--poll=0", "--settle=0", "--grace=10"]
         return [str(LAUNCH / "tpu_pod.sh"), action, *options, *arguments]
 
     def run(action, *arguments, does=None):
@@ -621,6 +639,58 @@ def test_tpu_pod_restarts_a_failed_program_as_often_as_allowed(cloud, stub):
     assert len(_calls(cloud, "create")) == 1  # the slice was still there
 
 
+def test_tpu_pod_does_not_restart_what_is_to_be_mended(cloud, stub):
+    # The host that says what is to be mended is not the first that ends, and one goes on waiting.
+    does = (
+        "if me == 'pod-0-0': sys.exit(134)\n"
+        "if me == 'pod-1-0': time.sleep(1); sys.exit(2)\n"
+        "time.sleep(60)"
+    )
+    options = ["--type=v6e-8", "--slices=2", "--settle=3"]
+    ended = cloud("run", *options, "--", "--workdir=/x", does=does)
+    assert ended.returncode == 2, ended.stderr
+    assert "something is to be mended" in ended.stderr
+    assert not (stub / "seen-pod-0-0-1").exists()
+    # No host is left behind that still waits for the others.
+    assert "told 15" in (cloud.fake / "host-pod-1-1/fsdfm_run/log").read_text()
+
+
+def _start_by_hand(cloud):
+    assert cloud("create", "--type=v6e-8").returncode == 0
+    assert cloud("install").returncode == 0
+    assert cloud("start", "--", "--workdir=/x", does="time.sleep(60)").returncode == 0
+
+
+def test_tpu_pod_run_stops_nothing_before_every_host_has_answered(cloud, stub):
+    _start_by_hand(cloud)
+    # The first look at the state fails, as do the first two at the hosts.
+    (cloud.fake / "fail-describe").write_text("1")
+    (cloud.fake / "fail-ssh").write_text("2")
+    with subprocess.Popen(
+        cloud.command(*RUN), env=cloud.environment, stderr=subprocess.PIPE, text=True
+    ) as run:
+        _wait_until(lambda: not list(cloud.fake.glob("fail-*")))
+        assert cloud("stop").returncode == 0
+        assert run.wait(30) == 143
+        said = run.stderr.read()
+    assert "already running on pod" in said
+    assert len(_calls(cloud, "create")) == len(_calls(cloud, "scp")) == 1
+    for host in ("pod-0", "pod-1"):
+        assert not (stub / f"seen-{host}-1").exists()
+
+
+def test_tpu_pod_run_leaves_alone_what_does_not_answer(cloud, stub):
+    _start_by_hand(cloud)
+    (cloud.fake / "fail-ssh").write_text("1000")
+    ended = cloud(*RUN)
+    assert ended.returncode == 1
+    assert "asked 10 times" in ended.stderr
+    assert "nothing was stopped" in ended.stderr
+    (cloud.fake / "fail-ssh").unlink()
+    assert cloud("status").stdout.count("running") == 2
+    assert not (stub / "seen-pod-0-1").exists()
+
+
 def test_tpu_pod_stop_saves_and_ends_the_run(cloud, stub):
     (stub / "does").write_text("time.sleep(60)")
     with subprocess.Popen(cloud.command(*RUN), env=cloud.environment) as run:
@@ -646,9 +716,7 @@ def test_tpu_pod_stop_saves_and_ends_the_run(cloud, stub):
 
 
 def test_tpu_pod_sees_hosts_that_lost_their_program(cloud, stub):
-    assert cloud("create", "--type=v6e-8").returncode == 0
-    assert cloud("install").returncode == 0
-    assert cloud("start", "--", "--workdir=/x", does="time.sleep(60)").returncode == 0
+    _start_by_hand(cloud)
     host = cloud.fake / "host-pod-1/fsdfm_run"
     pid = int((host / "pid").read_text())
     # As after a reboot: neither the program nor the shell that waits for it is left.
@@ -713,9 +781,10 @@ FILLED = {
 
 
 def _manifest():
-    template = string.Template((LAUNCH / "gke_jobset.yaml").read_text().replace("${NAME}", ""))
-    assert set(template.get_identifiers()) == set(FILLED)
-    return yaml.safe_load(template.substitute(FILLED))
+    text = (LAUNCH / "gke_jobset.yaml").read_text().replace("${NAME}", "")
+    placeholder = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")  # as envsubst sees them
+    assert set(placeholder.findall(text)) == set(FILLED)
+    return yaml.safe_load(placeholder.sub(lambda found: FILLED[found[1]], text))
 
 
 def test_jobset_is_what_gke_needs_for_tpu_slices():
@@ -748,26 +817,62 @@ def test_jobset_is_what_gke_needs_for_tpu_slices():
     assert set(mounted) == set(claims)
 
 
-def test_jobset_restarts_whole_and_counts_no_preemption():
+def test_jobset_restarts_whole():
     spec = _manifest()["spec"]
-    policy = spec["failurePolicy"]
-    assert policy["maxRestarts"] == 10
-    assert policy["restartStrategy"] == "BlockingRecreate"
-    (rule,) = policy["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert spec["failurePolicy"]["maxRestarts"] == 10
+    assert spec["failurePolicy"]["restartStrategy"] == "BlockingRecreate"
+
+
+def _job_message(rules, *, code=None, condition=None):
+    """What Kubernetes' Job controller says of a failed pod by the first rule it met, or None."""
+    for index, rule in enumerate(rules):
+        assert rule["action"] == "FailJob"
+        matched = f"matching FailJob rule at index {index}"
+        if "onExitCodes" in rule and code is not None:
+            asked = rule["onExitCodes"]
+            assert (asked["containerName"], asked["operator"]) == ("train", "In")
+            if code in asked["values"]:
+                return f"Container train for pod default/x failed with exit code {code} {matched}"
+        for wanted in rule.get("onPodConditions", []):
+            assert wanted["status"] == "True"
+            if wanted["type"] == condition:
+                return f"Pod default/x has condition {condition} {matched}"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("failure", "action"),
+    [
+        ({"code": 2}, "FailJobSet"),
+        ({"code": 2, "condition": "DisruptionTarget"}, "FailJobSet"),
+        ({"code": 143}, "RestartJobSetAndIgnoreMaxRestarts"),
+        ({"code": 137, "condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
+        ({"code": 1}, "RestartJobSet"),
+        ({"code": 134}, "RestartJobSet"),
+    ],
+)
+def test_jobset_ends_for_good_when_a_restart_does_not_help(failure, action):
+    spec = _manifest()["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
-    disrupted, told = job["podFailurePolicy"]["rules"]
-    assert disrupted["action"] == told["action"] == "FailJob"
-    assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert told["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [143]}
+    message = _job_message(job["podFailurePolicy"]["rules"], **failure)
+    taken = "RestartJobSet"  # what JobSet does where no rule applies
+    for rule in spec["failurePolicy"]["rules"]:
+        assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+        if message and any(re.search(p, message) for p in rule["onJobFailureMessagePatterns"]):
+            taken = rule["action"]
+            break
+    assert taken == action
+
+
+def _container():
+    """Command of the container, as a list of words."""
+    pod = _manifest()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return [*container["command"], *container["args"]]
 
 
 def test_jobset_runs_the_program_with_awkward_arguments(stub):
-    pod = _manifest()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    command = [*container["command"], *container["args"]]
-    ended = _run(command, env=_environment(stub))
+    ended = _run(_container(), env=_environment(stub))
     assert ended.returncode == 0, ended.stderr
     assert _seen(stub)["argv"][2:] == [
         "--distributed",
@@ -775,6 +880,47 @@ def test_jobset_runs_the_program_with_awkward_arguments(stub):
         "--workdir=/runs/x",
         "--note=it's 2 words: #1",
     ]
+
+
+def test_jobset_passes_a_signal_on_to_a_program_that_does_not_handle_it(stub):
+    # As Python where it prepares or loads: as the container's first process it would never end.
+    (stub / "does").write_text("signal.signal(signal.SIGTERM, signal.SIG_DFL)\ntime.sleep(60)")
+    # In a container's place a namespace of processes, where this system lets one make it.
+    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    namespace = shutil.which("unshare") is not None and _run([*alone, "true"]).returncode == 0
+    command = [*(alone if namespace else []), *_container()]
+    with subprocess.Popen(command, env=_environment(stub)) as outer:
+        _wait_until(lambda: (stub / "ready-0-0").exists())
+        first = outer.pid
+        if namespace:
+            first = int(pathlib.Path(f"/proc/{first}/task/{first}/children").read_text())
+        time.sleep(0.2)  # until the stand-in has done what it does
+        os.kill(first, signal.SIGTERM)
+        try:
+            assert outer.wait(10) == 143
+        finally:
+            outer.kill()
+
+
+def test_jobset_waits_for_the_program_to_save(stub):
+    (stub / "does").write_text("time.sleep(60)")
+    with subprocess.Popen(_container(), env=_environment(stub), stdout=subprocess.PIPE) as pod:
+        _wait_until(lambda: (stub / "ready-0-0").exists())
+        pod.send_signal(signal.SIGTERM)
+        assert pod.wait(10) == 143
+        assert b"told 15" in pod.stdout.read()
+
+
+@pytest.mark.parametrize(("code", "at_once"), [(0, True), (2, True), (143, True), (134, False)])
+def test_jobset_shows_first_what_says_why(stub, tmp_path, code, at_once):
+    waited = tmp_path / "bin"
+    waited.mkdir()
+    _executable(waited / "sleep", f"#!{BASH}\ntouch '{tmp_path}/waited'\n")
+    (stub / "does").write_text(f"os._exit({code})")
+    path = _environment(stub)["PATH"]
+    ended = _run(_container(), env=_environment(stub) | {"PATH": f"{waited}{os.pathsep}{path}"})
+    assert ended.returncode == code
+    assert (tmp_path / "waited").exists() != at_once
 
 
 def test_jobset_is_filled_in_by_envsubst():

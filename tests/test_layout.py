@@ -184,7 +184,8 @@ def test_the_loss_of_the_head_on_a_mesh(sizes, rows):
     def spread(logits, *others):
         rule = layout.spec_for("head/kernel")
         kernel = jax.device_put(logits.kernel_DV, NamedSharding(mesh, rule))
-        even = sharding.rows_sharding(mesh, rows)
+        is_even = rows % sharding.row_shards(mesh) == 0
+        even = sharding.batch_sharding(mesh) if is_even else sharding.whole(mesh)
         others = [jax.device_put(x, even) for x in (logits.features_BLD, *others)]
         bias = jax.device_put(logits.bias_V, sharding.whole(mesh))
         placed = Factored(others[0], kernel, bias, chunk_size=logits.chunk_size)

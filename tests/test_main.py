@@ -159,6 +159,10 @@ def _files(folder):
         ({"pretrain.batch_size": 12}, r"pretrain\.batch_size=12 .*multiple of the 8"),
         ({"refine.batch_size": 0}, r"refine\.batch_size=0"),
         ({"mesh.data": 3}, r"mesh sizes \(mesh.data=3, .*8 device"),
+        (
+            {"mesh.data": 1, "mesh.fsdp": 8, "model.width": 20, "model.num_heads": 2},
+            r"kernel can't be spread: dimension \d of its shape .* by mesh.*=8",
+        ),
         ({"pipeline": "pretrain,distil"}, "unknown stage 'distil'"),
         ({"pipeline": "distill"}, "distill.init_from"),
         ({"pipeline": ""}, "names no stage"),

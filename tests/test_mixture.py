@@ -202,6 +202,18 @@ def test_fingerprint_of_a_mixture(folders, tmp_path):
     assert fingerprint(tmp_path / "elsewhere", "a=3.0,b=1") == first
 
 
+def test_a_mixture_follows_folders_that_were_moved(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "old")
+    first = data_lib.prepare(_mixed_spec(tmp_path / "old"), tmp_path / "mixed")
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="old/a"):
+        data_lib.load(tmp_path / "mixed")
+    moved = data_lib.prepare(_mixed_spec(tmp_path / "new"), tmp_path / "mixed")
+    assert moved.fingerprint == first.fingerprint
+    assert [member.directory.parent.name for member in moved.members] == ["new", "new"]
+    assert data_lib.vocab_size(_mixed_spec(tmp_path / "new")) == moved.tokenizer.vocab_size
+
+
 def test_mixtures_that_are_refused(folders, tmp_path):
     def prepare(spec, name="mixed"):
         return data_lib.prepare(spec, tmp_path / name)

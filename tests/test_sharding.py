@@ -67,6 +67,7 @@ class Device:
     id: int
     process_index: int
     slice_index: int | None = None
+    coords: tuple[int, ...] | None = None  # in a torus
     platform: str = "imagined"
     device_kind: str = "imagined"
 
@@ -75,7 +76,7 @@ def slices_of(count, size, *, known=True):
     """Devices of `count` slices, or of as many processes; in no order."""
     ids = np.random.default_rng(0).permutation(count * size).tolist()
     if known:  # two devices to a process
-        return [Device(i, i // 2, i // size) for i in ids]
+        return [Device(i, i // 2, i // size, (i, 0, 0)) for i in ids]
     return [Device(i, i // size) for i in ids]
 
 
@@ -106,8 +107,13 @@ def test_slices_that_are_not_there_are_refused(known, slices, sizes):
 def test_slices_that_are_not_named_are_refused():
     with pytest.raises(ValueError, match=r"2 slices, .*set mesh\.slices=2"):
         mesh_of(devices=slices_of(2, 8))
-    # Processes on one fast network are no slices.
+    # Processes on one fast network are no slices, nor are hosts that are numbered like them.
     assert mesh_of(devices=slices_of(2, 8, known=False)).size == 16
+    hosts = [dataclasses.replace(d, coords=None) for d in slices_of(2, 8)]
+    assert mesh_of(devices=hosts).size == 16
+    # Several processes of one host have its number.
+    one_host = [dataclasses.replace(d, slice_index=0) for d in slices_of(2, 8, known=False)]
+    assert mesh_of(devices=one_host, slices=2).size == 16
 
 
 def test_sampling_in_one_process_spreads_rows_and_parameters():
@@ -308,12 +314,6 @@ def test_place_rows_takes_the_rows_that_are_asked_for(monkeypatch):
     assert asked == [((16, 1), sharding.batch_sharding(mesh))]
 
 
-def test_rows_that_do_not_spread_evenly_are_on_each_device():
-    mesh = mesh_of(2, 2, 2)
-    assert sharding.rows_sharding(mesh, 8) == sharding.batch_sharding(mesh)
-    assert sharding.rows_sharding(mesh, 6) == sharding.whole(mesh) == NamedSharding(mesh, P())
-
-
 def test_batch_sizes():
     mesh = mesh_of(2, 2, 2)
     for size in (4, 96):
@@ -452,12 +452,25 @@ def test_what_the_program_prints_is_what_it_trains(tmp_path):
 
 def test_parameters_go_where_the_mesh_wants_them():
     params = {"params": {"head": {"kernel": np.ones((16, 11), np.float32)}}}
-    assert sharding.spread(params) is params
+    (on_one,) = jax.tree.leaves(sharding.spread(params))
+    assert on_one.devices() == {jax.devices()[0]}
     mesh = mesh_of(1, 2, 4)
     want = NamedSharding(mesh, P(("tensor", "fsdp"), None))
     with sharding.use(mesh):
         (placed,) = jax.tree.leaves(sharding.spread(params))
-        (shape,) = jax.tree.leaves(sharding.spread(params, abstract=True))
+        (shape,) = jax.tree.leaves(sharding.spread(jax.eval_shape(lambda: params)))
     np.testing.assert_array_equal(placed, params["params"]["head"]["kernel"])
     assert placed.sharding == shape.sharding == want
     assert (shape.shape, shape.dtype) == ((16, 11), np.float32)
+
+
+def test_any_number_of_devices_samples():
+    """What training refuses is whole on each device where it doesn't divide."""
+    wide, narrow = np.zeros((12, 11), np.float32), np.zeros((16, 11), np.float32)
+    mesh = mesh_of(1, 6, 1, devices=jax.devices()[:6])
+    with pytest.raises(ValueError, match="head/kernel can't be spread"):
+        sharding.leaf_sharding(mesh, "head/kernel", narrow)
+    with sharding.use(mesh):
+        places = [sharding.put("head/kernel", leaf).sharding for leaf in (wide, narrow)]
+    assert places[0] == NamedSharding(mesh, P(("tensor", "fsdp"), None))
+    assert places[1] == NamedSharding(mesh, P(None, None))

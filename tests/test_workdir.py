@@ -12,6 +12,7 @@ import pytest
 
 from configs import base
 from fsdfm_jax import checkpoint, stages, workdir
+from fsdfm_jax.convert import run_folder
 from fsdfm_jax.models import ModelConfig
 from fsdfm_jax.workdir import Entry
 
@@ -186,10 +187,19 @@ def test_all_changed_keys_are_named(trained):
         ("pipeline", "distill"),
         ("distill.init_from", "elsewhere"),
         ("refine.tau", 0.5),
+        ("optim.max_skipped", 3),
+        ("model.remat", "full"),
     ],
 )
 def test_keys_that_leave_the_weights_alone(trained, key, value):
     workdir.check_recipe(trained, _recipe({"seed": 0}, **{key: value}))
+
+
+def test_a_mixture_goes_on_wherever_its_folders_are():
+    mixture = lambda text, **more: _recipe(**{"data.mixture": text}, **more)
+    first = mixture("/here/a=0.9,/here/b=0.1")
+    assert mixture("~/there/x=0.90,~/there/y=0.1", **{"data.corpus": "without effect"}) == first
+    assert mixture("/here/a=0.8,/here/b=0.2") != first
 
 
 def test_the_recipe_of_the_base_matters(trained):
@@ -225,6 +235,20 @@ def test_no_weights(tmp_path, folder):
     with pytest.raises(ValueError, match=f"no checkpoint in .*{folder}.*train that run first"):
         workdir.load_weights(tmp_path / folder)
     assert not (tmp_path / "stages").exists()
+
+
+def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
+    """A run goes back to the checkpoint before; who reads its weights must not do so unasked."""
+    _save(tmp_path, steps=(2, 4))
+    path = tmp_path / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
+        workdir.load_weights(tmp_path)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
+        run_folder.read(tmp_path, which="ema")
+    assert workdir.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
 
 
 def test_weights_of_another_tokenizer(trained):

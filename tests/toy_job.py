@@ -5,6 +5,7 @@
 Tests run it as a process of its own, which can be stopped, killed, starved and hung.
 """
 
+import hashlib
 import itertools
 import pathlib
 import resource
@@ -33,6 +34,7 @@ flags.DEFINE_float("watchdog_minutes", 0.0, "")
 flags.DEFINE_multi_integer("poison", [], "Steps whose loss is NaN.")
 flags.DEFINE_float("pause", 0.0, "Seconds that a batch takes.")
 flags.DEFINE_integer("wait_at", None, "Step whose batch never comes.")
+flags.DEFINE_integer("count_at", None, "Step whose batch never comes, in a loop of C.")
 flags.DEFINE_integer("wait_in", None, "Step that never ends on the device.")
 flags.DEFINE_bool("wait_outside", False, "Wait where nothing is trained, at the end.")
 flags.DEFINE_float("slow_save", 0.0, "Seconds that a checkpoint takes.")
@@ -46,6 +48,9 @@ def batches(start: int):
         if n + 1 == FLAGS.wait_at:
             print("waits", flush=True)
             threading.Event().wait()
+        if n + 1 == FLAGS.count_at:
+            print("counts", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
         time.sleep(FLAGS.pause)
         x1_BL = np.full((B, L), 3 * n % 7, np.int32)
         x1_BL[0, 0] = -1 if n + 1 in FLAGS.poison else -2 if n + 1 == FLAGS.wait_in else x1_BL[1, 1]

@@ -76,9 +76,14 @@ class Bundle:
         """All parameters, as nested dicts of float32 numpy arrays."""
         return unflatten(dict(self.arrays()))
 
-    def device_params(self) -> Params:
-        """As `params`, on the default device; never more than one of them twice in memory."""
-        return unflatten({path: jax.device_put(array) for path, array in self.arrays()})
+    def device_params(self, put: Callable[[str, np.ndarray], jax.Array] | None = None) -> Params:
+        """As `params`, on devices; never more than one of them twice in memory.
+
+        Args:
+          put: (path, array) -> the array where it is to be; on the default device if left out.
+        """
+        put = put or (lambda path, array: jax.device_put(array))
+        return unflatten({path: put(path, array) for path, array in self.arrays()})
 
     def num_params(self) -> int:
         """Number of scalars."""

@@ -93,7 +93,7 @@ def _last_trained(folder: pathlib.Path) -> str:
 def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     folder = directory / "checkpoints"
     if step is None:
-        step = checkpoint.latest_step(folder)
+        step = checkpoint.newest_step(folder)
         if step is None:
             raise checkpoint.NotACheckpoint(
                 f"There is no checkpoint in {folder}; train that run first "

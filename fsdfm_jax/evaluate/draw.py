@@ -178,7 +178,7 @@ def _compile(model, process, rule, size, has_nucleus):
         grid = jnp.zeros((room + 1,), jnp.float32)
         inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1))
     params = jax.eval_shape(lambda: models.init_params(key, model))
-    params = sharding.spread(params, abstract=True)
+    params = sharding.spread(params)
     began = time.perf_counter()
     compiled = run.lower(params, *inputs).compile()
     return compiled, time.perf_counter() - began

@@ -72,7 +72,10 @@ def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) ->
 
 
 def numerics() -> dict[str, Any]:
-    """What rounding depends on, as far as this process knows it."""
+    """What rounding depends on, as far as this process knows it.
+
+    The mesh is left out: what it spreads in sampling are rows and parameters, not sums.
+    """
     return {
         "jax": jax.__version__,
         "platform": jax.default_backend(),

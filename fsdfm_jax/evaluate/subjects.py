@@ -186,7 +186,7 @@ class Catalogue:
             self._latest = None  # dropped before the next one is read
             path, options = self._places[label]
             bundle = _open(path, which=weights, **options)
-            params = sharding.spread(bundle.device_params())
+            params = bundle.device_params(sharding.put)
             if name not in self._facts:
                 self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
             self._latest = name, _subject(label, bundle, params, self._facts[name])
