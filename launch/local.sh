@@ -7,15 +7,17 @@
 # --processes=N     how many processes
 # --devices=M       each of them simulates M devices on the CPU; without it they share out the GPUs
 # --accelerators=K  GPUs of each process, of those that CUDA_VISIBLE_DEVICES leaves (default 1)
-# --restarts=N      run again after a failure, at most N times (default 0); it goes on where it was
+# --restarts=N      run again after a failure, at most N times (default 0); it goes on where it was.
+#                   Not after exit code 2: the input was refused, the disk is full ..
 # --grace=S         seconds from the first failure until the others are asked to end, and from then
 #                   until they are killed (default 30)
 # --logs=FOLDER     output, a file per process (default: WORKDIR/logs); that of process 0 is shown
 # --dry_run         print the commands and run nothing
 # --help            print this
 #
-# SIGTERM and SIGINT go to every process, a second one kills them all. The exit code is the first
-# that isn't 0. After a signal nothing is run again.
+# SIGTERM and SIGINT go to every process, a second one kills them all. After a signal nothing is run
+# again. The exit code is 2 if any process ended with it or the options were refused, else the first
+# that isn't 0.
 # PYTHON (default: python) and MODULE (default: fsdfm_jax.main) name the program.
 set -euo pipefail
 
@@ -155,7 +157,9 @@ show() { # what process 0 has written since
   unfinished+=$line
 }
 
-wait_for_all() { # sets `code`, the first that isn't 0
+# Sets `code`: 2 if any process ended with it, else the first that isn't 0. A process that says what
+# is to be mended takes the others with it, and one of those may be seen first.
+wait_for_all() {
   local left id status deadline='' signal=TERM
   left=${#pids[@]} code=0
   while ((left)); do
@@ -167,8 +171,9 @@ wait_for_all() { # sets `code`, the first that isn't 0
       wait "${pids[id]}" 2>/dev/null || status=$?
       unset "pids[id]"
       left=$((left - 1))
-      ((status == 0 || code)) && continue
-      code=$status deadline=$((SECONDS + grace))
+      ((status && (code == 0 || (status == 2 && code != 2)))) || continue
+      code=$status
+      [[ $deadline ]] || deadline=$((SECONDS + grace))
       echo "local.sh: process $id ended with exit code $code, see $logs/process-$id.log" >&2
     done
     if [[ $deadline ]] && ((left && SECONDS >= deadline)); then
@@ -183,7 +188,7 @@ mkdir -p "$logs" || fail "can't make the folder '$logs'."
 for ((attempt = 1; ; attempt++)); do
   start "$@"
   wait_for_all
-  if ((code == 0 || signals || attempt > restarts)); then break; fi
+  if ((code == 0 || code == 2 || signals || attempt > restarts)); then break; fi
   echo "local.sh: running again, restart $attempt of $restarts" >&2
 done
 exit "$code"

@@ -24,8 +24,10 @@
 # --dry_run      print the commands and run nothing
 # --help         print this
 #
-# Output of each task goes to WORKDIR/logs/process-I.log. Run it from the repository's root. PYTHON
-# (default: python) and MODULE (default: fsdfm_jax.main) name the program.
+# Output of each task goes to WORKDIR/logs/process-I.log. Only a run that has saved (exit code 143)
+# is requeued. The exit code is 2 if the options were refused, else the highest of the tasks'. Run
+# it from the repository's root. PYTHON (default: python) and MODULE (default: fsdfm_jax.main) name
+# the program.
 set -euo pipefail
 
 usage() { awk 'NR > 1 { if (!/^#/) exit; if (/^#SBATCH/) next; sub(/^# ?/, ""); print }' "$0"; }

@@ -2,12 +2,13 @@
 # Trains on Cloud TPU slices: asks for them, installs, runs on every host, survives preemption.
 #
 #   launch/tpu_pod.sh ACTION --name=NAME --zone=ZONE [options] [-- PROGRAM ARGUMENTS]
-#   launch/tpu_pod.sh run --name=fsdfm --zone=us-west4-a --type=v5litepod-64 --spot \
+#   launch/tpu_pod.sh run --name=fsdfm --zone=us-west4-a --type=v5litepod-32 --spot \
 #       --setup='mountpoint -q /runs || { sudo mkdir -p /runs; sudo mount 10.0.0.2:/x /runs; }' -- \
 #       --config=configs/paper_1b3.py --workdir=/runs/x --config.mesh.fsdp=16
 #
 # ACTION
-#   run      create, install, start, watch, and all of it again after a preemption, until it is done
+#   run      create, install, start, watch, and all of it again after a preemption, until it is done;
+#            where the program is running already it is watched
 #   create   ask for the slices unless they are there, and wait for them
 #   install  run --setup, copy this working tree and install it, on every host
 #   start    start the program on every host; it doesn't need this machine from then on
@@ -29,14 +30,18 @@
 # --env=NAME=VALUE       environment of the program, as often as needed
 # --extras=LIST          extras of the package to install (default tpu,demo)
 # --python=VERSION       Python on the hosts, which uv brings there (default 3.12)
-# --restarts=N           restarts after failures that are no preemption (default 10)
+# --restarts=N           restarts after failures that are no preemption (default 10); none after
+#                        exit code 2
 # --poll=SECONDS         between looks at the state (default 60)
+# --settle=SECONDS       from the first failure until all exit codes are looked at (default 20)
 # --grace=SECONDS        from SIGTERM until the program is killed (default 300)
 # --slice=I --worker=I   host for `logs` (default 0 and 0)
 # --dry_run              print the commands and run nothing
 # --help                 print this
 #
-# Exit codes: 0 done; 2 these arguments were refused; 143 stopped by `stop`; else the program's.
+# Exit codes: 0 done; 2 something is to be mended: these options were refused, or gcloud refused the
+# slices, or the program ended with 2, see its log; 143 stopped by `stop`; 1 a command of gcloud
+# failed, or a host didn't answer; else the program's, of a host that failed.
 set -euo pipefail
 
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
@@ -64,8 +69,8 @@ quoted() { # words, for a shell to read again
 }
 
 action=${1:-} name='' zone='' project=() type='' runtime='' slices=1 create_flags=() ssh_flags=()
-setup='' environment=() extras=tpu,demo python=3.12 restarts=10 poll=60 grace=300 slice=0 worker=0
-dry_run=''
+setup='' environment=() extras=tpu,demo python=3.12 restarts=10 poll=60 settle=20 grace=300
+slice=0 worker=0 dry_run=''
 case $action in
   run | create | install | start | watch | status | logs | stop | delete) shift ;;
   --help | -h) usage && exit ;;
@@ -88,6 +93,7 @@ while (($#)); do
     --python=*) python=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --poll=*) poll=${1#*=} ;;
+    --settle=*) settle=${1#*=} ;;
     --grace=*) grace=${1#*=} ;;
     --slice=*) slice=${1#*=} ;;
     --worker=*) worker=${1#*=} ;;
@@ -106,6 +112,7 @@ done
 check_number slices "$slices" 1
 check_number restarts "$restarts" 0
 check_number poll "$poll" 0
+check_number settle "$settle" 0
 check_number grace "$grace" 1
 check_number slice "$slice" 0
 check_number worker "$worker" 0
@@ -313,11 +320,27 @@ statuses() { # prints the status of every host, a line each; fails if one can't 
     say "can't reach every host: ${answer##*$'\n'}"
     return 1
   fi
-  awk '{ for (i = 1; i + 2 <= NF; i++) if ($i == "fsdfm_host") print $(i + 2) }' <<<"$answer"
+  awk '{ for (i = 1; i + 2 <= NF; i++) if ($i == "fsdfm_host") { print $(i + 2); any = 1 } }
+    END { exit !any }' <<<"$answer"
+}
+
+verdict() { # statuses of all hosts, a line each: prints what they make together
+  local first
+  # A host that says what is to be mended takes the others with it, and so does one that was told to
+  # end: what these say counts for more than the codes that the others end with.
+  for first in 2 stopped 143; do
+    if grep -qx "$first" <<<"$1"; then
+      echo "$first"
+      return
+    fi
+  done
+  first=$(grep -vxm 1 -e running -e 0 <<<"$1") || first=0
+  [[ $first != lost ]] || first=1
+  echo "$first"
 }
 
 watch() { # sets `outcome`: an exit code, stopped, or preempted
-  local now answer status code running
+  local now answer pause=$poll settled=''
   if [[ $dry_run ]]; then
     quoted gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
       '--format=value(state.state)'
@@ -326,38 +349,52 @@ watch() { # sets `outcome`: an exit code, stopped, or preempted
     return
   fi
   while true; do
-    sleep "$poll"
+    sleep "$pause"
     if now=$(state) && [[ $now != ACTIVE ]]; then
       say "$name is $now"
       outcome=preempted
       return
     fi
-    answer=$(statuses) && [[ -n $answer ]] || continue
-    code=0 running=''
-    while read -r status; do
-      case $status in
-        running) running=yes ;;
-        stopped) code=stopped ;;
-        lost) [[ $code != 0 ]] || code=1 ;;
-        *) [[ $code != 0 ]] || code=$status ;;
-      esac
-    done <<<"$answer"
-    if [[ $code != 0 || -z $running ]]; then
-      outcome=$code
-      return
-    fi
+    answer=$(statuses) || continue
+    outcome=$(verdict "$answer")
+    grep -qx running <<<"$answer" || return 0
+    case $outcome in
+      0) ;;
+      2 | stopped) return ;;
+      *)
+        [[ -z $settled ]] || return 0
+        settled=yes pause=$settle
+        ;;
+    esac
   done
 }
 
-still_running() { # whether an earlier start is, on every host
-  [[ -z $dry_run && $(state) == ACTIVE ]] || return
-  local answer
-  answer=$(statuses) && [[ -n $answer ]] && ! grep -qv '^running$' <<<"$answer"
+# Sets `running` if an earlier start is, on any host. Nothing is begun, and so nothing stopped,
+# before all of them have answered: one that can't be reached for a moment may be running.
+find_running() {
+  local now answer try
+  [[ -z $dry_run ]] || return 0
+  for try in {1..10}; do
+    ((try == 1)) || sleep "$((poll < 10 ? poll : 10))"
+    now=$(state) || continue
+    [[ $now == ACTIVE ]] || return 0
+    answer=$(statuses) || continue
+    if grep -qx running <<<"$answer"; then running=yes; fi
+    return
+  done
+  say "asked $try times, and not every host answered; nothing was stopped or started. If the" \
+    "message above doesn't help, 'delete' gives the slices back, and 'run' asks for new ones."
+  exit 1
+}
+
+give_up() { # exit code; a host that still waits for the others would keep its TPUs
+  end_program '' || say "can't end what may still run on some hosts"
+  exit "$1"
 }
 
 run() { # program arguments
   local failures=0 created='' running=''
-  if still_running; then running=yes; fi
+  find_running
   while true; do
     outcome=failed
     if [[ $running ]]; then
@@ -375,6 +412,10 @@ run() { # program arguments
     running=''
     case $outcome in
       0) return ;;
+      2)
+        say "ended with 2: something is to be mended, see $0 logs --name=$name --zone=$zone"
+        give_up 2
+        ;;
       stopped)
         say "stopped"
         exit 143
@@ -386,7 +427,7 @@ run() { # program arguments
         say "ended with '$outcome', failure $failures of at most $((restarts + 1))"
         if ((failures > restarts)); then
           [[ $outcome != failed ]] || outcome=1
-          exit "$outcome"
+          give_up "$outcome"
         fi
         ;;
     esac

@@ -884,17 +884,22 @@ def test_jobset_runs_the_program_with_awkward_arguments(stub):
 
 def test_jobset_passes_a_signal_on_to_a_program_that_does_not_handle_it(stub):
     # As Python where it prepares or loads: as the container's first process it would never end.
-    (stub / "does").write_text("signal.signal(signal.SIGTERM, signal.SIG_DFL)\ntime.sleep(60)")
+    (stub / "does").write_text(
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n(here / 'listens').touch()\ntime.sleep(60)"
+    )
     # In a container's place a namespace of processes, where this system lets one make it.
     alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
-    namespace = shutil.which("unshare") is not None and _run([*alone, "true"]).returncode == 0
+    namespace = (
+        pathlib.Path("/proc/thread-self/children").exists()
+        and shutil.which("unshare") is not None
+        and _run([*alone, "true"]).returncode == 0
+    )
     command = [*(alone if namespace else []), *_container()]
     with subprocess.Popen(command, env=_environment(stub)) as outer:
-        _wait_until(lambda: (stub / "ready-0-0").exists())
+        _wait_until(lambda: (stub / "listens").exists())
         first = outer.pid
         if namespace:
             first = int(pathlib.Path(f"/proc/{first}/task/{first}/children").read_text())
-        time.sleep(0.2)  # until the stand-in has done what it does
         os.kill(first, signal.SIGTERM)
         try:
             assert outer.wait(10) == 143
@@ -903,12 +908,20 @@ def test_jobset_passes_a_signal_on_to_a_program_that_does_not_handle_it(stub):
 
 
 def test_jobset_waits_for_the_program_to_save(stub):
-    (stub / "does").write_text("time.sleep(60)")
-    with subprocess.Popen(_container(), env=_environment(stub), stdout=subprocess.PIPE) as pod:
-        _wait_until(lambda: (stub / "ready-0-0").exists())
+    (stub / "does").write_text(
+        "def save(number, frame):\n"
+        "    time.sleep(0.5)\n"
+        "    (here / 'saved').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(here / 'listens').touch()\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen(_container(), env=_environment(stub)) as pod:
+        _wait_until(lambda: (stub / "listens").exists())
         pod.send_signal(signal.SIGTERM)
         assert pod.wait(10) == 143
-        assert b"told 15" in pod.stdout.read()
+        assert (stub / "saved").exists()
 
 
 @pytest.mark.parametrize(("code", "at_once"), [(0, True), (2, True), (143, True), (134, False)])
