@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -255,9 +256,13 @@ def run_joined(jobs: Sequence[tuple[Case, Sequence[int], int, pathlib.Path]]) ->
 def _work(coordinator: str, process: str) -> None:
     """One of the processes: does what standard input asks for."""
     processes.initialize(coordinator, _PROCESSES, int(process))
-    for case, sizes, num_steps, directory in json.load(sys.stdin):
-        run(Case(*case), sizes, num_steps, pathlib.Path(directory))
-    processes.barrier("done")
+    try:
+        for case, sizes, num_steps, directory in json.load(sys.stdin):
+            run(Case(*case), sizes, num_steps, pathlib.Path(directory))
+        processes.barrier("done")
+    except Exception:
+        traceback.print_exc()
+        processes.leave(1)
 
 
 # ----------------------------------------------------------------------------------------- tables

@@ -38,8 +38,8 @@ from fsdfm_jax import checkpoint, writer
 
 _KILLS = flags.DEFINE_integer("kills", 100, "In all.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_STAGE = flags.DEFINE_string("stage", "pretrain", "Stage that is trained; needs no base weights.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 300, "Of a run.", lower_bound=1)
+_STAGE = flags.DEFINE_string("run_stage", "pretrain", "Stage; one that needs no base weights.")
+_NUM_STEPS = flags.DEFINE_integer("run_steps", 300, "Of a run.", lower_bound=1)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 3, "Steps between two saves.", lower_bound=1)
 
 SAVED = ("step", "params", "ema", "opt_state")

@@ -27,16 +27,17 @@ import json
 import logging
 import math
 import os
+import random
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from fsdfm_jax import processes
 from fsdfm_jax.checksums import checksums
 
 PyTree = Any
@@ -135,7 +136,8 @@ class Checkpoints:
         self._retention = retention
         # {step: metrics} of those with intact metadata, in the first process: it removes old ones.
         self._metrics: dict[int, dict[str, float]] = {}
-        steps = _from_first(self._open)
+        steps = processes.from_first(self._open)
+        self._check_that_it_is_shared()
         self._newest = max(steps, default=None)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._saves = 0
@@ -160,11 +162,42 @@ class Checkpoints:
                 self._metrics[step] = _read_record(self._directory, step).metrics
         return steps
 
+    def _check_that_it_is_shared(self) -> None:
+        """With a folder for each host, the first save would never be complete."""
+        if jax.process_count() == 1:
+            return
+        probe = lambda number: self._directory / f"probe.{number}{_TEMPORARY}"
+
+        def put() -> list[int]:
+            number = random.SystemRandom().randrange(2**31)
+            probe(number).mkdir()
+            return [number]
+
+        (number,) = processes.from_first(put)
+
+        def look() -> None:
+            if not probe(number).exists():
+                raise OSError(
+                    f"{self._directory} is not the same folder for all processes; give a --workdir "
+                    "that they share"
+                )
+
+        try:
+            _together(look)
+        finally:
+            if processes.is_first():
+                probe(number).rmdir()
+
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+    def __exit__(self, exc_type, *exc_info) -> None:
+        try:
+            self.close()
+        except SaveFailed as error:
+            if exc_type is None:
+                raise
+            _log.warning("%s", error)  # what went wrong first is what must be told
 
     def save(
         self,
@@ -210,6 +243,8 @@ class Checkpoints:
                     checkpointable_name=_CHECKED,
                     custom_metadata=record,
                 )
+        except jax.errors.JaxRuntimeError:  # another process is gone, nothing is to be mended here
+            raise
         except Exception as error:  # whatever the layers below raise
             raise self._failed(int(step), error) from error
         self._saves += 1
@@ -246,6 +281,8 @@ class Checkpoints:
         try:
             try:
                 response.result()
+            except jax.errors.JaxRuntimeError:
+                raise
             except Exception as error:  # whatever the layers below raise
                 failed = self._failed(step, error)
                 _tell_others(f"{self._directory}/{self._saves}", str(failed))
@@ -302,7 +339,7 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged[step] = str(error).removesuffix(_REMEDY)
                 continue
-            _from_first(lambda damaged=damaged, step=step: self._set_aside(damaged, step))
+            processes.from_first(lambda damaged=damaged, step=step: self._set_aside(damaged, step))
             self._newest = step
             return step, _rebuilt(abstract_state, leaves)
         if damaged:
@@ -349,21 +386,20 @@ class Checkpoints:
     def _restore(self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int) -> dict[str, Any]:
         """Every process reads its part without waiting for others; then they agree how it went."""
         directory = self._directory
-        record = _together(lambda: _read_record(directory, step))
-        _check_shared(record, directory)
+        record = _read_record_together(directory, step)
         _check_same(record.leaves, wanted, directory)
         return _load_checked(directory, record, wanted, together=True)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints in the directory, damaged ones too; waits for a running save."""
         self.wait()
-        return _from_first(lambda: _steps(self._directory))
+        return processes.from_first(lambda: _steps(self._directory))
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint with intact metadata; waits for a running save."""
         self.wait()
         latest = lambda: [] if (step := latest_step(self._directory)) is None else [step]
-        return next(iter(_from_first(latest)), None)
+        return next(iter(processes.from_first(latest)), None)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The JSON dict saved with a checkpoint (None: the newest).
@@ -454,6 +490,7 @@ def restore_part(
     step: int | None = None,
     *,
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Reads only the named subtrees of a checkpoint, without knowing the tree it was saved from.
 
@@ -462,7 +499,9 @@ def restore_part(
       names: Subtrees or leaves: "ema", "step", "params/embed".
       step: Which checkpoint; None is the newest.
       sharding: Of all leaves, or a function (leaf name, abstract leaf) -> sharding; None puts all
-        on this process's first device. If it has devices of other processes, all of them call.
+        on this process's first device.
+      together: All processes of a job call, with the same step, as they must where the sharding has
+        devices of several; they come to the same result or the same kind of error.
 
     Returns:
       {name: subtree}: nested dicts of arrays (a tuple becomes a dict with keys "0", "1", ...; the
@@ -478,16 +517,19 @@ def restore_part(
         raise ValueError(f"names is a tuple of subtree names, got the string {names!r}")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    record = _read_record(directory, _existing(directory, step))
+    if together:
+        step = _together(lambda: _existing(directory, step))
+        record = _read_record_together(directory, step)
+    else:
+        record = _read_record(directory, _existing(directory, step))
     wanted = {}
     for part in names:
         wanted |= _part(record.leaves, part, directory)
     for name, leaf in wanted.items():
         place = sharding(name, leaf) if callable(sharding) else sharding
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    together = not all(leaf.sharding.is_fully_addressable for leaf in wanted.values())
-    if together:
-        _check_shared(record, directory)
+    if not (together or all(leaf.sharding.is_fully_addressable for leaf in wanted.values())):
+        raise ValueError("the sharding has devices of other processes; all of them read together")
     tree = _nest(_load_checked(directory, record, wanted, together=together))
     return {part: _lookup(tree, part) for part in names}
 
@@ -612,13 +654,24 @@ def _read_record(directory: epath.Path, step: int) -> _Record:
     return _Record(step, leaves, sums, record["metadata"], metrics, digest)
 
 
-def _check_shared(record: _Record, directory: epath.Path) -> None:
-    """Raises OSError, in all processes, unless all of them have read the same record."""
-    if len(set(_everyone_says(record.digest))) > 1:
+def _read_record_together(directory: epath.Path, step: int) -> _Record:
+    """`_read_record` in all processes; OSError in all of them unless all read the same one."""
+
+    def look() -> None:
+        if not (directory / str(step)).is_dir():
+            raise OSError(
+                f"the checkpoint of step {step} in {directory} is not there for this process, but "
+                "for another one; give a folder that all of them share"
+            )
+
+    _together(look)
+    record = _together(lambda: _read_record(directory, step))
+    if len(set(processes.everyone_says(record.digest))) > 1:
         raise OSError(
-            f"the processes read different metadata of step {record.step} in {directory}; give a "
-            "folder that all of them share"
+            f"the processes read different metadata of step {step} in {directory}; give a folder "
+            "that all of them share"
         )
+    return record
 
 
 def _load_checked(
@@ -714,17 +767,6 @@ def _alone(partial: bool = False) -> ocp.Context:
     return context
 
 
-def _everyone_says(text: str) -> list[str]:
-    """The `text` of each process, cut to 2000 bytes; all of them call."""
-    if jax.process_count() == 1:
-        return [text]
-    said = np.zeros(2000, np.uint8)
-    data = text.encode()[: said.size]
-    said[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(said))
-    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
-
-
 def _together(action: Callable[[], T]) -> T:
     """`action()` in every process; it raises in all of them if it raised in one.
 
@@ -738,7 +780,7 @@ def _together(action: Callable[[], T]) -> T:
     except Exception as raised:
         error = raised
     kind = "" if error is None else "d" if isinstance(error, DamagedCheckpoint) else "w"
-    said = _everyone_says(f"{kind}{error}" if kind else "")
+    said = processes.everyone_says(f"{kind}{error}" if kind else "")
     worst = next((k for k in ("w", "d") if any(text.startswith(k) for text in said)), "")
     if not worst:
         return value
@@ -748,18 +790,6 @@ def _together(action: Callable[[], T]) -> T:
     raise (DamagedCheckpoint if worst == "d" else OSError)(
         f"process {process}: {said[process][1:]}"
     )
-
-
-def _from_first(action: Callable[[], Iterable[int]]) -> list[int]:
-    """The integers that `action()` gives in the first process, in all of them."""
-    values = np.asarray(
-        _together(lambda: list(action()) if jax.process_index() == 0 else []), np.int32
-    )
-    if jax.process_count() > 1:
-        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
-        values = values if jax.process_index() == 0 else np.zeros(count, np.int32)
-        values = multihost_utils.broadcast_one_to_all(values) if count else values
-    return [int(value) for value in values]
 
 
 def _tell_others(about: str, text: str) -> None:
@@ -789,9 +819,8 @@ def _align_operations() -> None:
         return
     from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
-    reached = max(
-        int(text) for text in _everyone_says(OperationIdGenerator.get_current_operation_id())
-    )
+    numbers = processes.everyone_says(OperationIdGenerator.get_current_operation_id())
+    reached = max(int(text) for text in numbers)
     while int(OperationIdGenerator.get_current_operation_id()) < reached:
         OperationIdGenerator.next_operation_id()
 

@@ -1,6 +1,7 @@
 """What the programs share: flags that explain themselves, and errors of one line."""
 
 import difflib
+import errno
 import logging
 import re
 import sys
@@ -16,11 +17,19 @@ from fsdfm_jax import processes
 USER_ERRORS = (ValueError, FloatingPointError, OSError)
 
 EXIT_CODE = 2
+# Of what may be gone when the same command is run again, as launchers do.
+TRANSIENT_CODE = 1
+_TRANSIENT = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+}
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """`app.run`, except that bad input ends with its message on stderr and exit code 2.
 
+    So does an OSError, but with code 1 where it is one that passes, as of a network file system.
     Set --show_traceback to see where an error came from.
     """
 
@@ -34,8 +43,10 @@ def run(main: Callable[[list[str]], None]) -> None:
             if flags.FLAGS.show_traceback:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
-            processes.leave(EXIT_CODE)
-            sys.exit(EXIT_CODE)
+            passes = getattr(error, "errno", None) in _TRANSIENT
+            code = TRANSIENT_CODE if passes else EXIT_CODE
+            processes.leave(code)
+            sys.exit(code)
         except Exception:
             if processes.is_joined():
                 traceback.print_exc()

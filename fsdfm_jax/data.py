@@ -233,7 +233,7 @@ def vocab_size(spec: DataSpec) -> int:
     """
     if spec.mixture:
         folder, _ = mixture_lib.parse(spec.mixture)[0]
-        return load(pathlib.Path(folder).expanduser()).tokenizer.vocab_size
+        return tokenizer_lib.load(pathlib.Path(folder).expanduser() / TOKENIZER).vocab_size
     return spec.vocab_size or tokenizer_lib.load(spec.tokenizer).vocab_size
 
 
@@ -257,7 +257,8 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
     """
     directory = pathlib.Path(directory).resolve()
     if (directory / MANIFEST).exists():
-        _follow_moved_mixture(spec, directory)
+        if spec.mixture:
+            _follow_moved_mixture(spec, directory)
         data = load(directory)
         check_same_spec(spec, data)
         return data
@@ -412,15 +413,19 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
 
 def _follow_moved_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
     """Where only the places of a mixture's members have changed, writes down the new ones."""
-    path = directory / MANIFEST
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        moved = spec.mixture and old["spec"].get("mixture") != spec.mixture
+        old = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        weights = [source["weight"] for source in old["sources"]]
+        places = [source["directory"] for source in old["sources"]]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return  # damaged, which `load` says
-    if moved:
+        return  # damaged or no mixture, which is said elsewhere
+    wanted = mixture_lib.parse(spec.mixture)
+    if weights != [str(weight) for _, weight in wanted]:
+        raise ValueError(_other_spec(directory, ["mixture"], spec, old["spec"]))
+    resolved = [str(pathlib.Path(folder).expanduser().resolve()) for folder, _ in wanted]
+    if places != resolved or old["spec"]["mixture"] != spec.mixture:
         manifest, _ = _mixture_manifest(spec)
-        if manifest["fingerprint"] == old.get("fingerprint"):
+        if manifest["fingerprint"] == old["fingerprint"]:
             write_manifest(directory, manifest, [])
 
 
@@ -456,7 +461,12 @@ def _mixture_manifest(spec: DataSpec) -> tuple[dict[str, Any], tokenizer_lib.Tok
 
 
 def _load_member(source: Mapping[str, str], directory: pathlib.Path) -> PreparedData:
-    member = load(source["directory"])
+    try:
+        member = load(source["directory"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; or name its new place in data.mixture, if it was moved"
+        ) from error
     if member.fingerprint != source["fingerprint"]:
         raise ValueError(
             f"{directory} is a mixture with data {source['fingerprint']}, but "
@@ -509,14 +519,18 @@ def check_same_spec(spec: DataSpec, data: PreparedData) -> None:
     wanted, found = dataclasses.asdict(spec), _LATER | data.manifest["spec"]
     different = [key for key in wanted if wanted[key] != found.get(key)]
     if different:
-        changes = ", ".join(
-            f"data.{key} is {wanted[key]!r} but the folder has {found.get(key)!r}"
-            for key in different
-        )
-        raise ValueError(
-            f"{data.directory} was prepared from another spec: {changes}; "
-            "set data.directory to another folder, or remove this one"
-        )
+        raise ValueError(_other_spec(data.directory, different, spec, found))
+
+
+def _other_spec(directory: pathlib.Path, keys: list[str], spec: DataSpec, found: Mapping) -> str:
+    changes = ", ".join(
+        f"data.{key} is {getattr(spec, key)!r} but the folder has {found.get(key)!r}"
+        for key in keys
+    )
+    return (
+        f"{directory} was prepared from another spec: {changes}; set data.directory to another "
+        "folder, or remove this one"
+    )
 
 
 class Batches:

@@ -4,11 +4,13 @@ Prepares the text, trains every stage of `config.pipeline`, and ends with a tabl
 steps in WORKDIR/report. Killed at any moment, the same command goes on where it was.
 """
 
+import contextlib
+import functools
 import pathlib
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import (
+    checkpoint,
     cli,
     data,
     models,
@@ -63,12 +66,12 @@ def batch_stream(
     process: Process,
     prepared: PreparedData,
     mesh: Mesh,
-    folder: pathlib.Path,
+    pairs: Callable[[], tuple[np.ndarray, np.ndarray]],
     start: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """A run's batches from step `start` on, this process's rows of them.
 
-    The first one waits for the pairs of `refine` that are missing to be made.
+    `pairs` gives those of `make_pairs`, where the stage is `refine`.
     """
     own = config[entry.stage]
     seed = run_seed(config, entry.run)
@@ -85,10 +88,10 @@ def batch_stream(
         for x1_BL in real.iterate(start):
             yield {"x1": x1_BL}
         return
-    pairs = make_pairs(entry, config, process, prepared, mesh, folder)
+    made = pairs()
     for step, x1_BL in enumerate(real.iterate(start), start):
         batch = refine.mix_real(
-            pairs,
+            made,
             x1_BL,
             source_size=process.source.vocab_size,
             real_fraction=own.real_fraction,
@@ -113,7 +116,7 @@ def make_pairs(
     """
     settings = refine.read_pair_settings(config.refine)
     place = workdir.stage_directory(folder, entry.run) / "pairs"
-    step, metadata = workdir.weights_metadata(entry.base)
+    step, metadata = workdir.weights_metadata(entry.base, together=True)
     made_from = {
         "seed": config.seed,
         "settings": [settings.num_pairs, settings.steps, settings.batch_size, settings.jump.name],
@@ -122,17 +125,17 @@ def make_pairs(
     }
     stamp = place / "made_from.json"
     parts = [place / f"{part:05d}.npy" for part in range(settings.num_pairs // settings.batch_size)]
-    missing = np.zeros(len(parts), bool)
-    # Only one looks: another host that looks too early may go on finding nothing for a while.
-    if processes.is_first():
+
+    def look() -> list[int]:
         if not (stamp.is_file() and writer.read_json(stamp) == made_from):
-            shutil.rmtree(place, ignore_errors=True)
+            if place.exists():
+                shutil.rmtree(place)  # all of it, or it would pass for what is made now
             writer.write_json(stamp, made_from)
-        missing = np.asarray([not part.is_file() for part in parts])
-    missing = processes.from_first(missing)
-    if missing.any():
+        return [number for number, part in enumerate(parts) if not part.is_file()]
+
+    if missing := processes.from_first(look):
         fingerprint = prepared.tokenizer.fingerprint
-        generator = workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh)
+        generator = workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh, step=step)
         run = refine.make_pair_sampler(
             generator.model,
             process,
@@ -141,17 +144,19 @@ def make_pairs(
             sharding=sharding.whole(mesh),
         )
         key = jax.random.key(run_seed(config, f"{entry.run}/pairs"))
-        params = jax.device_put(generator.params, sharding.state_shardings(mesh, generator.params))
         with (
             jax.set_mesh(mesh),
-            Progress(f"{entry.run}: making pairs", total=settings.num_pairs) as progress,
+            Progress(f"{entry.run}: making pairs", total=settings.num_pairs)
+            if processes.is_first()
+            else contextlib.nullcontext() as progress,
         ):
-            progress.advance(int((~missing).sum()) * settings.batch_size)
-            for part in np.flatnonzero(missing).tolist():
-                pair = run(params, jax.random.fold_in(key, part))
-                if processes.is_first():
+            if progress:
+                progress.advance((len(parts) - len(missing)) * settings.batch_size)
+            for part in missing:
+                pair = run(generator.params, jax.random.fold_in(key, part))
+                if progress:
                     writer.write_array(parts[part], np.stack(pair).astype(np.int32))
-                progress.advance(settings.batch_size)
+                    progress.advance(settings.batch_size)
     processes.barrier(f"{entry.run}/pairs")
     made = [np.load(part) for part in parts]
     return tuple(np.concatenate(side) for side in zip(*made, strict=True))
@@ -203,18 +208,23 @@ def train_run(
         directory, tokenizer=prepared.tokenizer.fingerprint, data=prepared.fingerprint
     )
     stage = stages.make_stage(entry.stage, config, process)
-    begun = bool(processes.from_first(np.bool_(workdir.saved_metadata(directory) is not None)))
+    checkpoints = directory / "checkpoints"
+    (saved,) = processes.from_first(lambda: [checkpoint.latest_step(checkpoints) or 0])
+    # Made before there is a training state beside what makes them; a finished run needs none.
+    pairs = functools.cache(lambda: make_pairs(entry, config, process, prepared, mesh, folder))
+    if entry.stage == "refine" and saved < own.num_steps:
+        pairs()
 
     def load_base():
         if entry.base is None:
             return None
-        if begun:  # its weights hold all that mattered of the base; don't read it again
+        if saved:  # its weights hold all that mattered of the base; don't read it again
             return workdir.weight_shapes(entry.base)
         fingerprint = prepared.tokenizer.fingerprint
         return workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh).params
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
-        return batch_stream(entry, config, process, prepared, mesh, folder, start)
+        return batch_stream(entry, config, process, prepared, mesh, pairs, start)
 
     train(
         stage,

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 import jax
@@ -93,15 +94,39 @@ def barrier(name: str) -> None:
     distributed.global_state.client.wait_at_barrier(name, _BARRIER_MILLISECONDS)
 
 
-def from_first(value: np.ndarray) -> np.ndarray:
-    """The first process's value, in all of them; the shapes agree.
-
-    What decides how all go on is looked up by one of them: a folder that several hosts share need
-    not look the same to all at one moment.
-    """
+def everyone_says(text: str) -> list[str]:
+    """The `text` of each process, cut to 2000 bytes; all of them call."""
     if jax.process_count() == 1:
-        return np.asarray(value)
-    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+        return [text]
+    said = np.zeros(2000, np.uint8)
+    data = text.encode()[: said.size]
+    said[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(said))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def from_first(action: Callable[[], Iterable[int]]) -> list[int]:
+    """The integers (int32) that `action()` gives in the first process, in all of them.
+
+    What decides how all go on is looked up by one: a folder that several hosts share need not look
+    the same to all at one moment. Where it raises, all raise: OSError in the other processes.
+    """
+    values, error = [], None
+    if is_first():
+        try:
+            values = list(action())
+        except Exception as raised:
+            error = raised
+    failed = everyone_says(str(error) or repr(error) if error else "")[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError(f"process 0: {failed}")
+    if jax.process_count() > 1:
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
+        values = np.asarray(values if is_first() else np.zeros(count), np.int32)
+        values = multihost_utils.broadcast_one_to_all(values) if count else []
+    return [int(value) for value in values]
 
 
 class StopRequest:
@@ -149,8 +174,11 @@ class StopRequest:
         self._undo = undo
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, exc_type, *exc_info) -> None:
         self._undo()
+        if self._asked and exc_type is None:
+            # It came after the last `ask`: all is saved, what follows need not begin.
+            signal.raise_signal(signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del number, frame

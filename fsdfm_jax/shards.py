@@ -199,6 +199,8 @@ class Guarded:
             path = self.path(index)
             if not path.exists():
                 raise FileNotFoundError(f"{path} has vanished; {REMEDY}") from error
+            if isinstance(error, OSError):  # of the file system, not of what is in the file
+                raise
             first = str(error).split(";")[0]
             raise ValueError(
                 f"{path} cannot be read ({first}); `python -m launch.prepare_data --verify "

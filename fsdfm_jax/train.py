@@ -38,8 +38,8 @@ class Settings(NamedTuple):
       accumulate: parts that a batch is computed in, one after the other.
       max_skipped: steps in a row that may be skipped where something isn't finite.
       watchdog_minutes: without a finished step, after which the process dumps the stacks of its
-        threads to stderr and exits with code 1; for the first step, which compiles, three times as
-        many and at least 30; 0 for never.
+        threads to stderr and exits with code 1; until the first step has ended, which is compiled,
+        three times as many and at least 30; 0 for never.
     """
 
     num_steps: int
@@ -162,6 +162,7 @@ def train(
     with (
         jax.set_mesh(mesh),
         Checkpoints(directory / "checkpoints", retention=settings.retention) as checkpoints,
+        _Watchdog(settings.watchdog_minutes) as watchdog,
     ):
         # ------------------------------------------------------------------------------ state
         init = make_init(stage, optimizer, settings)
@@ -203,7 +204,6 @@ def train(
                 tokens_per_step=settings.batch_size * batch["x1"].shape[1],
                 start_step=start,
             ) as metric_writer,
-            _Watchdog(settings.watchdog_minutes) as watchdog,
             processes.StopRequest(mesh) as stop,
         ):
             report = _Reporter(name, metric_writer, settings, start)
@@ -270,7 +270,7 @@ class _Watchdog:
         self._seconds = 60.0 * minutes
 
     def __enter__(self) -> "_Watchdog":
-        if self._seconds:  # the first step compiles
+        if self._seconds:  # a checkpoint is to be read, and a step compiled
             self._wait(max(3 * self._seconds, 1800.0))
         return self
 

@@ -16,7 +16,6 @@ import subprocess
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -103,7 +102,7 @@ def _base(run, name, config, workdir, earlier: list[Entry]) -> pathlib.Path | No
             pathlib.Path(given).expanduser() if "/" in given else stage_directory(workdir, given)
         )
         trained_before = any(stage_directory(workdir, e.run) == folder for e in earlier)
-        if not trained_before and checkpoint.latest_step(folder / "checkpoints") is None:
+        if not trained_before and not is_trained(folder):
             raise ValueError(
                 f"{name}.init_from={given!r} names no trained run: there is no checkpoint in "
                 f"{folder}. Give a stage that stands earlier in the pipeline, or the folder "
@@ -152,8 +151,16 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
     )
 
 
+def is_trained(directory: pathlib.Path) -> bool:
+    """Whether the run in `directory` has a checkpoint, be it damaged."""
+    return checkpoint.newest_step(directory / "checkpoints") is not None
+
+
 def saved_metadata(directory: pathlib.Path) -> dict[str, Any] | None:
-    """What the newest checkpoint of the run in `directory` says of itself, None without one."""
+    """What the checkpoint says of itself that the run in `directory` goes on from; None without.
+
+    One whose metadata is damaged is passed over, as the run does.
+    """
     folder = directory / "checkpoints"
     step = checkpoint.latest_step(folder)
     return None if step is None else checkpoint.read_metadata(folder, step)
@@ -201,6 +208,12 @@ def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
     saved = saved_metadata(directory)
     if saved is None:
         return
+    if saved["format"] != _FORMAT:
+        raise ValueError(
+            f"The run in {directory} was begun by another version of this code "
+            f"({saved['code_version']}), whose training states are others. Finish it with that "
+            "one, or choose another --workdir."
+        )
     ours, theirs = _flat(wanted), _flat(saved.get("recipe", {}))
     different = [
         f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
@@ -238,20 +251,26 @@ def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
 
 
 def load_weights(
-    directory: pathlib.Path, *, tokenizer: str | None = None, mesh: Mesh | None = None
+    directory: pathlib.Path,
+    *,
+    tokenizer: str | None = None,
+    mesh: Mesh | None = None,
+    step: int | None = None,
 ) -> Weights:
-    """Weights of the newest checkpoint of a run.
+    """Weights of a run.
 
     Args:
       directory: WORKDIR/stages/RUN.
       tokenizer: fingerprint the weights must have been trained with; None skips the check.
       mesh: where to put them, by the rules of `layout`, in which case all processes of a job call;
         this process's first device by default.
+      step: of the checkpoint, by default the newest.
 
     Raises:
       ValueError: if there is no checkpoint, or it is damaged or belongs to another tokenizer.
     """
-    step, metadata = weights_metadata(directory, together=mesh is not None)
+    together = mesh is not None and jax.process_count() > 1
+    step, metadata = weights_metadata(directory, step, together=together)
     if tokenizer is not None and metadata["tokenizer"] != tokenizer:
         raise ValueError(
             f"The checkpoint in {directory} was trained with tokenizer "
@@ -261,12 +280,14 @@ def load_weights(
     part = metadata["weights"]
     place = None if mesh is None else functools.partial(sharding.leaf_sharding, mesh)
     folder = directory / "checkpoints"
-    params = checkpoint.restore_part(folder, (part,), step, sharding=place)[part]
-    return Weights(params, ModelConfig(**metadata["model"]), metadata, step)
+    restored = checkpoint.restore_part(folder, (part,), step, sharding=place, together=together)
+    return Weights(restored[part], ModelConfig(**metadata["model"]), metadata, step)
 
 
-def weights_metadata(directory: pathlib.Path, *, together: bool = True) -> tuple[int, dict]:
-    """Step of a run's newest checkpoint and what it says of itself.
+def weights_metadata(
+    directory: pathlib.Path, step: int | None = None, *, together: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """Step of a run's checkpoint, the newest by default, and what it says of itself.
 
     With `together` all processes of a job call, and get those of the same one.
 
@@ -274,11 +295,10 @@ def weights_metadata(directory: pathlib.Path, *, together: bool = True) -> tuple
       ValueError: if there is no checkpoint, or it is damaged.
     """
     folder = directory / "checkpoints"
-    newest = checkpoint.newest_step(folder)
-    step = -1 if newest is None else newest
-    if together:
-        step = int(processes.from_first(np.int32(step)))
-    if step < 0:
+    newest = lambda: [found for found in [checkpoint.newest_step(folder)] if found is not None]
+    if step is None:
+        step = next(iter(processes.from_first(newest) if together else newest()), None)
+    if step is None:
         raise ValueError(
             f"There is no checkpoint in {folder}; train that run first (python -m fsdfm_jax.main)."
         )
@@ -287,8 +307,13 @@ def weights_metadata(directory: pathlib.Path, *, together: bool = True) -> tuple
 
 def weight_shapes(directory: pathlib.Path) -> Params:
     """Shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
-    model = ModelConfig(**saved_metadata(directory)["model"])
+    saved = saved_metadata(directory) or weights_metadata(directory)[1]
+    model = ModelConfig(**saved["model"])
     return jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+
+
+# Of what a training state and a recipe consist of: a run goes on under the same one only.
+_FORMAT = 2
 
 
 def make_metadata(
@@ -303,7 +328,7 @@ def make_metadata(
     """What a checkpoint says about itself, as JSON."""
     return _plain(
         {
-            "format": 1,
+            "format": _FORMAT,
             "code_version": code_version(),
             "run": entry.run,
             "stage": entry.stage,

@@ -153,14 +153,7 @@ class MetricWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         _keep_steps(self.path, start_step)
-        # imported late: not every user of this file writes events
-        from tensorboardX import SummaryWriter
-
-        self._events = SummaryWriter(
-            str(directory / "tensorboard"),
-            purge_step=start_step + 1 if start_step else 0,  # hides older events from there on
-            filename_suffix=f".{start_step}",  # names have only seconds: quick restarts collided
-        )
+        self._events = _Events(directory / "tensorboard", start_step)
         self._name, self._total, self._tokens = name, total_steps, tokens_per_step
         self._last_written = start_step if start_step else -1
         self._rate = _Rate(total_steps)
@@ -210,8 +203,7 @@ class MetricWriter:
             | values
             | ({"timing": dict(timing)} if timing else {}),
         )
-        for key, value in values.items():
-            self._events.add_scalar(key, value, step, walltime=now)
+        self._events.add(step, values, now)
         self._last_written = step
         if "loss" in values:
             self._loss = f"loss {values['loss']:.4g}"
@@ -230,14 +222,51 @@ class MetricWriter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        with _naming(self._events.logdir):
-            self._events.close()
+        self._events.close()
 
     def _speed(self) -> str:
         rate = self._rate.per_second
         speed = [f"{_short(rate)} steps/s", f"{_short(rate * self._tokens)} tokens/s"]
         parts = [self._loss, *speed, f"ETA {_duration(self._rate.remaining)}"]
         return " ".join(part for part in parts if part)
+
+
+class _Events:
+    """Scalars for TensorBoard, on the disk when `add` returns.
+
+    `tensorboardX.SummaryWriter` has a thread for that, which ends on a full disk: after a few more
+    lines training would wait for it for ever.
+    """
+
+    def __init__(self, directory: pathlib.Path, start_step: int):
+        # imported late: not every user of this file writes events
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._directory = directory
+        directory.mkdir(exist_ok=True)
+        # From this step on, older events are hidden.
+        first = start_step + 1 if start_step else 0
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        with _naming(directory):
+            # Names have only seconds: quick restarts collided.
+            self._file = EventsWriter(f"{directory}/events", filename_suffix=f".{start_step}")
+            self._write(step=first, wall_time=time.time(), session_log=start)
+
+    def add(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
+        value = self._summary.Value
+        scalars = [value(tag=key, simple_value=number) for key, number in values.items()]
+        self._write(step=step, wall_time=wall_time, summary=self._summary(value=scalars))
+
+    def _write(self, **fields: Any) -> None:
+        with _naming(self._directory):
+            self._file.write_event(self._event(**fields))
+            self._file.flush()
+
+    def close(self) -> None:
+        with _naming(self._directory):
+            self._file.close()
 
 
 class Progress:

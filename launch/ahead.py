@@ -379,19 +379,19 @@ def _text(compiled) -> str:
         ) from error
 
 
-def check_rows(name: str, config: ConfigDict, mesh: Mesh, rows: int, key: str) -> None:
+def check_rows(kind: str, name: str, config: ConfigDict, mesh: Mesh, rows: int, key: str) -> None:
     """ValueError naming `key` unless each device gets as many rows in each part of the batch."""
     sharding.check_batch_size(mesh, rows, key)
-    if rows % unit_of_rows(name, config, mesh):
+    if rows % unit_of_rows(kind, name, config, mesh):
         raise ValueError(
             f"{key}={rows} must be a multiple of {name}.accumulate={config[name].accumulate} times "
             f"the {sharding.row_shards(mesh)} data shard(s) of the mesh."
         )
 
 
-def unit_of_rows(name: str, config: ConfigDict, mesh: Mesh) -> int:
-    """Rows that a batch has a multiple of."""
-    return sharding.row_shards(mesh) * config[name].accumulate
+def unit_of_rows(kind: str, name: str, config: ConfigDict, mesh: Mesh) -> int:
+    """Rows that a batch of a program has a multiple of, see `KINDS`."""
+    return sharding.row_shards(mesh) * (config[name].accumulate if kind == "train" else 1)
 
 
 def search_largest(fits: Callable[[int], bool], *, smallest: int = 1) -> int | None:

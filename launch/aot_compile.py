@@ -15,6 +15,7 @@ of the peak that goes into useful operations (see docs/scaling.md for what these
 `--output` writes everything as JSON.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -56,9 +57,9 @@ def rows_of_target(
     head |= {"case": label}
     batches = read_batches(_BATCH.value) or [config[name].batch_size]
     key = "--batch" if _BATCH.value else f"{name}.batch_size"
-    for rows in batches:
-        ahead.check_rows(name, config, mesh, rows, key)
     kinds = _WHAT.value
+    for kind, rows in itertools.product(kinds, batches):
+        ahead.check_rows(kind, name, config, mesh, rows, key)
     for program in ahead.make_programs(kinds, name, config, mesh, steps=_STEPS.value):
         known: dict[int, dict[str, Any]] = {}
         for rows in batches:
@@ -67,7 +68,7 @@ def rows_of_target(
             known[rows] = ahead.judge(program, rows, target)
             yield head | {"search": ""} | known[rows]
         if _LARGEST.value:
-            unit = ahead.unit_of_rows(name, config, mesh)
+            unit = ahead.unit_of_rows(program.kind, name, config, mesh)
             # A part of a batch holds rows of both losses.
             fewest = 2 * config[name].accumulate if program.kind == "train" else 1
             row = ahead.find_largest(

@@ -537,12 +537,14 @@ def test_rows_must_spread_evenly():
     config = small_config(data=2, fsdp=4)
     mesh = ahead.make_mesh(config, LOCAL)
     config.distill.accumulate = 3
-    assert ahead.unit_of_rows("distill", config, mesh) == 24
-    ahead.check_rows("distill", config, mesh, 48, "--batch")
+    units = [ahead.unit_of_rows(kind, "distill", config, mesh) for kind in ahead.KINDS]
+    assert units == [24, 8]  # the sampler makes no parts
+    ahead.check_rows("train", "distill", config, mesh, 48, "--batch")
+    ahead.check_rows("sampler", "distill", config, mesh, 16, "--batch")
     with pytest.raises(ValueError, match=r"--batch=12 must be a positive multiple of the 8 data"):
-        ahead.check_rows("distill", config, mesh, 12, "--batch")
+        ahead.check_rows("train", "distill", config, mesh, 12, "--batch")
     with pytest.raises(ValueError, match=r"--batch=16 must be a multiple of distill.accumulate=3"):
-        ahead.check_rows("distill", config, mesh, 16, "--batch")
+        ahead.check_rows("train", "distill", config, mesh, 16, "--batch")
 
 
 @pytest.mark.parametrize(

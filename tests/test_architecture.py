@@ -72,7 +72,7 @@ TOWER = {
     "optim": (),
     "processes": (),
     "state": ("models", "layout", "loops"),  # the type of parameters
-    "checkpoint": ("checksums",),
+    "checkpoint": ("checksums", "processes"),
     "checksums": (),
     "tokenizer": (),
     "corpus": ("tokenizer",),

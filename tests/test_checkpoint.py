@@ -433,6 +433,38 @@ def test_retention(tmp_path, retention, kept):
     assert sorted(map(int, os.listdir(tmp_path / "c"))) == kept
 
 
+def test_another_process_that_is_gone_is_no_failed_write(tmp_path, monkeypatch):
+    """A launcher starts the job again after that, and not after what has to be mended."""
+
+    def gone(*_, **__):
+        raise jax.errors.JaxRuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", gone)
+    checkpoints = Checkpoints(tmp_path, retention=Retention())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="closed by peer"):
+        checkpoints.save(1, {"a": jnp.ones(2)}, {})
+
+
+def test_a_save_that_fails_does_not_hide_what_went_wrong_first(tmp_path, monkeypatch, warnings):
+    def full(*_, **__):
+        class Response:
+            def result(self):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return Response()
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", full)
+
+    def job():
+        with Checkpoints(tmp_path, retention=Retention()) as checkpoints:
+            checkpoints.save(1, {"a": jnp.ones(2)}, {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        job()
+    assert "the checkpoint of step 1 could not be written" in warnings[-1]
+
+
 def test_metrics_that_are_not_there(tmp_path):
     with Checkpoints(tmp_path, retention=Retention(keep=1, keep_best=1)) as checkpoints:
         with pytest.raises(ValueError, match=r"go by 'loss', but the metrics are \['error'\]"):
@@ -808,7 +840,13 @@ TWO = """
                 part = restore_part(directory, ("w",), step)
                 np.testing.assert_array_equal(part["w"], host(step)["w"])
         place = lambda name, leaf: rows if leaf.ndim else copies
-        same(restore_part(directory, ("w", "n"), sharding=place), 3)
+        same(restore_part(directory, ("w", "n"), sharding=place, together=True), 3)
+        try:
+            restore_part(directory, ("w", "n"), sharding=place)
+        except ValueError as error:
+            assert "devices of other processes; all of them read together" in str(error)
+        else:
+            raise AssertionError("read alone")
         checkpoints.save(4, state(4), {"step": 4}, {"loss": 0.4})  # they find each other again
         assert checkpoints.steps() == [1, 2, 4]
         # What the second process wrote, and only it reads, is damaged.
@@ -818,7 +856,7 @@ TWO = """
             data.write_bytes(bytes(len(data.read_bytes())))
             assert restore_part(directory, ("n",), 4)["n"] == 4
         multihost_utils.sync_global_devices("damaged")
-        parts = lambda: restore_part(directory, ("w",), 4, sharding=rows)
+        parts = lambda: restore_part(directory, ("w",), 4, sharding=rows, together=True)
         for read in (parts, lambda: checkpoints.restore(like)):
             try:
                 read()

@@ -1,5 +1,6 @@
 """Errors on the command line: one line on stderr, exit code 2, no traceback."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -118,8 +119,19 @@ def test_user_errors_become_one_line(monkeypatch, capsys, kind):
     assert capsys.readouterr().err == "error: give a folder\n"
 
 
-def test_traceback_on_request_and_for_our_own_bugs(monkeypatch):
-    with pytest.raises(ValueError, match="give a folder"):
+@pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, 1), (errno.EIO, 1), (errno.ENOSPC, 2)])
+def test_what_passes_by_itself_is_worth_another_try(monkeypatch, number, code):
+    with pytest.raises(SystemExit) as stop:
+        _run(monkeypatch, OSError(number, "said"))
+    assert stop.value.code == code
+
+
+def test_traceback_on_request_and_for_our_own_bugs(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
         _run(monkeypatch, ValueError("give a folder"), show_traceback=True)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("\nerror: give a folder\n")
     with pytest.raises(_Stop):
         _run(monkeypatch, _Stop())

@@ -249,7 +249,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
         assert next(batches(0))["x1"].shape == (8, 4)
         networks[name] = stage.model, metadata
 
-    def fake_weights(directory, *, tokenizer, mesh):
+    def fake_weights(directory, *, tokenizer, mesh, step=1):
         model, metadata = networks[directory.name]
         shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -267,7 +267,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main.data, "prepare", lambda spec, directory: prepared)
     monkeypatch.setattr(main, "train", fake_train)
     monkeypatch.setattr(workdir, "load_weights", fake_weights)
-    fake_metadata = lambda directory: (1, networks[directory.name][1])
+    fake_metadata = lambda directory, together: (1, networks[directory.name][1])
     monkeypatch.setattr(workdir, "weights_metadata", fake_metadata)
     monkeypatch.setattr(subjects, "catalogue", fake_catalogue)
     monkeypatch.setattr(suite, "evaluate", fake_evaluate)

@@ -143,6 +143,7 @@ def test_sigterm_saves_the_step_at_hand(tmp_path, whole):
     assert f"goes on from the checkpoint of step {step}." in ends_like(directory, whole)
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_at_once(tmp_path, whole):
     directory = tmp_path / "stage"
     job = Job(directory, "--slow_save=300").until("saves 5").stop()
@@ -179,7 +180,11 @@ def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
     ends_like(directory, whole)
 
 
-@pytest.mark.parametrize("where", ["--wait_outside", "--wait_at=1"], ids=["after", "before"])
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param("--wait_outside", marks=pytest.mark.slow), "--wait_at=1"],
+    ids=["after", "before"],
+)
 def test_sigterm_outside_of_training_ends_as_always(tmp_path, where):
     """Before the first step as well: pairs may take hours to be made, and survive a kill."""
     job = Job(tmp_path / "stage", where).until("waits").stop()
@@ -258,6 +263,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(small_disk, whole):
     job = Job(small_disk / "stage", "--pause=0.3").until("step 6/12")
     while not (small_disk / "stage" / "checkpoints" / "5").exists():
@@ -475,7 +481,7 @@ def test_without_watchdog_nothing_is_ended(tmp_path):
 # --------------------------------------------------------------- what else a checkpoint has to hold
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_moments_of_half_the_size_and_batches_in_parts_survive_a_kill(tmp_path, accumulate):
     values = {"optimizer": optax.adam(0.1, mu_dtype=jnp.bfloat16), "accumulate": accumulate}
     values |= {"batch_size": 16}
@@ -567,6 +573,7 @@ def test_the_newest_the_regular_and_the_best_are_kept(tmp_path):
     assert torture.steps_of(tmp_path / "run") == kept
 
 
+@pytest.mark.slow
 def test_the_best_go_by_the_metric_that_is_named(tmp_path):
     for metric in ("loss", "grad_norm"):
         retention = checkpoint.Retention(keep=1, keep_best=1, metric=metric)

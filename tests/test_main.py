@@ -497,14 +497,20 @@ def test_too_little_held_out_text_for_a_task_is_told_before_training(
 
 
 def _pairs(folder, monkeypatch, step=3, **changes):
-    """The pairs of a refine run whose generator's weights sit on one device, as read from disk."""
+    """The pairs of a refine run."""
     config = _config("texts", pipeline="pretrain,refine", **changes)
     process = stages.make_process(config.path, num_tokens=11, eos_id=0)
     model = stages.model_config("pretrain", config.model, vocab_size=11)
     params = jax.jit(lambda key: models.init_params(key, model))(jax.random.key(0))
     params = jax.device_put(params, jax.devices()[0])
     weights = workdir.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
-    monkeypatch.setattr(workdir, "load_weights", lambda *_, **__: weights)
+
+    def load_weights(directory, *, mesh, **_):
+        places = sharding.state_shardings(mesh, weights.params)
+        return weights._replace(params=jax.device_put(weights.params, places))
+
+    monkeypatch.setattr(workdir, "load_weights", load_weights)
+    monkeypatch.setattr(workdir, "weights_metadata", lambda *_, **__: (step, weights.metadata))
     prepared = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(fingerprint="tokens"), fingerprint="text", block_length=8
     )

@@ -56,8 +56,11 @@ def assert_same(case, sizes, num_steps):
 DISTILL = Case("distill", accumulate=2, max_skipped=2)
 
 
-def test_a_few_steps_on_a_mesh_are_those_of_one_device():
-    assert_same(DISTILL, (2, 2, 2), 3)
+@pytest.mark.parametrize(
+    "case", [Case("pretrain"), pytest.param(DISTILL, marks=pytest.mark.slow)], ids=str
+)
+def test_a_few_steps_on_a_mesh_are_those_of_one_device(case):
+    assert_same(case, (2, 2, 2), 3)
 
 
 @pytest.mark.slow
@@ -145,21 +148,31 @@ def drawn_on_one(kind):
     return tokens
 
 
-# With `tensor`, sums are taken in another order: a candidate that ties within rounding may win.
-def test_samples_on_a_mesh_are_those_of_one_device():
-    np.testing.assert_array_equal(drawn((2, 2, 2), "few steps"), drawn_on_one("few steps"))
+def assert_same_tokens(got, want, sizes):
+    """Rows and parameters that are spread change no token.
+
+    With `tensor`, sums are taken in another order: a candidate that ties within rounding may win,
+    from where on a row is another one.
+    """
+    assert got.shape == want.shape
+    ties = 1 if sizes[2] > 1 else 0
+    assert np.any(got != want, axis=1).sum() <= ties, sizes
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_samples_on_a_mesh_are_those_of_one_device(sizes):
+    assert_same_tokens(drawn(sizes, "few steps"), drawn_on_one("few steps"), sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [*meshes.MESHES, (2, 4, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_on_every_mesh_are_those_of_one_device(kind, sizes):
-    np.testing.assert_array_equal(drawn(sizes, kind), drawn_on_one(kind))
+    assert_same_tokens(drawn(sizes, kind), drawn_on_one(kind), sizes)
 
 
-@pytest.mark.parametrize(
-    "sizes", [(2, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_evaluation_draws_the_same_on_a_mesh(sizes):
     """The last batch is cut; how many rows there are doesn't say how they are spread."""
     model, process, params = a_network("distill")
@@ -176,7 +189,7 @@ def test_evaluation_draws_the_same_on_a_mesh(sizes):
             done = draw.draw(point, subject, given, batch_size=3, room=2)
             found.append(done.tokens_NL)
     assert found[0].shape == (5, LENGTH)
-    np.testing.assert_array_equal(*found)
+    assert_same_tokens(*found, sizes)
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh():

@@ -206,12 +206,24 @@ def test_a_mixture_follows_folders_that_were_moved(folders, tmp_path):
     shutil.copytree(folders, tmp_path / "old")
     first = data_lib.prepare(_mixed_spec(tmp_path / "old"), tmp_path / "mixed")
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match="old/a"):
+    with pytest.raises(FileNotFoundError, match="old/a .* or name its new place in data.mixture"):
         data_lib.load(tmp_path / "mixed")
     moved = data_lib.prepare(_mixed_spec(tmp_path / "new"), tmp_path / "mixed")
     assert moved.fingerprint == first.fingerprint
     assert [member.directory.parent.name for member in moved.members] == ["new", "new"]
     assert data_lib.vocab_size(_mixed_spec(tmp_path / "new")) == moved.tokenizer.vocab_size
+    with pytest.raises(ValueError, match=r"data\.mixture is .*a=1.* but the folder has .*a=3"):
+        data_lib.prepare(_mixed_spec(tmp_path / "old", "a=1,b=1"), tmp_path / "mixed")
+
+
+def test_a_mixture_of_relative_folders_follows_them(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders, tmp_path / "old" / "folders")
+    monkeypatch.chdir(tmp_path / "old")
+    spec = _mixed_spec("folders")
+    first = data_lib.prepare(spec, "mixed")
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    assert data_lib.prepare(spec, "mixed").fingerprint == first.fingerprint
 
 
 def test_mixtures_that_are_refused(folders, tmp_path):

@@ -3,6 +3,7 @@
 What the processes do is `work` below; the tests look at what is left.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -111,7 +112,7 @@ def _work_together(folder, second):
     facts = {
         "first": processes.is_first(),
         "joined": processes.is_joined(),
-        "from_first": processes.from_first(np.asarray([3, 5]) + second).tolist(),
+        "from_first": processes.from_first(lambda: [3 + second, 5 + second]),
         "rows": list(rows.values()),
         "slices": slices,
     }
@@ -265,6 +266,22 @@ def test_processes_that_cannot_join_are_told_what_to_give():
     with pytest.raises(ValueError, match=r"can't be joined.*--coordinator=HOST:PORT"):
         processes.initialize(None, 2, None)
     assert not processes.is_joined()
+
+
+def test_a_signal_after_the_last_question_is_not_forgotten():
+    got, mesh = [], sharding.local_mesh()
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append("as always"))
+    try:
+        with processes.StopRequest(mesh) as stop:
+            assert not stop.granted(stop.ask())
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert got == ["as always"]
+        with contextlib.suppress(KeyError), processes.StopRequest(mesh):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyError
+        assert got == ["as always"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_lone_process_waits_for_nobody():

@@ -31,13 +31,15 @@ def toy_victim(folder, *flags):
     )
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again_nothing_is_lost(tmp_path, kills):
-    victim = toy_victim(tmp_path, "--num_steps=60", "--pause=0.01")
+@pytest.mark.parametrize(
+    ("kills", "num_steps"), [(2, 30), pytest.param(20, 60, marks=pytest.mark.slow)]
+)
+def test_killed_again_and_again_nothing_is_lost(tmp_path, kills, num_steps):
+    victim = toy_victim(tmp_path, f"--num_steps={num_steps}", "--pause=0.01")
     found = torture.torture(victim, tmp_path, kills=kills, seed=SEED)
     assert found["faults"] == []
     assert found["kills"] == kills
-    assert found["steps_of_a_run"] == 60
+    assert found["steps_of_a_run"] == num_steps
     assert found["gone_on"] >= kills // 2
     assert found["inside_a_save"] + found["inside_a_removal"] >= kills // 10
     assert found["most_steps_redone"] <= 2 * victim.checkpoint_every

@@ -170,6 +170,15 @@ def test_a_changed_key_is_refused_by_name(trained, key, old, new):
         workdir.check_recipe(trained, _recipe({"seed": 0}, **{key: new}))
 
 
+def test_a_run_of_another_version_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "_FORMAT", 1)
+        _save(tmp_path, entry=ENTRY, recipe=_recipe())
+    with pytest.raises(ValueError, match="begun by another version .* Finish it with that one"):
+        workdir.check_recipe(tmp_path, _recipe())
+    assert workdir.load_weights(tmp_path).step == 1  # weights are weights
+
+
 def test_all_changed_keys_are_named(trained):
     with pytest.raises(ValueError, match=r"base: .*; model.width: .*; seed: "):
         workdir.check_recipe(trained, _recipe({"seed": 3}, **{"seed": 3, "model.width": 64}))

@@ -81,7 +81,7 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
 
 def _last_trained(folder: pathlib.Path) -> str:
     runs = [run for run, _ in workdir.runs(workdir.load_config(folder))]
-    trained = [run for run in runs if workdir.saved_metadata(workdir.stage_directory(folder, run))]
+    trained = [run for run in runs if workdir.is_trained(workdir.stage_directory(folder, run))]
     if not trained:
         raise ValueError(
             f"No stage of {folder} has been trained yet (expected one of {', '.join(runs)}); "

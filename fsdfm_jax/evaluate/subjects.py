@@ -98,7 +98,7 @@ def open_workdir(
     trained = {
         run: stage
         for run, stage in workdir.runs(config)
-        if workdir.saved_metadata(workdir.stage_directory(folder, run))
+        if workdir.is_trained(workdir.stage_directory(folder, run))
     }
     if unknown := sorted(set(runs or ()) - trained.keys()):
         raise ValueError(
