@@ -262,6 +262,8 @@ def test_local_passes_a_signal_on_and_does_not_run_again(stub, name):
         [*command, f"--workdir={stub}/runs"],
         env=_environment(PYTHON=stub / "python"),
         stdout=subprocess.DEVNULL,
+        # A shell in the background, in which the tests may run, has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as launcher:
         _wait_until(lambda: (stub / "ready-0-0").exists() and (stub / "ready-1-0").exists())
         launcher.send_signal(number)
