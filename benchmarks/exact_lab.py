@@ -1,0 +1,511 @@
+"""Recipes for few steps, run to their fixed point on chains that can be written down.
+
+    python -m benchmarks.exact_lab --recipes=reference --output=reference.json
+    python -m benchmarks.exact_lab --seeds=0,1,2 --sources=uniform,mask --output=lab.json
+
+A recipe is a set of config keys (configs/base.py), read as the stages read them; what the package
+doesn't have yet is named beside them. Its stages are run as if training were perfect
+(benchmarks/chains.py) and its samplers' output is compared with the data: total variation (TV), KL,
+entropy, perplexity under the data as judge, total correlation. Perplexity can be bought with
+entropy, so that everything is told twice: at temperature 1, and at the temperature where the output
+has the entropy of the data.
+
+Chains of seed 0 are those of the table in `REFERENCE`; other seeds draw other modes.
+
+With --output there is a picture beside the JSON.
+"""
+
+import functools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+
+from benchmarks import chains, measure
+from benchmarks.chains import Chain, Posterior, Target, Taught
+from configs import base
+from fsdfm_jax import jumps, losses, sampler, schedules, sources, stages, teacher
+from fsdfm_jax.jumps import JumpRule
+from fsdfm_jax.stages import few_step, refine
+
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Data sets, comma-separated numbers.")
+_SOURCES = flags.DEFINE_list("sources", ["uniform"], "Noise, comma-separated: uniform, mask.")
+_RECIPES = flags.DEFINE_list("recipes", None, "Recipes or groups of them; all if not given.")
+_DATA_KIND = flags.DEFINE_enum("data_kind", "modes", ["modes", "markov"], "What data sets hold.")
+
+NUM_TOKENS, LENGTH, NOISE = 3, 4, 0.08
+SAMPLER_STEPS = (1, 2, 4, 8)
+MANY = 64  # steps of the finest width, and of the row that stands for "many"
+
+# The modes of seed 0, found by the figures of the table: of the 190 sets of four modes that aren't
+# alike but for names, the only one that fits all of them.
+_MODES = ((0, 0, 0, 0), (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 2))
+
+# Total variation at 1, 2, 4, 8 steps and entropy at 8, by an independent computation on one data
+# set, older than this one. Which kernel made and sampled its pairs isn't known: `mixture` fits.
+REFERENCE: dict[str, tuple[tuple[float, ...], float]] = {
+    "base/cumulative": ((0.618, 0.403, 0.187, 0.072), 2.51),
+    "base": ((0.618, 0.403, 0.188, 0.080), 2.56),
+    "paper": ((0.567, 0.493, 0.314, 0.191), 1.64),
+    "rk4": ((0.398, 0.257, 0.157, 0.168), 1.61),
+    "heun": ((0.512, 0.262, 0.095, 0.040), 2.28),
+    "compose": ((0.497, 0.297, 0.145, 0.066), 2.52),
+    "rect3": ((0.330, 0.156, 0.076, 0.043), 2.45),
+    "rect3+heun": ((0.226, 0.099, 0.057, 0.039), 2.22),
+}
+
+
+class Recipe(NamedTuple):
+    """A recipe.
+
+    Attributes:
+      keys: config keys that differ from `_LAB`.
+      target: "" for the rule of the config, or a name in `_TARGETS`.
+      coupling: of noise and data in the first stages: "noise", or "transport".
+      best_of: see `chains.Taught`.
+    """
+
+    keys: dict[str, Any]
+    target: str = ""
+    coupling: str = "noise"
+    best_of: int = 1
+
+
+# The finest width is that of the exact posterior; all wider ones are taught. Pairs are made in as
+# many steps, so that they come from the posterior itself.
+_LAB = {
+    "pipeline": "pretrain",
+    "distill.max_log2_steps": 6,
+    "distill.tau": 2.0**-5,
+    "refine.max_log2_steps": 6,
+    "refine.tau": 2.0**-5,
+    "refine.pair_steps": MANY,
+    "refine.real_fraction": 0.0,
+    "eval.few_step_jump": "mixture",
+}
+
+_TARGETS = {
+    "compose": chains.compose,
+    "between25": chains.between(0.25),
+    "between50": chains.between(0.5),
+    "between75": chains.between(0.75),
+}
+
+_DISTILL = {"pipeline": "pretrain,distill"}
+_PAPER = _DISTILL | {
+    "distill.teacher_rule": "rk4",
+    "distill.teacher_jump": "cumulative",
+    "distill.teacher_end": "literal",
+    "eval.few_step_jump": "cumulative",
+}
+_ALL_ON_DATA = {"refine.tau": 2.0}
+
+
+def _rect(rounds: int, **keys: Any) -> dict[str, Any]:
+    """Keys of so many rounds of `refine`; keywords are keys of its section."""
+    return {"pipeline": "pretrain" + ",refine" * rounds} | {
+        f"refine.{name}": value for name, value in keys.items()
+    }
+
+
+def _sampled(**keys: Any) -> dict[str, Any]:
+    return {f"eval.{name}": value for name, value in keys.items()}
+
+
+GROUPS: dict[str, dict[str, Recipe]] = {
+    "reference": {
+        "base/cumulative": Recipe(_sampled(few_step_jump="cumulative")),
+        "base": Recipe({}),
+        "paper": Recipe(_PAPER),
+        "rk4": Recipe(_PAPER | {"distill.teacher_end": "posterior_draw"}),
+        "heun": Recipe(_DISTILL),
+        "compose": Recipe(_DISTILL, target="compose"),
+        "rect3": Recipe(_rect(3) | _ALL_ON_DATA),
+        "rect3+heun": Recipe(_rect(3)),
+    },
+    "rounds": {
+        f"rect{n}{suffix}": Recipe(_rect(n) | keys)
+        for n in (1, 2, 4, 6)
+        for suffix, keys in (("", _ALL_ON_DATA), ("+heun", {}))
+    },
+    "pairs": {
+        "rect3+heun/pairs8": Recipe(_rect(3, pair_steps=8)),
+        "rect3+heun/pairs16": Recipe(_rect(3, pair_steps=16)),
+        "rect3+heun/pairs32": Recipe(_rect(3, pair_steps=32)),
+        "rect3/pairs8": Recipe(_rect(3, pair_steps=8) | _ALL_ON_DATA),
+        "rect3+heun/pairs128": Recipe(_rect(3, pair_steps=128)),
+        "rect3+heun/pairs-cumulative": Recipe(_rect(3, pair_jump="cumulative")),
+        "rect3+heun/real10": Recipe(_rect(3, real_fraction=0.1)),
+        "rect3+heun/real25": Recipe(_rect(3, real_fraction=0.25)),
+        "rect3+heun/real50": Recipe(_rect(3, real_fraction=0.5)),
+        "heun>rect3+heun/pairs8": Recipe(
+            _rect(3, pair_steps=8)
+            | {"pipeline": "pretrain,distill,refine,refine,refine", "refine.tau": 2.0**-5}
+        ),
+    },
+    "teachers": {
+        "between25": Recipe(_DISTILL, target="between25"),
+        "between50": Recipe(_DISTILL, target="between50"),
+        "between75": Recipe(_DISTILL, target="between75"),
+        "rect3+compose": Recipe(_rect(3), target="compose"),
+        "rect3+between50": Recipe(_rect(3), target="between50"),
+        "heun/jsd": Recipe(_DISTILL | {"distill.divergence": "jsd"}),
+        "rect3+heun/jsd": Recipe(_rect(3, divergence="jsd")),
+        "heun/temperature2": Recipe(_DISTILL | {"distill.temperature": 2.0}),
+        "rect3+heun/tau16": Recipe(_rect(3, tau=2.0**-4)),
+        "rect3+heun/tau8": Recipe(_rect(3, tau=2.0**-3)),
+        "rect3+heun/tau4": Recipe(_rect(3, tau=2.0**-2)),
+        "heun/tau8": Recipe(_DISTILL | {"distill.tau": 2.0**-3}),
+    },
+    "kernels": {
+        "base/euler": Recipe(_sampled(few_step_jump="euler")),
+        "heun/cumulative": Recipe(
+            _DISTILL | {"distill.teacher_jump": "cumulative"} | _sampled(few_step_jump="cumulative")
+        ),
+        "heun/teacher-cumulative": Recipe(_DISTILL | {"distill.teacher_jump": "cumulative"}),
+        "heun/sampler-cumulative": Recipe(_DISTILL | _sampled(few_step_jump="cumulative")),
+        "rect3/cumulative": Recipe(_rect(3) | _ALL_ON_DATA | _sampled(few_step_jump="cumulative")),
+        "rect3+heun/sampler-cumulative": Recipe(_rect(3) | _sampled(few_step_jump="cumulative")),
+    },
+    "grids": {
+        f"{name}/{grid}": Recipe(keys | _sampled(grid=grid))
+        for name, keys in (("base", {}), ("rect3+heun", _rect(3)))
+        for grid in ("cosine", "power:0.7", "power:1.4", "power:2")
+    },
+    "schedules": {
+        f"{name}/kappa-{kappa}": Recipe(keys | {"path.schedule": schedule, "path.power": power})
+        for name, keys in (("base", {}), ("heun", _DISTILL), ("rect3+heun", _rect(3)))
+        for kappa, schedule, power in (("cosine", "cosine", 1.0), ("square", "polynomial", 2.0))
+    },
+    "sampling": {
+        "base/top_p0.9": Recipe(_sampled(top_p=0.9)),
+        "heun/top_p0.9": Recipe(_DISTILL | _sampled(top_p=0.9)),
+        "rect3+heun/top_p0.95": Recipe(_rect(3) | _sampled(top_p=0.95)),
+        "base/revealed-jump": Recipe({"path.revealed": "jump"}),
+    },
+    "ideas": {
+        "heun/best-of-2": Recipe(_DISTILL, best_of=2),
+        "compose/best-of-2": Recipe(_DISTILL, target="compose", best_of=2),
+        "compose/best-of-4": Recipe(_DISTILL, target="compose", best_of=4),
+        "rect3+compose/best-of-2": Recipe(_rect(3), target="compose", best_of=2),
+        "transport": Recipe({}, coupling="transport"),
+        "transport+heun": Recipe(_DISTILL, coupling="transport"),
+        "transport>rect1+heun": Recipe(_rect(1), coupling="transport"),
+    },
+    # What won above, together.
+    "together": {
+        "heun/tau16": Recipe(_DISTILL | {"distill.tau": 2.0**-4}),
+        "heun/tau16/jsd": Recipe(_DISTILL | {"distill.tau": 2.0**-4, "distill.divergence": "jsd"}),
+        "rect3+heun/tau16/jsd": Recipe(_rect(3, tau=2.0**-4, divergence="jsd")),
+        "rect3+heun/tau8/real10": Recipe(_rect(3, tau=2.0**-3, real_fraction=0.1)),
+        "rect6+heun/tau8": Recipe(_rect(6, tau=2.0**-3)),
+        "rect3+between50/tau8": Recipe(_rect(3, tau=2.0**-3), target="between50"),
+        "rect3+heun/tau8/pairs128": Recipe(_rect(3, tau=2.0**-3, pair_steps=128)),
+        "rect6+heun/tau8/pairs128": Recipe(_rect(6, tau=2.0**-3, pair_steps=128)),
+    },
+}
+RECIPES = {name: recipe for group in GROUPS.values() for name, recipe in group.items()}
+
+
+def lab_config(recipe: Recipe, source: str) -> ml_collections.ConfigDict:
+    """The recipe as a whole configuration."""
+    config = base.get_config()
+    config.update_from_flattened_dict(_LAB | recipe.keys | {"path.source": source})
+    return config
+
+
+def make_data(kind: str, seed: int) -> np.ndarray:
+    """A data set: probability of each sequence, float64 [NUM_TOKENS] * LENGTH.
+
+    Args:
+      kind: "modes", four sequences with noise; or "markov", a chain whose rows have three quarters
+        of their mass on one or two tokens.
+      seed: 0 with "modes" is the data set of `REFERENCE`.
+    """
+    generator = np.random.default_rng(seed)
+    if kind == "markov":
+        first, *move = generator.dirichlet(np.full(NUM_TOKENS, 0.3), size=1 + NUM_TOKENS)
+        # No sequence is impossible, as in text: a model's KL stays finite.
+        soften = lambda p: (1 - NOISE) * p + NOISE / NUM_TOKENS
+        return chains.markov_data(soften(first), soften(np.stack(move)), length=LENGTH)
+    modes = generator.integers(NUM_TOKENS, size=(4, LENGTH)).tolist() if seed else _MODES
+    return chains.modes_data(modes, num_tokens=NUM_TOKENS, noise=NOISE)
+
+
+# One object for one setting: the programs compiled for it are found again.
+
+
+@functools.cache
+def _rule(name: str, end: str) -> JumpRule:
+    rule = jumps.get_rule(name)
+    return jumps.with_posterior_end(rule) if end == "posterior_draw" else rule
+
+
+@functools.cache
+def _target(name: str, rule: str, schedule: schedules.Schedule) -> Target:
+    if name:
+        return chains.half_steps(schedule, _TARGETS[name])
+    quadrature = teacher.get_rule(rule)
+    return lambda key, *args: teacher.teacher_logits(key, quadrature, *args)
+
+
+def read_taught(config, name: str, process: stages.Process, recipe: Recipe) -> Taught | None:
+    """The teacher of a stage as chains take it; None if all widths learn from data."""
+    section = config[name]
+    below, above = few_step.split_budgets(section, name)
+    if not above.log2_steps:
+        return None
+    term = few_step.read_teacher_term(section, above, process)
+    (divergence,) = (key for key, value in losses.DIVERGENCES.items() if value is term.divergence)
+    return Taught(
+        section.tau,
+        _target(recipe.target, section.teacher_rule, process.schedule),
+        _rule(section.teacher_jump, section.teacher_end),
+        divergence,
+        term.temperature,
+        2.0**-below.finest,
+        recipe.best_of,
+    )
+
+
+def learn(chain: Chain, recipe: Recipe, config, memo: dict) -> tuple[Posterior, np.ndarray]:
+    """The stages of a recipe, each at its fixed point.
+
+    Args:
+      chain: its data and process.
+      recipe, config: the recipe and its `lab_config`.
+      memo: pairs that were made before on this chain.
+
+    Returns:
+      (what the last stage learns, the coupling it learns from [N, N]).
+    """
+    taught, history = None, (recipe.coupling,)
+    for name in config.pipeline.split(","):
+        generator = taught
+        taught = read_taught(config, name, chain.process, recipe) if name in _TAUGHT else None
+        if name == "refine":
+            settings = refine.read_pair_settings(config.refine)
+            # A generator's fine steps don't know the teacher of its wide ones.
+            fine = generator is None or 1 / settings.steps < generator.tau
+            before = history
+            history = (before, settings, None if fine else generator, config.refine.real_fraction)
+            if history not in memo:
+                posterior = chains.student(chain, memo[before], generator)
+                memo[history] = _couple(chain, posterior, settings, config.refine.real_fraction)
+        elif history not in memo:
+            transported = recipe.coupling == "transport"
+            memo[history] = chains.transport(chain) if transported else chain.independent_NN
+    return chains.student(chain, memo[history], taught), memo[history]
+
+
+_TAUGHT = ("distill", "refine")
+
+
+def _couple(chain, posterior, settings, real_fraction):
+    """The batches of `refine`: pairs that the model makes, and real text with fresh noise."""
+    pairs_NN = chains.generate(chain, posterior, settings.jump, settings.steps)
+    return (1 - real_fraction) * pairs_NN + real_fraction * chain.independent_NN
+
+
+def measures(chain: Chain, p_N: np.ndarray) -> dict[str, float]:
+    """What there is to say about an output distribution; nats, perplexity of a token."""
+    return {
+        "tv": chains.total_variation(p_N, chain.data_N),
+        "kl": chains.kl(chain.data_N, p_N),
+        "entropy": chains.entropy(p_N),
+        "perplexity": chains.perplexity(chain, p_N),
+        "total_correlation": chains.total_correlation(chain, p_N),
+    }
+
+
+def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str, Any]:
+    """`measures` of samples of so many steps: of the config's, and at the entropy of the data."""
+    rule, grid = (
+        jumps.get_rule(config.eval.few_step_jump),
+        sampler.make_grid(config.eval.grid, steps),
+    )
+
+    def sample(temperature):
+        return chains.run(
+            chain,
+            posterior,
+            rule,
+            grid,
+            chain.noise_N,
+            temperature=temperature,
+            top_p=config.eval.top_p,
+        )
+
+    temperature = chains.matched_temperature(sample, chains.entropy(chain.data_N))
+    matched = None
+    if temperature is not None:
+        matched = measures(chain, sample(temperature)) | {"temperature": temperature}
+    return measures(chain, sample(config.eval.temperature)) | {"matched": matched}
+
+
+def study(
+    recipes: Sequence[str], *, seeds: Sequence[int], source: str, kind: str = "modes"
+) -> list[dict[str, Any]]:
+    """A record for each recipe and data set."""
+    records = []
+    for seed in seeds:
+        memos: dict[Any, tuple[Chain, dict]] = {}
+        for name in recipes:
+            began = time.perf_counter()
+            recipe = RECIPES[name]
+            config = lab_config(recipe, source)
+            process = stages.make_process(config.path, num_tokens=NUM_TOKENS, eos_id=0)
+            if process not in memos:
+                memos[process] = chains.make_chain(process, make_data(kind, seed)), {}
+            chain, memo = memos[process]
+            posterior, coupling_NN = learn(chain, recipe, config, memo)
+            by_steps = {s: evaluate(chain, posterior, config, s) for s in SAMPLER_STEPS}
+            correlation = chains.conditional_total_correlation(chain, coupling_NN, 0.0)
+            records.append(
+                {
+                    "recipe": name,
+                    "seed": seed,
+                    "source": source,
+                    "data": measures(chain, chain.data_N),
+                    "coupling_total_correlation": correlation,
+                    "steps": by_steps,
+                    "keys": recipe.keys,
+                    "beside": {k: v for k, v in recipe._asdict().items() if k != "keys"},
+                }
+            )
+            took = time.perf_counter() - began
+            print(f"{source} {seed} {name}: {took:.1f} s", file=sys.stderr, flush=True)
+    return records
+
+
+def beside_reference(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `REFERENCE`, each figure beside ours."""
+    ours = {r["recipe"]: r["steps"] for r in records if r["seed"] == 0}
+    rows = []
+    for name, (reference, entropy) in REFERENCE.items():
+        if name not in ours:
+            continue
+        row: dict[str, Any] = {"recipe": name}
+        for steps, value in zip(SAMPLER_STEPS, reference, strict=True):
+            row[f"S={steps}"] = f"{ours[name][steps]['tv']:.4f} ({value:.3f})"
+        rows.append(row | {"H at S=8": f"{ours[name][8]['entropy']:.3f} ({entropy:.2f})"})
+    return rows
+
+
+def ranking(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each recipe, best first: geometric means over the data sets.
+
+    "tv S": total variation at the entropy of the data, None where no temperature gives it; "ppl S":
+    perplexity there, in units of the data's; "tv' S": total variation at temperature 1; "H' 8": its
+    entropy at 8 steps, in units of the data's; "ctc": the coupling's conditional total correlation
+    at t=0 in units of the independent one's; "score": mean over the steps of "tv S" (of "tv' S"
+    where that is None) in units of the base model's.
+    """
+    base_of = {r["seed"]: r for r in records if r["recipe"] == "base"}
+    rows = []
+    for name in dict.fromkeys(r["recipe"] for r in records):
+        mine = [r for r in records if r["recipe"] == name]
+        rows.append({"recipe": name} | _row(mine, [base_of[r["seed"]] for r in mine]))
+    return sorted(rows, key=lambda row: row["score"])
+
+
+def _row(records, bases):
+    mean = statistics.geometric_mean
+    row = {}
+    matched = {s: [r["steps"][s]["matched"] for r in records] for s in SAMPLER_STEPS}
+    for s, found in matched.items():
+        row[f"tv {s}"] = mean(each["tv"] for each in found) if all(found) else None
+    for s, found in matched.items():
+        ratios = zip(found, records, strict=True)
+        row[f"ppl {s}"] = (
+            mean(each["perplexity"] / r["data"]["perplexity"] for each, r in ratios)
+            if all(found)
+            else None
+        )
+    for s in SAMPLER_STEPS:
+        row[f"tv' {s}"] = mean(r["steps"][s]["tv"] for r in records)
+    row["H' 8"] = mean(r["steps"][8]["entropy"] / r["data"]["entropy"] for r in records)
+    ctc = lambda those: mean(r["coupling_total_correlation"] for r in those)
+    row["ctc"] = ctc(records) / ctc(bases)
+    best_known = lambda r, s: (r["steps"][s]["matched"] or r["steps"][s])["tv"]
+    row["score"] = mean(
+        best_known(r, s) / best_known(b, s)
+        for r, b in zip(records, bases, strict=True)
+        for s in SAMPLER_STEPS
+    )
+    return row
+
+
+def plot(tables: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+    """Total variation at matched entropy against steps, a panel for each source."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(tables), figsize=(1 + 5 * len(tables), 4), squeeze=False, sharey=True
+    )
+    for panel, (source, rows) in zip(panels[0], tables.items(), strict=True):
+        shown = rows[:4] + [row for row in rows[4:] if row["recipe"] in REFERENCE]
+        for row in shown:
+            values = [row[f"tv {s}"] for s in SAMPLER_STEPS]
+            panel.plot(SAMPLER_STEPS, values, marker="o", label=row["recipe"])
+        panel.set(xscale="log", yscale="log", xlabel="steps", title=f"{source} noise")
+        panel.set_xticks(SAMPLER_STEPS, [str(s) for s in SAMPLER_STEPS])
+        panel.legend(fontsize="x-small")
+    panels[0][0].set_ylabel("total variation at the data's entropy")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _asked() -> list[str]:
+    names = []
+    for name in _RECIPES.value or list(GROUPS):
+        if name not in GROUPS and name not in RECIPES:
+            raise app.UsageError(
+                f"Unknown recipe {name!r}; expected groups of {', '.join(GROUPS)}, or recipes of "
+                f"{', '.join(RECIPES)}."
+            )
+        names += list(GROUPS.get(name, [name]))
+    # Everything is told in units of the base model.
+    return list(dict.fromkeys(["base", *names]))
+
+
+def _possible(name: str, source: str) -> bool:
+    """A mask source has one noise, which can't be coupled with anything."""
+    recipe = RECIPES[name]
+    refined = "refine" in recipe.keys.get("pipeline", "")
+    return source == "uniform" or not (refined or recipe.coupling != "noise")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    asked, seeds, kind = _asked(), [int(s) for s in _SEEDS.value], _DATA_KIND.value
+    tables, records = {}, []
+    for source in _SOURCES.value:
+        sources.make_source(source, num_tokens=NUM_TOKENS)  # refuses unknown ones
+        names = [name for name in asked if _possible(name, source)]
+        found = study(names, seeds=seeds, source=source, kind=kind)
+        if source == "uniform" and kind == "modes" and (rows := beside_reference(found)):
+            print("\nour total variation (reference), data set 0")
+            measure.print_table(rows)
+        tables[source], records = ranking(found), records + found
+        print(f"\n{source} noise, {kind}, data sets {seeds}, at the entropy of the data")
+        measure.print_table(tables[source])
+    if measure.OUTPUT.value:
+        measure.write({"data_kind": kind, "tables": tables, "records": records})
+        plot(tables, pathlib.Path(measure.OUTPUT.value).expanduser().with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # small programs, which a device would wait for
+    app.run(main)
