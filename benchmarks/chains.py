@@ -468,10 +468,13 @@ def between(share: float) -> Callable[..., jax.Array]:
 # Couplings of noise and data.
 
 
-def generate(chain: Chain, posterior: Posterior, rule: JumpRule, steps: int) -> np.ndarray:
+def generate(
+    chain: Chain, posterior: Posterior, rule: JumpRule, steps: int, *, temperature: float = 1.0
+) -> np.ndarray:
     """P(x0, x1) [N, N] of the pairs that the sampler of so many steps makes (stage `refine`)."""
-    grid = sampler.uniform_grid(steps)
-    return chain.noise_N[:, None] * run(chain, posterior, rule, grid, np.eye(len(chain.states_NL)))
+    grid, starts_NN = sampler.uniform_grid(steps), np.eye(len(chain.states_NL))
+    ends_NN = run(chain, posterior, rule, grid, starts_NN, temperature=temperature)
+    return chain.noise_N[:, None] * ends_NN
 
 
 def transport(chain: Chain) -> np.ndarray:

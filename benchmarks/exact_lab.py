@@ -310,7 +310,9 @@ _TAUGHT = ("distill", "refine")
 
 def _couple(chain, posterior, settings, real_fraction):
     """The batches of `refine`: pairs that the model makes, and real text with fresh noise."""
-    pairs_NN = chains.generate(chain, posterior, settings.jump, settings.steps)
+    pairs_NN = chains.generate(
+        chain, posterior, settings.jump, settings.steps, temperature=settings.temperature
+    )
     return (1 - real_fraction) * pairs_NN + real_fraction * chain.independent_NN
 
 

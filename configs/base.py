@@ -32,6 +32,7 @@ def _budgets(**values):
         "max_log2_steps": 10,  # k = 0..10: one step of width 1 to 1024 steps of width 1/1024
         "width_weights": "log_uniform",  # of h: log_uniform (the paper) | official (1, 2 .. 1024)
         "time_eps": 0.0,  # t + h <= 1 - time_eps (paper: 1e-3; 0 trains the last step too)
+        "loss": "path",  # on data: path (eq. 4.4) | cross_entropy (same minimiser)
         "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous
         "rate_floor": 1e-3,  # floor of 1 - kappa in the weight of the path loss (official 1e-8)
     }
@@ -175,6 +176,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         pair_steps=32,  # steps of that sampler
         pair_batch_size=32,  # pairs made at once
         pair_jump="mixture",  # its jump rule
+        pair_temperature=1.0,  # its temperature
         real_fraction=0.25,  # share of each batch that is real text with independent noise
     )
 

@@ -119,7 +119,7 @@ def make_pairs(
     step, metadata = workdir.weights_metadata(entry.base, together=True)
     made_from = {
         "seed": config.seed,
-        "settings": [settings.num_pairs, settings.steps, settings.batch_size, settings.jump.name],
+        "settings": {**settings._asdict(), "jump": settings.jump.name},
         "generator": [workdir.digest(metadata["recipe"]), step],
         "data": prepared.fingerprint,
     }

@@ -178,6 +178,7 @@ WRONG = [
     ("pretrain", {"pretrain.time_eps": 1.0}, "pretrain.time_eps"),
     ("pretrain", {"pretrain.rate_floor": 0.0}, "rate_floor must lie in"),
     ("pretrain", {"path.schedule": "sine"}, "Unknown schedule 'sine'"),
+    ("step_aware", {"step_aware.loss": "mse"}, "Unknown loss 'mse'.*path, cross_entropy"),
     ("step_aware", {"step_aware.rate": "exact"}, "Unknown rate 'exact'.*cumulative"),
     ("step_aware", {"step_aware.rate_floor": 1.0}, "rate_floor must lie in"),
     ("step_aware", {"step_aware.width_weights": "even"}, "Unknown width_weights 'even'"),
@@ -195,6 +196,7 @@ WRONG = [
     ("refine", {"refine.num_pairs": 0}, "num_pairs=0"),
     ("refine", {"refine.pair_steps": 0}, "pair_steps must be at least 1"),
     ("refine", {"refine.pair_jump": "leap"}, "Unknown jump rule 'leap'"),
+    ("refine", {"refine.pair_temperature": 0.0}, "pair_temperature must be > 0, got 0.0"),
 ]
 
 
@@ -410,6 +412,17 @@ def test_given_noise_is_used_and_else_drawn(calls):
     assert set(np.unique(call[0]["x"])) == set(range(V))
 
 
+def test_rows_on_data_can_learn_by_cross_entropy(calls):
+    batch = make_batch(rows=22)
+    _, metrics, (student, *_), _ = few_step_calls(calls, "distill", batch, loss="cross_entropy")
+    below, above = few_step.split_budgets(make_config().distill, "distill")
+    rows = few_step.rows_of_path(22, below, above)
+    x, t, h = (np.asarray(student[name])[:rows] for name in "xth")
+    log_p = literal_log_p(literal_logits(table(1), x, t, h))
+    want = -np.take_along_axis(log_p, batch["x1"][:rows, :, None], -1)
+    np.testing.assert_allclose(metrics["path_loss"], want.mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("rate", few_step.RATES)
 @pytest.mark.parametrize("floor", [1e-3, 0.2])
 def test_the_weight_of_the_path_loss(calls, rate, floor):
@@ -559,7 +572,7 @@ def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
     config = make_config()
     config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
     settings = refine.read_pair_settings(config.refine)
-    assert settings == (64, 1, 32, jumps.MIXTURE)
+    assert settings == (64, 1, 32, jumps.MIXTURE, 1.0)
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
     zeros = jnp.zeros(V)
     params = {"table": 100.0 * jnp.roll(jnp.eye(V), 1, axis=1), "slope": zeros, "bend": zeros}
@@ -573,6 +586,22 @@ def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
     np.testing.assert_array_equal(again[0], x0[0])
     assert len(calls) == 1  # one step, one network call, one compilation
     assert calls[0]["key"] is None
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_pairs_are_drawn_at_their_temperature(calls, temperature):
+    config = make_config()
+    config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
+    config.refine.pair_temperature = temperature
+    settings = refine.read_pair_settings(config.refine)
+    make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
+    logits = np.linspace(0.0, 3.0, V)
+    zeros = jnp.zeros(V)
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (V, 1))
+    params = {"table": rows, "slope": zeros, "bend": zeros}
+    drawn = [make(params, key)[1] for key in jax.random.split(jax.random.key(0), 20)]
+    weights = np.exp(logits / temperature)
+    assert_frequencies(np.bincount(np.ravel(drawn), minlength=V), weights / weights.sum())
 
 
 def test_the_pair_sampler_runs_the_network(monkeypatch):
@@ -632,4 +661,4 @@ def test_divergences_are_those_of_the_losses_module():
         config.distill.divergence = name
         term = few_step.read_teacher_term(config.distill, above, make_process(config))
         assert (term.divergence, term.budgets, term.rule) == (divergence, above, teacher.HEUN)
-    assert few_step.read_path_term(config.distill, below) == (below, "cumulative", 1e-3)
+    assert few_step.read_path_term(config.distill, below) == (below, "path", "cumulative", 1e-3)

@@ -82,26 +82,21 @@ def evaluate(
     Raises:
       ValueError: for models, judges, text or a task that don't go together.
     """
-    tokenizer = catalogue.tokenizer
     length = prepared.block_length if prepared else catalogue.block_length or _DEFAULT_LENGTH
     check_inputs(settings, length)
     plan = make_plan(settings, catalogue.stage_of, length)
-    text = None
     if prepared is None:
         plan = _without_text(plan, settings)
-    else:
-        text = _read_text(prepared, tokenizer, settings)
     slugs = [point.slug for point in plan]
     if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
         raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
-    evaluation = Evaluation(
+    evaluation = make_evaluation(
         settings,
         catalogue,
-        open_judges(settings, catalogue),
+        prepared,
+        Store(directory, index=index, count=count),
         length=length,
-        text=text,
         room=draw.capacity(plan),
-        store=Store(directory, index=index, count=count),
     )
     evaluation.run(points.share(plan, index, count))
     rows = evaluation.finished(plan)
@@ -114,6 +109,31 @@ def evaluate(
         "parameters": {label: catalogue.num_params[label] for label in labels},
     }
     return evaluation.report(directory, rows, facts | dict(header or {}))
+
+
+def make_evaluation(
+    settings: Settings,
+    catalogue: Catalogue,
+    prepared: PreparedData | None,
+    store: Store,
+    *,
+    length: int,
+    room: int,
+) -> Evaluation:
+    """What points are computed with: models, judges and text opened.
+
+    Args:
+      settings, catalogue, prepared: as in `evaluate`.
+      store: of finished points.
+      length: tokens of a sample.
+      room: see `draw.capacity`.
+
+    Raises:
+      ValueError: for models, judges and text that don't go together.
+    """
+    text = None if prepared is None else _read_text(prepared, catalogue.tokenizer, settings)
+    judges = open_judges(settings, catalogue)
+    return Evaluation(settings, catalogue, judges, length=length, text=text, room=room, store=store)
 
 
 def _read_text(prepared: PreparedData, tokenizer: Tokenizer, settings: Settings) -> HeldOut:

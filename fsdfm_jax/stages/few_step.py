@@ -2,6 +2,9 @@
 
     loss = E_h [ 1{h < tau} path(h) + 1{h >= tau} distillation(h) ]          eq. 4.5
 
+On data, path(h) is the path loss of eq. 4.4, or the cross-entropy at all positions, which has the
+same minimiser (see fsdfm_jax/stages/pretrain.py).
+
 The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
 probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
 network call whose result it wouldn't use.
@@ -22,13 +25,15 @@ from fsdfm_jax.models import ModelConfig
 from fsdfm_jax.stages import Process
 from fsdfm_jax.teacher import Quadrature
 
+LOSSES = ("path", "cross_entropy")
 RATES = ("cumulative", "instantaneous")
 
 
 class PathTerm(NamedTuple):
-    """The part trained on data: its budgets and the weight of the path loss."""
+    """The part trained on data: its budgets, its loss, and the weight of the path loss."""
 
     budgets: Budgets
+    loss: str
     rate: str
     rate_floor: float
 
@@ -54,9 +59,12 @@ def read_budgets(config: ConfigDict) -> Budgets:
 
 def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
     """The path term of a config on (a part of) its budgets; ValueError for unknown values."""
-    if config.rate not in RATES:
-        raise ValueError(f"Unknown rate {config.rate!r}; expected one of {', '.join(RATES)}.")
-    return PathTerm(budgets, config.rate, check_rate_floor(config.rate_floor))
+    for name, allowed in (("loss", LOSSES), ("rate", RATES)):
+        if config[name] not in allowed:
+            raise ValueError(
+                f"Unknown {name} {config[name]!r}; expected one of {', '.join(allowed)}."
+            )
+    return PathTerm(budgets, config.loss, config.rate, check_rate_floor(config.rate_floor))
 
 
 def check_rate_floor(floor: float) -> float:
@@ -152,12 +160,17 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
 
         value, metrics = jnp.zeros(()), {}
         if split:
-            weight_R = _path_weight(path, process, t_B[:split], h_B[:split])
-            weight_RL = jnp.broadcast_to(weight_R[:, None], xt_BL[:split].shape)
+            x_RL, x1_RL = xt_BL[:split], x1_BL[:split]
+            if path.loss == "path":
+                weight_R = _path_weight(path, process, t_B[:split], h_B[:split])
+                weight_RL = jnp.broadcast_to(weight_R[:, None], x_RL.shape)
+                data_loss, targets = losses.path_loss, (x_RL, x1_RL, weight_RL)
+            else:
+                data_loss, targets = losses.cross_entropy, (x1_RL,)
             part = logits_lib.mean_loss(
-                losses.path_loss,
+                data_loss,
                 logits_lib.pad_rows(logits_lib.rows(logits, 0, split)),
-                *(layout.pad_rows(x) for x in (xt_BL[:split], x1_BL[:split], weight_RL)),
+                *(layout.pad_rows(x) for x in targets),
                 num_rows=split,
             )
             value += path.budgets.share * part

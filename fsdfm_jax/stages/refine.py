@@ -25,12 +25,14 @@ from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
 
 
 class PairSettings(NamedTuple):
-    """How pairs are made: their number, the sampler's steps, pairs at once, and its jump rule."""
+    """How pairs are made: their number, and steps, rows at once, jump rule and temperature of the
+    sampler."""
 
     num_pairs: int
     steps: int
     batch_size: int
     jump: jumps.JumpRule
+    temperature: float
 
 
 def read_pair_settings(config: ConfigDict) -> PairSettings:
@@ -46,11 +48,14 @@ def read_pair_settings(config: ConfigDict) -> PairSettings:
         )
     if config.pair_steps < 1:
         raise ValueError(f"refine.pair_steps must be at least 1, got {config.pair_steps}.")
+    if not config.pair_temperature > 0:
+        raise ValueError(f"refine.pair_temperature must be > 0, got {config.pair_temperature}.")
     return PairSettings(
         config.num_pairs,
         config.pair_steps,
         config.pair_batch_size,
         jumps.get_rule(config.pair_jump),
+        config.pair_temperature,
     )
 
 
@@ -77,7 +82,14 @@ def make_pair_sampler(
         x0_BL = layout.constrain(x0_BL, "rows")
         denoise, condition = models.denoiser(params, model, settings.steps)
         x1_BL = sampler.sample(
-            sample_key, denoise, jump, finalize, x0_BL, grid, condition=condition
+            sample_key,
+            denoise,
+            jump,
+            finalize,
+            x0_BL,
+            grid,
+            condition=condition,
+            temperature=settings.temperature,
         )
         return x0_BL, x1_BL
 

@@ -1,0 +1,380 @@
+"""Recipes for few steps at equal compute, compared at equal entropy.
+
+    python -m benchmarks.quality --study=runs/quality                 hours on 2 CPU cores
+    python -m benchmarks.quality --study=runs/quality --scale=smoke   minutes
+    python -m benchmarks.quality --study=runs/quality --scale=gpu     one large GPU
+
+Trains the judge and the base model of configs/quality.py, then every recipe from that base model,
+once for each seed and with the same number of network evaluations (teachers and pairs included).
+Then samples each of them in 1, 2, 4, 8 and 16 steps, at the temperature at which its samples have
+the entropy (unigram, mean over samples) of the base model's in 1,024 steps at temperature 1:
+perplexity that was bought with entropy is given back. Those temperatures are searched for on noise
+of their own, until they are known to 1%.
+
+Everything lies in the folder and is done once; killed, the same command goes on. RESULT in it gets
+quality.json (all figures of all trainings), quality.md (the table), quality.png (the curves) and
+samples.md (the first samples of each row, as they come).
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from absl import app, flags, logging
+
+from benchmarks import measure
+from configs import quality as recipes
+from fsdfm_jax import cli, sharding, workdir, writer
+from fsdfm_jax.evaluate import draw, metrics, stamps, subjects, suite
+from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.engine import Evaluation
+from fsdfm_jax.evaluate.points import Point, Settings
+from fsdfm_jax.evaluate.store import Row, Store
+from fsdfm_jax.evaluate.subjects import Catalogue
+
+_STUDY = flags.DEFINE_string("study", None, "Folder for data, runs and results.")
+_SCALE = flags.DEFINE_enum("scale", "cpu", list(recipes.SIZES), "Size of configs/quality.py.")
+_COMPARED = flags.DEFINE_list(
+    "compare", None, "Of configs/quality.py, comma-separated; all if not given."
+)
+_SEEDS = flags.DEFINE_list("trainings", ["0", "1", "2"], "Seeds, also of the base's samples.")
+_JUDGES = flags.DEFINE_string("judges", None, "As eval.judges; the first is the main one.")
+_SAMPLES = flags.DEFINE_integer("samples", None, "Of each figure.", lower_bound=1)
+_RESULT = flags.DEFINE_string(
+    "result", "result", "Folder of the results, in the working directory."
+)
+
+BASE = "pretrain"
+# Samples are drawn with seed 0, 1, ..; temperatures are found on other noise.
+_SEARCH_SEED = 1_000
+_SEARCH_SAMPLES = 128
+_TOLERANCE = 0.003  # of the entropy, on that noise
+_STRIDE, _FURTHEST = math.log(1.15), math.log(5.0)  # of the logarithm of the temperature
+
+
+# ------------------------------------------------------------------------------------ the trainings
+def train(folder: pathlib.Path, recipe: str, seed: int, changes: Mapping[str, Any]) -> None:
+    """Trains a recipe by the main job, in a process of its own."""
+    options = [f"--config.{key}={value}" for key, value in ({"seed": seed} | dict(changes)).items()]
+    command = [sys.executable, "-m", "fsdfm_jax.main", f"--workdir={folder}", "--noevaluate"]
+    command += [f"--config=configs/quality.py:{recipe},{_SCALE.value}", *options]
+    logging.info("Training %s, seed %d.", recipe, seed)
+    if code := subprocess.run(command).returncode:
+        raise ValueError(f"Training {recipe}, seed {seed}, ended with {code}; see above.")
+
+
+def train_all(folder: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, str]:
+    """Label -> path#run of every recipe and seed; what is trained already takes a moment."""
+    base = folder / "base"
+    train(base, "base", 0, {})
+    places = {}
+    for seed in seeds:
+        for name in names:
+            config = recipes.get_config(f"{name},{_SCALE.value}")
+            first, _ = workdir.runs(config)[0]
+            place = folder / f"{name}.{seed}"
+            changes = {
+                "data.directory": base / "data",
+                f"{first}.init_from": base / "stages" / BASE,
+            }
+            train(place, name, seed, changes)
+            last, _ = workdir.runs(config)[-1]
+            places[f"{name}.{seed}"] = f"{place}#{last}"
+    return places
+
+
+# --------------------------------------------------------------------------------- equal entropies
+def search(
+    entropy: Callable[[float], float], wanted: float, *, tolerance: float = _TOLERANCE
+) -> float | None:
+    """The temperature at which samples have an entropy; None if none between 1/5 and 5 does.
+
+    Args:
+      entropy: of samples at a temperature; grows with it but for noise.
+      wanted: the entropy.
+      tolerance: relative, of the entropy.
+    """
+    excess = functools.cache(lambda log_t: entropy(math.exp(log_t)) / wanted - 1)
+    low = high = 0.0
+    while excess(low) > tolerance:
+        high, low = low, low - _STRIDE
+        if low < -_FURTHEST:
+            return None
+    while excess(high) < -tolerance:
+        low, high = high, high + _STRIDE
+        if high > _FURTHEST:
+            return None
+    for log_t in (low, high):
+        if abs(excess(log_t)) <= tolerance:
+            return math.exp(log_t)
+    return math.exp(scipy.optimize.brentq(excess, low, high, xtol=0.005))
+
+
+def match(
+    catalogue: Catalogue, point: Point, wanted: float, *, length: int, room: int, batch_size: int
+) -> float | None:
+    """The temperature at which a point has an entropy in bits, on noise of its own."""
+    shape = (_SEARCH_SAMPLES, length)
+    given = Given(np.zeros(shape, np.int32), np.zeros(shape, bool))
+    subject = catalogue.open(point.source, point.weights)
+
+    def entropy(temperature):
+        at = dataclasses.replace(point, temperature=temperature, seed=_SEARCH_SEED)
+        drawn = draw.draw(at, subject, given, batch_size=batch_size, room=room)
+        return float(np.mean(metrics.unigram_entropy(drawn.tokens_NL))) / math.log(2)
+
+    return search(entropy, wanted)
+
+
+def matched(
+    path: pathlib.Path, evaluation_of: Callable[[], float | None], depends_on: Any
+) -> float | None:
+    """A temperature out of the file of those that were found, or else found now and kept there."""
+    known = writer.read_json(path) if path.exists() else {}
+    key = workdir.digest(depends_on)
+    if key not in known:
+        known[key] = evaluation_of()
+        writer.write_json(path, known)
+    return known[key]
+
+
+# -------------------------------------------------------------------------------------- the figures
+class Study:
+    """Trained models, and the figures of their samples.
+
+    Args:
+      folder: the working directory.
+      places: label -> path#run of the recipes' models.
+      seeds: of the base model's samples.
+    """
+
+    def __init__(self, folder: pathlib.Path, places: Mapping[str, str], seeds: Sequence[int]):
+        config = recipes.get_config(f"base,{_SCALE.value}")
+        if _JUDGES.value:
+            config.eval.judges = _JUDGES.value
+        if _SAMPLES.value:
+            config.eval.num_samples = _SAMPLES.value
+        config.eval.models = ",".join(f"{label}={place}" for label, place in places.items())
+        config.eval.bound_samples = 0
+        self._settings = Settings.from_config(config.eval)
+        self._folder, self._seeds, self._labels = folder, seeds, list(places)
+        self._catalogue = subjects.open_workdir(folder / "base", self._settings.models)
+        self._text = subjects.prepared_text(folder / "base")
+
+    def run(self) -> list[dict[str, Any]]:
+        """The figures of all points, see `figures`, with recipe, steps and seed."""
+        settings, length = self._settings, self._text.block_length
+        suite.check_inputs(settings, length)
+        evaluation = suite.make_evaluation(
+            settings,
+            self._catalogue,
+            self._text,
+            Store(self._folder / _RESULT.value),
+            length=length,
+            room=1 << (settings.many_steps - 1).bit_length(),
+        )
+        references = [self._point(BASE, settings.many_steps, seed, 1.0) for seed in self._seeds]
+        records = _records(evaluation, [(p, "reference", p.seed) for p in references])
+        wanted = statistics.fmean(record["entropy"] for record in records)
+        real = Point("real", "held-out text", "real")
+        records += _records(evaluation, [(real, "held-out text", 0)])
+        for label in [BASE, *self._labels]:
+            recipe, _, seed = label.partition(".")
+            for steps in settings.steps:
+                records += self._matched(evaluation, label, recipe, int(seed or 0), steps, wanted)
+        return records
+
+    def decode(self, tokens_NL: np.ndarray) -> list[str]:
+        """The text of samples."""
+        return [self._catalogue.tokenizer.decode(row) for row in tokens_NL]
+
+    def _matched(self, evaluation, label, recipe, seed, steps, wanted) -> list[dict[str, Any]]:
+        point = self._point(label, steps, seed, 1.0)
+        settings, length = self._settings, self._text.block_length
+        room = 1 << (settings.many_steps - 1).bit_length()
+        size = settings.batch_size
+        facts = self._catalogue.facts(label, point.weights)
+        temperature = matched(
+            self._folder / _RESULT.value / "temperatures.json",
+            lambda: match(
+                self._catalogue, point, wanted, length=length, room=room, batch_size=size
+            ),
+            [facts["sha256"], steps, point.jump, point.grid, wanted, size, stamps.numerics()],
+        )
+        if temperature is None:
+            logging.warning("No temperature gives %s, %d steps, the entropy.", label, steps)
+            return [{"recipe": recipe, "steps": steps, "seed": seed, "temperature": None}]
+        at = dataclasses.replace(point, temperature=temperature)
+        return _records(evaluation, [(at, recipe, seed)])
+
+    def _point(self, label: str, steps: int, seed: int, temperature: float) -> Point:
+        recipe = label.partition(".")[0]
+        name = "base" if label == BASE else recipe
+        jump = recipes.get_config(f"{name},{_SCALE.value}").eval.few_step_jump
+        return Point(
+            "model",
+            recipe,
+            label,
+            stage=self._catalogue.stage_of[label],
+            steps=steps,
+            jump=jump,
+            grid=self._settings.grid,
+            temperature=temperature,
+            top_p=1.0,
+            weights="ema",
+            seed=seed,
+        )
+
+
+def _records(evaluation: Evaluation, plan: Sequence[tuple[Point, str, int]]):
+    rows = evaluation.run([point for point, _, _ in plan])
+    return [
+        {"recipe": recipe, "steps": point.steps, "seed": seed} | figures(row)
+        for (point, recipe, seed), row in zip(plan, rows, strict=True)
+    ]
+
+
+def figures(row: Row) -> dict[str, Any]:
+    """What is told of a stored row; perplexities by "ppl JUDGE", A on ids where there are ids."""
+    of = row["figures"]
+    result = {
+        "temperature": row["temperature"],
+        "entropy": of["entropy_bits"]["value"],
+        "distinct_2": of["distinct_2"]["value"],
+        "self_bleu": of["self_bleu"]["value"],
+        "mauve": of["mauve"] and of["mauve"]["value"],
+        "samples_file": row["samples_file"],
+    }
+    for judge, forms in row["judges"].items():
+        form, name = ("ids", "perplexity_a") if forms.get("ids") else ("text", "perplexity_b")
+        result[f"ppl {judge}"] = forms[form][name]["value"]
+    return result
+
+
+def mean_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the figures of records, geometric ones of perplexities, without missing ones."""
+    result = {}
+    for key, value in records[0].items():
+        if isinstance(value, float):
+            mean = statistics.geometric_mean if key.startswith("ppl") else statistics.fmean
+            result[key] = mean(r[key] for r in records)
+    return result
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each recipe and number of steps, over its seeds.
+
+    "ppl JUDGE" are in units of the reference, geometric means, with the range over the seeds; "H"
+    the entropy in units of the reference's.
+    """
+    reference = mean_of([r for r in records if r["recipe"] == "reference"])
+    judges = [key for key in reference if key.startswith("ppl ")]
+    rows = []
+    for recipe, steps in dict.fromkeys((r["recipe"], r["steps"]) for r in records):
+        mine = [r for r in records if (r["recipe"], r["steps"]) == (recipe, steps)]
+        found = [r for r in mine if "entropy" in r]
+        mean = mean_of(found) if found else {}
+        row = {"recipe": recipe, "steps": steps, "trainings": f"{len(found)} of {len(mine)}"}
+        row["T"] = mean.get("temperature")
+        row["H"] = mean["entropy"] / reference["entropy"] if found else None
+        for judge in judges:
+            ratios = [r[judge] / reference[judge] for r in found]
+            row[judge] = statistics.geometric_mean(ratios) if found else None
+            spread = f"{min(ratios):.2f}-{max(ratios):.2f}" if found else None
+            row[judge.replace("ppl", "range")] = spread
+        rows.append(row | {key: mean.get(key) for key in ("distinct_2", "self_bleu", "mauve")})
+    return rows
+
+
+# -------------------------------------------------------------------------------------- the results
+def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Perplexity at equal entropy against steps, a panel for each judge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    judges = [key for key in rows[0] if key.startswith("ppl ")]
+    figure, panels = pyplot.subplots(
+        1, len(judges), figsize=(1 + 5 * len(judges), 4), squeeze=False
+    )
+    for panel, judge in zip(panels[0], judges, strict=True):
+        for recipe in dict.fromkeys(row["recipe"] for row in rows):
+            mine = [r for r in rows if r["recipe"] == recipe and r["T"] and r[judge]]
+            if recipe not in ("reference", "held-out text") and mine:
+                steps, values = [r["steps"] for r in mine], [r[judge] for r in mine]
+                panel.plot(steps, values, marker="o", label=recipe)
+        panel.axhline(1.0, color="grey", linestyle=":")
+        panel.set(xscale="log", yscale="log", xlabel="steps", title=judge.removeprefix("ppl "))
+        ticks = sorted({r["steps"] for r in rows if r["recipe"] == BASE})
+        panel.set_xticks(ticks, [str(s) for s in ticks])
+        panel.legend(fontsize="x-small")
+    panels[0][0].set_ylabel("perplexity at equal entropy / base model's in many steps")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_samples(
+    records: Sequence[Mapping[str, Any]], folder: pathlib.Path, decode: Callable, count: int = 5
+) -> None:
+    """The first samples of each row of seed 0, as they come."""
+    lines = ["# Samples", "", f"The first {count} of seed 0 of each row, not chosen."]
+    for record in records:
+        if record["seed"] == 0 and "samples_file" in record:
+            with np.load(folder / record["samples_file"]) as arrays:
+                tokens_NL = arrays["tokens"][:count]
+            steps = f", {record['steps']} steps" if record["steps"] else ""
+            lines += ["", f"## {record['recipe']}{steps}", ""]
+            for i, text in enumerate(decode(tokens_NL), 1):
+                lines.append(f"{i}. " + " ".join(text.split()))
+    writer.write_text(folder / "samples.md", "\n".join(lines) + "\n")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a table."""
+    names = list(rows[0])
+    cell = lambda v: "-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+    lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    names = _COMPARED.value or [name for name in recipes.RECIPES if name != "base"]
+    if unknown := sorted(set(names) - set(recipes.RECIPES)):
+        raise app.UsageError(
+            f"Unknown recipe {unknown[0]!r}; expected some of {', '.join(recipes.RECIPES)}."
+        )
+    folder, seeds = (
+        pathlib.Path(_STUDY.value).expanduser().resolve(),
+        [int(s) for s in _SEEDS.value],
+    )
+    result = folder / _RESULT.value
+    places = train_all(folder, names, seeds)
+    with sharding.use(sharding.local_mesh()):
+        study = Study(folder, places, seeds)
+        records = study.run()
+    rows = summarise(records)
+    measure.print_table(rows)
+    everything = {"machine": measure.machine(), "table": rows, "records": records}
+    writer.write_json(result / "quality.json", everything)
+    writer.write_text(result / "quality.md", markdown(rows))
+    plot(rows, result / "quality.png")
+    write_samples(records, result, study.decode)
+    print(f"\nResults: {result}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["study"])
+    cli.run(main)
