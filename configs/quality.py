@@ -65,7 +65,7 @@ def evaluations(config: ml_collections.ConfigDict) -> float:
 
 
 def _base(config, size):
-    config.pipeline = "autoregressive,pretrain"
+    config.pipeline = "pretrain,autoregressive"
     config.autoregressive.num_steps = size.judge_steps
     config.pretrain.num_steps = size.base_steps
     for stage in ("autoregressive", "pretrain"):

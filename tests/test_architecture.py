@@ -37,6 +37,7 @@ FLOORS = {
         "evaluate.ngram_judge",
         "evaluate.metrics",
         "evaluate.mauve",
+        "evaluate.memorised",
         "evaluate.bound",
         "evaluate.pictures",
         "evaluate.html",
