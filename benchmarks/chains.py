@@ -469,11 +469,17 @@ def between(share: float) -> Callable[..., jax.Array]:
 
 
 def generate(
-    chain: Chain, posterior: Posterior, rule: JumpRule, steps: int, *, temperature: float = 1.0
+    chain: Chain,
+    posterior: Posterior,
+    rule: JumpRule,
+    steps: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> np.ndarray:
     """P(x0, x1) [N, N] of the pairs that the sampler of so many steps makes (stage `refine`)."""
     grid, starts_NN = sampler.uniform_grid(steps), np.eye(len(chain.states_NL))
-    ends_NN = run(chain, posterior, rule, grid, starts_NN, temperature=temperature)
+    ends_NN = run(chain, posterior, rule, grid, starts_NN, temperature=temperature, top_p=top_p)
     return chain.noise_N[:, None] * ends_NN
 
 

@@ -18,6 +18,7 @@ samples.md (the first samples of each row, as they come).
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import statistics
@@ -52,7 +53,11 @@ _RESULT = flags.DEFINE_string(
     "result", "result", "Folder of the results, in the working directory."
 )
 
-BASE = "pretrain"
+_TOP_PS = flags.DEFINE_list(
+    "top_ps", ["1", "0.8"], "Shares of the posterior that are drawn from, each a table's rows."
+)
+
+BASE, REAL = "pretrain", "held-out text"
 # Samples are drawn with seed 0, 1, ..; temperatures are found on other noise.
 _SEARCH_SEED = 1_000
 _SEARCH_SAMPLES = 128
@@ -179,43 +184,46 @@ class Study:
             self._text,
             Store(self._folder / _RESULT.value),
             length=length,
-            room=1 << (settings.many_steps - 1).bit_length(),
+            room=self._room,
         )
-        references = [self._point(BASE, settings.many_steps, seed, 1.0) for seed in self._seeds]
-        records = _records(evaluation, [(p, "reference", p.seed) for p in references])
+        references = [self._point(BASE, settings.many_steps, seed) for seed in self._seeds]
+        records = _records(evaluation, [(point, "reference") for point in references])
         wanted = statistics.fmean(record["entropy"] for record in records)
-        real = Point("real", "held-out text", "real")
-        records += _records(evaluation, [(real, "held-out text", 0)])
+        records += _records(evaluation, [(Point("real", REAL, "real"), REAL)])
         for label in [BASE, *self._labels]:
             recipe, _, seed = label.partition(".")
-            for steps in settings.steps:
-                records += self._matched(evaluation, label, recipe, int(seed or 0), steps, wanted)
+            for top_p, steps in itertools.product(map(float, _TOP_PS.value), settings.steps):
+                point = self._point(label, steps, int(seed or 0), top_p)
+                records += self._matched(evaluation, point, recipe, wanted)
         return records
 
     def decode(self, tokens_NL: np.ndarray) -> list[str]:
         """The text of samples."""
         return [self._catalogue.tokenizer.decode(row) for row in tokens_NL]
 
-    def _matched(self, evaluation, label, recipe, seed, steps, wanted) -> list[dict[str, Any]]:
-        point = self._point(label, steps, seed, 1.0)
+    def _matched(self, evaluation, point, recipe, wanted) -> list[dict[str, Any]]:
+        """The record of a point at the entropy that is wanted."""
         settings, length = self._settings, self._text.block_length
-        room = 1 << (settings.many_steps - 1).bit_length()
         size = settings.batch_size
-        facts = self._catalogue.facts(label, point.weights)
+        facts = self._catalogue.facts(point.source, point.weights)
+        how = [point.steps, point.jump, point.grid, point.top_p, size, length]
         temperature = matched(
             self._folder / _RESULT.value / "temperatures.json",
             lambda: match(
-                self._catalogue, point, wanted, length=length, room=room, batch_size=size
+                self._catalogue, point, wanted, length=length, room=self._room, batch_size=size
             ),
-            [facts["sha256"], steps, point.jump, point.grid, wanted, size, stamps.numerics()],
+            [facts["sha256"], how, wanted, stamps.numerics()],
         )
         if temperature is None:
-            logging.warning("No temperature gives %s, %d steps, the entropy.", label, steps)
-            return [{"recipe": recipe, "steps": steps, "seed": seed, "temperature": None}]
-        at = dataclasses.replace(point, temperature=temperature)
-        return _records(evaluation, [(at, recipe, seed)])
+            logging.warning("No temperature gives %s the entropy.", point.slug)
+            return [_head(point, recipe)]
+        return _records(evaluation, [(dataclasses.replace(point, temperature=temperature), recipe)])
 
-    def _point(self, label: str, steps: int, seed: int, temperature: float) -> Point:
+    @property
+    def _room(self) -> int:
+        return 1 << (self._settings.many_steps - 1).bit_length()
+
+    def _point(self, label: str, steps: int, seed: int, top_p: float = 1.0) -> Point:
         recipe = label.partition(".")[0]
         name = "base" if label == BASE else recipe
         jump = recipes.get_config(f"{name},{_SCALE.value}").eval.few_step_jump
@@ -227,18 +235,22 @@ class Study:
             steps=steps,
             jump=jump,
             grid=self._settings.grid,
-            temperature=temperature,
-            top_p=1.0,
+            temperature=1.0,
+            top_p=top_p,
             weights="ema",
             seed=seed,
         )
 
 
-def _records(evaluation: Evaluation, plan: Sequence[tuple[Point, str, int]]):
-    rows = evaluation.run([point for point, _, _ in plan])
+def _head(point: Point, recipe: str) -> dict[str, Any]:
+    seed = point.seed or 0
+    return {"recipe": recipe, "top_p": point.top_p, "steps": point.steps, "seed": seed}
+
+
+def _records(evaluation: Evaluation, plan: Sequence[tuple[Point, str]]) -> list[dict[str, Any]]:
+    rows = evaluation.run([point for point, _ in plan])
     return [
-        {"recipe": recipe, "steps": point.steps, "seed": seed} | figures(row)
-        for (point, recipe, seed), row in zip(plan, rows, strict=True)
+        _head(point, recipe) | figures(row) for (point, recipe), row in zip(plan, rows, strict=True)
     ]
 
 
@@ -270,7 +282,7 @@ def mean_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each recipe and number of steps, over its seeds.
+    """A row for each recipe, top-p and number of steps, over its seeds.
 
     "ppl JUDGE" are in units of the reference, geometric means, with the range over the seeds; "H"
     the entropy in units of the reference's.
@@ -278,11 +290,13 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     reference = mean_of([r for r in records if r["recipe"] == "reference"])
     judges = [key for key in reference if key.startswith("ppl ")]
     rows = []
-    for recipe, steps in dict.fromkeys((r["recipe"], r["steps"]) for r in records):
-        mine = [r for r in records if (r["recipe"], r["steps"]) == (recipe, steps)]
+    what = lambda record: tuple(record[key] for key in ("recipe", "top_p", "steps"))
+    for recipe, top_p, steps in dict.fromkeys(map(what, records)):
+        mine = [r for r in records if what(r) == (recipe, top_p, steps)]
         found = [r for r in mine if "entropy" in r]
         mean = mean_of(found) if found else {}
-        row = {"recipe": recipe, "steps": steps, "trainings": f"{len(found)} of {len(mine)}"}
+        row = {"recipe": recipe, "top_p": top_p, "steps": steps}
+        row["trainings"] = f"{len(found)} of {len(mine)}"
         row["T"] = mean.get("temperature")
         row["H"] = mean["entropy"] / reference["entropy"] if found else None
         for judge in judges:
@@ -307,11 +321,12 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         1, len(judges), figsize=(1 + 5 * len(judges), 4), squeeze=False
     )
     for panel, judge in zip(panels[0], judges, strict=True):
-        for recipe in dict.fromkeys(row["recipe"] for row in rows):
-            mine = [r for r in rows if r["recipe"] == recipe and r["T"] and r[judge]]
-            if recipe not in ("reference", "held-out text") and mine:
+        for recipe, top_p in dict.fromkeys((row["recipe"], row["top_p"]) for row in rows):
+            mine = [r for r in rows if (r["recipe"], r["top_p"]) == (recipe, top_p) and r["T"]]
+            if recipe not in ("reference", REAL) and mine:
                 steps, values = [r["steps"] for r in mine], [r[judge] for r in mine]
-                panel.plot(steps, values, marker="o", label=recipe)
+                style, name = (":", "") if top_p == 1 else ("-", f", top-p {top_p:g}")
+                panel.plot(steps, values, style, marker="o", label=recipe + name)
         panel.axhline(1.0, color="grey", linestyle=":")
         panel.set(xscale="log", yscale="log", xlabel="steps", title=judge.removeprefix("ppl "))
         ticks = sorted({r["steps"] for r in rows if r["recipe"] == BASE})
@@ -333,7 +348,8 @@ def write_samples(
             with np.load(folder / record["samples_file"]) as arrays:
                 tokens_NL = arrays["tokens"][:count]
             steps = f", {record['steps']} steps" if record["steps"] else ""
-            lines += ["", f"## {record['recipe']}{steps}", ""]
+            nucleus = f", top-p {record['top_p']:g}" if (record["top_p"] or 1) < 1 else ""
+            lines += ["", f"## {record['recipe']}{steps}{nucleus}", ""]
             for i, text in enumerate(decode(tokens_NL), 1):
                 lines.append(f"{i}. " + " ".join(text.split()))
     writer.write_text(folder / "samples.md", "\n".join(lines) + "\n")

@@ -177,6 +177,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         pair_batch_size=32,  # pairs made at once
         pair_jump="mixture",  # its jump rule
         pair_temperature=1.0,  # its temperature
+        pair_top_p=1.0,  # share of the posterior's mass that it draws from
+        # Texts drawn for each noise; the model keeps the one that it finds likeliest itself, asked
+        # at `pair_score_times` noise levels.
+        pair_candidates=1,
+        pair_score_times=8,
         real_fraction=0.25,  # share of each batch that is real text with independent noise
     )
 

@@ -37,7 +37,7 @@ class Size(NamedTuple):
 SIZES = {
     "cpu": Size(3_000, 8_000, 320_000, 64, 1024),
     "gpu": Size(20_000, 40_000, 6_000_000, 512, 1024),
-    "smoke": Size(40, 40, 12_000, 16, 32),
+    "smoke": Size(40, 40, 30_000, 16, 32),
 }
 
 
@@ -53,6 +53,11 @@ def row_evaluations(config: ml_collections.ConfigDict, stage: str) -> float:
     return _TRAINING + _TEACHER[own.teacher_rule] * taught / own.batch_size
 
 
+def _pair_evaluations(refine: ml_collections.ConfigDict) -> int:
+    chosen = refine.pair_candidates > 1  # then each is looked at
+    return refine.pair_candidates * (refine.pair_steps + chosen * refine.pair_score_times)
+
+
 def evaluations(config: ml_collections.ConfigDict) -> float:
     """Network evaluations, in rows, of all runs of a pipeline, the judge's left out."""
     total = 0.0
@@ -60,7 +65,7 @@ def evaluations(config: ml_collections.ConfigDict) -> float:
         if stage != "autoregressive":
             own = config[stage]
             total += own.num_steps * own.batch_size * row_evaluations(config, stage)
-            total += own.num_pairs * own.pair_steps if stage == "refine" else 0
+            total += own.num_pairs * _pair_evaluations(own) if stage == "refine" else 0
     return total
 
 
@@ -113,7 +118,7 @@ def _rectified(config, size, rounds, **values):
     config.pipeline = ",".join(["refine"] * rounds)
     refine = config.refine
     refine.update(values)
-    pairs = size.evaluations / rounds / 2 / refine.pair_steps
+    pairs = size.evaluations / rounds / 2 / _pair_evaluations(refine)
     refine.num_pairs = max(int(pairs / refine.pair_batch_size), 1) * refine.pair_batch_size
 
 
@@ -126,6 +131,7 @@ RECIPES = {
     "heun": _distilled,
     "rect1": functools.partial(_rectified, rounds=1),
     "rect3": functools.partial(_rectified, rounds=3),
+    "chosen3": functools.partial(_rectified, rounds=3, pair_steps=8, pair_candidates=8),
 }
 
 
@@ -136,7 +142,7 @@ def _spend(config: ml_collections.ConfigDict, budget: int) -> None:
     own = config[stage]
     left = budget / len(rounds)
     if stage == "refine":
-        left -= own.num_pairs * own.pair_steps
+        left -= own.num_pairs * _pair_evaluations(own)
     own.num_steps = int(left / (own.batch_size * row_evaluations(config, stage)))
 
 
@@ -167,6 +173,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     refine.max_log2_steps = 6
     refine.tau = 0.125
     refine.pair_steps = 8 if name == "smoke" else 64
+    refine.loss = "cross_entropy"
     refine.real_fraction = 0.1
     config.eval.num_samples = size.samples
     config.eval.many_steps = size.many_steps

@@ -119,7 +119,9 @@ def left_to_right(memory="cache"):
 
 def pairs():
     model, process, params = a_network("pretrain")
-    settings = refine.PairSettings(ROWS, 4, ROWS, refine.jumps.get_rule("mixture"), 1.0)
+    settings = refine.PairSettings(
+        ROWS, 4, ROWS, refine.jumps.get_rule("mixture"), 1.0, 1.0, candidates=2, score_times=2
+    )
     run = refine.make_pair_sampler(model, process, settings, length=LENGTH)
     return run, params, (jax.random.key(3),)
 

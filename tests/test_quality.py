@@ -112,7 +112,7 @@ def test_a_temperature_is_searched_for_once(tmp_path):
 
 # -------------------------------------------------------------------------------------------- table
 def record(recipe, steps, seed, entropy=6.0, **figures):
-    values = {"temperature": 1.0, "distinct_2": 0.9, "self_bleu": 0.1, "mauve": None}
+    values = {"top_p": 1.0, "temperature": 1.0, "distinct_2": 0.9, "self_bleu": 0.1, "mauve": None}
     return {"recipe": recipe, "steps": steps, "seed": seed, "entropy": entropy} | values | figures
 
 
@@ -123,8 +123,8 @@ def test_the_table_is_in_units_of_the_reference():
         record("heun", 8, 0, 6.06, **{"ppl a": 100.0, "ppl b": 30.0, "distinct_2": 0.8}),
         record("heun", 8, 1, 6.06, **{"ppl a": 400.0, "ppl b": 30.0}),
         record("heun", 1, 0, **{"ppl a": 800.0, "ppl b": 10.0}),
-        {"recipe": "heun", "steps": 1, "seed": 1, "temperature": None},
-        {"recipe": "paper", "steps": 8, "seed": 0, "temperature": None},
+        {"recipe": "heun", "top_p": 1.0, "steps": 1, "seed": 1},
+        {"recipe": "paper", "top_p": 1.0, "steps": 8, "seed": 0},
     ]
     reference, heun, one, paper = quality.summarise(records)
     assert reference["ppl a"] == pytest.approx(1.0)
@@ -137,7 +137,7 @@ def test_the_table_is_in_units_of_the_reference():
     assert one["ppl a"] == pytest.approx(4.0)
     assert paper["trainings"] == "0 of 1"
     assert paper["ppl a"] is paper["T"] is paper["H"] is None
-    assert "| paper | 8 | 0 of 1 | - | - |" in quality.markdown([heun, paper])
+    assert "| paper | 1 | 8 | 0 of 1 | - | - |" in quality.markdown([heun, paper])
 
 
 @pytest.mark.slow
@@ -155,7 +155,9 @@ def test_the_whole_study_on_a_small_scale(tmp_path):
         "rect3",
     }
     rows = [row for row in found["table"] if row["recipe"] == "heun"]
-    assert [row["steps"] for row in rows] == [1, 2, 4, 8, 16]
+    assert [(row["top_p"], row["steps"]) for row in rows] == [
+        (top_p, steps) for top_p in (1.0, 0.8) for steps in (1, 2, 4, 8, 16)
+    ]
     assert all(abs(row["H"] - 1) < 0.05 for row in rows if row["H"])
     assert (tmp_path / "result/quality.png").stat().st_size > 5_000
     samples = (tmp_path / "result/samples.md").read_text()

@@ -13,7 +13,7 @@ import pytest
 from chance import assert_frequencies
 
 from configs import base as base_config
-from fsdfm_jax import jumps, losses, models, stages, teacher
+from fsdfm_jax import jumps, losses, models, paths, stages, teacher
 from fsdfm_jax.logits import Factored, dense
 from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
 
@@ -197,6 +197,9 @@ WRONG = [
     ("refine", {"refine.pair_steps": 0}, "pair_steps must be at least 1"),
     ("refine", {"refine.pair_jump": "leap"}, "Unknown jump rule 'leap'"),
     ("refine", {"refine.pair_temperature": 0.0}, "pair_temperature must be > 0, got 0.0"),
+    ("refine", {"refine.pair_top_p": 0.0}, r"pair_top_p must lie in \(0, 1\], got 0.0"),
+    ("refine", {"refine.pair_candidates": 0}, "pair_candidates must be at least 1, got 0"),
+    ("refine", {"refine.pair_score_times": 0}, "pair_score_times must be at least 1, got 0"),
 ]
 
 
@@ -572,7 +575,7 @@ def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
     config = make_config()
     config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
     settings = refine.read_pair_settings(config.refine)
-    assert settings == (64, 1, 32, jumps.MIXTURE, 1.0)
+    assert settings == (64, 1, 32, jumps.MIXTURE, 1.0, 1.0, 1, 8)
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
     zeros = jnp.zeros(V)
     params = {"table": 100.0 * jnp.roll(jnp.eye(V), 1, axis=1), "slope": zeros, "bend": zeros}
@@ -604,9 +607,62 @@ def test_pairs_are_drawn_at_their_temperature(calls, temperature):
     assert_frequencies(np.bincount(np.ravel(drawn), minlength=V), weights / weights.sum())
 
 
-def test_the_pair_sampler_runs_the_network(monkeypatch):
+def uniform_pairs(monkeypatch, length, **values):
+    """Pairs of a network that finds all tokens alike, where texts of small ids are the likely."""
+    config = make_config()
+    config.refine.update({"num_pairs": 512, "pair_batch_size": 512, "pair_steps": 1} | values)
+    settings = refine.read_pair_settings(config.refine)
+    flat = lambda params, cfg, x, *rest, **options: jnp.zeros((*x.shape, V))
+    monkeypatch.setattr(models, "denoiser", lambda *rest: (lambda x, t, h: flat(0, 0, x), None))
+    monkeypatch.setattr(refine, "surprise", lambda *rest: jnp.sum(rest[-1], 1, jnp.float32))
+    make = refine.make_pair_sampler(None, make_process(config), settings, length=length)
+    pairs = [make({}, key) for key in jax.random.split(jax.random.key(0), 8)]
+    return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 5])
+def test_of_the_candidates_the_likeliest_is_kept(monkeypatch, candidates):
+    _, x1 = uniform_pairs(monkeypatch, 1, pair_candidates=candidates)
+    above = ((V - np.arange(V + 1)) / V) ** candidates  # P(all of them >= v)
+    assert_frequencies(np.bincount(x1.ravel(), minlength=V), above[:-1] - above[1:])
+
+
+def test_candidates_share_their_noise(monkeypatch):
+    x0, x1 = uniform_pairs(monkeypatch, L, pair_candidates=2)
+    other_x0, more = uniform_pairs(monkeypatch, L, pair_candidates=6)
+    np.testing.assert_array_equal(x0, other_x0)
+    assert (more.sum(1) <= x1.sum(1)).all()
+    assert (more.sum(1) < x1.sum(1)).mean() > 0.3
+
+
+def test_a_surprise_is_the_cross_entropy_over_noise_levels():
+    config = make_config()
+    config.refine.update({"pair_score_times": 3, "pair_candidates": 2})
+    settings = refine.read_pair_settings(config.refine)
+    model, process = make_stage("refine").model, make_process(config)
+    params = models.init_params(jax.random.key(1), model)
+    # Fresh heads are zero: all texts would be alike.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
+    x1 = make_batch(rows=6)["x1"]
+    key = jax.random.key(3)
+    found = refine.surprise(params, model, process, settings, jax.random.clone(key), x1)
+    want = np.zeros(6)
+    for i, time_key in enumerate(jax.random.split(jax.random.clone(key), 3)):
+        noise_key, path_key = jax.random.split(time_key)
+        t = jnp.full(6, (i + 0.5) / 3)
+        x0 = process.source.sample(noise_key, x1.shape)
+        xt = paths.sample_path(path_key, process.schedule, x0, x1, t)
+        logits = models.apply(params, model, xt, t, jnp.full(6, 1 / settings.steps))
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        want -= np.take_along_axis(log_p, x1[..., None], -1)[..., 0].mean(1) / 3
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_the_pair_sampler_runs_the_network(candidates):
     config = make_config()
     config.refine.update({"num_pairs": 4, "pair_batch_size": 4, "pair_steps": 3})
+    config.refine.pair_candidates = candidates
     settings = refine.read_pair_settings(config.refine)
     model, process = make_stage("pretrain").model, make_process(config)
     make = refine.make_pair_sampler(model, process, settings, length=L)

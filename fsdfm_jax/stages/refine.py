@@ -16,46 +16,66 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax import jumps, layout, models, sampler
+from fsdfm_jax import jumps, layout, losses, models, paths, sampler
+from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
 
 
 class PairSettings(NamedTuple):
-    """How pairs are made: their number, and steps, rows at once, jump rule and temperature of the
-    sampler."""
+    """How pairs are made.
+
+    Attributes:
+      num_pairs: in all.
+      steps, jump, temperature, top_p: of the sampler.
+      batch_size: pairs made at once.
+      candidates: texts drawn for each noise, the one kept being that which the model itself finds
+        likeliest.
+      score_times: times at which it is asked for that.
+    """
 
     num_pairs: int
     steps: int
     batch_size: int
     jump: jumps.JumpRule
     temperature: float
+    top_p: float
+    candidates: int
+    score_times: int
 
 
 def read_pair_settings(config: ConfigDict) -> PairSettings:
     """The settings of a stage's config.
 
     Raises:
-      ValueError: unless pairs come in whole batches and the sampler has a step.
+      ValueError: unless pairs come in whole batches and the sampler has a step, or for another
+        value outside its range.
     """
     if config.num_pairs < 1 or config.num_pairs % config.pair_batch_size:
         raise ValueError(
             f"refine.num_pairs={config.num_pairs} must be a positive multiple of "
             f"refine.pair_batch_size={config.pair_batch_size}."
         )
-    if config.pair_steps < 1:
-        raise ValueError(f"refine.pair_steps must be at least 1, got {config.pair_steps}.")
+    for name in ("pair_steps", "pair_candidates", "pair_score_times"):
+        if config[name] < 1:
+            raise ValueError(f"refine.{name} must be at least 1, got {config[name]}.")
     if not config.pair_temperature > 0:
         raise ValueError(f"refine.pair_temperature must be > 0, got {config.pair_temperature}.")
+    if not 0 < config.pair_top_p <= 1:
+        raise ValueError(f"refine.pair_top_p must lie in (0, 1], got {config.pair_top_p}.")
     return PairSettings(
-        config.num_pairs,
-        config.pair_steps,
-        config.pair_batch_size,
-        jumps.get_rule(config.pair_jump),
-        config.pair_temperature,
+        num_pairs=config.num_pairs,
+        steps=config.pair_steps,
+        batch_size=config.pair_batch_size,
+        jump=jumps.get_rule(config.pair_jump),
+        temperature=config.pair_temperature,
+        top_p=config.pair_top_p,
+        candidates=config.pair_candidates,
+        score_times=config.pair_score_times,
     )
 
 
@@ -74,26 +94,84 @@ def make_pair_sampler(
     jump = jumps.make_jump(settings.jump, process.schedule)
     finalize = jumps.make_finalize(process.source)
     grid = sampler.uniform_grid(settings.steps)
+    top_p = None if settings.top_p == 1 else settings.top_p
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def make_pairs(params, key):
-        noise_key, sample_key = jax.random.split(key)
+        noise_key, sample_key, score_key = jax.random.split(key, 3)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
         x0_BL = layout.constrain(x0_BL, "rows")
         denoise, condition = models.denoiser(params, model, settings.steps)
-        x1_BL = sampler.sample(
-            sample_key,
-            denoise,
-            jump,
-            finalize,
-            x0_BL,
-            grid,
-            condition=condition,
-            temperature=settings.temperature,
+
+        def draw(draw_key):
+            return sampler.sample(
+                draw_key,
+                denoise,
+                jump,
+                finalize,
+                x0_BL,
+                grid,
+                condition=condition,
+                temperature=settings.temperature,
+                top_p=top_p,
+            )
+
+        if settings.candidates == 1:
+            return x0_BL, draw(sample_key)
+
+        def better(best, draw_key):
+            best_BL, best_B = best
+            x1_BL = draw(draw_key)
+            again = jax.random.clone(score_key)  # the same noise for all candidates
+            score_B = surprise(params, model, process, settings, again, x1_BL)
+            is_better_B = score_B < best_B
+            return (
+                jnp.where(is_better_B[:, None], x1_BL, best_BL),
+                jnp.where(is_better_B, score_B, best_B),
+            ), None
+
+        none = x0_BL, jnp.full((settings.batch_size,), jnp.inf)
+        (x1_BL, _), _ = jax.lax.scan(
+            better, none, jax.random.split(sample_key, settings.candidates)
         )
         return x0_BL, x1_BL
 
     return make_pairs
+
+
+def surprise(
+    params: Params,
+    model: ModelConfig,
+    process: Process,
+    settings: PairSettings,
+    key: jax.Array,
+    x1_BL: jax.Array,
+) -> jax.Array:
+    """How unlikely a model finds texts: the mean cross-entropy of their tokens given a noised copy,
+    over `settings.score_times` times in the middles of as many equal parts of [0, 1].
+
+    The noise depends on the key alone: two texts under one key are told apart by their words, not
+    by luck.
+
+    Returns:
+      float32 [B], nats.
+    """
+    keys = jax.random.split(key, settings.score_times)
+    times_T = (jnp.arange(settings.score_times) + 0.5) / settings.score_times
+    h_B = jnp.full(x1_BL.shape[:1], 1.0 / settings.steps)
+
+    def at(total_B, inputs):
+        time_key, t = inputs
+        noise_key, path_key = jax.random.split(time_key)
+        t_B = jnp.full(x1_BL.shape[:1], t)
+        x0_BL = layout.constrain(process.source.sample(noise_key, x1_BL.shape), "rows")
+        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
+        logits = models.predict(params, model, xt_BL, t_B, h_B)
+        nats_BL = logits_lib.map_positions(losses.cross_entropy, logits, x1_BL)
+        return total_B + jnp.mean(nats_BL, axis=1), None
+
+    total_B, _ = jax.lax.scan(at, jnp.zeros(x1_BL.shape[:1]), (keys, times_T))
+    return total_B / settings.score_times
 
 
 def mix_real(
