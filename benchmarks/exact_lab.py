@@ -460,16 +460,17 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
-        1, len(tables), figsize=(1 + 5 * len(tables), 4), squeeze=False, sharey=True
+        1, len(tables), figsize=(1 + 7 * len(tables), 4), squeeze=False, sharey=True
     )
     for panel, (source, rows) in zip(panels[0], tables.items(), strict=True):
         shown = rows[:4] + [row for row in rows[4:] if row["recipe"] in REFERENCE]
-        for row in shown:
+        for row, color in zip(shown, pyplot.get_cmap("tab20").colors, strict=False):
             values = [row[f"tv {s}"] for s in SAMPLER_STEPS]
-            panel.plot(SAMPLER_STEPS, values, marker="o", label=row["recipe"])
+            panel.plot(SAMPLER_STEPS, values, marker="o", color=color, label=row["recipe"])
         panel.set(xscale="log", yscale="log", xlabel="steps", title=f"{source} noise")
         panel.set_xticks(SAMPLER_STEPS, [str(s) for s in SAMPLER_STEPS])
-        panel.legend(fontsize="x-small")
+        panel.set_xticks([], minor=True)
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     panels[0][0].set_ylabel("total variation at the data's entropy")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -318,20 +318,22 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
     judges = [key for key in rows[0] if key.startswith("ppl ")]
     figure, panels = pyplot.subplots(
-        1, len(judges), figsize=(1 + 5 * len(judges), 4), squeeze=False
+        1, len(judges), figsize=(1 + 7 * len(judges), 4), squeeze=False
     )
     for panel, judge in zip(panels[0], judges, strict=True):
         for recipe, top_p in dict.fromkeys((row["recipe"], row["top_p"]) for row in rows):
             mine = [r for r in rows if (r["recipe"], r["top_p"]) == (recipe, top_p) and r["T"]]
             if recipe not in ("reference", REAL) and mine:
                 steps, values = [r["steps"] for r in mine], [r[judge] for r in mine]
+                color = f"C{list(dict.fromkeys(r['recipe'] for r in rows)).index(recipe) % 10}"
                 style, name = (":", "") if top_p == 1 else ("-", f", top-p {top_p:g}")
-                panel.plot(steps, values, style, marker="o", label=recipe + name)
+                panel.plot(steps, values, style, marker="o", color=color, label=recipe + name)
         panel.axhline(1.0, color="grey", linestyle=":")
         panel.set(xscale="log", yscale="log", xlabel="steps", title=judge.removeprefix("ppl "))
         ticks = sorted({r["steps"] for r in rows if r["recipe"] == BASE})
         panel.set_xticks(ticks, [str(s) for s in ticks])
-        panel.legend(fontsize="x-small")
+        panel.set_xticks([], minor=True)
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     panels[0][0].set_ylabel("perplexity at equal entropy / base model's in many steps")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
