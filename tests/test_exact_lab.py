@@ -246,6 +246,19 @@ def test_no_divergence_pulls_at_its_fixed_point(name):
     assert np.abs(jax.grad(mean)(0.5 * logits_NLV)).max() > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_temperature_of_the_loss_is_undone_where_the_teacher_is_sure(temperature):
+    """A teacher that says the same of all states teaches just that, however softly it is read."""
+    chain = small_chain()
+    shape = chain.shown_NLV.shape
+    said_LV = np.random.default_rng(0).dirichlet(np.ones(shape[2]), size=shape[1])
+    constant = lambda t, h: np.broadcast_to(said_LV, shape)
+    target = lambda key, *args: teacher.teacher_logits(key, teacher.HEUN, *args)
+    taught = Taught(0.1, target, jumps.MIXTURE, temperature=temperature)
+    learnt_NLV = chains.teach(chain, constant, taught, 0.25, 0.5)
+    np.testing.assert_allclose(learnt_NLV, constant(0, 0), atol=1e-5)
+
+
 def test_a_composition_is_two_steps():
     """From noise to data in one step: each position has the probabilities of two steps."""
     chain = small_chain(schedule="cosine")
