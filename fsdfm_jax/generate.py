@@ -1,9 +1,12 @@
 """Text out of any model, from nothing, after a prompt or in the gaps of a text.
 
+    python -m fsdfm_jax.generate --steps=8
     python -m fsdfm_jax.generate --workdir=runs/tiny --steps=8 --prompt="My fellow citizens"
     python -m fsdfm_jax.generate --checkpoint=model.safetensors --tokenizer=gpt2 \\
         --infill="The [8] of the Union" --stream
     python -m fsdfm_jax.generate --workdir=runs/tiny --batch_file=prompts.jsonl --output=texts.jsonl
+
+Without --workdir or --checkpoint it is the model that comes with the package.
 
 The syntax of gaps and of batch files is that of fsdfm_jax/prompts.py. With a batch file or an
 output, each sample is one line of JSON. The rows of all requests are drawn in batches of one shape;
@@ -39,6 +42,8 @@ from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
 from fsdfm_jax.trajectory import Piece, pieces, printable
 
+# The model that came with the package, made by `python -m launch.ship`.
+SHIPPED = pathlib.Path(__file__).parent / "shipped" / "model.safetensors"
 _DEFAULT_LENGTH = 1024  # tokens; the block of the paper
 _DEFAULT_BATCH = 32  # rows
 _MOST = 2**20  # of rows, and of tokens in one: more is a slip
@@ -66,7 +71,8 @@ class Options:
     batch_size: int | None = None
     steps: int = 8
     seed: int = 0
-    temperature: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     jump: str = ""
     output: str | None = None
     stream: bool = False
@@ -80,8 +86,8 @@ def define_flags() -> None:
     choice = lambda name, values, help_: flags.DEFINE_enum(
         name, getattr(default, name), values, help_
     )
-    text("workdir", "Working directory of a trained run; or give --checkpoint.")
-    text("checkpoint", "Any model file or folder that the package reads; or give --workdir.")
+    text("workdir", "Working directory of a trained run.")
+    text("checkpoint", "Any model file or folder that the package reads, in place of --workdir.")
     text("stage", "Run of a working directory to sample from; the last one trained by default.")
     choice("which", ["ema", "student", "teacher", "model"], "Which of the checkpoint's weights.")
     number("num_heads", "Attention heads, where the checkpoint doesn't say.")
@@ -95,9 +101,9 @@ def define_flags() -> None:
     number("batch_size", "Rows of one call of the sampler; by default all of them, at most 32.")
     number("steps", "Network calls per sample; an autoregressive model takes one a token.")
     number("seed", "Seed of the samples.")
-    flags.DEFINE_float(
-        "temperature", default.temperature, "Divides the logits; below 1 is more careful."
-    )
+    fraction = lambda name, help_: flags.DEFINE_float(name, getattr(default, name), help_)
+    fraction("temperature", "Divides the logits; by default the run's eval.temperature.")
+    fraction("top_p", "Share of the mass that is drawn from; by default the run's eval.top_p.")
     choice("jump", ["", *jumps.RULES], "Jump rule; by default the run's eval.few_step_jump.")
     text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
     flags.DEFINE_bool("stream", default.stream, "Show the text as it is refined.")
@@ -133,6 +139,7 @@ class Job:
     jump: str
     seed: int
     temperature: float
+    top_p: float
     stamp: dict[str, Any]
 
     @property
@@ -159,8 +166,10 @@ def check_options(options: Options) -> None:
     Raises:
       ValueError: naming the flags.
     """
-    if (options.workdir is None) == (options.checkpoint is None):
+    if options.workdir is not None and options.checkpoint is not None:
         raise ValueError("Give either --workdir=DIR or --checkpoint=PATH, and not both.")
+    if options.workdir is None and options.checkpoint is None and not SHIPPED.exists():
+        raise ValueError("Give --workdir=DIR or --checkpoint=PATH; no model came with the package.")
     names = ("prompt", "infill", "batch_file")
     given = [f"--{name}" for name in names if getattr(options, name) is not None]
     if len(given) > 1:
@@ -170,7 +179,10 @@ def check_options(options: Options) -> None:
         if value is not None and not 1 <= value <= _MOST:
             raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
     inference.check_settings(
-        steps=options.steps, seed=options.seed, temperature=options.temperature
+        steps=options.steps,
+        seed=options.seed,
+        temperature=1.0 if options.temperature is None else options.temperature,
+        top_p=1.0 if options.top_p is None else options.top_p,
     )
     if options.jump:
         jumps.get_rule(options.jump)
@@ -190,7 +202,7 @@ def open_model(options: Options) -> Bundle:
     """
     if options.workdir is not None:
         workdir.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
-    path = pathlib.Path(options.workdir or options.checkpoint).expanduser()
+    path = pathlib.Path(options.workdir or options.checkpoint or SHIPPED).expanduser()
     passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
     bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})
     if bundle.tokenizer is None:
@@ -227,6 +239,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         check(requests[0].template)
     rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
     params = bundle.device_params()
+    trained = (bundle.provenance.get("config") or {}).get("eval") or {}
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
         params=params,
@@ -237,9 +250,10 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         length=length,
         batch_size=options.batch_size or min(len(rows), _DEFAULT_BATCH),
         steps=options.steps,
-        jump=options.jump or _trained_jump(bundle),
+        jump=options.jump or trained.get("few_step_jump") or jumps.CUMULATIVE.name,
         seed=options.seed,
-        temperature=options.temperature,
+        temperature=_first(options.temperature, trained.get("temperature"), 1.0),
+        top_p=_first(options.top_p, trained.get("top_p"), 1.0),
         stamp={},
     )
     if not (options.batch_file or options.output):
@@ -247,9 +261,8 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     return dataclasses.replace(job, stamp=_stamp(job, bundle, params))
 
 
-def _trained_jump(bundle: Bundle) -> str:
-    evaluation = (bundle.provenance.get("config") or {}).get("eval") or {}
-    return evaluation.get("few_step_jump") or jumps.CUMULATIVE.name
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
 
 
 def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
@@ -259,6 +272,7 @@ def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "steps": job.calls,
         "temperature": job.temperature,
+        "top_p": job.top_p,
         "jump": None if job.model.causal else job.jump,
         "length": job.length,
         "model": {key: value for key, value in known.items() if value is not None}
@@ -303,6 +317,7 @@ def draw(
                 seed=seed,
                 jump_rule=job.jump,
                 temperature=job.temperature,
+                top_p=job.top_p,
                 on_step=view.on_step if view else None,
             )
         drawn = [(first + i, row, tokens_BL[i]) for i, row in enumerate(rows)]

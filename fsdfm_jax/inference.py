@@ -139,15 +139,17 @@ def make_generator(
       on_step: told the tokens after each step, see `sampler.sample`.
 
     Returns:
-      `(params, seed, given_BL, frozen_BL, grid_S1, temperature) -> x_BL`: seed is a uint32 scalar;
-      frozen positions (bool) hold the tokens of given_BL (int32, of no meaning elsewhere); the rest
-      as in `make_sampler`.
+      `(params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None) -> x_BL`: seed is a
+      uint32 scalar; frozen positions (bool) hold the tokens of given_BL (int32, of no meaning
+      elsewhere); the rest as in `make_sampler`.
     """
     run = _make_steps(model, process, jump_rule, on_step)
 
-    def generate_tokens(params: Params, seed, given_BL, frozen_BL, grid_S1, temperature):
+    def generate_tokens(
+        params: Params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None
+    ):
         x0_BL, sample_key = draw_noise(process, seed, given_BL, frozen_BL)
-        return run(params, sample_key, x0_BL, frozen_BL, grid_S1, temperature)
+        return run(params, sample_key, x0_BL, frozen_BL, grid_S1, temperature, top_p)
 
     return generate_tokens
 
@@ -240,6 +242,7 @@ def generate(
     seed: int,
     jump_rule: str = "cumulative",
     temperature: float = 1.0,
+    top_p: float = 1.0,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Samples token ids from any network, around given tokens.
@@ -256,6 +259,7 @@ def generate(
       seed: of everything random, in [0, 2^32); see `batch_seed` for more than one batch.
       jump_rule: of the first S-1 steps; unused by an autoregressive network.
       temperature: divides the logits, > 0.
+      top_p: share of the posterior's mass that is drawn from, in (0, 1].
       on_step: called on the host with (index of the step, x_BL after it), in order, S times before
         this returns. The same function object shares one compiled program.
 
@@ -266,7 +270,7 @@ def generate(
       ValueError: for values outside their range (`check_settings`), tokens that can't be given
         (`check_given`), an unknown jump rule, or `on_step` with an autoregressive network.
     """
-    check_settings(steps=steps, seed=seed, temperature=temperature)
+    check_settings(steps=steps, seed=seed, temperature=temperature, top_p=top_p)
     check_given(model, process, given_BL, frozen_BL)
     num_rows = len(given_BL)
     # Who watches is shown the rows that were asked for, and no others.
@@ -275,6 +279,7 @@ def generate(
     given_BL = np.where(frozen_BL, np.pad(given_BL, [(0, added), (0, 0)]), 0)
     given_BL, frozen_BL = jnp.asarray(given_BL, jnp.int32), jnp.asarray(frozen_BL)
     seed, temperature = jnp.uint32(seed), jnp.float32(temperature)
+    nucleus = None if top_p == 1 else jnp.float32(top_p)
     if model.causal:
         if on_step is not None:
             raise ValueError(
@@ -284,11 +289,11 @@ def generate(
         first_B = jnp.full(given_BL.shape[:1], process.eos_id, jnp.int32)
         _, sample_key = jax.random.split(jax.random.key(seed))
         run = make_autoregressive_sampler(model, given_BL.shape[1], process.source.mask_id)
-        tokens_BL = run(params, sample_key, first_B, temperature, given_BL, frozen_BL)
+        tokens_BL = run(params, sample_key, first_B, temperature, given_BL, frozen_BL, nucleus)
         return np.asarray(tokens_BL)[:num_rows]
     grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
     run = jit_generator(model, process, jump_rule, on_step)
-    tokens_BL = np.asarray(run(params, seed, given_BL, frozen_BL, grid_S1, temperature))
+    tokens_BL = np.asarray(run(params, seed, given_BL, frozen_BL, grid_S1, temperature, nucleus))
     if on_step is not None:
         jax.effects_barrier()  # the result may be there before the last call is
     return tokens_BL[:num_rows]
@@ -325,12 +330,12 @@ def portable(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def check_settings(*, steps: int, seed: int, temperature: float) -> None:
+def check_settings(*, steps: int, seed: int, temperature: float, top_p: float = 1.0) -> None:
     """Refuses what no sample can be drawn with.
 
     Raises:
-      ValueError: steps < 1, a seed outside [0, 2^32), or a temperature that isn't above 0 and
-        finite.
+      ValueError: steps < 1, a seed outside [0, 2^32), a temperature that isn't above 0 and finite,
+        or a top_p outside (0, 1].
     """
     sampler.uniform_grid(steps)
     if not 0 <= seed < 2**32:
@@ -338,6 +343,8 @@ def check_settings(*, steps: int, seed: int, temperature: float) -> None:
     # What float32 rounds to 0 would divide by it.
     if not (temperature >= np.finfo(np.float32).tiny and math.isfinite(temperature)):
         raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}.")
 
 
 def check_given(

@@ -1,6 +1,7 @@
 """The generation program: its jobs and their lines, going on after a kill, the view, the errors."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -90,7 +91,6 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": None}, "either --workdir=DIR or --checkpoint=PATH"),
         ({"workdir": "y"}, "not both"),
         ({"prompt": "a", "infill": "[1]"}, "--prompt and --infill exclude each other"),
         ({"prompt": "a", "batch_file": "b.txt"}, "--prompt and --batch_file exclude"),
@@ -101,6 +101,7 @@ class Terminal(io.StringIO):
         ({"steps": 0}, "at least 1 step"),
         ({"seed": -1}, "seed must be in"),
         ({"temperature": 0.0}, "temperature must be"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"jump": "leap"}, "Unknown jump rule 'leap'"),
         ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
         ({"stream": True, "output": "o.jsonl"}, "--stream shows texts to you"),
@@ -215,6 +216,7 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
         "batch_size": B,
         "steps": STEPS,
         "temperature": 0.5,
+        "top_p": 1.0,
         "jump": "cumulative",
         "length": L,
     }
@@ -226,6 +228,51 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
         "tokenizer": BPE.fingerprint,
         "path": dict(MASK.path),
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (0.8, 0.9)),
+        ({"temperature": 1.0, "top_p": 1.0}, (1.0, 1.0)),
+        ({"top_p": 0.5}, (0.8, 0.5)),
+    ],
+)
+def test_temperature_and_nucleus_are_the_models_unless_given(monkeypatch, flags, expected):
+    config = {"eval": {"temperature": 0.8, "top_p": 0.9, "few_step_jump": "mixture"}}
+    bundle = _bundle(provenance=PROVENANCE | {"config": config})
+    job = generate.make_job(_options(prompt="The state", **flags), bundle)
+    assert (job.temperature, job.top_p, job.jump) == (*expected, "mixture")
+    asked, draw = [], inference.generate
+    monkeypatch.setattr(inference, "generate", lambda *a, **k: asked.append(k) or draw(*a, **k))
+    list(generate.draw(job))
+    assert [(k["temperature"], k["top_p"]) for k in asked] == [expected] * len(asked)
+
+
+def test_without_a_model_it_is_the_one_that_came_along(monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setattr(formats, "open_bundle", lambda path, **k: opened.append(path) or UNIFORM)
+    monkeypatch.setattr(generate, "SHIPPED", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="Give --workdir=DIR or --checkpoint=PATH; no model came"):
+        generate.run(_options(checkpoint=None), io.StringIO())
+    generate.SHIPPED.touch()
+    generate.run(_options(checkpoint=None, num_samples=1), io.StringIO())
+    assert opened == [tmp_path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("bundle", [UNIFORM, MASK, CAUSAL], ids=["uniform", "mask", "causal"])
+def test_a_small_nucleus_leaves_the_likeliest(monkeypatch, bundle):
+    """So small that it holds one token: the seed of the draws no longer matters."""
+    template = prompts.prefix("The state", BPE, L)
+    rows = np.stack([template.given_L] * 2), np.stack([template.frozen_L] * 2)
+    options = {"given_BL": rows[0], "frozen_BL": rows[1], "steps": 1}
+    params = bundle.device_params()
+    run = functools.partial(
+        inference.generate, params, bundle.model, bundle.process(), **options, seed=3
+    )
+    sure = run(top_p=1e-6)
+    np.testing.assert_array_equal(sure, run(temperature=1e-4))
+    assert (run() != sure).any()
 
 
 def test_the_text_of_one_prompt(monkeypatch):
@@ -320,6 +367,7 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
         ({"seed": 1}, "line 1 is of another job .seed: 0 there, 1 now"),
         ({"steps": 2}, "steps: 3 there, 2 now"),
         ({"temperature": 0.5}, "temperature: 1.0 there, 0.5 now"),
+        ({"top_p": 0.5}, "top_p: 1.0 there, 0.5 now"),
         ({"jump": "euler"}, "jump: 'cumulative' there, 'euler' now"),
         ({"length": 15}, "length: 16 there, 15 now"),
         ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
@@ -579,7 +627,6 @@ def test_from_a_checkpoint_to_lines_and_back(trained, batch_file):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "Give either --workdir=DIR or --checkpoint=PATH"),
         (("--workdir=a", "--checkpoint=b"), "and not both"),
         (("--checkpoint=b", "--jump=leap"), "leap"),
     ],
