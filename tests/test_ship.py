@@ -1,0 +1,89 @@
+"""A model becomes the package's own, or is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fsdfm_jax.convert import formats
+from fsdfm_jax.evaluate.memorised import Ngrams
+from launch import ship
+
+TEXT = np.arange(1000) % 97
+
+
+def stored(folder, slug, kind, run, tokens_NL):
+    (folder / "samples").mkdir(exist_ok=True)
+    name = f"samples/{slug}.npz"
+    np.savez(folder / name, tokens=tokens_NL)
+    line = {"slug": slug, "kind": kind, "run": run, "group": run or "held-out text"}
+    return line | {"samples_file": name}
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Held-out text of which half is known; a run of which a quarter is, and one that knows all."""
+    unknown = np.full(60, 96)
+    half = np.stack([TEXT[:60], unknown])
+    quarter = np.stack([TEXT[:60], unknown, unknown, unknown])
+    rows = [
+        stored(tmp_path, "real", "real", None, half),
+        stored(tmp_path, "old", "model", "refine", TEXT[None, :60]),
+        stored(tmp_path, "base-8", "model", "pretrain", quarter),
+        stored(tmp_path, "refine-8", "model", "refine", quarter),
+        stored(tmp_path, "other", "model", "distill", TEXT[None, :60]),
+    ]
+    rows[1]["slug"] = "refine-8"  # computed again since
+    rows = [rows[1], rows[0], *rows[2:]]
+    (tmp_path / "points.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+NGRAMS = Ngrams(TEXT, ship.NGRAM, vocab_size=97)
+
+
+def test_rows_are_the_latest_of_the_runs_asked_for(report):
+    rows = ship.read_rows(report, ["pretrain", "refine"], NGRAMS)
+    assert {row.figures["slug"]: row.copied for row in rows} == {
+        "refine-8": 0.25,
+        "real": 0.5,
+        "base-8": 0.25,
+    }
+    ship.check_copied(rows)
+
+
+def test_a_model_that_repeats_its_text_is_refused(report):
+    rows = ship.read_rows(report, ["distill"], NGRAMS)
+    with pytest.raises(ValueError, match="other: 100.000% .* of held-out text 50.000%"):
+        ship.check_copied(rows)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
+    place = report if there else tmp_path / "nowhere"
+    with pytest.raises(ValueError, match="has no row of .*step_aware.* its report"):
+        ship.read_rows(place, ["step_aware"], NGRAMS)
+
+
+@pytest.mark.slow
+def test_a_run_is_shipped_and_writes(tmp_path):
+    run = lambda *command: subprocess.run(
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True
+    )
+    work, target = tmp_path / "run", tmp_path / "shipped"
+    pipeline = "--config.pipeline=autoregressive,pretrain,refine"
+    trained = run("fsdfm_jax.main", "--config=configs/tiny.py:smoke", f"--workdir={work}", pipeline)
+    assert trained.returncode == 0, trained.stderr
+    shipped = run("launch.ship", f"--workdir={work}", f"--target={target}")
+    assert shipped.returncode == 0, shipped.stderr
+    bundle = formats.open_bundle(target / "model.safetensors")
+    assert bundle.provenance["run"] == "refine"
+    text = (target / "README.md").read_text()
+    assert "| refine | 8 | cumulative | 1.0 | 1.0 |" in text
+    assert "| `refine` | 20 | 16 |" in text
+    model = f"--checkpoint={target / 'model.safetensors'}"
+    written = run("fsdfm_jax.generate", model, "--steps=2", "--num_samples=2")
+    assert written.returncode == 0, written.stderr
+    assert "--- sample 2 of 2: refine, 2 network calls" in written.stdout
