@@ -168,6 +168,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.refine.pair_batch_size = 256
     for stage in ("step_aware", "distill", "refine"):
         config[stage].ema_decay = 0.99
+        config[stage].learning_rate = 3e-4  # a tenth of the base model's: it has been annealed
     config.distill.max_log2_steps = 10
     refine = config.refine
     refine.max_log2_steps = 6
