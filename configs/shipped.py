@@ -1,7 +1,7 @@
 """The model that comes with the package: two hours on 2 CPU cores.
 
 python -m fsdfm_jax.main --config=configs/shipped.py --workdir=runs/shipped
-python -m launch.ship --workdir=runs/shipped
+python -m launch.ship runs/shipped
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """A trained model as the package's own: one small file, and a card that says what it is worth.
 
-    python -m launch.ship --workdir=runs/shipped                    into fsdfm_jax/shipped/
-    python -m launch.ship --workdir=runs/shipped --target=FOLDER
+    python -m launch.ship runs/shipped                     into fsdfm_jax/shipped/
+    python -m launch.ship runs/shipped --target=FOLDER
 
 Takes the last few-step run of a working directory with its report, which the main job has written:
 
@@ -29,7 +29,6 @@ from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import subjects
 from fsdfm_jax.evaluate.memorised import Ngrams
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a finished main job.")
 _TARGET = flags.DEFINE_string(
     "target", str(generate.SHIPPED.parent), "Folder; by default the package's own."
 )
@@ -225,13 +224,12 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    if len(argv) != 2:
+        raise app.UsageError("Expected the working directory of a finished main job.")
     target = pathlib.Path(_TARGET.value).expanduser()
-    ship(pathlib.Path(_WORKDIR.value).expanduser(), target)
+    ship(pathlib.Path(argv[1]).expanduser(), target)
     print(f"Written: {target / generate.SHIPPED.name} and its card {target / 'README.md'}.")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir"])
     cli.run(main)

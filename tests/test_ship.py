@@ -76,7 +76,7 @@ def test_a_run_is_shipped_and_writes(tmp_path):
     pipeline = "--config.pipeline=autoregressive,pretrain,refine"
     trained = run("fsdfm_jax.main", "--config=configs/tiny.py:smoke", f"--workdir={work}", pipeline)
     assert trained.returncode == 0, trained.stderr
-    shipped = run("launch.ship", f"--workdir={work}", f"--target={target}")
+    shipped = run("launch.ship", work, f"--target={target}")
     assert shipped.returncode == 0, shipped.stderr
     bundle = formats.open_bundle(target / "model.safetensors")
     assert bundle.provenance["run"] == "refine"
