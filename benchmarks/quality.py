@@ -49,10 +49,7 @@ _COMPARED = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_list("trainings", ["0", "1", "2"], "Seeds, also of the base's samples.")
 _JUDGES = flags.DEFINE_string("judges", None, "As eval.judges; the first is the main one.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of each figure.", lower_bound=1)
-_RESULT = flags.DEFINE_string(
-    "result", "result", "Folder of the results, in the working directory."
-)
-
+_RESULT = flags.DEFINE_string("result", "result", "Folder of the results, in that of the study.")
 _TOP_PS = flags.DEFINE_list(
     "top_ps", ["1", "0.8"], "Shares of the posterior that are drawn from, each a table's rows."
 )
@@ -100,7 +97,7 @@ def train_all(folder: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) 
 def search(
     entropy: Callable[[float], float], wanted: float, *, tolerance: float = _TOLERANCE
 ) -> float | None:
-    """The temperature at which samples have an entropy; None if none between 1/5 and 5 does.
+    """The temperature at which samples have an entropy; None if none between about 1/5 and 5 does.
 
     Args:
       entropy: of samples at a temperature; grows with it but for noise.
@@ -139,14 +136,12 @@ def match(
     return search(entropy, wanted)
 
 
-def matched(
-    path: pathlib.Path, evaluation_of: Callable[[], float | None], depends_on: Any
-) -> float | None:
+def matched(path: pathlib.Path, find: Callable[[], float | None], depends_on: Any) -> float | None:
     """A temperature out of the file of those that were found, or else found now and kept there."""
     known = writer.read_json(path) if path.exists() else {}
     key = workdir.digest(depends_on)
     if key not in known:
-        known[key] = evaluation_of()
+        known[key] = find()
         writer.write_json(path, known)
     return known[key]
 
