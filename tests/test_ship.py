@@ -1,5 +1,6 @@
 """A model becomes the package's own, or is refused."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from fsdfm_jax import generate
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate.memorised import Ngrams
 from launch import ship
@@ -65,6 +67,23 @@ def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
     place = report if there else tmp_path / "nowhere"
     with pytest.raises(ValueError, match="has no row of .*step_aware.* its report"):
         ship.read_rows(place, ["step_aware"], NGRAMS)
+
+
+def test_the_model_that_comes_along_writes():
+    bundle = formats.open_bundle(generate.SHIPPED)
+    assert generate.SHIPPED.stat().st_size <= ship.MAX_BYTES
+    out = io.StringIO()
+    generate.run(generate.Options(steps=8, num_samples=2), out)
+    head, text, other = out.getvalue().split("--- sample ")
+    assert (head, text[:7]) == ("", "1 of 2:")
+    words = text.partition("\n")[2].split()
+    assert len(words) > 20  # a block of 128 tokens, of which a word takes two or three
+    assert text.partition("\n")[2] != other.partition("\n")[2]
+    card = (generate.SHIPPED.parent / "README.md").read_text()
+    run, step = (bundle.provenance[key] for key in ("run", "step"))
+    assert f"those of `{run}`" in card
+    assert f"step {step:,}" in card
+    assert "20-grams in the training text" in card
 
 
 @pytest.mark.slow
