@@ -454,26 +454,21 @@ def _row(records, bases):
 
 def plot(tables: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
     """Total variation at matched entropy against steps, a panel for each source."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        1, len(tables), figsize=(1 + 7 * len(tables), 4), squeeze=False, sharey=True
-    )
-    for panel, (source, rows) in zip(panels[0], tables.items(), strict=True):
+    def draw(rows, panel):
         shown = rows[:4] + [row for row in rows[4:] if row["recipe"] in REFERENCE]
-        for row, color in zip(shown, pyplot.get_cmap("tab20").colors, strict=False):
+        for row, color in zip(shown, colormaps["tab20"].colors, strict=False):
             values = [row[f"tv {s}"] for s in SAMPLER_STEPS]
             panel.plot(SAMPLER_STEPS, values, marker="o", color=color, label=row["recipe"])
-        panel.set(xscale="log", yscale="log", xlabel="steps", title=f"{source} noise")
-        panel.set_xticks(SAMPLER_STEPS, [str(s) for s in SAMPLER_STEPS])
-        panel.set_xticks([], minor=True)
-        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
-    panels[0][0].set_ylabel("total variation at the data's entropy")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+
+    measure.plot_over_steps(
+        path,
+        {f"{source} noise": functools.partial(draw, rows) for source, rows in tables.items()},
+        steps=SAMPLER_STEPS,
+        ylabel="total variation at the data's entropy",
+        sharey=True,
+    )
 
 
 def _asked() -> list[str]:

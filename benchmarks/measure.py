@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -210,6 +210,43 @@ def _cell(value: Any) -> str:
         if isinstance(value, float) and abs(value) < 100
         else (f"{value:,.0f}" if isinstance(value, float | int) else str(value))
     )
+
+
+def plot_over_steps(
+    path: pathlib.Path,
+    panels: Mapping[str, Callable[[Any], None]],
+    *,
+    steps: Sequence[int],
+    ylabel: str,
+    sharey: bool = False,
+) -> None:
+    """A picture of figures against numbers of steps, both logarithmic.
+
+    Args:
+      path: of the PNG file.
+      panels: title -> what draws its labelled curves into matplotlib's axes.
+      steps: those that are marked.
+      ylabel: of the first panel.
+      sharey: all panels have one scale.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 7 * len(panels), 4), squeeze=False, sharey=sharey
+    )
+    for panel, (title, draw) in zip(axes[0], panels.items(), strict=True):
+        draw(panel)
+        panel.set(xscale="log", yscale="log", xlabel="steps", title=title)
+        panel.set_xticks(steps, [str(s) for s in steps])
+        panel.set_xticks([], minor=True)
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes[0][0].set_ylabel(ylabel)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def write(result: dict[str, Any]) -> None:

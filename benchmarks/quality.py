@@ -34,7 +34,7 @@ from absl import app, flags, logging
 from benchmarks import measure
 from configs import quality as recipes
 from fsdfm_jax import cli, sharding, workdir, writer
-from fsdfm_jax.evaluate import draw, metrics, stamps, subjects, suite
+from fsdfm_jax.evaluate import draw, metrics, reading, stamps, subjects, suite
 from fsdfm_jax.evaluate.draw import Given
 from fsdfm_jax.evaluate.engine import Evaluation
 from fsdfm_jax.evaluate.points import Point, Settings
@@ -260,9 +260,8 @@ def figures(row: Row) -> dict[str, Any]:
         "mauve": of["mauve"] and of["mauve"]["value"],
         "samples_file": row["samples_file"],
     }
-    for judge, forms in row["judges"].items():
-        form, name = ("ids", "perplexity_a") if forms.get("ids") else ("text", "perplexity_b")
-        result[f"ppl {judge}"] = forms[form][name]["value"]
+    for judge in row["judges"]:
+        result[f"ppl {judge}"] = reading.headline(row, judge)["value"]
     return result
 
 
@@ -306,33 +305,25 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------- the results
 def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Perplexity at equal entropy against steps, a panel for each judge."""
-    import matplotlib
+    shown = [row for row in rows if row["recipe"] not in ("reference", REAL) and row["T"]]
+    colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(r["recipe"] for r in rows))}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(judge, panel):
+        for recipe, top_p in dict.fromkeys((row["recipe"], row["top_p"]) for row in shown):
+            mine = [row for row in shown if (row["recipe"], row["top_p"]) == (recipe, top_p)]
+            style, name = (":", "") if top_p == 1 else ("-", f", top-p {top_p:g}")
+            steps, values = [row["steps"] for row in mine], [row[judge] for row in mine]
+            label, color = recipe + name, colors[recipe]
+            panel.plot(steps, values, style, marker="o", color=color, label=label)
+        panel.axhline(1.0, color="grey", linestyle=":")
 
     judges = [key for key in rows[0] if key.startswith("ppl ")]
-    figure, panels = pyplot.subplots(
-        1, len(judges), figsize=(1 + 7 * len(judges), 4), squeeze=False
+    measure.plot_over_steps(
+        path,
+        {judge.removeprefix("ppl "): functools.partial(draw, judge) for judge in judges},
+        steps=sorted({row["steps"] for row in rows if row["recipe"] == BASE}),
+        ylabel="perplexity at equal entropy / base model's in many steps",
     )
-    for panel, judge in zip(panels[0], judges, strict=True):
-        for recipe, top_p in dict.fromkeys((row["recipe"], row["top_p"]) for row in rows):
-            mine = [r for r in rows if (r["recipe"], r["top_p"]) == (recipe, top_p) and r["T"]]
-            if recipe not in ("reference", REAL) and mine:
-                steps, values = [r["steps"] for r in mine], [r[judge] for r in mine]
-                color = f"C{list(dict.fromkeys(r['recipe'] for r in rows)).index(recipe) % 10}"
-                style, name = (":", "") if top_p == 1 else ("-", f", top-p {top_p:g}")
-                panel.plot(steps, values, style, marker="o", color=color, label=recipe + name)
-        panel.axhline(1.0, color="grey", linestyle=":")
-        panel.set(xscale="log", yscale="log", xlabel="steps", title=judge.removeprefix("ppl "))
-        ticks = sorted({r["steps"] for r in rows if r["recipe"] == BASE})
-        panel.set_xticks(ticks, [str(s) for s in ticks])
-        panel.set_xticks([], minor=True)
-        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
-    panels[0][0].set_ylabel("perplexity at equal entropy / base model's in many steps")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def write_samples(

@@ -107,10 +107,9 @@ def _rk4(config, size):
     config.eval.few_step_jump = "cumulative"
 
 
-def _distilled(config, size, **values):
-    """A teacher alone."""
+def _heun(config, size):
+    """The mild teacher alone, as configs/base.py has it."""
     config.pipeline = "distill"
-    config.distill.update(values)
 
 
 def _rectified(config, size, rounds, **values):
@@ -128,7 +127,7 @@ RECIPES = {
     "step_aware": _step_aware,
     "paper": _paper,
     "rk4": _rk4,
-    "heun": _distilled,
+    "heun": _heun,
     "rect1": functools.partial(_rectified, rounds=1),
     "rect3": functools.partial(_rectified, rounds=3),
     "chosen3": functools.partial(_rectified, rounds=3, pair_steps=8, pair_candidates=8),
@@ -169,7 +168,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     for stage in ("step_aware", "distill", "refine"):
         config[stage].ema_decay = 0.99
         config[stage].learning_rate = 3e-4  # a tenth of the base model's: it has been annealed
-    config.distill.max_log2_steps = 10
     refine = config.refine
     refine.max_log2_steps = 6
     refine.tau = 0.125

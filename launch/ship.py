@@ -27,7 +27,7 @@ from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import subjects
+from fsdfm_jax.evaluate import reading, subjects
 from fsdfm_jax.evaluate.memorised import Ngrams
 
 _TARGET = flags.DEFINE_string(
@@ -103,18 +103,14 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
     judges = list(rows[0].figures["judges"])
     names = ["", "steps", "jumps", "T", "top-p"]
-    for judge in judges:
-        names.append(f"perplexity by {judge}")
+    names += [f"perplexity by {judge}" for judge in judges]
     names += ["entropy, bits", "distinct-2", "self-BLEU", f"{NGRAM}-grams in the training text"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:
         of = row.figures
         cells = [of["run"] or of["group"]]
         cells += [of[key] for key in ("steps", "jump", "temperature", "top_p")]
-        for judge in judges:
-            forms = of["judges"][judge]
-            form, name = ("ids", "perplexity_a") if forms.get("ids") else ("text", "perplexity_b")
-            cells.append(f"{forms[form][name]['value']:,.1f}")
+        cells += [f"{reading.headline(of, judge)['value']:,.1f}" for judge in judges]
         cells += [f"{of['figures']['entropy_bits']['value']:.2f}"]
         cells += [f"{of['figures'][name]['value']:.3f}" for name in ("distinct_2", "self_bleu")]
         cells += [f"{row.copied:.3%}"]
@@ -122,14 +118,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def card(bundle: Bundle, prepared: PreparedData, rows: Sequence[Row], size: int) -> str:
-    """The model card, in Markdown."""
+def card(
+    bundle: Bundle,
+    runs: Sequence[tuple[str, str]],
+    prepared: PreparedData,
+    rows: Sequence[Row],
+    size: int,
+) -> str:
+    """The model card, in Markdown; `runs`: (run, stage) of the pipeline, `size`: bytes."""
     said, model = bundle.provenance, bundle.model
     config = said["config"]
     sizes = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
     training = "\n".join(
         f"| `{run}` | {config[stage]['num_steps']:,} | {config[stage]['batch_size']} |"
-        for run, stage in workdir.runs(_Attributes(config))
+        for run, stage in runs
         if stage != "autoregressive"
     )
     own = [row for row in rows if row.figures["run"] == said["run"]]
@@ -190,13 +192,6 @@ The first {_SAMPLES} of {most} steps, not chosen:
 """
 
 
-class _Attributes:
-    """A config out of a file, as `workdir.runs` reads it."""
-
-    def __init__(self, config: Mapping[str, Any]):
-        self.pipeline = config["pipeline"]
-
-
 def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the model's file and card.
 
@@ -220,7 +215,7 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
     check_copied(rows)
     model = target / generate.SHIPPED.name
     formats.write(bundle, Target(model, dtype="bfloat16"), source=folder, overwrite=True)
-    text = card(bundle, prepared, rows, model.stat().st_size)
+    text = card(bundle, runs, prepared, rows, model.stat().st_size)
     writer.write_text(target / "README.md", text)
 
 

@@ -851,3 +851,11 @@ def test_names_are_no_formulas():
     for key, draw in pictures.PICTURES.items():
         text = pictures.svg(draw(rows, set()), key)
         assert r"_$\frac{1}{2$ $x^2$ &amp; &lt;b&gt;" in text
+
+
+def test_the_perplexity_told_first_is_of_ids_where_they_are_read():
+    text = {"perplexity_a": {"value": 1.0}, "perplexity_b": {"value": 2.0}}
+    ids = {"perplexity_a": {"value": 3.0}, "perplexity_b": {"value": 4.0}}
+    row = {"judges": {"in-house": {"ids": ids, "text": text}, "other": {"ids": None, "text": text}}}
+    assert reading.headline(row, "in-house") == {"value": 3.0}
+    assert reading.headline(row, "other") == {"value": 2.0}

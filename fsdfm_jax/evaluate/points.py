@@ -154,13 +154,10 @@ def check_draws(
 ) -> None:
     """ValueError for the first value that no sample can be drawn with, naming the section."""
     try:
-        for seed, temperature in itertools.product(seeds, temperatures):
-            inference.check_settings(steps=1, seed=seed, temperature=temperature)
+        for seed, temperature, top_p in itertools.product(seeds, temperatures, top_ps):
+            inference.check_settings(steps=1, seed=seed, temperature=temperature, top_p=top_p)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    for top_p in top_ps:
-        if not 0 < top_p <= 1:
-            raise ValueError(f"{key}: top_p must lie in (0, 1], got {top_p}.")
 
 
 def check_grids(key: str, grids: Iterable[str], steps: Iterable[int]) -> None:

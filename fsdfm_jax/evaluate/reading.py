@@ -60,6 +60,12 @@ def perplexity(row: Row, judge: str | None, key: str = "perplexity_a") -> dict[s
     return chosen.get(key) if chosen else None
 
 
+def headline(row: Row, judge: str) -> dict[str, float] | None:
+    """The perplexity told first of a judge: A on ids where it reads them, else B of the text."""
+    has_ids = bool(row["judges"][judge].get("ids"))
+    return perplexity(row, judge, "perplexity_a" if has_ids else "perplexity_b")
+
+
 def value(estimate: dict[str, float] | None) -> float:
     """The value of an estimate; nan if there is none."""
     return math.nan if estimate is None else float(estimate["value"])
