@@ -6,10 +6,10 @@
 
 Trains the judge and the base model of configs/quality.py, then every recipe from that base model,
 once for each seed and with the same number of network evaluations (teachers and pairs included).
-Then samples each of them in 1, 2, 4, 8 and 16 steps, at the temperature at which its samples have
-the entropy (unigram, mean over samples) of the base model's in 1,024 steps at temperature 1:
-perplexity that was bought with entropy is given back. Those temperatures are searched for on noise
-of their own, until they are known to 1%.
+Then samples each of them in 1, 2, 4, 8 and 16 steps by each of --samplers, at the temperature at
+which its samples have the entropy (unigram, mean over samples) of the base model's in 1,024 steps
+at temperature 1: perplexity that was bought with entropy is given back. Those temperatures are
+searched for on noise of their own, until they are known to 1%.
 
 Everything lies in the folder and is done once; killed, the same command goes on. RESULT in it gets
 quality.json (all figures of all trainings), quality.md (the table), quality.png (the curves) and
@@ -50,8 +50,8 @@ _SEEDS = flags.DEFINE_list("trainings", ["0", "1", "2"], "Seeds, also of the bas
 _JUDGES = flags.DEFINE_string("judges", None, "As eval.judges; the first is the main one.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of each figure.", lower_bound=1)
 _RESULT = flags.DEFINE_string("result", "result", "Folder of the results, in that of the study.")
-_TOP_PS = flags.DEFINE_list(
-    "top_ps", ["1", "0.8"], "Shares of the posterior that are drawn from, each a table's rows."
+_SAMPLERS = flags.DEFINE_list(
+    "samplers", ["plain", "tuned"], "Of configs/quality.py, each a table's rows."
 )
 
 BASE, REAL = "pretrain", "held-out text"
@@ -187,21 +187,23 @@ class Study:
         records += _records(evaluation, [(Point("real", REAL, "real"), REAL)])
         for label in [BASE, *self._labels]:
             recipe, _, seed = label.partition(".")
-            for top_p, steps in itertools.product(map(float, _TOP_PS.value), settings.steps):
-                point = self._point(label, steps, int(seed or 0), top_p)
-                records += self._matched(evaluation, point, recipe, wanted)
+            seeds = [int(seed)] if seed else self._seeds
+            for name, steps, own in itertools.product(_SAMPLERS.value, settings.steps, seeds):
+                point = self._point(label, steps, own, name)
+                records += self._matched(evaluation, point, recipe, name, wanted)
         return records
 
     def decode(self, tokens_NL: np.ndarray) -> list[str]:
         """The text of samples."""
         return [self._catalogue.tokenizer.decode(row) for row in tokens_NL]
 
-    def _matched(self, evaluation, point, recipe, wanted) -> list[dict[str, Any]]:
+    def _matched(self, evaluation, point, recipe, name, wanted) -> list[dict[str, Any]]:
         """The record of a point at the entropy that is wanted."""
         settings, length = self._settings, self._text.block_length
         size = settings.batch_size
         facts = self._catalogue.facts(point.source, point.weights)
-        how = [point.steps, point.jump, point.grid, point.top_p, size, length]
+        how = [point.steps, point.jump, point.grid, point.top_p, point.cooling, point.look_ahead]
+        how += [size, length]
         temperature = matched(
             self._folder / _RESULT.value / "temperatures.json",
             lambda: match(
@@ -211,41 +213,48 @@ class Study:
         )
         if temperature is None:
             logging.warning("No temperature gives %s the entropy.", point.slug)
-            return [_head(point, recipe)]
-        return _records(evaluation, [(dataclasses.replace(point, temperature=temperature), recipe)])
+            return [_head(point, recipe, name)]
+        point = dataclasses.replace(point, temperature=temperature)
+        return _records(evaluation, [(point, recipe)], name)
 
     @property
     def _room(self) -> int:
         return 1 << (self._settings.many_steps - 1).bit_length()
 
-    def _point(self, label: str, steps: int, seed: int, top_p: float = 1.0) -> Point:
+    def _point(self, label: str, steps: int, seed: int, sampler: str = "plain") -> Point:
         recipe = label.partition(".")[0]
         name = "base" if label == BASE else recipe
-        jump = recipes.get_config(f"{name},{_SCALE.value}").eval.few_step_jump
+        own = recipes.get_config(f"{name},{_SCALE.value}").eval
+        own.update(recipes.SAMPLERS[sampler])
         return Point(
             "model",
             recipe,
             label,
             stage=self._catalogue.stage_of[label],
             steps=steps,
-            jump=jump,
-            grid=self._settings.grid,
+            jump=own.few_step_jump,
+            grid=own.grid,
             temperature=1.0,
-            top_p=top_p,
+            top_p=own.top_p,
+            cooling=own.cooling,
+            look_ahead=own.look_ahead,
             weights="ema",
             seed=seed,
         )
 
 
-def _head(point: Point, recipe: str) -> dict[str, Any]:
-    seed = point.seed or 0
-    return {"recipe": recipe, "top_p": point.top_p, "steps": point.steps, "seed": seed}
+def _head(point: Point, recipe: str, sampler: str | None) -> dict[str, Any]:
+    head = {"recipe": recipe, "sampler": sampler, "steps": point.steps}
+    return head | {"seed": point.seed or 0}
 
 
-def _records(evaluation: Evaluation, plan: Sequence[tuple[Point, str]]) -> list[dict[str, Any]]:
+def _records(
+    evaluation: Evaluation, plan: Sequence[tuple[Point, str]], sampler: str | None = None
+) -> list[dict[str, Any]]:
     rows = evaluation.run([point for point, _ in plan])
     return [
-        _head(point, recipe) | figures(row) for (point, recipe), row in zip(plan, rows, strict=True)
+        _head(point, recipe, sampler) | figures(row)
+        for (point, recipe), row in zip(plan, rows, strict=True)
     ]
 
 
@@ -276,7 +285,7 @@ def mean_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each recipe, top-p and number of steps, over its seeds.
+    """A row for each recipe, sampler and number of steps, over its seeds.
 
     "ppl JUDGE" are in units of the reference, geometric means, with the range over the seeds; "H"
     the entropy in units of the reference's.
@@ -284,13 +293,13 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     reference = mean_of([r for r in records if r["recipe"] == "reference"])
     judges = [key for key in reference if key.startswith("ppl ")]
     rows = []
-    what = lambda record: tuple(record[key] for key in ("recipe", "top_p", "steps"))
-    for recipe, top_p, steps in dict.fromkeys(map(what, records)):
-        mine = [r for r in records if what(r) == (recipe, top_p, steps)]
+    what = lambda record: tuple(record[key] for key in ("recipe", "sampler", "steps"))
+    for recipe, sampler, steps in dict.fromkeys(map(what, records)):
+        mine = [r for r in records if what(r) == (recipe, sampler, steps)]
         found = [r for r in mine if "entropy" in r]
         mean = mean_of(found) if found else {}
-        row = {"recipe": recipe, "top_p": top_p, "steps": steps}
-        row["trainings"] = f"{len(found)} of {len(mine)}"
+        row = {"recipe": recipe, "sampler": sampler, "steps": steps}
+        row["seeds"] = f"{len(found)} of {len(mine)}"
         row["T"] = mean.get("temperature")
         row["H"] = mean["entropy"] / reference["entropy"] if found else None
         for judge in judges:
@@ -306,15 +315,16 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Perplexity at equal entropy against steps, a panel for each judge."""
     shown = [row for row in rows if row["recipe"] not in ("reference", REAL) and row["T"]]
-    colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(r["recipe"] for r in rows))}
+    number = lambda key, row: list(dict.fromkeys(r[key] for r in shown)).index(row[key])
+    styles = ("-", ":", "--", "-.")
 
     def draw(judge, panel):
-        for recipe, top_p in dict.fromkeys((row["recipe"], row["top_p"]) for row in shown):
-            mine = [row for row in shown if (row["recipe"], row["top_p"]) == (recipe, top_p)]
-            style, name = (":", "") if top_p == 1 else ("-", f", top-p {top_p:g}")
+        for recipe, sampler in dict.fromkeys((row["recipe"], row["sampler"]) for row in shown):
+            mine = [row for row in shown if (row["recipe"], row["sampler"]) == (recipe, sampler)]
+            color = f"C{number('recipe', mine[0]) % 10}"
+            style = styles[number("sampler", mine[0]) % len(styles)]
             steps, values = [row["steps"] for row in mine], [row[judge] for row in mine]
-            label, color = recipe + name, colors[recipe]
-            panel.plot(steps, values, style, marker="o", color=color, label=label)
+            panel.plot(steps, values, style, marker="o", color=color, label=f"{recipe}, {sampler}")
         panel.axhline(1.0, color="grey", linestyle=":")
 
     judges = [key for key in rows[0] if key.startswith("ppl ")]
@@ -336,8 +346,8 @@ def write_samples(
             with np.load(folder / record["samples_file"]) as arrays:
                 tokens_NL = arrays["tokens"][:count]
             steps = f", {record['steps']} steps" if record["steps"] else ""
-            nucleus = f", top-p {record['top_p']:g}" if (record["top_p"] or 1) < 1 else ""
-            lines += ["", f"## {record['recipe']}{steps}{nucleus}", ""]
+            sampler = f", {record['sampler']}" if record["sampler"] else ""
+            lines += ["", f"## {record['recipe']}{steps}{sampler}", ""]
             for i, text in enumerate(decode(tokens_NL), 1):
                 lines.append(f"{i}. " + " ".join(text.split()))
     writer.write_text(folder / "samples.md", "\n".join(lines) + "\n")
@@ -355,11 +365,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    names = _COMPARED.value or [name for name in recipes.RECIPES if name != "base"]
-    if unknown := sorted(set(names) - set(recipes.RECIPES)):
-        raise app.UsageError(
-            f"Unknown recipe {unknown[0]!r}; expected some of {', '.join(recipes.RECIPES)}."
-        )
+    every = [name for name in recipes.RECIPES if name != "base"]
+    names = every if _COMPARED.value is None else _COMPARED.value
+    for given, known in ((names, every), (_SAMPLERS.value, recipes.SAMPLERS)):
+        if unknown := [name for name in given if name not in known]:
+            raise app.UsageError(f"Unknown {unknown[0]!r}; expected some of {', '.join(known)}.")
     folder, seeds = (
         pathlib.Path(_STUDY.value).expanduser().resolve(),
         [int(s) for s in _SEEDS.value],

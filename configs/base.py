@@ -216,6 +216,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.grid = "uniform"  # time grid: uniform | cosine | power:R
     evaluation.temperature = 1.0
     evaluation.top_p = 1.0  # share of the posterior's mass that is drawn from
+    # C: the temperature falls from its value at t=0 to 1-C of it at t=1.
+    evaluation.cooling = 0.0
+    # A: a step of width h asks the network at t + A h.
+    evaluation.look_ahead = 0.0
     evaluation.weights = "ema"  # ema (as the stage uses them) | student
     evaluation.seed = 1
     # unconditional | prefix:K | continuation (prefix:512) | random:SHARE | infill:COUNTxN

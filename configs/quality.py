@@ -34,8 +34,24 @@ class Size(NamedTuple):
     many_steps: int
 
 
+# Ways to sample a model, by the keys of `eval`; each adds one to what stands before it. What isn't
+# named is as in configs/base.py, the rule of the jumps that of the recipe.
+SAMPLERS = {
+    "plain": {},
+    "nucleus": {"top_p": 0.8},
+    "dispersed": {"few_step_jump": "dispersed"},
+    "cooled": {"few_step_jump": "dispersed", "cooling": 0.7},
+    "early": {"few_step_jump": "dispersed", "cooling": 0.7, "grid": "power:0.7"},
+    "tuned": {
+        "few_step_jump": "dispersed",
+        "cooling": 0.7,
+        "grid": "power:0.7",
+        "look_ahead": 0.5,
+    },
+}
+
 SIZES = {
-    "cpu": Size(3_000, 8_000, 320_000, 64, 1024),
+    "cpu": Size(3_000, 8_000, 160_000, 64, 1024),
     "gpu": Size(20_000, 40_000, 6_000_000, 512, 1024),
     "smoke": Size(40, 40, 30_000, 16, 32),
 }
@@ -70,7 +86,7 @@ def evaluations(config: ml_collections.ConfigDict) -> float:
 
 
 def _base(config, size):
-    config.pipeline = "pretrain,autoregressive"
+    config.pipeline = "autoregressive,pretrain"
     config.autoregressive.num_steps = size.judge_steps
     config.pretrain.num_steps = size.base_steps
     for stage in ("autoregressive", "pretrain"):
@@ -92,7 +108,9 @@ def _step_aware(config, size):
 
 def _paper(config, size):
     """The published recipe to the letter, but for learning rate, average and length."""
+    revealed = config.path.revealed
     base.use_paper_recipe(config)
+    config.path.revealed = revealed  # without effect here, but the base model's
     config.pipeline = "distill"
     config.distill.rate_floor = 1e-3
     config.eval.few_step_jump = "cumulative"

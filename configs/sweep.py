@@ -5,8 +5,8 @@ python -m launch.sweep --config=configs/sweep.py:smoke --workdir=runs/smoke     
 
 Change an axis on the command line, --config.axes.temperatures='(0.9,1.0)', or in a file like this
 one. `eval` is as in configs/base.py; of its keys those that the axes are about (steps, many_steps,
-jumps, few_step_jump, memories, grid, temperature, top_p, weights) have no effect here, and seed is
-that of the controls.
+jumps, few_step_jump, memories, grid, temperature, top_p, cooling, look_ahead, weights) have no
+effect here, and seed is that of the controls.
 """
 
 import ml_collections
@@ -23,10 +23,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.axes = axes = ml_collections.ConfigDict()
     axes.models = ("distill",)  # runs of the working directory, or labels of eval.models; (): all
     axes.steps = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # network calls per sample
-    axes.jumps = ("cumulative",)  # cumulative | euler | mixture
+    axes.jumps = ("cumulative",)  # cumulative | euler | mixture | dispersed
     axes.grids = ("uniform",)  # uniform | cosine | power:R
     axes.temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)
     axes.top_ps = (1.0,)
+    axes.coolings = (0.0,)
+    axes.look_aheads = (0.0,)
     axes.weights = ("ema",)  # ema | student
     axes.seeds = (0, 1, 2)
 

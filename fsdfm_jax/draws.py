@@ -20,15 +20,35 @@ import jax.numpy as jnp
 # Uniform numbers that one draw takes.
 NUMBERS = 4
 
+_GOLDEN = 2654435769  # 2^32 (sqrt(5) - 1) / 2
+
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 numbers in [0, 1) with steps of 2^-32 near 0.
 
     `jax.random.uniform` has steps of 2^-23 everywhere, so that u < 1e-9 happens once in 8 million.
     """
-    bits = jax.random.bits(key, shape, jnp.uint32)
+    return _to_unit(jax.random.bits(key, shape, jnp.uint32))
+
+
+def _to_unit(bits: jax.Array) -> jax.Array:
     # Rounding to float32 could reach 1.
     return jnp.minimum(bits.astype(jnp.float32) * 2.0**-32, 1.0 - 2.0**-24)
+
+
+def dispersed(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Uniform numbers that are alike only at positions far from each other, float32 [B, L].
+
+    Each of them is uniform in [0, 1), and rows are independent; along a row they are the multiples
+    of the golden ratio, modulo 1, from a random start. Of the positions below any threshold no two
+    are neighbours unless it exceeds 0.38: they are as far apart as so many can be, up to a small
+    factor (three-distance theorem).
+    """
+    batch, length = shape
+    start_B1 = jax.random.bits(key, (batch, 1), jnp.uint32)
+    # Wraps modulo 2^32: exact, and the same for however long a row.
+    steps_L = jax.lax.iota(jnp.uint32, length) * jnp.uint32(_GOLDEN)
+    return _to_unit(start_B1 + steps_L[None])
 
 
 def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ import rich.panel
 import rich.text
 from absl import app, flags, logging
 
-from fsdfm_jax import cli, inference, jumps, prompts, workdir, writer
+from fsdfm_jax import cli, inference, jumps, prompts, sampler, workdir, writer
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
@@ -73,7 +73,10 @@ class Options:
     seed: int = 0
     temperature: float | None = None
     top_p: float | None = None
+    cooling: float | None = None
+    look_ahead: float | None = None
     jump: str = ""
+    grid: str = ""
     output: str | None = None
     stream: bool = False
 
@@ -104,7 +107,10 @@ def define_flags() -> None:
     fraction = lambda name, help_: flags.DEFINE_float(name, getattr(default, name), help_)
     fraction("temperature", "Divides the logits; by default the run's eval.temperature.")
     fraction("top_p", "Share of the mass that is drawn from; by default the run's eval.top_p.")
+    fraction("cooling", "How far the temperature falls; by default the run's eval.cooling.")
+    fraction("look_ahead", "Of a step, where it asks; by default the run's eval.look_ahead.")
     choice("jump", ["", *jumps.RULES], "Jump rule; by default the run's eval.few_step_jump.")
+    text("grid", "uniform, cosine or power:R; by default the run's eval.grid.")
     text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
     flags.DEFINE_bool("stream", default.stream, "Show the text as it is refined.")
 
@@ -137,9 +143,12 @@ class Job:
     batch_size: int
     steps: int
     jump: str
+    grid: str
     seed: int
     temperature: float
     top_p: float
+    cooling: float
+    look_ahead: float
     stamp: dict[str, Any]
 
     @property
@@ -183,9 +192,13 @@ def check_options(options: Options) -> None:
         seed=options.seed,
         temperature=1.0 if options.temperature is None else options.temperature,
         top_p=1.0 if options.top_p is None else options.top_p,
+        cooling=options.cooling or 0.0,
+        look_ahead=options.look_ahead or 0.0,
     )
     if options.jump:
         jumps.get_rule(options.jump)
+    if options.grid:
+        sampler.make_grid(options.grid, options.steps)
     if options.stream and (options.batch_file or options.output):
         raise ValueError("--stream shows texts to you; leave out --batch_file and --output.")
     if options.output and options.output == options.batch_file:
@@ -251,9 +264,12 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         batch_size=options.batch_size or min(len(rows), _DEFAULT_BATCH),
         steps=options.steps,
         jump=options.jump or trained.get("few_step_jump") or jumps.CUMULATIVE.name,
+        grid=options.grid or trained.get("grid") or "uniform",
         seed=options.seed,
         temperature=_first(options.temperature, trained.get("temperature"), 1.0),
         top_p=_first(options.top_p, trained.get("top_p"), 1.0),
+        cooling=_first(options.cooling, trained.get("cooling"), 0.0),
+        look_ahead=_first(options.look_ahead, trained.get("look_ahead"), 0.0),
         stamp={},
     )
     if not (options.batch_file or options.output):
@@ -273,7 +289,10 @@ def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
         "steps": job.calls,
         "temperature": job.temperature,
         "top_p": job.top_p,
-        "jump": None if job.model.causal else job.jump,
+        **{
+            key: None if job.model.causal else getattr(job, key)
+            for key in ("cooling", "look_ahead", "jump", "grid")
+        },
         "length": job.length,
         "model": {key: value for key, value in known.items() if value is not None}
         | {
@@ -316,8 +335,11 @@ def draw(
                 steps=job.steps,
                 seed=seed,
                 jump_rule=job.jump,
+                grid=job.grid,
                 temperature=job.temperature,
+                cooling=job.cooling,
                 top_p=job.top_p,
+                look_ahead=job.look_ahead,
                 on_step=view.on_step if view else None,
             )
         drawn = [(first + i, row, tokens_BL[i]) for i, row in enumerate(rows)]

@@ -24,14 +24,14 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
     Args:
       model, process: of the run; equal arguments return the same function, with what it has
         compiled.
-      jump_rule: "cumulative" | "euler" | "mixture".
+      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed".
 
     Returns:
-      `(params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None) -> x_BL`,
-      everything in it data: only another shape (batch, length, number of steps) compiles again, or
-      an argument that is None in one call and a number in another. With `num_steps` the grid is
-      padded to any length that is enough, and one program serves all numbers of steps. The grid
-      is not checked inside jit: use `sampler.check_grid`.
+      `(params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None, cooling=0,
+      look_ahead=0) -> x_BL`, everything in it data: only another shape (batch, length, number of
+      steps) compiles again, or an argument that is None in one call and a number in another. With
+      `num_steps` the grid is padded to any length that is enough, and one program serves all
+      numbers of steps. The grid is not checked inside jit: use `sampler.check_grid`.
     """
     return jax.jit(_make_steps(model, process, jump_rule))
 
@@ -96,13 +96,23 @@ def _make_steps(
     finalize = jumps.make_finalize(process.source)
 
     def run(
-        params: Params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None
+        params: Params,
+        key,
+        x0_BL,
+        frozen_BL,
+        grid_S1,
+        temperature,
+        top_p=None,
+        num_steps=None,
+        cooling=0.0,
+        look_ahead=0.0,
     ):
         denoise, condition = models.denoiser(params, model, len(grid_S1) - 1)
         if top_p is not None and process.source.mask_id is not None:
             # No step draws the mask: it may not fill the nucleus.
             denoise = _without(denoise, process.source.mask_id)
-        options = {"temperature": temperature, "top_p": top_p, "num_steps": num_steps}
+        options = {"temperature": temperature, "cooling": cooling, "top_p": top_p}
+        options |= {"look_ahead": look_ahead, "num_steps": num_steps}
         options |= {"condition": condition, "on_step": on_step}
         arguments = (key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
         if observe is None:
@@ -135,21 +145,21 @@ def make_generator(
 
     Args:
       model, process: of the run.
-      jump_rule: "cumulative" | "euler" | "mixture".
+      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed".
       on_step: told the tokens after each step, see `sampler.sample`.
 
     Returns:
-      `(params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None) -> x_BL`: seed is a
-      uint32 scalar; frozen positions (bool) hold the tokens of given_BL (int32, of no meaning
-      elsewhere); the rest as in `make_sampler`.
+      `(params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None, cooling=0,
+      look_ahead=0) -> x_BL`: seed is a uint32 scalar; frozen positions (bool) hold the tokens of
+      given_BL (int32, of no meaning elsewhere); the rest as in `make_sampler`.
     """
     run = _make_steps(model, process, jump_rule, on_step)
 
     def generate_tokens(
-        params: Params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None
+        params: Params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None, **how
     ):
         x0_BL, sample_key = draw_noise(process, seed, given_BL, frozen_BL)
-        return run(params, sample_key, x0_BL, frozen_BL, grid_S1, temperature, top_p)
+        return run(params, sample_key, x0_BL, frozen_BL, grid_S1, temperature, top_p, **how)
 
     return generate_tokens
 
@@ -241,14 +251,17 @@ def generate(
     steps: int,
     seed: int,
     jump_rule: str = "cumulative",
+    grid: str = "uniform",
     temperature: float = 1.0,
+    cooling: float = 0.0,
     top_p: float = 1.0,
+    look_ahead: float = 0.0,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Samples token ids from any network, around given tokens.
 
-    The tokens are those of `make_generator` with `sampler.uniform_grid(steps)`; an autoregressive
-    network draws them left to right.
+    The tokens are those of `make_generator` with `sampler.make_grid(grid, steps)`; an
+    autoregressive network draws them left to right.
 
     Args:
       params, model: of any stage.
@@ -257,9 +270,11 @@ def generate(
       frozen_BL: bool [B, L], positions that hold the given token and never move.
       steps: S, network calls; an autoregressive network always takes L.
       seed: of everything random, in [0, 2^32); see `batch_seed` for more than one batch.
-      jump_rule: of the first S-1 steps; unused by an autoregressive network.
+      jump_rule, grid: of the first S-1 steps, and of all; unused by an autoregressive network, as
+        cooling and look_ahead are.
       temperature: divides the logits, > 0.
       top_p: share of the posterior's mass that is drawn from, in (0, 1].
+      cooling, look_ahead: see `sampler.sample`.
       on_step: called on the host with (index of the step, x_BL after it), in order, S times before
         this returns. The same function object shares one compiled program.
 
@@ -270,7 +285,14 @@ def generate(
       ValueError: for values outside their range (`check_settings`), tokens that can't be given
         (`check_given`), an unknown jump rule, or `on_step` with an autoregressive network.
     """
-    check_settings(steps=steps, seed=seed, temperature=temperature, top_p=top_p)
+    check_settings(
+        steps=steps,
+        seed=seed,
+        temperature=temperature,
+        cooling=cooling,
+        top_p=top_p,
+        look_ahead=look_ahead,
+    )
     check_given(model, process, given_BL, frozen_BL)
     num_rows = len(given_BL)
     # Who watches is shown the rows that were asked for, and no others.
@@ -291,9 +313,12 @@ def generate(
         run = make_autoregressive_sampler(model, given_BL.shape[1], process.source.mask_id)
         tokens_BL = run(params, sample_key, first_B, temperature, given_BL, frozen_BL, nucleus)
         return np.asarray(tokens_BL)[:num_rows]
-    grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
+    grid_S1 = jnp.asarray(sampler.make_grid(grid, steps))
     run = jit_generator(model, process, jump_rule, on_step)
-    tokens_BL = np.asarray(run(params, seed, given_BL, frozen_BL, grid_S1, temperature, nucleus))
+    how = {"cooling": jnp.float32(cooling), "look_ahead": jnp.float32(look_ahead)}
+    tokens_BL = np.asarray(
+        run(params, seed, given_BL, frozen_BL, grid_S1, temperature, nucleus, **how)
+    )
     if on_step is not None:
         jax.effects_barrier()  # the result may be there before the last call is
     return tokens_BL[:num_rows]
@@ -330,12 +355,20 @@ def portable(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def check_settings(*, steps: int, seed: int, temperature: float, top_p: float = 1.0) -> None:
+def check_settings(
+    *,
+    steps: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    cooling: float = 0.0,
+    top_p: float = 1.0,
+    look_ahead: float = 0.0,
+) -> None:
     """Refuses what no sample can be drawn with.
 
     Raises:
       ValueError: steps < 1, a seed outside [0, 2^32), a temperature that isn't above 0 and finite,
-        or a top_p outside (0, 1].
+        a cooling outside [0, 1), a top_p outside (0, 1], or a look_ahead outside [0, 1].
     """
     sampler.uniform_grid(steps)
     if not 0 <= seed < 2**32:
@@ -345,6 +378,10 @@ def check_settings(*, steps: int, seed: int, temperature: float, top_p: float = 
         raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}.")
+    if not 0 <= cooling < 1:
+        raise ValueError(f"cooling must lie in [0, 1), got {cooling}.")
+    if not 0 <= look_ahead <= 1:
+        raise ValueError(f"look_ahead must lie in [0, 1], got {look_ahead}.")
 
 
 def check_given(

@@ -9,6 +9,11 @@ restricted to tokens other than z:
     mixture      P(jump) = beta(t,h) m                 exact kernel of the path for p held fixed:
                                                        redrawn from the full p with probability
                                                        beta
+    dispersed    P(jump) = beta(t,h) m                 as mixture for each position, but those of a
+                                                       row that jump together are kept apart
+
+With `dispersed` one random number settles which positions of a row jump (`draws.dispersed`). Tokens
+drawn in one step don't know of each other, and it is neighbours that most need to.
 
 A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that
 sampler and teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h
@@ -36,10 +41,15 @@ _END = 1.0 - 1e-6
 
 
 class JumpRule(NamedTuple):
-    """P(jump) as a function of (schedule, t, h, m), float32; see the table of the module."""
+    """P(jump) as a function of (schedule, t, h, m), float32; see the table of the module.
+
+    `dispersed`: whether the positions of a row that jump in one step keep away from each other;
+    else they jump independently.
+    """
 
     name: str
     probability: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+    dispersed: bool = False
 
 
 CUMULATIVE = JumpRule(
@@ -52,7 +62,9 @@ MIXTURE = JumpRule(
     "mixture", lambda schedule, t, h, m: schedules.redraw_fraction(schedule, t, h) * m
 )
 
-RULES = {rule.name: rule for rule in (CUMULATIVE, EULER, MIXTURE)}
+DISPERSED = JumpRule("dispersed", MIXTURE.probability, dispersed=True)
+
+RULES = {rule.name: rule for rule in (CUMULATIVE, EULER, MIXTURE, DISPERSED)}
 
 
 def get_rule(name: str) -> JumpRule:
@@ -73,7 +85,7 @@ def with_posterior_end(rule: JumpRule) -> JumpRule:
     def probability(schedule, t, h, m):
         return jnp.where(t + h >= _END, m, rule.probability(schedule, t, h, m))
 
-    return JumpRule(rule.name, probability)
+    return rule._replace(probability=probability)
 
 
 def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
@@ -94,8 +106,14 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
             moves_BL = u_BLU[..., 0] < rule.probability(schedule, t_B1, h_B1, m_BL)
             return jnp.where(moves_BL, others_BL.astype(xt_BL.dtype), xt_BL)
 
-        u_BLU = draws.uniform(key, (*xt_BL.shape, 1 + draws.NUMBERS))
-        return map_positions(move, logits, xt_BL, u_BLU)
+        return map_positions(move, logits, xt_BL, numbers(key, xt_BL.shape))
+
+    def numbers(key, shape):
+        if not rule.dispersed:
+            return draws.uniform(key, (*shape, 1 + draws.NUMBERS))
+        place_key, token_key = jax.random.split(key)
+        u_BL1 = draws.dispersed(place_key, shape)[..., None]
+        return jnp.concatenate([u_BL1, draws.uniform(token_key, (*shape, draws.NUMBERS))], axis=-1)
 
     return jump
 

@@ -108,7 +108,9 @@ def sample_trajectory(
     frozen_BL: jax.Array | None = None,
     *,
     temperature: jax.Array | float = 1.0,
+    cooling: jax.Array | float = 0.0,
     top_p: jax.Array | float | None = None,
+    look_ahead: jax.Array | float = 0.0,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
     num_steps: jax.Array | int | None = None,
@@ -128,19 +130,24 @@ def sample_trajectory(
     grid_S1 = jnp.asarray(grid_S1, jnp.float32)
     times_S, widths_S = grid_S1[:-1], grid_S1[1:] - grid_S1[:-1]
     batch, size = x0_BL.shape[0], len(times_S)
+    asked_S = times_S + look_ahead * widths_S
+    temperature_S = temperature * (1.0 - cooling * times_S)
     last = (size if num_steps is None else num_steps) - 1
 
     # What depends on the time alone doesn't wait for the tokens, unless it isn't known how many
     # times there are: then it would be computed for times that never come.
-    ahead_S = None if condition is None or num_steps is not None else condition(times_S, widths_S)
+    ahead_S = None if condition is None or num_steps is not None else condition(asked_S, widths_S)
 
     def step(x_BL, inputs):
-        step_key, t, h, index, ahead = inputs
+        step_key, t, h, asked, step_temperature, index, ahead = inputs
         t_B, h_B = jnp.full((batch,), t), jnp.full((batch,), h)
-        if condition is not None and num_steps is not None:
-            ahead = jax.tree.map(lambda leaf: leaf[0], condition(t[None], h[None]))
-        logits = denoise(x_BL, t_B, h_B) if condition is None else denoise(x_BL, ahead)
-        logits = logits_lib.divide(logits, temperature)
+        if condition is None:
+            logits = denoise(x_BL, jnp.full((batch,), asked), h_B)
+        else:
+            if num_steps is not None:
+                ahead = jax.tree.map(lambda leaf: leaf[0], condition(asked[None], h[None]))
+            logits = denoise(x_BL, ahead)
+        logits = logits_lib.divide(logits, step_temperature)
         if top_p is not None:
             logits = logits_lib.nucleus(logits, top_p)
         new_BL = jax.lax.cond(
@@ -156,7 +163,7 @@ def sample_trajectory(
 
     # The first of many keys are the keys of few: padding a grid changes no noise.
     keys_S = jax.random.split(key, size)
-    inputs_S = (times_S, widths_S, jnp.arange(size), ahead_S)
+    inputs_S = (times_S, widths_S, asked_S, temperature_S, jnp.arange(size), ahead_S)
     if num_steps is None:
         return jax.lax.scan(step, x0_BL, (keys_S, *inputs_S))
     # JAX's check that no key is used twice doesn't see that a loop takes another one each time.
@@ -208,6 +215,11 @@ def sample(
       frozen_BL: bool [B, L], positions that never move, whatever their value; None freezes nothing.
       **options: keyword arguments of `sample_trajectory`:
         temperature: divides the logits, > 0; data, so that changing it doesn't recompile.
+        cooling: c in [0, 1), data as well: the temperature falls with the time t at which a step
+          begins, to temperature (1 - c t). Early draws choose what the text is about, late ones
+          have to agree with what is there.
+        look_ahead: a in [0, 1], data as well: a step from t to t+h asks the network at the time
+          t + a h in place of t, as a midpoint rule does.
         top_p: share of the posterior's mass that is kept, see `logits.nucleus`; data as well; None
           keeps all of it and costs nothing.
         condition: (t_S, h_S) -> a tree of arrays with leading axis S, all that the network computes

@@ -248,3 +248,29 @@ def test_half_precision_logits_are_drawn_in_float32():
         categorical(jax.random.key(1), logits),
         categorical(jax.random.key(1), logits.astype(jnp.float32)),
     )
+
+
+# ----------------------------------------------------------------------------------- numbers apart
+def test_dispersed_numbers_are_uniform_at_every_position():
+    u_BL = np.asarray(jax.jit(draws.dispersed, static_argnums=1)(jax.random.key(0), (N, 7)))
+    assert u_BL.min() >= 0 and u_BL.max() < 1
+    for u_B in u_BL.T:
+        assert_frequencies(np.histogram(u_B, bins=20, range=(0, 1))[0], np.full(20, 1 / 20))
+    assert abs(np.corrcoef(u_BL[:-1, 0], u_BL[1:, 0])[0, 1]) < 5 / np.sqrt(N)  # rows know nothing
+
+
+@pytest.mark.parametrize("length", [128, 1024])
+def test_positions_whose_dispersed_numbers_are_small_lie_apart(length):
+    u_BL = np.asarray(draws.dispersed(jax.random.key(1), (64, length)))
+    for share in (0.38, 0.25, 1 / 8, 1 / 16, 1 / 64):
+        for u_L in u_BL:
+            chosen = np.flatnonzero(u_L < share)
+            assert abs(len(chosen) - share * length) < 3
+            # Three-distance theorem: gaps are Fibonacci numbers around 1 / share.
+            assert set(np.diff(chosen).tolist()) <= {2, 3, 5, 8, 13, 21, 34, 55, 89}
+            assert np.diff(chosen).min() > 0.44 / share - 1e-6
+
+
+def test_dispersed_numbers_do_not_depend_on_how_long_a_row_is():
+    short, long = (np.asarray(draws.dispersed(jax.random.key(2), (3, n))) for n in (16, 4096))
+    np.testing.assert_array_equal(short, long[:, :16])

@@ -102,7 +102,10 @@ class Terminal(io.StringIO):
         ({"seed": -1}, "seed must be in"),
         ({"temperature": 0.0}, "temperature must be"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
+        ({"look_ahead": -0.5}, r"look_ahead must lie in \[0, 1\], got -0.5"),
         ({"jump": "leap"}, "Unknown jump rule 'leap'"),
+        ({"grid": "log"}, "Unknown grid 'log'"),
         ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
         ({"stream": True, "output": "o.jsonl"}, "--stream shows texts to you"),
         ({"output": "o.txt"}, "--output must be a .jsonl file, got 'o.txt'"),
@@ -217,6 +220,9 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
         "steps": STEPS,
         "temperature": 0.5,
         "top_p": 1.0,
+        "cooling": 0.0,
+        "look_ahead": 0.0,
+        "grid": "uniform",
         "jump": "cumulative",
         "length": L,
     }
@@ -231,22 +237,27 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    "flags",
     [
-        ({}, (0.8, 0.9)),
-        ({"temperature": 1.0, "top_p": 1.0}, (1.0, 1.0)),
-        ({"top_p": 0.5}, (0.8, 0.5)),
+        {},
+        {"temperature": 1.0, "top_p": 1.0},
+        {"top_p": 0.5, "cooling": 0.0},
+        {"look_ahead": 0.0, "grid": "uniform", "jump": "euler"},
     ],
 )
-def test_temperature_and_nucleus_are_the_models_unless_given(monkeypatch, flags, expected):
-    config = {"eval": {"temperature": 0.8, "top_p": 0.9, "few_step_jump": "mixture"}}
+def test_samples_are_drawn_as_the_model_says_unless_told_otherwise(monkeypatch, flags):
+    trained = {"temperature": 0.8, "top_p": 0.9, "cooling": 0.5, "look_ahead": 0.25}
+    trained |= {"grid": "power:0.7"}
+    config = {"eval": trained | {"few_step_jump": "mixture"}}
     bundle = _bundle(provenance=PROVENANCE | {"config": config})
     job = generate.make_job(_options(prompt="The state", **flags), bundle)
-    assert (job.temperature, job.top_p, job.jump) == (*expected, "mixture")
+    expected = trained | {"jump": "mixture"} | flags
+    assert {key: getattr(job, key) for key in expected} == expected
     asked, draw = [], inference.generate
     monkeypatch.setattr(inference, "generate", lambda *a, **k: asked.append(k) or draw(*a, **k))
     list(generate.draw(job))
-    assert [(k["temperature"], k["top_p"]) for k in asked] == [expected] * len(asked)
+    expected["jump_rule"] = expected.pop("jump")
+    assert [{key: k[key] for key in expected} for k in asked] == [expected] * len(asked)
 
 
 def test_without_a_model_it_is_the_one_that_came_along(monkeypatch, tmp_path):
@@ -368,6 +379,7 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
         ({"steps": 2}, "steps: 3 there, 2 now"),
         ({"temperature": 0.5}, "temperature: 1.0 there, 0.5 now"),
         ({"top_p": 0.5}, "top_p: 1.0 there, 0.5 now"),
+        ({"grid": "cosine"}, "grid: 'uniform' there, 'cosine' now"),
         ({"jump": "euler"}, "jump: 'cumulative' there, 'euler' now"),
         ({"length": 15}, "length: 16 there, 15 now"),
         ({"batch_size": 2}, "batch_size: 3 there, 2 now"),

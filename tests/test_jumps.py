@@ -11,7 +11,7 @@ import pytest
 from chance import assert_frequencies
 
 from fsdfm_jax import draws, jumps, schedules
-from fsdfm_jax.jumps import CUMULATIVE, EULER, MIXTURE, make_finalize, make_jump
+from fsdfm_jax.jumps import CUMULATIVE, DISPERSED, EULER, MIXTURE, make_finalize, make_jump
 from fsdfm_jax.logits import Factored, dense, rows
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
@@ -104,6 +104,41 @@ def test_a_jump_has_the_probability_it_reports(rule):
     x_BL = _jump(rule)(jax.random.key(1), logits_BLV, xt_BL, t_B, h_B)
     moved_B = np.mean(x_BL != xt_BL, axis=1)
     assert np.all(np.abs(moved_B - p_B) <= 5 * np.sqrt(p_B * (1 - p_B) / N))
+
+
+@pytest.mark.parametrize("posterior_end", [False, True], ids=["literal", "posterior_end"])
+def test_frequencies_of_a_dispersed_jump_are_those_of_mixture(posterior_end):
+    # One position of each of many rows: those of one row are not independent.
+    for case in CASES:
+        p, z, t, h = case
+        with np.errstate(divide="ignore"):
+            logits_BLV = np.broadcast_to(np.log(np.float32(p)), (N, 3, 4))
+        used = jumps.with_posterior_end(DISPERSED) if posterior_end else DISPERSED
+        xt_BL = np.full((N, 3), z, np.int32)
+        jump = jax.jit(make_jump(used, Polynomial(2.0)))
+        x_BL = jump(jax.random.key(0), logits_BLV, xt_BL, np.float32(t), np.float32(h))
+        for position in range(3):
+            expected = case_probabilities("mixture", posterior_end, *case)
+            assert_frequencies(np.bincount(x_BL[:, position], minlength=4), expected)
+
+
+def test_a_dispersed_jump_moves_few_neighbours_and_as_many_positions_in_every_row():
+    rows, length, vocab = 500, 128, 1000
+    xt_BL = jnp.zeros((rows, length), jnp.int32)
+    logits_BLV = jnp.zeros((rows, length, vocab))  # m = 0.999
+    moved = {}
+    for rule in (MIXTURE, DISPERSED):
+        key = jax.random.key(0)
+        x_BL = jax.jit(make_jump(rule, Polynomial()))(key, logits_BLV, xt_BL, 0.5, 0.125)
+        moved[rule] = np.asarray(x_BL != xt_BL)
+    both = {rule: np.mean(m_BL[:, 1:] & m_BL[:, :-1]) for rule, m_BL in moved.items()}
+    assert both[DISPERSED] == 0
+    assert abs(both[MIXTURE] - 1 / 16) < 0.005
+    counts_B = moved[DISPERSED].sum(axis=1)
+    assert np.all(np.abs(counts_B - 0.25 * 0.999 * length) < 2)
+    assert moved[MIXTURE].sum(axis=1).std() > 3
+    for m_BL in moved.values():
+        assert abs(m_BL.mean() - 0.25 * 0.999) < 0.01
 
 
 def test_rules_agree_on_short_steps():

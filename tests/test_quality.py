@@ -112,7 +112,13 @@ def test_a_temperature_is_searched_for_once(tmp_path):
 
 # -------------------------------------------------------------------------------------------- table
 def record(recipe, steps, seed, entropy=6.0, **figures):
-    values = {"top_p": 1.0, "temperature": 1.0, "distinct_2": 0.9, "self_bleu": 0.1, "mauve": None}
+    values = {
+        "sampler": "plain",
+        "temperature": 1.0,
+        "distinct_2": 0.9,
+        "self_bleu": 0.1,
+        "mauve": None,
+    }
     return {"recipe": recipe, "steps": steps, "seed": seed, "entropy": entropy} | values | figures
 
 
@@ -123,8 +129,8 @@ def test_the_table_is_in_units_of_the_reference():
         record("heun", 8, 0, 6.06, **{"ppl a": 100.0, "ppl b": 30.0, "distinct_2": 0.8}),
         record("heun", 8, 1, 6.06, **{"ppl a": 400.0, "ppl b": 30.0}),
         record("heun", 1, 0, **{"ppl a": 800.0, "ppl b": 10.0}),
-        {"recipe": "heun", "top_p": 1.0, "steps": 1, "seed": 1},
-        {"recipe": "paper", "top_p": 1.0, "steps": 8, "seed": 0},
+        {"recipe": "heun", "sampler": "plain", "steps": 1, "seed": 1},
+        {"recipe": "paper", "sampler": "plain", "steps": 8, "seed": 0},
     ]
     reference, heun, one, paper = quality.summarise(records)
     assert reference["ppl a"] == pytest.approx(1.0)
@@ -133,17 +139,17 @@ def test_the_table_is_in_units_of_the_reference():
     assert heun["ppl b"] == pytest.approx(3.0)
     assert heun["H"] == pytest.approx(1.01)
     assert heun["distinct_2"] == pytest.approx(0.85)
-    assert one["trainings"] == "1 of 2"
+    assert one["seeds"] == "1 of 2"
     assert one["ppl a"] == pytest.approx(4.0)
-    assert paper["trainings"] == "0 of 1"
+    assert paper["seeds"] == "0 of 1"
     assert paper["ppl a"] is paper["T"] is paper["H"] is None
-    assert "| paper | 1 | 8 | 0 of 1 | - | - |" in quality.markdown([heun, paper])
+    assert "| paper | plain | 8 | 0 of 1 | - | - |" in quality.markdown([heun, paper])
 
 
 @pytest.mark.slow
 def test_the_whole_study_on_a_small_scale(tmp_path):
     command = [sys.executable, "-m", "benchmarks.quality", f"--study={tmp_path}", "--scale=smoke"]
-    command += ["--trainings=0", "--compare=heun,rect3", "--samples=8"]
+    command += ["--trainings=0", "--compare=paper,rect3", "--samples=8"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     found = json.loads((tmp_path / "result/quality.json").read_text())
@@ -151,12 +157,12 @@ def test_the_whole_study_on_a_small_scale(tmp_path):
         "reference",
         "held-out text",
         "pretrain",
-        "heun",
+        "paper",
         "rect3",
     }
-    rows = [row for row in found["table"] if row["recipe"] == "heun"]
-    assert [(row["top_p"], row["steps"]) for row in rows] == [
-        (top_p, steps) for top_p in (1.0, 0.8) for steps in (1, 2, 4, 8, 16)
+    rows = [row for row in found["table"] if row["recipe"] == "paper"]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [
+        (sampler, steps) for sampler in ("plain", "tuned") for steps in (1, 2, 4, 8, 16)
     ]
     assert all(abs(row["H"] - 1) < 0.05 for row in rows if row["H"])
     assert (tmp_path / "result/quality.png").stat().st_size > 5_000

@@ -469,3 +469,59 @@ def test_left_to_right_draws_from_a_nucleus_too():
         jax.random.key(0), decode, (), jnp.zeros(400, jnp.int32), 50, top_p=0.65
     )
     assert_frequencies(np.bincount(np.asarray(tokens_BL).ravel(), minlength=4), CUT)
+
+
+# ----------------------------------------------------------------------- cooling and looking ahead
+def _watch(ahead, **options):
+    """(times asked for, temperatures) of the steps of a sampler whose logits tell them."""
+    jump, finalize, x0_BL = setting(UNIFORM)
+    asked = []
+
+    def telling(x_BL, t_B, h_B):
+        jax.debug.callback(lambda t, h: asked.append((float(t), float(h))), t_B[0], h_B[0])
+        return jnp.ones((*x_BL.shape, V))
+
+    network = {"condition": lambda t_S, h_S: (t_S, h_S)} if ahead else {}
+    told = (
+        (lambda x_BL, th: telling(x_BL, jnp.full(B, th[0]), jnp.full(B, th[1]))) if ahead else None
+    )
+    _, logit_S = jax.jit(
+        lambda grid_S1, key: sample_trajectory(
+            key,
+            told or telling,
+            jump,
+            finalize,
+            x0_BL,
+            grid_S1,
+            observe=lambda logits, x_BL, new_BL: logits[0, 0, 0],
+            **network,
+            **options,
+        )
+    )(pad_grid(UNEVEN, 6) if "num_steps" in options else UNEVEN, jax.random.key(0))
+    jax.effects_barrier()
+    return np.float32(sorted(asked)), 1 / np.asarray(logit_S)[: len(UNEVEN) - 1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_look_ahead_and_cool_down(ahead, padded):
+    times_S, widths_S = UNEVEN[:-1], np.diff(UNEVEN)
+    count = {"num_steps": len(times_S)} if padded else {}
+    asked, temperature_S = _watch(ahead, **count)
+    np.testing.assert_allclose(asked, np.stack([times_S, widths_S], 1), atol=1e-6)
+    np.testing.assert_allclose(temperature_S, 1.0)
+    asked, temperature_S = _watch(ahead, look_ahead=0.25, temperature=2.0, cooling=0.6, **count)
+    np.testing.assert_allclose(asked, np.stack([times_S + widths_S / 4, widths_S], 1), atol=1e-6)
+    np.testing.assert_allclose(temperature_S, 2 * (1 - 0.6 * times_S), rtol=1e-6)
+
+
+def test_a_sampler_that_neither_cools_nor_looks_ahead_is_the_plain_one():
+    jump, finalize, x0_BL = setting(UNIFORM)
+    run = jax.jit(
+        lambda **options: sample(
+            jax.random.key(5), denoise, jump, finalize, x0_BL, UNEVEN, **options
+        )
+    )
+    zero = jnp.float32(0.0)
+    np.testing.assert_array_equal(run(), run(cooling=zero, look_ahead=zero))
+    assert np.any(run() != run(cooling=jnp.float32(0.9), look_ahead=zero))

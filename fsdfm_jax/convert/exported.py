@@ -71,7 +71,7 @@ def write(
       bundle: the model; not autoregressive.
       steps: S, network calls of a sample.
       length: L, tokens of a sample; None for the block length it was trained on.
-      jump_rule: "cumulative" | "euler" | "mixture", of the first S-1 steps.
+      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed", of the first S-1 steps.
 
     Raises:
       ValueError: for an autoregressive network, parameters that aren't the network's, a tokenizer

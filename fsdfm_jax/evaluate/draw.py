@@ -158,7 +158,8 @@ def _inputs(point, subject, given, batch_size, index, room) -> tuple:
     x0_BL = jnp.where(frozen_BL, given_BL, x0_BL)
     grid = sampler.pad_grid(sampler.make_grid(point.grid, point.steps), room)
     steps = jnp.int32(point.steps)
-    return sample_key, x0_BL, jnp.asarray(frozen_BL), jnp.asarray(grid), temperature, top_p, steps
+    how = (temperature, top_p, steps, jnp.float32(point.cooling), jnp.float32(point.look_ahead))
+    return sample_key, x0_BL, jnp.asarray(frozen_BL), jnp.asarray(grid), *how
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,7 +177,7 @@ def _compile(model, process, rule, size, has_nucleus):
     else:
         run = inference.make_sampler(model, process, jump)
         grid = jnp.zeros((room + 1,), jnp.float32)
-        inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1))
+        inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar)
     params = jax.eval_shape(lambda: models.init_params(key, model))
     params = sharding.spread(params)
     began = time.perf_counter()

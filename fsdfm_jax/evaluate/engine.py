@@ -112,7 +112,7 @@ class Evaluation:
             "bound_nats_per_token": self._bound(point),
         }
         fields = ("kind", "group", "stage", "steps", "jump", "grid")
-        fields += ("temperature", "top_p", "memory", "seed", "task")
+        fields += ("temperature", "top_p", "cooling", "look_ahead", "memory", "seed", "task")
         self._store.add(
             {
                 "slug": point.slug,

@@ -450,6 +450,8 @@ def _setting_columns(rows: Sequence[Row]) -> list[_Column]:
     numbers = {
         "temperature": lambda row: row.get("temperature"),
         "top_p": lambda row: row.get("top_p"),
+        "cooling": lambda row: row.get("cooling"),
+        "look_ahead": lambda row: row.get("look_ahead"),
         "num_samples": lambda row: row.get("num_samples"),
         "seeds": lambda row: row.get("num_seeds", 1),
     }

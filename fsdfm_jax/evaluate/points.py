@@ -32,6 +32,7 @@ class Point:
       steps: network calls per sample.
       jump, grid: rule of the jumps and shape of the time grid; None for an autoregressive model.
       temperature, top_p: of the draws.
+      cooling, look_ahead: see `sampler.sample`; None for an autoregressive model.
       weights: "ema" (as the stage uses them) | "student".
       memory: what an autoregressive model keeps of the tokens so far, "cache" | "none"; None for
         other models.
@@ -48,6 +49,8 @@ class Point:
     grid: str | None = None
     temperature: float | None = None
     top_p: float | None = None
+    cooling: float | None = None
+    look_ahead: float | None = None
     weights: str | None = None
     memory: str | None = None
     seed: int | None = None
@@ -59,6 +62,8 @@ class Point:
         if self.kind == "model":
             parts += [f"{self.steps}steps", self.jump, self.grid, f"T{self.temperature:.9g}"]
             parts += [f"p{self.top_p:.9g}" if self.top_p < 1 else None]
+            parts += [f"c{self.cooling:.9g}" if self.cooling else None]
+            parts += [f"a{self.look_ahead:.9g}" if self.look_ahead else None]
             parts += [self.weights if self.weights != "ema" else None]
             parts += ["anew" if self.memory == "none" else None]
         parts += [self.task if self.task != tasks.UNCONDITIONAL else None]
@@ -82,6 +87,8 @@ class Settings(NamedTuple):
     grid: str
     temperature: float
     top_p: float
+    cooling: float
+    look_ahead: float
     weights: str
     seed: int
     task: str
@@ -131,7 +138,8 @@ class Settings(NamedTuple):
             check_names(f"eval.{name}", allowed, values)
         if not self.jumps:
             raise ValueError("eval.jumps is empty; give at least one rule for the base model.")
-        check_draws("eval", (self.seed,), (self.temperature,), (self.top_p,))
+        names = ("seed", "temperature", "top_p", "cooling", "look_ahead")
+        check_draws("eval", **{name: (getattr(self, name),) for name in names})
         check_grids("eval", (self.grid,), (*self.steps, self.many_steps))
         tasks.parse(self.task)
         subjects.parse_models(self.models)
@@ -146,18 +154,19 @@ def check_names(key: str, allowed: Iterable[str], values: Iterable[str]) -> None
         )
 
 
-def check_draws(
-    key: str,
-    seeds: Iterable[int],
-    temperatures: Iterable[float],
-    top_ps: Iterable[float],
-) -> None:
-    """ValueError for the first value that no sample can be drawn with, naming the section."""
+def check_draws(section: str, **values: Iterable[float]) -> None:
+    """ValueError for the first value that no sample can be drawn with, naming the section.
+
+    Args:
+      section: of the config.
+      **values: values by the arguments of `inference.check_settings`.
+    """
     try:
-        for seed, temperature, top_p in itertools.product(seeds, temperatures, top_ps):
-            inference.check_settings(steps=1, seed=seed, temperature=temperature, top_p=top_p)
+        for name, listed in values.items():
+            for value in listed:
+                inference.check_settings(**{name: value})
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise ValueError(f"{section}: {error}") from None
 
 
 def check_grids(key: str, grids: Iterable[str], steps: Iterable[int]) -> None:
@@ -201,6 +210,7 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
 
         def add(group, steps, jump, label=label, stage=stage):
             own = {"stage": stage, "steps": steps, "jump": jump, "grid": settings.grid}
+            own |= {"cooling": settings.cooling, "look_ahead": settings.look_ahead}
             result.append(Point("model", group, label, **own, **how))
 
         if stage == "pretrain":
@@ -223,6 +233,8 @@ class Axes(NamedTuple):
     grids: tuple[str, ...]
     temperatures: tuple[float, ...]
     top_ps: tuple[float, ...]
+    coolings: tuple[float, ...]
+    look_aheads: tuple[float, ...]
     weights: tuple[str, ...]
     seeds: tuple[int, ...]
 
@@ -241,7 +253,14 @@ class Axes(NamedTuple):
             raise ValueError(f"axes.steps must be at least 1, got {axes.steps}.")
         check_names("axes.jumps", jumps.RULES, axes.jumps)
         check_names("axes.weights", WEIGHTS, axes.weights)
-        check_draws("axes", axes.seeds, axes.temperatures, axes.top_ps)
+        check_draws(
+            "axes",
+            seed=axes.seeds,
+            temperature=axes.temperatures,
+            top_p=axes.top_ps,
+            cooling=axes.coolings,
+            look_ahead=axes.look_aheads,
+        )
         check_grids("axes", axes.grids, axes.steps)
         return axes
 
@@ -259,14 +278,22 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
     check_names("axes.models", tuple(stage_of), chosen)
     left_to_right = tasks.parse(settings.task).left_to_right
     result = texts_to_compare(settings)
-    for label, grid, jump, top_p, weights in itertools.product(
-        chosen, axes.grids, axes.jumps, axes.top_ps, axes.weights
+    for label, grid, jump, cooling, look_ahead, top_p, weights in itertools.product(
+        chosen,
+        axes.grids,
+        axes.jumps,
+        axes.coolings,
+        axes.look_aheads,
+        axes.top_ps,
+        axes.weights,
     ):
         causal = stage_of[label] == "autoregressive"
         if causal and not left_to_right:
             continue
         details = [] if causal else [jump] * (len(axes.jumps) > 1 or stage_of[label] == "pretrain")
         details += [grid] * (not causal and len(axes.grids) > 1)
+        details += [f"cooling {cooling:g}"] * (not causal and len(axes.coolings) > 1)
+        details += [f"look-ahead {look_ahead:g}"] * (not causal and len(axes.look_aheads) > 1)
         details += [f"top-p {top_p:g}"] * (len(axes.top_ps) > 1)
         details += [weights] * (len(axes.weights) > 1)
         group = label + (f" ({', '.join(details)})" if details else "")
@@ -278,6 +305,7 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
                 how |= {"steps": length, "memory": "cache"}
             else:
                 how |= {"steps": steps, "jump": jump, "grid": grid}
+                how |= {"cooling": cooling, "look_ahead": look_ahead}
             how |= {"task": settings.task, "stage": stage_of[label]}
             result.append(Point("model", group, label, **how))
     return list(dict.fromkeys(result))

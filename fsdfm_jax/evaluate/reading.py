@@ -150,6 +150,8 @@ def many_steps(rows: Sequence[Row]) -> Row | None:
 _SETTINGS = {
     "temperature": ("temperature", lambda row: _plain(row.get("temperature"))),
     "top_p": ("top-p", lambda row: _plain(row.get("top_p"))),
+    "cooling": ("cooling", lambda row: _plain(row.get("cooling"))),
+    "look_ahead": ("look-ahead", lambda row: _plain(row.get("look_ahead"))),
     "grid": ("grid", lambda row: row.get("grid")),
     "weights": ("weights", lambda row: row.get("weights")),
     "task": ("task", lambda row: row.get("task")),

@@ -36,6 +36,8 @@ _IDENTITY = (
     "grid",
     "temperature",
     "top_p",
+    "cooling",
+    "look_ahead",
     "weights",
     "seed",
     "task",

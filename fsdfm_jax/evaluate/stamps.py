@@ -63,7 +63,8 @@ def samples(
 def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) -> dict | None:
     if facts is None:
         return None if point.seed is None else {"seed": point.seed}
-    names = ("steps", "jump", "grid", "temperature", "top_p", "seed", "memory")
+    names = ("steps", "jump", "grid", "temperature", "top_p", "cooling", "look_ahead")
+    names += ("seed", "memory")
     return {name: getattr(point, name) for name in names} | {
         "weights": facts["weights"],
         "batch_size": batch_size,
