@@ -35,6 +35,11 @@ def _budgets(**values):
         "loss": "path",  # on data: path (eq. 4.4) | cross_entropy (same minimiser)
         "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous
         "rate_floor": 1e-3,  # floor of 1 - kappa in the weight of the path loss (official 1e-8)
+        # Share of the rows whose state was reached by jumps of the model's own, 1 to
+        # `rollout_jumps` of them by the rule `rollout_jump`; 0: all states are the path's.
+        "rollout_share": 0.0,
+        "rollout_jumps": 1,
+        "rollout_jump": "mixture",
     }
     return keys | values
 
@@ -176,8 +181,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         pair_steps=32,  # steps of that sampler
         pair_batch_size=32,  # pairs made at once
         pair_jump="mixture",  # its jump rule
-        pair_temperature=1.0,  # its temperature
-        pair_top_p=1.0,  # share of the posterior's mass that it draws from
+        # Its grid, temperature, cooling, nucleus and look-ahead, as in `eval`.
+        pair_grid="uniform",
+        pair_temperature=1.0,
+        pair_cooling=0.0,
+        pair_top_p=1.0,
+        pair_look_ahead=0.0,
         # Texts drawn for each noise; the model keeps the one that it finds likeliest itself, asked
         # at `pair_score_times` noise levels.
         pair_candidates=1,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -355,33 +354,19 @@ def portable(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def check_settings(
-    *,
-    steps: int = 1,
-    seed: int = 0,
-    temperature: float = 1.0,
-    cooling: float = 0.0,
-    top_p: float = 1.0,
-    look_ahead: float = 0.0,
-) -> None:
+def check_settings(*, steps: int = 1, seed: int = 0, **options: float) -> None:
     """Refuses what no sample can be drawn with.
 
+    Args:
+      **options: of `sampler.check_options`.
+
     Raises:
-      ValueError: steps < 1, a seed outside [0, 2^32), a temperature that isn't above 0 and finite,
-        a cooling outside [0, 1), a top_p outside (0, 1], or a look_ahead outside [0, 1].
+      ValueError: steps < 1, a seed outside [0, 2^32), or an option outside its range.
     """
     sampler.uniform_grid(steps)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
-    # What float32 rounds to 0 would divide by it.
-    if not (temperature >= np.finfo(np.float32).tiny and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}.")
-    if not 0 <= cooling < 1:
-        raise ValueError(f"cooling must lie in [0, 1), got {cooling}.")
-    if not 0 <= look_ahead <= 1:
-        raise ValueError(f"look_ahead must lie in [0, 1], got {look_ahead}.")
+    sampler.check_options(**options)
 
 
 def check_given(

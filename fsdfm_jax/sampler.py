@@ -98,6 +98,30 @@ def check_grid(grid_S1) -> np.ndarray:
     return grid
 
 
+def check_options(
+    *,
+    temperature: float = 1.0,
+    cooling: float = 0.0,
+    top_p: float = 1.0,
+    look_ahead: float = 0.0,
+) -> None:
+    """Refuses options of `sample` that nothing can be drawn with, on the host.
+
+    Raises:
+      ValueError: a temperature that isn't above 0 and finite, a cooling outside [0, 1), a top_p
+        outside (0, 1], or a look_ahead outside [0, 1].
+    """
+    # What float32 rounds to 0 would divide by it.
+    if not np.finfo(np.float32).tiny <= temperature < np.inf:
+        raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}.")
+    if not 0 <= cooling < 1:
+        raise ValueError(f"cooling must lie in [0, 1), got {cooling}.")
+    if not 0 <= look_ahead <= 1:
+        raise ValueError(f"look_ahead must lie in [0, 1], got {look_ahead}.")
+
+
 def sample_trajectory(
     key: jax.Array,
     denoise: Denoise,

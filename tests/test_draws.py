@@ -253,7 +253,8 @@ def test_half_precision_logits_are_drawn_in_float32():
 # ----------------------------------------------------------------------------------- numbers apart
 def test_dispersed_numbers_are_uniform_at_every_position():
     u_BL = np.asarray(jax.jit(draws.dispersed, static_argnums=1)(jax.random.key(0), (N, 7)))
-    assert u_BL.min() >= 0 and u_BL.max() < 1
+    assert u_BL.min() >= 0
+    assert u_BL.max() < 1
     for u_B in u_BL.T:
         assert_frequencies(np.histogram(u_B, bins=20, range=(0, 1))[0], np.full(20, 1 / 20))
     assert abs(np.corrcoef(u_BL[:-1, 0], u_BL[1:, 0])[0, 1]) < 5 / np.sqrt(N)  # rows know nothing

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import meshes
 from benchmarks.meshes import Case
+from configs import base
 from fsdfm_jax import inference, models, sampler, sharding
 from fsdfm_jax.evaluate import draw
 from fsdfm_jax.evaluate.points import Point
@@ -119,9 +120,10 @@ def left_to_right(memory="cache"):
 
 def pairs():
     model, process, params = a_network("pretrain")
-    settings = refine.PairSettings(
-        ROWS, 4, ROWS, refine.jumps.get_rule("mixture"), 1.0, 1.0, candidates=2, score_times=2
-    )
+    config = base.get_config().refine
+    config.num_pairs = config.pair_batch_size = ROWS
+    config.pair_steps, config.pair_candidates, config.pair_score_times = 4, 2, 2
+    settings = refine.read_pair_settings(config)
     run = refine.make_pair_sampler(model, process, settings, length=LENGTH)
     return run, params, (jax.random.key(3),)
 

@@ -31,7 +31,8 @@ class PairSettings(NamedTuple):
 
     Attributes:
       num_pairs: in all.
-      steps, jump, temperature, top_p: of the sampler.
+      steps, jump, grid, temperature, cooling, top_p, look_ahead: of the sampler, see
+        `sampler.sample`; grid is a name, see `sampler.make_grid`.
       batch_size: pairs made at once.
       candidates: texts drawn for each noise, the one kept being that which the model itself finds
         likeliest.
@@ -42,8 +43,11 @@ class PairSettings(NamedTuple):
     steps: int
     batch_size: int
     jump: jumps.JumpRule
+    grid: str
     temperature: float
+    cooling: float
     top_p: float
+    look_ahead: float
     candidates: int
     score_times: int
 
@@ -63,17 +67,26 @@ def read_pair_settings(config: ConfigDict) -> PairSettings:
     for name in ("pair_steps", "pair_candidates", "pair_score_times"):
         if config[name] < 1:
             raise ValueError(f"refine.{name} must be at least 1, got {config[name]}.")
-    if not config.pair_temperature > 0:
-        raise ValueError(f"refine.pair_temperature must be > 0, got {config.pair_temperature}.")
-    if not 0 < config.pair_top_p <= 1:
-        raise ValueError(f"refine.pair_top_p must lie in (0, 1], got {config.pair_top_p}.")
+    try:
+        sampler.make_grid(config.pair_grid, config.pair_steps)
+        sampler.check_options(
+            temperature=config.pair_temperature,
+            cooling=config.pair_cooling,
+            top_p=config.pair_top_p,
+            look_ahead=config.pair_look_ahead,
+        )
+    except ValueError as error:
+        raise ValueError(f"refine.pair_*: {error}") from None
     return PairSettings(
         num_pairs=config.num_pairs,
         steps=config.pair_steps,
         batch_size=config.pair_batch_size,
         jump=jumps.get_rule(config.pair_jump),
+        grid=config.pair_grid,
         temperature=config.pair_temperature,
+        cooling=config.pair_cooling,
         top_p=config.pair_top_p,
+        look_ahead=config.pair_look_ahead,
         candidates=config.pair_candidates,
         score_times=config.pair_score_times,
     )
@@ -93,7 +106,7 @@ def make_pair_sampler(
     """
     jump = jumps.make_jump(settings.jump, process.schedule)
     finalize = jumps.make_finalize(process.source)
-    grid = sampler.uniform_grid(settings.steps)
+    grid = sampler.make_grid(settings.grid, settings.steps)
     top_p = None if settings.top_p == 1 else settings.top_p
 
     @functools.partial(jax.jit, out_shardings=sharding)
@@ -113,7 +126,9 @@ def make_pair_sampler(
                 grid,
                 condition=condition,
                 temperature=settings.temperature,
+                cooling=settings.cooling,
                 top_p=top_p,
+                look_ahead=settings.look_ahead,
             )
 
         if settings.candidates == 1:
@@ -224,5 +239,5 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     below, above = few_step.split_budgets(config, "refine")
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
-    loss = few_step.make_loss(model, process, path, taught)
+    loss = few_step.make_loss(model, process, path, taught, few_step.read_rollout(config, process))
     return Stage("refine", model, start_from_base("refine", model), loss)
