@@ -35,11 +35,6 @@ def _budgets(**values):
         "loss": "path",  # on data: path (eq. 4.4) | cross_entropy (same minimiser)
         "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous
         "rate_floor": 1e-3,  # floor of 1 - kappa in the weight of the path loss (official 1e-8)
-        # Share of the rows whose state was reached by jumps of the model's own, 1 to
-        # `rollout_jumps` of them by the rule `rollout_jump`; 0: all states are the path's.
-        "rollout_share": 0.0,
-        "rollout_jumps": 1,
-        "rollout_jump": "mixture",
     }
     return keys | values
 

@@ -201,9 +201,6 @@ WRONG = [
     ("refine", {"refine.pair_cooling": 1.0}, r"pair_\*: cooling must lie in \[0, 1\), got 1.0"),
     ("refine", {"refine.pair_look_ahead": 2.0}, r"pair_\*: look_ahead must lie in"),
     ("refine", {"refine.pair_grid": "log"}, r"pair_\*: Unknown grid 'log'"),
-    ("step_aware", {"step_aware.rollout_share": 1.5}, r"rollout_share must lie in \[0, 1\]"),
-    ("distill", {"distill.rollout_jumps": 0}, "rollout_jumps must be at least 1, got 0"),
-    ("refine", {"refine.rollout_jump": "leap"}, "Unknown jump rule 'leap'"),
     ("refine", {"refine.pair_candidates": 0}, "pair_candidates must be at least 1, got 0"),
     ("refine", {"refine.pair_score_times": 0}, "pair_score_times must be at least 1, got 0"),
 ]
@@ -469,72 +466,6 @@ def test_the_distillation_part_equals_its_equation(calls, name, temperature):
     np.testing.assert_allclose(
         metrics["distillation_loss"], temperature**2 * want.mean(), rtol=1e-5
     )
-
-
-# ---------------------------------------------------------------------------------------- rollouts
-DATA, NOISE, OWN = 3, 5, 7
-
-
-def _rolled(share, most, *, rows=2_000):
-    """States of rolled out rows of DATA and NOISE, where the model writes OWN; with t, h, calls."""
-    t_B, h_B = (np.resize(np.float32(x), rows) for x in ([0.0, 0.25, 0.5, 0.75], [0.25]))
-    x0_BL, x1_BL = (np.full((rows, 40), token, np.int32) for token in (NOISE, DATA))
-    process = make_process(make_config())
-    asked = []
-
-    def denoise(x_BL, time_B, width_B):
-        asked.append((np.asarray(x_BL), np.asarray(time_B), np.asarray(width_B)))
-        return jnp.broadcast_to(100.0 * jax.nn.one_hot(OWN, V), (*x_BL.shape, V))
-
-    state_at = lambda at_B: paths.sample_path(
-        jax.random.key(1), process.schedule, x0_BL, x1_BL, at_B
-    )
-    rollout = few_step.Rollout(share, most, process.make_jump(jumps.MIXTURE))
-    x_BL = few_step.roll_out(jax.random.key(2), rollout, denoise, state_at, t_B, h_B)
-    return np.asarray(x_BL), t_B, h_B, asked
-
-
-def test_rolled_out_rows_came_from_the_path_by_their_own_jumps():
-    x_BL, t_B, h_B, asked = _rolled(1.0, 3)
-    count = {token: (x_BL == token).mean(axis=1) for token in (DATA, NOISE, OWN)}
-    se = 5 * 0.5 / np.sqrt(x_BL.size / 4)
-    for t in (0.0, 0.25, 0.5, 0.75):
-        # The share of noise left is the path's, whoever wrote the rest.
-        assert abs(count[NOISE][t_B == t].mean() - (1 - t)) < se
-    assert not (x_BL[t_B == 0] == OWN).any()
-    # n jumps from s = t - n h: data are left with s (1-t)/(1-s), n uniform over 1 .. t / h.
-    for t, most in ((0.25, 1), (0.5, 2), (0.75, 3)):
-        starts = t - 0.25 * np.arange(1, most + 1)
-        want = np.mean(starts * (1 - t) / (1 - starts))
-        assert abs(count[DATA][t_B == t].mean() - want) < 2 * se
-    # The model was asked at the times of the jumps, in order, with their width.
-    assert len(asked) == 3
-    for left, (_, time_B, width_B) in zip((3, 2, 1), asked, strict=True):
-        early = np.isclose(time_B, t_B - left * h_B)
-        assert np.all(early | np.isclose(time_B, t_B))
-        assert early[t_B >= 0.75].any()
-        np.testing.assert_array_equal(width_B, h_B)
-
-
-def test_only_a_share_of_the_rows_is_rolled_out():
-    x_BL, t_B, _, _ = _rolled(0.25, 1)
-    late = t_B > 0
-    rolled = (x_BL[late] == OWN).any(axis=1)
-    assert abs(rolled.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / late.sum())
-    plain, _, _, _ = _rolled(1e-9, 1)
-    assert not (plain == OWN).any()
-
-
-def test_a_stage_learns_its_text_from_rolled_out_states(calls):
-    batch = make_batch(rows=64)
-    values = {"rollout_share": 1.0, "rollout_jumps": 2, "loss": "cross_entropy"}
-    _, metrics, student, average = few_step_calls(calls, "step_aware", batch, **values)
-    assert (len(student), len(average)) == (1, 2)
-    x, t, h = (np.asarray(student[0][name]) for name in "xth")
-    assert not np.array_equal(x, few_step_calls(calls, "step_aware", batch)[2][0]["x"])
-    log_p = literal_log_p(literal_logits(table(1), x, t, h))
-    want = -np.take_along_axis(log_p, batch["x1"][..., None], -1).mean()
-    np.testing.assert_allclose(metrics["path_loss"], want, rtol=1e-5)
 
 
 def test_the_blend_is_unbiased(calls):

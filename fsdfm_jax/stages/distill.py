@@ -18,5 +18,5 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     below, above = few_step.split_budgets(config, "distill")
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
-    loss = few_step.make_loss(model, process, path, taught, few_step.read_rollout(config, process))
+    loss = few_step.make_loss(model, process, path, taught)
     return Stage("distill", model, start_from_base("distill", model), loss)

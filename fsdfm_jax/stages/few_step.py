@@ -10,21 +10,20 @@ probabilities: unbiased, of lower variance than drawing each row's part, and no 
 network call whose result it wouldn't use.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fsdfm_jax import draws, jumps, layout, losses, models, paths, schedules, teacher
+from fsdfm_jax import jumps, layout, losses, models, paths, schedules, teacher
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.budgets import Budgets, make_budgets, sample_budgets
 from fsdfm_jax.jumps import Jump
 from fsdfm_jax.losses import Divergence
 from fsdfm_jax.models import ModelConfig
 from fsdfm_jax.stages import Process
-from fsdfm_jax.teacher import Denoise, Quadrature
+from fsdfm_jax.teacher import Quadrature
 
 LOSSES = ("path", "cross_entropy")
 RATES = ("cumulative", "instantaneous")
@@ -37,20 +36,6 @@ class PathTerm(NamedTuple):
     loss: str
     rate: str
     rate_floor: float
-
-
-class Rollout(NamedTuple):
-    """States that the model itself came to, in place of those of the path.
-
-    Attributes:
-      share: of the rows, in (0, 1].
-      jumps: the most that it may have made, at least 1.
-      jump: how it moves.
-    """
-
-    share: float
-    jumps: int
-    jump: Jump
 
 
 class TeacherTerm(NamedTuple):
@@ -125,64 +110,6 @@ def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) ->
     )
 
 
-def read_rollout(config: ConfigDict, process: Process) -> Rollout | None:
-    """The rollout of a config, None where its share is 0.
-
-    Raises:
-      ValueError: for a share outside [0, 1], no jump, or an unknown rule.
-    """
-    if not 0 <= config.rollout_share <= 1:
-        raise ValueError(f"rollout_share must lie in [0, 1], got {config.rollout_share}.")
-    if config.rollout_jumps < 1:
-        raise ValueError(f"rollout_jumps must be at least 1, got {config.rollout_jumps}.")
-    jump = process.make_jump(jumps.get_rule(config.rollout_jump))
-    if not config.rollout_share:
-        return None
-    return Rollout(config.rollout_share, config.rollout_jumps, jump)
-
-
-def roll_out(
-    key: jax.Array,
-    rollout: Rollout,
-    denoise: Denoise,
-    state_at: Callable[[jax.Array], jax.Array],
-    t_B: jax.Array,
-    h_B: jax.Array,
-) -> jax.Array:
-    """States at t that some rows reached by jumps of the model from the path at an earlier time.
-
-    A sampler's state isn't one of the path: tokens that were drawn side by side don't fit together
-    as text does. Rows begin on the path at t - n h, n uniform over 1 .. min(jumps, t / h), and take
-    n jumps of width h; the text they come from stays the target, so that the network learns to
-    mend what it does wrong (arXiv:2112.06749 does so for plain denoising).
-
-    Args:
-      key: typed PRNG key.
-      rollout: how many rows and jumps.
-      denoise: (x_BL, t_B, h_B) -> logits [B, L, V]; without gradient.
-      state_at: t_B -> x_BL, the path's state at other times.
-      t_B, h_B: float32 [B]; rows with t < h stay on the path.
-
-    Returns:
-      int [B, L].
-    """
-    choice_key, *jump_keys = jax.random.split(key, 1 + rollout.jumps)
-    share_key, count_key = jax.random.split(choice_key)
-    # Widths and times are multiples of powers of two: the quotient is exact.
-    most_B = jnp.minimum(jnp.floor(t_B / h_B), rollout.jumps)
-    count_B = 1 + jnp.floor(draws.uniform(count_key, t_B.shape) * most_B)
-    chosen_B = (draws.uniform(share_key, t_B.shape) < rollout.share) & (most_B > 0)
-    count_B = jnp.where(chosen_B, jnp.minimum(count_B, most_B), 0)
-    x_BL = state_at(t_B - count_B * h_B)
-    for jumps_left in range(rollout.jumps, 0, -1):
-        moves_B = count_B >= jumps_left
-        time_B = jnp.where(moves_B, t_B - jumps_left * h_B, t_B)
-        logits = denoise(x_BL, time_B, h_B)
-        moved_BL = rollout.jump(jump_keys[jumps_left - 1], logits, x_BL, time_B, h_B)
-        x_BL = jnp.where(moves_B[:, None], moved_BL, x_BL)
-    return jax.lax.stop_gradient(x_BL)
-
-
 def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
     """Rows of a batch that get the path loss: in proportion, at least one a part.
 
@@ -197,13 +124,7 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
     return batch_size if path.log2_steps else 0
 
 
-def make_loss(
-    model: ModelConfig,
-    process: Process,
-    path: PathTerm,
-    taught: TeacherTerm | None,
-    rollout: Rollout | None = None,
-):
+def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None):
     """The blended loss as a `Stage.loss`; without `taught`, all rows are trained on data.
 
     Metrics: `loss`, and the mean of each part, `path_loss` and `distillation_loss` (before
@@ -220,10 +141,6 @@ def make_loss(
 
     def loss(params, frozen, key, batch):
         keys = jax.random.split(key, 5)
-
-        def denoise(x, t, h):
-            return models.predict(frozen, model, x, t, h)
-
         x1_BL = batch["x1"]
         batch_size = x1_BL.shape[0]
         x0_BL = batch["x0"] if "x0" in batch else process.source.sample(keys[0], x1_BL.shape)
@@ -238,15 +155,7 @@ def make_loss(
         ]
         t_B = jnp.concatenate([t for t, _ in drawn])
         h_B = jnp.concatenate([h for _, h in drawn])
-
-        def state_at(time_B):
-            return paths.sample_path(keys[2], process.schedule, x0_BL, x1_BL, time_B)
-
-        if rollout is None:
-            xt_BL = state_at(t_B)
-        else:
-            rollout_key = jax.random.fold_in(budgets_key, len(parts))
-            xt_BL = roll_out(rollout_key, rollout, denoise, state_at, t_B, h_B)
+        xt_BL = paths.sample_path(keys[2], process.schedule, x0_BL, x1_BL, t_B)
         logits = models.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
 
         value, metrics = jnp.zeros(()), {}
@@ -267,6 +176,10 @@ def make_loss(
             value += path.budgets.share * part
             metrics["path_loss"] = part
         if split < batch_size:
+
+            def denoise(x, t, h):
+                return models.predict(frozen, model, x, t, h)
+
             # The noise of a row doesn't depend on how many there are: padding changes nothing.
             inputs = (layout.pad_rows(x[split:]) for x in (xt_BL, t_B, h_B))
             target = teacher.teacher_logits(keys[4], taught.rule, denoise, taught.jump, *inputs)

@@ -239,5 +239,5 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     below, above = few_step.split_budgets(config, "refine")
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
-    loss = few_step.make_loss(model, process, path, taught, few_step.read_rollout(config, process))
+    loss = few_step.make_loss(model, process, path, taught)
     return Stage("refine", model, start_from_base("refine", model), loss)

@@ -16,5 +16,5 @@ from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     """The stage; reads the budget keys of its config."""
     path = few_step.read_path_term(config, few_step.read_budgets(config))
-    loss = few_step.make_loss(model, process, path, None, few_step.read_rollout(config, process))
+    loss = few_step.make_loss(model, process, path, None)
     return Stage("step_aware", model, start_from_base("step_aware", model), loss)
