@@ -15,6 +15,7 @@ from configs import base, tiny
 
 _TRAINING = 3  # evaluations: forward, and backward at twice its cost
 _TEACHER = {"heun": 2, "rk4": 4}
+_GUIDE = 2
 
 
 class Size(NamedTuple):
@@ -25,6 +26,7 @@ class Size(NamedTuple):
       evaluations: that a recipe may use, from the base model on.
       samples: of a figure of one training.
       many_steps: of the base model's reference.
+      guide_step: of the base model's training, for `guidance`.
     """
 
     judge_steps: int
@@ -32,6 +34,7 @@ class Size(NamedTuple):
     evaluations: int
     samples: int
     many_steps: int
+    guide_step: int
 
 
 # Ways to sample a model, by the keys of `eval`; each adds one to what stands before it. What isn't
@@ -51,22 +54,26 @@ SAMPLERS = {
 }
 
 SIZES = {
-    "cpu": Size(3_000, 8_000, 160_000, 64, 1024),
-    "gpu": Size(20_000, 40_000, 6_000_000, 512, 1024),
-    "smoke": Size(40, 40, 30_000, 16, 32),
+    "cpu": Size(3_000, 8_000, 160_000, 64, 1024, 2_000),
+    "gpu": Size(20_000, 40_000, 6_000_000, 512, 1024, 10_000),
+    "smoke": Size(40, 40, 30_000, 16, 32, 20),
 }
 
 
 def row_evaluations(config: ml_collections.ConfigDict, stage: str) -> float:
     """Network evaluations that a training step of a stage takes for each row."""
-    if stage in ("pretrain", "step_aware"):
-        return _TRAINING
     own = config[stage]
+    if stage == "pretrain":
+        return _TRAINING
+    guide = _GUIDE if own.guidance else 0
+    if stage == "step_aware":
+        return _TRAINING + guide
     weight = {"log_uniform": lambda k: 1, "official": lambda k: 2**k}[own.width_weights]
     weights = [weight(k) for k in range(own.max_log2_steps + 1)]
     on_data = sum(w for k, w in enumerate(weights) if 2.0**-k < own.tau) / sum(weights)
     taught = own.batch_size - round(own.batch_size * on_data)  # rows are whole
-    return _TRAINING + _TEACHER[own.teacher_rule] * taught / own.batch_size
+    share = taught / own.batch_size
+    return _TRAINING + _TEACHER[own.teacher_rule] * share + guide * (1 - share)
 
 
 def _pair_evaluations(refine: ml_collections.ConfigDict) -> int:
@@ -89,6 +96,7 @@ def _base(config, size):
     config.pipeline = "autoregressive,pretrain"
     config.autoregressive.num_steps = size.judge_steps
     config.pretrain.num_steps = size.base_steps
+    config.train.keep_every = size.guide_step
     for stage in ("autoregressive", "pretrain"):
         config[stage].warmup_steps = min(config[stage].warmup_steps, config[stage].num_steps // 4)
 
@@ -130,6 +138,30 @@ def _heun(config, size):
     config.pipeline = "distill"
 
 
+def _guided(config, size):
+    """The mild teacher for widths of 1/4 and more, finer ones from the guided base model."""
+    config.pipeline = "distill"
+    config.distill.max_log2_steps = 6
+    config.distill.tau = 0.25
+    config.distill.guidance = 1.0
+    config.distill.guide_step = size.guide_step
+
+
+def _guided_pairs(config, size):
+    """The guided student, then a round of pairs that it makes in 16 steps."""
+    _guided(config, size)
+    config.pipeline = "distill,refine"
+    _rectified(config, size, 2, pair_steps=16, **_pairs_by("tuned"))
+    config.pipeline = "distill,refine"
+
+
+def _pairs_by(sampler):
+    """Keys of `refine` for pairs made by one of `SAMPLERS`."""
+    keys = dict(SAMPLERS[sampler])
+    rule = keys.pop("few_step_jump")
+    return {f"pair_{key}": value for key, value in keys.items()} | {"pair_jump": rule}
+
+
 def _rectified(config, size, rounds, **values):
     """Rounds of pairs; half of what a round may cost makes them."""
     config.pipeline = ",".join(["refine"] * rounds)
@@ -148,19 +180,21 @@ RECIPES = {
     "heun": _heun,
     "rect1": functools.partial(_rectified, rounds=1),
     "rect3": functools.partial(_rectified, rounds=3),
+    "guided": _guided,
+    "guided_pairs": _guided_pairs,
     "chosen3": functools.partial(_rectified, rounds=3, pair_steps=8, pair_candidates=8),
 }
 
 
 def _spend(config: ml_collections.ConfigDict, budget: int) -> None:
-    """Sets the steps of a recipe, the same in all rounds, to what the budget pays for."""
-    rounds = config.pipeline.split(",")
-    stage = rounds[0]
-    own = config[stage]
-    left = budget / len(rounds)
-    if stage == "refine":
-        left -= own.num_pairs * _pair_evaluations(own)
-    own.num_steps = int(left / (own.batch_size * row_evaluations(config, stage)))
+    """Sets the steps of a recipe to what the budget pays for, as much for each of its runs."""
+    runs = config.pipeline.split(",")
+    for stage in set(runs):
+        own = config[stage]
+        left = budget / len(runs)
+        if stage == "refine":
+            left -= own.num_pairs * _pair_evaluations(own)
+        own.num_steps = int(left / (own.batch_size * row_evaluations(config, stage)))
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

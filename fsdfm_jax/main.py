@@ -223,6 +223,13 @@ def train_run(
         fingerprint = prepared.tokenizer.fingerprint
         return workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh).params
 
+    def load_guide():
+        if not stage.guide_step or saved >= own.num_steps:
+            return None
+        return workdir.load_guide(
+            entry, stage.guide_step, tokenizer=prepared.tokenizer.fingerprint, mesh=mesh
+        )
+
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
         return batch_stream(entry, config, process, prepared, mesh, pairs, start)
 
@@ -233,6 +240,7 @@ def train_run(
         optimizer=optim.make_optimizer(config.optim, own),
         batches=batches,
         base=load_base(),
+        guide=load_guide(),
         key=jax.random.key(run_seed(config, entry.run)),
         mesh=mesh,
         directory=directory,
@@ -301,6 +309,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     mesh = sharding.make_mesh(config.mesh)
     process = stages.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)
     recipes: dict[pathlib.Path, dict] = {}
+    trained_here = {workdir.stage_directory(folder, e.run): e.stage for e in pipeline}
     for entry in pipeline:
         check_batch(mesh, config, entry.stage)
         stage = stages.make_stage(entry.stage, config, process)
@@ -313,6 +322,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         if entry.base is not None:
             base = recipes.get(entry.base) or workdir.saved_metadata(entry.base)["recipe"]
             workdir.check_base(entry.base, stage.model, config)
+            workdir.check_guide(entry, stage.guide_step, trained_here.get(entry.base), config)
         directory = workdir.stage_directory(folder, entry.run)
         recipes[directory] = workdir.recipe(config, entry, base)
         workdir.check_recipe(directory, recipes[directory])

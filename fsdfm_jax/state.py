@@ -47,6 +47,7 @@ def train_step(
     state: TrainState,
     batch,
     root_key,
+    guide=None,
     *,
     loss,
     optimizer,
@@ -61,6 +62,7 @@ def train_step(
       batch: dict of arrays with B rows, see `stages.Stage`.
       root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed
         run draws the same noise.
+      guide: `stages.Guide` of a guided stage, not to be trained.
       loss: `Stage.loss`.
       optimizer: optax transformation.
       ema_decay: weight of the old average, 0 for none.
@@ -76,10 +78,12 @@ def train_step(
     key = jax.random.fold_in(root_key, state.step)
     frozen = jax.lax.stop_gradient(averaged(state))
     gradient = jax.grad(loss, has_aux=True)
+    further = () if guide is None else (guide,)
     if accumulate == 1:
-        grads, metrics = gradient(state.params, frozen, key, batch)
+        grads, metrics = gradient(state.params, frozen, key, batch, *further)
     else:
-        grads, metrics = _accumulate(gradient, state.params, frozen, key, batch, accumulate)
+        fixed = (state.params, frozen)
+        grads, metrics = _accumulate(gradient, fixed, key, batch, further, accumulate)
     grads = layout.like_parameters(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -98,7 +102,7 @@ def train_step(
     return TrainState(state.step + 1, *new, skipped), metrics
 
 
-def _accumulate(gradient, params, frozen, key, batch, parts: int):
+def _accumulate(gradient, fixed, key, batch, further, parts: int):
     """The mean gradient and metrics of the parts of a batch.
 
     Part a has the rows a, a + parts, a + 2 parts ..: rows stay on the devices they are on.
@@ -109,7 +113,7 @@ def _accumulate(gradient, params, frozen, key, batch, parts: int):
 
     def one(index, rows):
         rows = jax.tree.map(lambda x: layout.constrain(x, "rows"), rows)
-        grads, metrics = gradient(params, frozen, jax.random.fold_in(key, index), rows)
+        grads, metrics = gradient(*fixed, jax.random.fold_in(key, index), rows, *further)
         return layout.like_parameters(grads), metrics
 
     def step(total, inputs):

@@ -1,6 +1,7 @@
 """The training loop, shared by all stages: straight-line, resumable, metrics one step late."""
 
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 import math
@@ -16,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import models, processes, sharding, state
+from fsdfm_jax import models, processes, sharding, stages, state
 from fsdfm_jax.checkpoint import Checkpoints, Retention
 from fsdfm_jax.stages import Stage
 from fsdfm_jax.writer import MetricWriter
@@ -89,6 +90,8 @@ def make_step(
 ):
     """The jitted (state, batch, key) -> (state, metrics) of a stage; it donates the state.
 
+    A guided stage's takes a fourth argument, its `stages.Guide`, spread as the parameters are.
+
     Trace it within `jax.set_mesh(mesh)`.
 
     Args:
@@ -103,9 +106,14 @@ def make_step(
         max_skipped=settings.max_skipped,
     )
     whole = NamedSharding(mesh, P())
+    guide = ()
+    if stage.guide_step:
+        base = dataclasses.replace(stage.model, conditioning="none")
+        one = jax.eval_shape(lambda: models.init_params(jax.random.key(0), base))
+        guide = (sharding.state_shardings(mesh, stages.Guide(one, one)),)
     return jax.jit(
         step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh), whole),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), whole, *guide),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
@@ -119,6 +127,7 @@ def train(
     optimizer: optax.GradientTransformation,
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
     base: models.Params | None,
+    guide: stages.Guide | None = None,
     key: jax.Array,
     mesh: Mesh,
     directory: pathlib.Path,
@@ -140,6 +149,7 @@ def train(
         rows `sharding.local_rows`.
       base: weights of the run this one starts from, or None; their shapes do where it goes on from
         a checkpoint of its own.
+      guide: of a guided stage, on the mesh.
       key: root of the run's randomness.
       mesh: where to run, of the devices of all processes.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
@@ -192,6 +202,7 @@ def train(
 
         # ------------------------------------------------------------------------------- step
         step_fn = make_step(stage, optimizer, settings, mesh, shardings)
+        further = () if guide is None else (guide,)
 
         # ------------------------------------------------------------------------------- loop
         stream = batches(start)
@@ -210,7 +221,7 @@ def train(
             agreed: bool | jax.Array = False
             for step in range(start + 1, settings.num_steps + 1):
                 rows = sharding.place_rows(mesh, settings.batch_size, batch)
-                train_state, metrics = step_fn(train_state, rows, step_key)
+                train_state, metrics = step_fn(train_state, rows, step_key, *further)
                 report.finish()  # of the step before, while this one runs
                 watchdog.pat(step - start)
                 report.begin(step, metrics)

@@ -199,6 +199,54 @@ def check_base(directory: pathlib.Path, model: ModelConfig, config: ConfigDict) 
         )
 
 
+def check_guide(entry: Entry, step: int, base_stage: str | None, config: ConfigDict) -> None:
+    """Refuses a guide that isn't there and won't be.
+
+    Args:
+      entry: a run with a base.
+      step: `Stage.guide_step`; with 0 there is nothing to refuse.
+      base_stage: stage of the base where this job trains it, else None.
+
+    Raises:
+      ValueError: if the run doesn't start from a base model, or the checkpoint of that step is
+        missing, or is one that the job isn't going to keep.
+    """
+    if not step:
+        return
+    key = f"{entry.stage}.guide_step={step}"
+    if (base_stage or saved_metadata(entry.base)["stage"]) != "pretrain":
+        raise ValueError(
+            f"{key}: a guided stage starts from a base model, a run of 'pretrain', and "
+            f"{entry.base} isn't one. Name one in {entry.stage}.init_from, or set guidance and "
+            "guide_step to 0."
+        )
+    folder = entry.base / "checkpoints"
+    if checkpoint.has_step(folder, step):
+        return
+    if base_stage is None or (checkpoint.newest_step(folder) or 0) >= step:
+        raise ValueError(
+            f"{key}: there is no checkpoint of that step in {folder}; train the base model with a "
+            "train.keep_every that divides it."
+        )
+    every = config.train.keep_every
+    if step >= config.pretrain.num_steps or not every or step % every:
+        raise ValueError(
+            f"{key}: 'pretrain' won't keep a checkpoint of that step; set train.keep_every to a "
+            f"divisor of it (now {every}), and a step below pretrain.num_steps="
+            f"{config.pretrain.num_steps}."
+        )
+
+
+def load_guide(entry: Entry, step: int, *, tokenizer: str, mesh: Mesh) -> stages.Guide:
+    """The base model that a guided run starts from, and what it was at an earlier step.
+
+    Raises:
+      ValueError: as `load_weights`.
+    """
+    load = functools.partial(load_weights, entry.base, tokenizer=tokenizer, mesh=mesh)
+    return stages.Guide(load().params, load(step=step).params)
+
+
 def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
     """Refuses to go on in `directory` under another recipe.
 

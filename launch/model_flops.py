@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import few_step
+from fsdfm_jax.stages import FEW_STEP, few_step
 from fsdfm_jax.teacher import get_rule
 
 
@@ -28,7 +28,8 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
     """Operations of a training step of a stage.
 
     The student three times (forward, and twice as much backward). Of the teacher, for the rows that
-    it teaches, one pass for each node of its rule, the last head for the average.
+    it teaches, one pass for each node of its rule, the last head for the average. Of a guide two
+    passes for the other rows.
 
     Args:
       name: of the stage, whose section `config` holds.
@@ -36,9 +37,13 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
     """
     length, own = config.data.block_length, config[name]
     student = 3 * forward_flops(model, batch, length)
-    if "teacher_rule" not in own:
+    if name not in FEW_STEP:
         return student
+    fixed, taught = 0, 0  # passes of rows
     parts = batch // own.accumulate
-    taught = parts - few_step.rows_of_path(parts, *few_step.split_budgets(own, name))
-    passes = len(get_rule(own.teacher_rule).nodes)
-    return student + passes * forward_flops(model, taught * own.accumulate, length)
+    if "teacher_rule" in own:
+        taught = parts - few_step.rows_of_path(parts, *few_step.split_budgets(own, name))
+        fixed += len(get_rule(own.teacher_rule).nodes) * taught
+    if own.guidance:
+        fixed += 2 * (parts - taught)
+    return student + forward_flops(model, fixed * own.accumulate, length)

@@ -210,6 +210,9 @@ def test_useful_operations_count_student_and_teacher():
     config.distill.accumulate = 1
     config.distill.teacher_rule = "heun"
     assert model_flops.step_flops("distill", config, model, 96) == (3 * 96 + 2 * taught) * forward
+    config.distill.guidance = 1.0
+    guided = 3 * 96 + 2 * taught + 2 * (96 - taught)
+    assert model_flops.step_flops("distill", config, model, 96) == guided * forward
 
 
 # --------------------------------------------------------------------------------------- exchanges

@@ -184,6 +184,9 @@ WRONG = [
     ("step_aware", {"step_aware.width_weights": "even"}, "Unknown width_weights 'even'"),
     ("step_aware", {"step_aware.max_log2_steps": -1}, "max_log2_steps"),
     ("step_aware", {"step_aware.time_eps": 1.0}, "time_eps"),
+    ("step_aware", {"step_aware.guidance": 1.0}, "guidance=1.0 and guide_step=0 go together"),
+    ("distill", {"distill.guide_step": 5}, "guidance=0.0 and guide_step=5 go together"),
+    ("refine", {"refine.guidance": -1.0}, "guidance must be 0 or more"),
     ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
     ("distill", {"distill.teacher_rule": "rk3"}, "Unknown teacher rule 'rk3'.*heun, rk4"),
     ("distill", {"distill.teacher_end": "stop"}, "Unknown teacher_end 'stop'.*literal"),
@@ -466,6 +469,64 @@ def test_the_distillation_part_equals_its_equation(calls, name, temperature):
     np.testing.assert_allclose(
         metrics["distillation_loss"], temperature**2 * want.mean(), rtol=1e-5
     )
+
+
+# ---------------------------------------------------------------------------------------- guidance
+def guided_calls(calls, name, batch, **values):
+    """As `few_step_calls`, with (guide's calls by weights) in place of those of the average."""
+    config = make_config()
+    config[name].update({"guidance": 1.5, "guide_step": 3} | values)
+    loss = make_stage(name, config).loss
+    guide = stages.Guide(table(3), table(4))
+
+    def run(student, average, guide, key, batch):
+        calls.clear()
+        value, metrics = loss(student, average, key, batch, guide)
+        of = lambda params: [
+            {name: call[name] for name in "xth" if call[name] is not None}
+            for call in calls
+            if call["params"] is params
+        ]
+        return value, metrics, of(student), [of(guide.strong), of(guide.weak), of(average)]
+
+    return jax.jit(run)(table(1), table(2), guide, jax.random.key(5), batch)
+
+
+def test_fine_steps_follow_the_guided_base_model(calls):
+    batch = make_batch(rows=12)
+    _, metrics, (student,), (strong, weak, average) = guided_calls(calls, "distill", batch)
+    below, above = few_step.split_budgets(make_config().distill, "distill")
+    rows = few_step.rows_of_path(12, below, above)
+    assert set(metrics) == {"loss", "guidance_loss", "distillation_loss"}
+    x, t, h = (np.asarray(student[name])[:rows] for name in "xth")
+    (strong,), (weak,) = strong, weak
+    for asked in (strong, weak):  # of the same states, as a base model is: without a width
+        np.testing.assert_array_equal(asked["x"], x)
+        np.testing.assert_array_equal(asked["t"], t)
+        assert "h" not in asked
+    assert len(average) == 2  # Heun's, for the other rows
+    near, far = literal_logits(table(3), x, t), literal_logits(table(4), x, t)
+    target = literal_log_p(near + 1.5 * (near - far))
+    own = literal_log_p(literal_logits(table(1), x, t, h))
+    want = (np.exp(target) * (target - own)).sum(-1).mean()
+    np.testing.assert_allclose(metrics["guidance_loss"], want, rtol=1e-5)
+
+
+def test_a_student_that_is_the_guided_model_has_nothing_to_learn(calls):
+    config = make_config()
+    config.step_aware.update({"guidance": 0.5, "guide_step": 1})
+    loss = make_stage("step_aware", config).loss
+    strong, weak = table(3), table(4)
+    student = jax.tree.map(lambda s, w: s + 0.5 * (s - w), strong, weak)
+    student["bend"] = jnp.zeros(V)  # the base model doesn't know widths
+
+    def value(student):
+        guide = stages.Guide(strong, weak)
+        return loss(student, None, jax.random.key(0), make_batch(), guide)[0]
+
+    found, gradient = jax.value_and_grad(value)(student)
+    assert abs(found) < 1e-6
+    assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(gradient))
 
 
 def test_the_blend_is_unbiased(calls):

@@ -79,6 +79,7 @@ class Stream:
 def run(directory, num_steps, *, stage=None, batches=None, **values):
     batches = batches or Stream()
     given = {"name": "toy", "base": None, "key": jax.random.key(0), "mesh": make_mesh()}
+    given["guide"] = None
     given |= {"optimizer": optax.adam(0.1), "metadata": {"of": "toy"}}
     given |= {name: values.pop(name) for name in list(values) if name in given}
     stage = stage or toy_stage()
@@ -321,7 +322,11 @@ def make_config():
 
 
 def make_stage(name):
+    """The stage of a name; "guided" is `distill` with guidance."""
     config = make_config()
+    if name == "guided":
+        name = "distill"
+        config.distill.guidance, config.distill.guide_step = 1.0, 3
     process = stages.make_process(config.path, num_tokens=V, eos_id=2)
     return stages.make_stage(name, config, process), optim.make_optimizer(
         config.optim, config[name]
@@ -336,6 +341,13 @@ def base_params():
     fresh = jax.eval_shape(stage.init_params, jax.random.key(0), None)
     noise = lambda leaf: 0.5 * rng.standard_normal(leaf.shape).astype(np.float32)
     return jax.tree.map(noise, fresh)
+
+
+def make_guide(name):
+    """What `train_step` takes besides, for a guided stage."""
+    if name != "guided":
+        return None
+    return stages.Guide(base_params(), jax.tree.map(lambda leaf: 0.8 * leaf, base_params()))
 
 
 def text(start, *, coupled=False):
@@ -354,10 +366,12 @@ def train_on_eight(directory, name, num_steps, **values):
     stage, optimizer = make_stage(name)
     # As `workdir.load_weights` gives them: committed to one device.
     base = jax.device_put(base_params(), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    guide = make_guide(name)
     run(
         directory,
         num_steps,
         stage=stage,
+        guide=jax.device_put(guide, sharding.state_shardings(make_mesh(), guide)),
         batches=functools.partial(text, coupled=name == "refine"),
         base=base,
         optimizer=optimizer,
@@ -377,7 +391,7 @@ def distilled(tmp_path_factory):
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("autoregressive", "step_aware", "refine")]
 
 
-@pytest.mark.parametrize("name", ["pretrain", "distill", *SLOW])
+@pytest.mark.parametrize("name", ["pretrain", "distill", "guided", *SLOW])
 def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
     if name == "distill":
         directory, steps = request.getfixturevalue("distilled"), 4
@@ -405,7 +419,7 @@ def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
     stream = text(0, coupled=name == "refine")
     want = []
     for _ in range(steps):
-        one, metrics = step(one, next(stream), step_key)
+        one, metrics = step(one, next(stream), step_key, make_guide(name))
         want.append(metrics)
     for line, metrics in zip(lines(directory), want, strict=True):
         for key, value in metrics.items():

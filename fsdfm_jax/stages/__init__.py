@@ -46,6 +46,17 @@ class Process(NamedTuple):
         return jumps.make_process_jump(rule, self.schedule, self.source, self.revealed)
 
 
+class Guide(NamedTuple):
+    """Fixed weights of the base model that a guided stage learns from, see `few_step.make_loss`.
+
+    `strong` are those that the stage starts from, `weak` those of `Stage.guide_step` of the base
+    model's own training.
+    """
+
+    strong: Params
+    weak: Params
+
+
 class Stage(NamedTuple):
     """A stage.
 
@@ -55,13 +66,16 @@ class Stage(NamedTuple):
       init_params: (key, base) -> params; `base` are the weights of the stage it starts from, or
         None.
       loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is the average of the
-        weights, never differentiated; metrics are scalars and hold "loss".
+        weights, never differentiated; metrics are scalars and hold "loss". A guided stage takes a
+        fifth argument, its `Guide`.
+      guide_step: see `Guide`; 0 for a stage without one.
     """
 
     name: str
     model: ModelConfig
     init_params: Callable[[jax.Array, Params | None], Params]
-    loss: Callable[[Params, Params, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    guide_step: int = 0
 
 
 def make_process(path: ConfigDict, *, num_tokens: int, eos_id: int) -> Process:

@@ -5,11 +5,23 @@
 On data, path(h) is the path loss of eq. 4.4, or the cross-entropy at all positions, which has the
 same minimiser (see fsdfm_jax/stages/pretrain.py).
 
+With guidance w > 0 the fine steps learn another posterior than that of the text: the base model's,
+pushed away from what it was at an earlier step of its own training (autoguidance,
+arXiv:2406.02507),
+
+    logits = strong + w (strong - weak)
+
+which the wide steps then take over from the fine ones. What both make mistakes in, the weak one
+does more of; so that samples become better at the same entropy. The student learns the sum
+(guidance distillation, arXiv:2210.03142) and needs no further network call when it samples.
+
 The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
 probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
 network call whose result it wouldn't use.
 """
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,7 +34,7 @@ from fsdfm_jax.budgets import Budgets, make_budgets, sample_budgets
 from fsdfm_jax.jumps import Jump
 from fsdfm_jax.losses import Divergence
 from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import Process
+from fsdfm_jax.stages import Guide, Process
 from fsdfm_jax.teacher import Quadrature
 
 LOSSES = ("path", "cross_entropy")
@@ -30,12 +42,16 @@ RATES = ("cumulative", "instantaneous")
 
 
 class PathTerm(NamedTuple):
-    """The part trained on data: its budgets, its loss, and the weight of the path loss."""
+    """The part trained on data: its budgets, its loss, and the weight of the path loss.
+
+    `guidance` is w of the module's text; above 0 the loss is the divergence from that posterior.
+    """
 
     budgets: Budgets
     loss: str
     rate: str
     rate_floor: float
+    guidance: float = 0.0
 
 
 class TeacherTerm(NamedTuple):
@@ -64,7 +80,15 @@ def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
             raise ValueError(
                 f"Unknown {name} {config[name]!r}; expected one of {', '.join(allowed)}."
             )
-    return PathTerm(budgets, config.loss, config.rate, check_rate_floor(config.rate_floor))
+    if not 0 <= config.guidance < math.inf:
+        raise ValueError(f"guidance must be 0 or more and finite, got {config.guidance}.")
+    if (config.guidance > 0) != (config.guide_step > 0):
+        raise ValueError(
+            f"guidance={config.guidance} and guide_step={config.guide_step} go together: how much "
+            "to be pushed away, and from which step of the base model's training; 0 and 0 for none."
+        )
+    floor = check_rate_floor(config.rate_floor)
+    return PathTerm(budgets, config.loss, config.rate, floor, config.guidance)
 
 
 def check_rate_floor(floor: float) -> float:
@@ -127,8 +151,8 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
 def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None):
     """The blended loss as a `Stage.loss`; without `taught`, all rows are trained on data.
 
-    Metrics: `loss`, and the mean of each part, `path_loss` and `distillation_loss` (before
-      weighting).
+    Metrics: `loss`, and the mean of each part, `path_loss` (with guidance `guidance_loss`) and
+      `distillation_loss` (before weighting).
     """
 
     def match(student_BLV, teacher_BLV):
@@ -136,10 +160,15 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
             taught.divergence, teacher_BLV, student_BLV, temperature=taught.temperature
         )
 
+    def follow(student_BLV, strong_BLV, weak_BLV):
+        target_BLV = strong_BLV + path.guidance * (strong_BLV - weak_BLV)
+        return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
+
+    base_model = dataclasses.replace(model, conditioning="none")
     no_budgets = path.budgets._replace(log2_steps=(), probabilities=())
     taught_budgets = taught.budgets if taught else no_budgets
 
-    def loss(params, frozen, key, batch):
+    def loss(params, frozen, key, batch, guide: Guide | None = None):
         keys = jax.random.split(key, 5)
         x1_BL = batch["x1"]
         batch_size = x1_BL.shape[0]
@@ -159,7 +188,17 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         logits = models.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
 
         value, metrics = jnp.zeros(()), {}
-        if split:
+        if split and path.guidance:
+            x_RL, t_R = (layout.pad_rows(x[:split]) for x in (xt_BL, t_B))
+            part = logits_lib.mean_loss(
+                follow,
+                logits_lib.pad_rows(logits_lib.rows(logits, 0, split)),
+                *(models.predict(weights, base_model, x_RL, t_R) for weights in guide),
+                num_rows=split,
+            )
+            value += path.budgets.share * part
+            metrics["guidance_loss"] = part
+        elif split:
             x_RL, x1_RL = xt_BL[:split], x1_BL[:split]
             if path.loss == "path":
                 weight_R = _path_weight(path, process, t_B[:split], h_B[:split])
