@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fsdfm_jax import draws, schedules
 from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import sampler, schedules
 from fsdfm_jax.jumps import JumpRule
 from fsdfm_jax.stages import Process
 
@@ -161,6 +161,12 @@ def _probability(rule: JumpRule, schedule, t, h, m_NL):
 
 def kernel(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) -> np.ndarray:
     """P(next token | state) of each position under `jumps.make_process_jump`, [N, L, V]."""
+    moves_NL, others_NLV = _moves(chain, rule, p_NLV, t, h)
+    return moves_NL[..., None] * others_NLV + (1 - moves_NL)[..., None] * chain.shown_NLV
+
+
+def _moves(chain, rule, p_NLV, t, h):
+    """(P(a position jumps | state) [N, L], P(its token then | state) [N, L, V])."""
     off_NLV = np.where(chain.shown_NLV > 0, 0.0, p_NLV)
     m_NL = off_NLV.sum(-1)
     schedule = chain.process.schedule
@@ -168,8 +174,25 @@ def kernel(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) 
     moves_NL = np.clip(np.asarray(moves_NL, np.float64), 0.0, 1.0) * (m_NL > 0)
     if chain.mask_id is not None and chain.process.revealed == "stay":
         moves_NL = moves_NL * (chain.states_NL == chain.mask_id)
-    others_NLV = off_NLV / np.where(m_NL > 0, m_NL, 1.0)[..., None]
-    return moves_NL[..., None] * others_NLV + (1 - moves_NL)[..., None] * chain.shown_NLV
+    return moves_NL, off_NLV / np.where(m_NL > 0, m_NL, 1.0)[..., None]
+
+
+def jump(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) -> np.ndarray:
+    """P(next state | state) of one jump, [N, N]."""
+    if not rule.dispersed:
+        return transition(chain, kernel(chain, rule, p_NLV, t, h))
+    # One number settles which positions move (`draws.dispersed`). Between the numbers at which one
+    # of them changes its mind they are the same.
+    moves_NL, others_NLV = _moves(chain, rule, p_NLV, t, h)
+    shift_L = np.arange(moves_NL.shape[1]) * draws.GOLDEN / 2**32
+    changes = np.concatenate([np.broadcast_to(-shift_L, moves_NL.shape), moves_NL - shift_L], 1) % 1
+    ends = np.pad(np.sort(changes), [(0, 0), (1, 1)], constant_values=(0, 1))
+    result_NN = np.zeros((len(moves_NL),) * 2)
+    for low_N, high_N in itertools.pairwise(ends.T):
+        u_NL = ((low_N + high_N)[:, None] / 2 + shift_L) % 1
+        next_NLV = np.where((u_NL < moves_NL)[..., None], others_NLV, chain.shown_NLV)
+        result_NN += (high_N - low_N)[:, None] * transition(chain, next_NLV)
+    return result_NN
 
 
 def final_kernel(chain: Chain, p_NLV: np.ndarray) -> np.ndarray:
@@ -196,16 +219,21 @@ def run(
     start: np.ndarray,
     *,
     temperature: float = 1.0,
+    cooling: float = 0.0,
     top_p: float = 1.0,
+    look_ahead: float = 0.0,
 ) -> np.ndarray:
     """What `sampler.sample` makes of a distribution of x0, [N], or of each of several, [.., N]."""
     distribution = start
     for i, t in enumerate(grid_S1[:-1]):
         h = np.float32(grid_S1[i + 1] - t)
-        p_NLV = _sharpen(posterior(t, h), temperature, top_p)
-        last = i == len(grid_S1) - 2
-        step = final_kernel(chain, p_NLV) if last else kernel(chain, rule, p_NLV, t, h)
-        distribution = distribution @ transition(chain, step)
+        p_NLV = posterior(t + look_ahead * h, h)
+        p_NLV = _sharpen(p_NLV, temperature * (1 - cooling * t), top_p)
+        if i == len(grid_S1) - 2:
+            step_NN = transition(chain, final_kernel(chain, p_NLV))
+        else:
+            step_NN = jump(chain, rule, p_NLV, t, h)
+        distribution = distribution @ step_NN
     return distribution
 
 
@@ -472,14 +500,11 @@ def generate(
     chain: Chain,
     posterior: Posterior,
     rule: JumpRule,
-    steps: int,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    grid_S1: np.ndarray,
+    **options: float,
 ) -> np.ndarray:
-    """P(x0, x1) [N, N] of the pairs that the sampler of so many steps makes (stage `refine`)."""
-    grid, starts_NN = sampler.uniform_grid(steps), np.eye(len(chain.states_NL))
-    ends_NN = run(chain, posterior, rule, grid, starts_NN, temperature=temperature, top_p=top_p)
+    """P(x0, x1) [N, N] of the pairs that a sampler makes (stage `refine`); options as of `run`."""
+    ends_NN = run(chain, posterior, rule, grid_S1, np.eye(len(chain.states_NL)), **options)
     return chain.noise_N[:, None] * ends_NN
 
 

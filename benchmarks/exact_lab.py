@@ -30,7 +30,7 @@ from absl import app, flags
 
 from benchmarks import chains, measure
 from benchmarks.chains import Chain, Posterior, Target, Taught
-from configs import base
+from configs import base, quality
 from fsdfm_jax import jumps, losses, sampler, schedules, sources, stages, teacher
 from fsdfm_jax.jumps import JumpRule
 from fsdfm_jax.stages import few_step, refine
@@ -188,6 +188,16 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "base/top_p0.9": Recipe(_sampled(top_p=0.9)),
         "heun/top_p0.9": Recipe(_DISTILL | _sampled(top_p=0.9)),
         "rect3+heun/top_p0.95": Recipe(_rect(3) | _sampled(top_p=0.95)),
+        **{
+            f"{name}/{what}": Recipe(keys | _sampled(**values))
+            for name, keys in (("base", {}), ("heun", _DISTILL), ("rect3+heun", _rect(3)))
+            for what, values in {
+                "dispersed": {"few_step_jump": "dispersed"},
+                "cooled": {"cooling": 0.7},
+                "ahead": {"look_ahead": 0.5},
+                "tuned": quality.SAMPLERS["tuned"],
+            }.items()
+        },
         "base/revealed-jump": Recipe({"path.revealed": "jump"}),
     },
     "ideas": {
@@ -316,9 +326,11 @@ def _couple(chain, posterior, settings, real_fraction):
         chain,
         posterior,
         settings.jump,
-        settings.steps,
+        sampler.make_grid(settings.grid, settings.steps),
         temperature=settings.temperature,
+        cooling=settings.cooling,
         top_p=settings.top_p,
+        look_ahead=settings.look_ahead,
     )
     return (1 - real_fraction) * pairs_NN + real_fraction * chain.independent_NN
 
@@ -349,7 +361,9 @@ def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str
             grid,
             chain.noise_N,
             temperature=temperature,
+            cooling=config.eval.cooling,
             top_p=config.eval.top_p,
+            look_ahead=config.eval.look_ahead,
         )
 
     temperature = chains.matched_temperature(sample, chains.entropy(chain.data_N))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 # Uniform numbers that one draw takes.
 NUMBERS = 4
 
-_GOLDEN = 2654435769  # 2^32 (sqrt(5) - 1) / 2
+GOLDEN = 2654435769  # 2^32 (sqrt(5) - 1) / 2, see `dispersed`
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -47,7 +47,7 @@ def dispersed(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     batch, length = shape
     start_B1 = jax.random.bits(key, (batch, 1), jnp.uint32)
     # Wraps modulo 2^32: exact, and the same for however long a row.
-    steps_L = jax.lax.iota(jnp.uint32, length) * jnp.uint32(_GOLDEN)
+    steps_L = jax.lax.iota(jnp.uint32, length) * jnp.uint32(GOLDEN)
     return _to_unit(start_B1 + steps_L[None])
 
 

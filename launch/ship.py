@@ -102,14 +102,15 @@ def check_copied(rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
     judges = list(rows[0].figures["judges"])
-    names = ["", "steps", "jumps", "T", "top-p"]
+    keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead"]
+    names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead"]
     names += [f"perplexity by {judge}" for judge in judges]
     names += ["entropy, bits", "distinct-2", "self-BLEU", f"{NGRAM}-grams in the training text"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:
         of = row.figures
         cells = [of["run"] or of["group"]]
-        cells += [of[key] for key in ("steps", "jump", "temperature", "top_p")]
+        cells += [of[key] for key in keys]
         cells += [f"{reading.headline(of, judge)['value']:,.1f}" for judge in judges]
         cells += [f"{of['figures']['entropy_bits']['value']:.2f}"]
         cells += [f"{of['figures'][name]['value']:.3f}" for name in ("distinct_2", "self_bleu")]

@@ -109,19 +109,22 @@ def test_the_reference_table_of_rk4():
 
 
 @pytest.mark.parametrize(
-    ("rule", "source", "revealed"),
+    ("rule", "source", "revealed", "options"),
     [
-        (jumps.CUMULATIVE, "uniform", "stay"),
-        (jumps.MIXTURE, "mask", "stay"),
-        pytest.param(jumps.EULER, "mask", "jump", marks=pytest.mark.slow),
+        (jumps.CUMULATIVE, "uniform", "stay", {}),
+        (jumps.DISPERSED, "uniform", "stay", {"cooling": 0.5, "look_ahead": 0.25}),
+        (jumps.MIXTURE, "mask", "stay", {}),
+        pytest.param(jumps.EULER, "mask", "jump", {}, marks=pytest.mark.slow),
     ],
 )
-def test_what_samplers_write(rule, source, revealed):
+def test_what_samplers_write(rule, source, revealed, options):
     chain = small_chain(source=source, revealed=revealed, schedule="cosine")
     posterior = chains.student(chain, chain.independent_NN, None)
     grid = np.array([0, 0.25, 0.75, 1], np.float32)
-    exact_N = chains.run(chain, posterior, rule, grid, chain.noise_N, temperature=0.8)
-    denoise = denoise_by({float(t): posterior(t, 0.5) for t in grid[:-1]})
+    options = {"temperature": 0.8} | options
+    exact_N = chains.run(chain, posterior, rule, grid, chain.noise_N, **options)
+    asked = grid[:-1] + options.get("look_ahead", 0.0) * np.diff(grid)
+    denoise = denoise_by({float(t): posterior(t, 0.5) for t in asked})
     keys = jax.random.split(jax.random.key(3), 2)
     x_BL = sampler.sample(
         keys[0],
@@ -130,7 +133,7 @@ def test_what_samplers_write(rule, source, revealed):
         jumps.make_finalize(chain.process.source),
         chain.process.source.sample(keys[1], (ROWS, 2)),
         grid,
-        temperature=0.8,
+        **options,
     )
     counts = np.bincount(index_of(chain, x_BL), minlength=len(exact_N))
     # What has no probability in float64 has about FLOOR of it here.
