@@ -1,28 +1,32 @@
-"""The model that comes with the package: two hours on 2 CPU cores.
+"""The model that comes with the package: hours on 2 CPU cores, or minutes on one large GPU.
 
 python -m fsdfm_jax.main --config=configs/shipped.py --workdir=runs/shipped
 python -m launch.ship runs/shipped
+python -m fsdfm_jax.main --config=configs/shipped.py:gpu --workdir=runs/shipped_gpu
+
+The base model and its judge are those of configs/quality.py, the few steps its recipe `guided`,
+trained for longer.
 """
 
 import ml_collections
 
-from configs import tiny
+from configs import quality
+
+_STEPS = {"cpu": 3_000, "gpu": 12_000, "smoke": 20}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    if arg:
-        raise ValueError(f"configs/shipped.py takes no argument, got {arg!r}")
-    config = tiny.get_config()
-    config.pipeline = "pretrain,autoregressive,distill"
-    config.pretrain.num_steps = 8_000
-    config.autoregressive.num_steps = 3_000
-    distill = config.distill
-    distill.num_steps = 2_000
-    distill.learning_rate = 3e-4  # a tenth of the base model's: it has been annealed
-    distill.warmup_steps = 50
-    distill.ema_decay = 0.995
-    config.eval.few_step_jump = "mixture"
-    config.eval.jumps = ("mixture",)
-    # A nucleus costs less perplexity than a temperature does at the same entropy.
-    config.eval.top_p = 0.8
+    name = arg or "cpu"
+    if name not in _STEPS:
+        raise ValueError(f"configs/shipped.py takes one of {', '.join(_STEPS)}, got {arg!r}")
+    base = quality.get_config(f"base,{name}")
+    config = quality.get_config(f"guided,{name}")
+    config.pipeline = f"{base.pipeline},{config.pipeline}"
+    for stage in ("autoregressive", "pretrain"):
+        config[stage] = base[stage]
+    config.train = base.train
+    config.distill.num_steps = _STEPS[name]
+    config.distill.warmup_steps = _STEPS[name] // 40
+    config.distill.ema_decay = 0.995
+    config.eval.update(quality.SAMPLERS["tuned"])
     return config

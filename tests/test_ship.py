@@ -100,7 +100,7 @@ def test_a_run_is_shipped_and_writes(tmp_path):
     bundle = formats.open_bundle(target / "model.safetensors")
     assert bundle.provenance["run"] == "refine"
     text = (target / "README.md").read_text()
-    assert "| refine | 8 | cumulative | 1.0 | 1.0 |" in text
+    assert "| refine | 8 | cumulative | uniform | 1.0 | 0.0 | 1.0 | 0.0 |" in text
     assert "| `refine` | 20 | 16 |" in text
     model = f"--checkpoint={target / 'model.safetensors'}"
     written = run("fsdfm_jax.generate", model, "--steps=2", "--num_samples=2")
