@@ -38,6 +38,7 @@ def _budgets(**values):
         # w: in place of data, the base model's posterior, pushed away by w from what it was at an
         # earlier step of its training; 0: none. See fsdfm_jax/stages/few_step.py.
         "guidance": 0.0,
+        "guidance_plausible": 0.05,  # of the likeliest token's probability: below, no push upwards
         "guide_step": 0,  # that step; its checkpoint is kept by train.keep_every
     }
     return keys | values

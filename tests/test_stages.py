@@ -187,6 +187,7 @@ WRONG = [
     ("step_aware", {"step_aware.guidance": 1.0}, "guidance=1.0 and guide_step=0 go together"),
     ("distill", {"distill.guide_step": 5}, "guidance=0.0 and guide_step=5 go together"),
     ("refine", {"refine.guidance": -1.0}, "guidance must be 0 or more"),
+    ("distill", {"distill.guidance_plausible": 2.0}, r"guidance_plausible must lie in \[0, 1\]"),
     ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
     ("distill", {"distill.teacher_rule": "rk3"}, "Unknown teacher rule 'rk3'.*heun, rk4"),
     ("distill", {"distill.teacher_end": "stop"}, "Unknown teacher_end 'stop'.*literal"),
@@ -475,7 +476,7 @@ def test_the_distillation_part_equals_its_equation(calls, name, temperature):
 def guided_calls(calls, name, batch, **values):
     """As `few_step_calls`, with (guide's calls by weights) in place of those of the average."""
     config = make_config()
-    config[name].update({"guidance": 1.5, "guide_step": 3} | values)
+    config[name].update({"guidance": 1.5, "guidance_plausible": 0.0, "guide_step": 3} | values)
     loss = make_stage(name, config).loss
     guide = stages.Guide(table(3), table(4))
 
@@ -512,9 +513,22 @@ def test_fine_steps_follow_the_guided_base_model(calls):
     np.testing.assert_allclose(metrics["guidance_loss"], want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [0.5, 2.0])
+def test_guidance_raises_plausible_tokens_only(guidance):
+    p, q = np.float32([0.6, 0.3, 0.06, 0.03, 0.01]), np.float32([0.5, 0.4, 0.02, 0.01, 0.07])
+    logits = [jnp.log(x)[None, None] + shift for x, shift in ((p, 3.0), (q, -2.0))]
+    found = np.asarray(few_step.guided(*logits, guidance=guidance, plausible=0.08))[0, 0]
+    # The likeliest is pushed up, the second down; the third is plausible (0.1), the fourth isn't
+    # (0.05) and stays, the fifth may fall.
+    push = np.log(p / q) * [1, 1, 1, 0, 1]
+    np.testing.assert_allclose(found, np.log(p) + guidance * push, rtol=1e-5)
+    everything = np.asarray(few_step.guided(*logits, guidance=guidance, plausible=0.0))[0, 0]
+    np.testing.assert_allclose(everything, np.log(p) + guidance * np.log(p / q), rtol=1e-5)
+
+
 def test_a_student_that_is_the_guided_model_has_nothing_to_learn(calls):
     config = make_config()
-    config.step_aware.update({"guidance": 0.5, "guide_step": 1})
+    config.step_aware.update({"guidance": 0.5, "guidance_plausible": 0.0, "guide_step": 1})
     loss = make_stage("step_aware", config).loss
     strong, weak = table(3), table(4)
     student = jax.tree.map(lambda s, w: s + 0.5 * (s - w), strong, weak)
