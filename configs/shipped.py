@@ -12,7 +12,7 @@ import ml_collections
 
 from configs import quality
 
-_STEPS = {"cpu": 3_000, "gpu": 12_000, "smoke": 20}
+_STEPS = {"cpu": 1_000, "gpu": 3_000, "smoke": 20}  # of `distill`
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

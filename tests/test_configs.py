@@ -24,7 +24,7 @@ ARGUMENTS = {
     "paper_170m": [""],
     "paper_1b3": [""],
     "paper_1b7": [""],
-    "shipped": [""],
+    "shipped": ["", "gpu", "smoke"],
     "quality": ["", *(f"{recipe},{size}" for recipe in quality.RECIPES for size in quality.SIZES)],
 } | {name: list(base.SIZES) for name in SIZED}
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
