@@ -35,11 +35,13 @@ def _budgets(**values):
         "loss": "path",  # on data: path (eq. 4.4) | cross_entropy (same minimiser)
         "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous
         "rate_floor": 1e-3,  # floor of 1 - kappa in the weight of the path loss (official 1e-8)
-        # w: in place of data, the base model's posterior, pushed away by w from what it was at an
-        # earlier step of its training; 0: none. See fsdfm_jax/stages/few_step.py.
+        # w: in place of data, the base model's posterior, pushed away by w from that of a weaker
+        # one, which is `pretrain` with `guide_steps` steps; 0: none. See
+        # fsdfm_jax/stages/few_step.py.
         "guidance": 0.0,
-        "guidance_plausible": 0.05,  # of the likeliest token's probability: below, no push upwards
-        "guide_step": 0,  # that step; its checkpoint is kept by train.keep_every
+        "guide_steps": 0,
+        # Tokens below this share of the likeliest one's probability aren't pushed up; 0: all are.
+        "guidance_plausible": 0.0,
     }
     return keys | values
 

@@ -26,7 +26,7 @@ class Size(NamedTuple):
       evaluations: that a recipe may use, from the base model on.
       samples: of a figure of one training.
       many_steps: of the base model's reference.
-      guide_step: of the base model's training, for `guidance`.
+      guide_steps: of the weaker base model that guidance leads away from.
     """
 
     judge_steps: int
@@ -34,7 +34,7 @@ class Size(NamedTuple):
     evaluations: int
     samples: int
     many_steps: int
-    guide_step: int
+    guide_steps: int
 
 
 # Ways to sample a model, by the keys of `eval`; each adds one to what stands before it. What isn't
@@ -54,9 +54,9 @@ SAMPLERS = {
 }
 
 SIZES = {
-    "cpu": Size(3_000, 8_000, 160_000, 64, 1024, 2_000),
-    "gpu": Size(4_000, 16_000, 3_000_000, 512, 1024, 4_000),
-    "smoke": Size(40, 40, 30_000, 16, 32, 20),
+    "cpu": Size(3_000, 8_000, 160_000, 64, 1024, 1_000),
+    "gpu": Size(4_000, 16_000, 3_000_000, 512, 1024, 2_000),
+    "smoke": Size(40, 40, 30_000, 16, 32, 10),
 }
 
 
@@ -88,15 +88,23 @@ def evaluations(config: ml_collections.ConfigDict) -> float:
         if stage != "autoregressive":
             own = config[stage]
             total += own.num_steps * own.batch_size * row_evaluations(config, stage)
-            total += own.num_pairs * _pair_evaluations(own) if stage == "refine" else 0
+            total += _before_steps(config, stage)
     return total
+
+
+def _before_steps(config: ml_collections.ConfigDict, stage: str) -> float:
+    """Evaluations that a run takes before its first step: for pairs, for a guide."""
+    own = config[stage]
+    pairs = own.num_pairs * _pair_evaluations(own) if stage == "refine" else 0
+    guided = stage != "pretrain" and own.guidance > 0
+    guide = own.guide_steps * config.pretrain.batch_size * _TRAINING if guided else 0
+    return pairs + guide
 
 
 def _base(config, size):
     config.pipeline = "autoregressive,pretrain"
     config.autoregressive.num_steps = size.judge_steps
     config.pretrain.num_steps = size.base_steps
-    config.train.keep_every = size.guide_step
     for stage in ("autoregressive", "pretrain"):
         config[stage].warmup_steps = min(config[stage].warmup_steps, config[stage].num_steps // 4)
 
@@ -143,25 +151,8 @@ def _guided(config, size):
     config.pipeline = "distill"
     config.distill.max_log2_steps = 6
     config.distill.tau = 0.25
-    config.distill.guidance = 1.0
-    config.distill.guidance_plausible = 0.0
-    config.distill.batch_size *= 2
-    config.distill.guide_step = size.guide_step
-
-
-def _guided_pairs(config, size):
-    """The guided student, then a round of pairs that it makes in 16 steps."""
-    _guided(config, size)
-    config.pipeline = "distill,refine"
-    _rectified(config, size, 2, pair_steps=16, **_pairs_by("tuned"))
-    config.pipeline = "distill,refine"
-
-
-def _pairs_by(sampler):
-    """Keys of `refine` for pairs made by one of `SAMPLERS`."""
-    keys = dict(SAMPLERS[sampler])
-    rule = keys.pop("few_step_jump")
-    return {f"pair_{key}": value for key, value in keys.items()} | {"pair_jump": rule}
+    config.distill.guidance = 0.8
+    config.distill.guide_steps = size.guide_steps
 
 
 def _rectified(config, size, rounds, **values):
@@ -183,7 +174,6 @@ RECIPES = {
     "rect1": functools.partial(_rectified, rounds=1),
     "rect3": functools.partial(_rectified, rounds=3),
     "guided": _guided,
-    "guided_pairs": _guided_pairs,
     "chosen3": functools.partial(_rectified, rounds=3, pair_steps=8, pair_candidates=8),
 }
 
@@ -193,9 +183,7 @@ def _spend(config: ml_collections.ConfigDict, budget: int) -> None:
     runs = config.pipeline.split(",")
     for stage in set(runs):
         own = config[stage]
-        left = budget / len(runs)
-        if stage == "refine":
-            left -= own.num_pairs * _pair_evaluations(own)
+        left = budget / len(runs) - _before_steps(config, stage)
         own.num_steps = int(left / (own.batch_size * row_evaluations(config, stage)))
 
 

@@ -569,12 +569,6 @@ def newest_step(directory: str | os.PathLike) -> int | None:
     return max(_steps(directory), default=None) if directory.is_dir() else None
 
 
-def has_step(directory: str | os.PathLike, step: int) -> bool:
-    """Whether there is a checkpoint of that step, damaged or not; the directory may be missing."""
-    directory = _absolute(directory)
-    return directory.is_dir() and step in _steps(directory)
-
-
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Step of the newest checkpoint with intact metadata; the directory may be missing or empty.
 

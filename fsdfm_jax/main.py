@@ -224,11 +224,16 @@ def train_run(
         return workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh).params
 
     def load_guide():
-        if not stage.guide_step or saved >= own.num_steps:
+        if not stage.guided or saved >= own.num_steps:
             return None
-        return workdir.load_guide(
-            entry, stage.guide_step, tokenizer=prepared.tokenizer.fingerprint, mesh=mesh
+        guide, guide_config = workdir.guide_run(entry, config)
+        guide_recipe = workdir.recipe(guide_config, guide, None)
+        train_run(guide, guide_recipe, guide_config, process, prepared, mesh, folder)
+        load = functools.partial(
+            workdir.load_weights, tokenizer=prepared.tokenizer.fingerprint, mesh=mesh
         )
+        weak = load(workdir.stage_directory(folder, guide.run)).params
+        return stages.Guide(load(entry.base).params, weak)
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
         return batch_stream(entry, config, process, prepared, mesh, pairs, start)
@@ -322,11 +327,24 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
         if entry.base is not None:
             base = recipes.get(entry.base) or workdir.saved_metadata(entry.base)["recipe"]
             workdir.check_base(entry.base, stage.model, config)
-            workdir.check_guide(entry, stage.guide_step, trained_here.get(entry.base), config)
+        if stage.guided:
+            workdir.check_guided(entry, trained_here.get(entry.base))
+            check_guide(entry, config, mesh, folder)
         directory = workdir.stage_directory(folder, entry.run)
         recipes[directory] = workdir.recipe(config, entry, base)
         workdir.check_recipe(directory, recipes[directory])
     return pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh
+
+
+def check_guide(entry: Entry, config: ConfigDict, mesh: Mesh, folder: pathlib.Path) -> None:
+    """As `check`, of the run that a guided one needs besides its base."""
+    guide, own = workdir.guide_run(entry, config)
+    check_batch(mesh, own, guide.stage)
+    optim.make_optimizer(own.optim, own[guide.stage])
+    check_settings(train_settings(own, guide.stage))
+    workdir.check_recipe(
+        workdir.stage_directory(folder, guide.run), workdir.recipe(own, guide, None)
+    )
 
 
 def evaluate(

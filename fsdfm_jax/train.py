@@ -107,7 +107,7 @@ def make_step(
     )
     whole = NamedSharding(mesh, P())
     guide = ()
-    if stage.guide_step:
+    if stage.guided:
         base = dataclasses.replace(stage.model, conditioning="none")
         one = jax.eval_shape(lambda: models.init_params(jax.random.key(0), base))
         guide = (sharding.state_shardings(mesh, stages.Guide(one, one)),)

@@ -138,6 +138,7 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
     model = {k: v for k, v in config.model.items() if k not in _ROUNDING_KEYS}
     own = config[entry.stage].to_dict()
     del own["init_from"]  # the base below says it, whatever way it was named
+    guide = guide_run(entry, config)
     return _plain(
         {
             "seed": config.seed,
@@ -148,6 +149,7 @@ def recipe(config: ConfigDict, entry: Entry, base_recipe: dict | None) -> dict[s
             entry.stage: own,
             "base": None if base_recipe is None else digest(base_recipe),
         }
+        | ({} if guide is None else {"guide": digest(recipe(guide[1], guide[0], None))})
     )
 
 
@@ -199,52 +201,38 @@ def check_base(directory: pathlib.Path, model: ModelConfig, config: ConfigDict) 
         )
 
 
-def check_guide(entry: Entry, step: int, base_stage: str | None, config: ConfigDict) -> None:
-    """Refuses a guide that isn't there and won't be.
+def guide_run(entry: Entry, config: ConfigDict) -> tuple[Entry, ConfigDict] | None:
+    """The run that a guided one needs besides its base, and its configuration.
+
+    It is `pretrain` with `guide_steps` steps; None for a run without guidance. It stands in no
+    pipeline: the job trains it when it is needed.
+    """
+    if entry.stage not in stages.FEW_STEP or not config[entry.stage].guidance:
+        return None
+    steps = config[entry.stage].guide_steps
+    own = ConfigDict(config.to_dict())
+    own.pretrain.num_steps = steps
+    own.pretrain.warmup_steps = min(own.pretrain.warmup_steps, steps // 4)
+    return Entry(f"guide_{steps}", "pretrain", None), own
+
+
+def check_guided(entry: Entry, base_stage: str | None) -> None:
+    """Refuses guidance for a run that doesn't start from a base model.
 
     Args:
-      entry: a run with a base.
-      step: `Stage.guide_step`; with 0 there is nothing to refuse.
-      base_stage: stage of the base where this job trains it, else None.
+      entry: a guided run.
+      base_stage: stage of its base where this job trains it, None where it is there.
 
     Raises:
-      ValueError: if the run doesn't start from a base model, or the checkpoint of that step is
-        missing, or is one that the job isn't going to keep.
+      ValueError: saying what it starts from.
     """
-    if not step:
-        return
-    key = f"{entry.stage}.guide_step={step}"
-    if (base_stage or saved_metadata(entry.base)["stage"]) != "pretrain":
+    stage = base_stage or saved_metadata(entry.base)["stage"]
+    if stage != "pretrain":
         raise ValueError(
-            f"{key}: a guided stage starts from a base model, a run of 'pretrain', and "
-            f"{entry.base} isn't one. Name one in {entry.stage}.init_from, or set guidance and "
-            "guide_step to 0."
+            f"{entry.stage}.guidance needs a base model to start from, a run of 'pretrain', and "
+            f"{entry.base} is one of {stage!r}. Name one in {entry.stage}.init_from, or set "
+            "guidance and guide_steps to 0."
         )
-    folder = entry.base / "checkpoints"
-    if checkpoint.has_step(folder, step):
-        return
-    if base_stage is None or (checkpoint.newest_step(folder) or 0) >= step:
-        raise ValueError(
-            f"{key}: there is no checkpoint of that step in {folder}; train the base model with a "
-            "train.keep_every that divides it."
-        )
-    every = config.train.keep_every
-    if step >= config.pretrain.num_steps or not every or step % every:
-        raise ValueError(
-            f"{key}: 'pretrain' won't keep a checkpoint of that step; set train.keep_every to a "
-            f"divisor of it (now {every}), and a step below pretrain.num_steps="
-            f"{config.pretrain.num_steps}."
-        )
-
-
-def load_guide(entry: Entry, step: int, *, tokenizer: str, mesh: Mesh) -> stages.Guide:
-    """The base model that a guided run starts from, and what it was at an earlier step.
-
-    Raises:
-      ValueError: as `load_weights`.
-    """
-    load = functools.partial(load_weights, entry.base, tokenizer=tokenizer, mesh=mesh)
-    return stages.Guide(load().params, load(step=step).params)
 
 
 def check_recipe(directory: pathlib.Path, wanted: dict[str, Any]) -> None:

@@ -184,7 +184,7 @@ def train_program(name: str, config: ConfigDict, process: Process, mesh: Mesh) -
             step = train.make_step(stage, optimizer, settings, mesh, shardings)
             tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
             batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
-            guide = (stages.Guide(base, base),) if stage.guide_step else ()
+            guide = (stages.Guide(base, base),) if stage.guided else ()
             return step.lower(abstract, batch, key, *guide)
 
     return Program(

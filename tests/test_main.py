@@ -180,6 +180,10 @@ def _files(folder):
         ({"refine.num_pairs": 7}, r"refine\.num_pairs=7"),
         ({"refine.real_fraction": 1.5}, r"refine\.real_fraction"),
         ({"step_aware.warmup_steps": 100}, "warmup_steps"),
+        (
+            {"distill.guidance": 1.0, "distill.guide_steps": 2},
+            "distill.guidance needs a base model .* is one of 'step_aware'",
+        ),
         ({"autoregressive.num_steps": 0}, "num_steps"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -491,6 +495,33 @@ def test_too_little_held_out_text_for_a_task_is_told_before_training(
     with pytest.raises(ValueError, match=r"blocks, but eval\.task .*eval\.num_samples=10000"):
         main.main(["main"])
     assert not (tmp_path / "run" / "stages").exists()
+
+
+# ----------------------------------------------------------------------------------------- guidance
+def test_a_guided_run_trains_its_guide_once(world, tmp_path, monkeypatch):
+    changes = {"pipeline": "pretrain,distill", "distill.guidance": 1.0, "distill.guide_steps": 2}
+    config = _config(world.corpus, **changes)
+    guides = []
+    train = main.train
+
+    def watching(stage, settings, **others):
+        guides.append(others["guide"])
+        return train(stage, settings, **others)
+
+    monkeypatch.setattr(main, "train", watching)
+    _run_here(monkeypatch, config, tmp_path)
+    runs = tmp_path / "stages"
+    steps = {path.name: checkpoint.newest_step(path / "checkpoints") for path in runs.iterdir()}
+    assert steps == {"pretrain": 12, "guide_2": 2, "distill": 3}
+    *others, guide = guides  # of pretrain, of the guide itself, of distill
+    assert others == [None, None]
+    for weights, run in ((guide.strong, "pretrain"), (guide.weak, "guide_2")):
+        saved = workdir.load_weights(runs / run).params
+        jax.tree.map(np.testing.assert_array_equal, weights, saved)
+    made = _files(runs / "guide_2")
+    _run_here(monkeypatch, config, tmp_path)
+    assert _files(runs / "guide_2") == made
+    assert guides[3:] == [None, None]  # nothing is left to be guided
 
 
 # ------------------------------------------------------------------------------------------ pairs

@@ -184,8 +184,8 @@ WRONG = [
     ("step_aware", {"step_aware.width_weights": "even"}, "Unknown width_weights 'even'"),
     ("step_aware", {"step_aware.max_log2_steps": -1}, "max_log2_steps"),
     ("step_aware", {"step_aware.time_eps": 1.0}, "time_eps"),
-    ("step_aware", {"step_aware.guidance": 1.0}, "guidance=1.0 and guide_step=0 go together"),
-    ("distill", {"distill.guide_step": 5}, "guidance=0.0 and guide_step=5 go together"),
+    ("step_aware", {"step_aware.guidance": 1.0}, "guidance=1.0 and guide_steps=0 go together"),
+    ("distill", {"distill.guide_steps": 5}, "guidance=0.0 and guide_steps=5 go together"),
     ("refine", {"refine.guidance": -1.0}, "guidance must be 0 or more"),
     ("distill", {"distill.guidance_plausible": 2.0}, r"guidance_plausible must lie in \[0, 1\]"),
     ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
@@ -476,7 +476,7 @@ def test_the_distillation_part_equals_its_equation(calls, name, temperature):
 def guided_calls(calls, name, batch, **values):
     """As `few_step_calls`, with (guide's calls by weights) in place of those of the average."""
     config = make_config()
-    config[name].update({"guidance": 1.5, "guidance_plausible": 0.0, "guide_step": 3} | values)
+    config[name].update({"guidance": 1.5, "guide_steps": 3} | values)
     loss = make_stage(name, config).loss
     guide = stages.Guide(table(3), table(4))
 
@@ -528,7 +528,7 @@ def test_guidance_raises_plausible_tokens_only(guidance):
 
 def test_a_student_that_is_the_guided_model_has_nothing_to_learn(calls):
     config = make_config()
-    config.step_aware.update({"guidance": 0.5, "guidance_plausible": 0.0, "guide_step": 1})
+    config.step_aware.update({"guidance": 0.5, "guide_steps": 1})
     loss = make_stage("step_aware", config).loss
     strong, weak = table(3), table(4)
     student = jax.tree.map(lambda s, w: s + 0.5 * (s - w), strong, weak)

@@ -326,7 +326,7 @@ def make_stage(name):
     config = make_config()
     if name == "guided":
         name = "distill"
-        config.distill.guidance, config.distill.guide_step = 1.0, 3
+        config.distill.guidance, config.distill.guide_steps = 1.0, 3
     process = stages.make_process(config.path, num_tokens=V, eos_id=2)
     return stages.make_stage(name, config, process), optim.make_optimizer(
         config.optim, config[name]

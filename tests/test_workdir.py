@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import checkpoint, sharding, stages, workdir
+from fsdfm_jax import checkpoint, stages, workdir
 from fsdfm_jax.convert import run_folder
 from fsdfm_jax.models import ModelConfig
 from fsdfm_jax.workdir import Entry
@@ -123,46 +123,37 @@ def test_directories(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- guides
-def _guided(tmp_path, *, steps=(), stage="pretrain", trained_here=True, **changes):
-    """Checks the guide of a `distill` of step 2, whose base has checkpoints of `steps`."""
-    directory = tmp_path / "stages" / stage
-    if steps:
-        _save(directory, entry=Entry(stage, stage, None), steps=steps)
-    config = _config(**{"pretrain.num_steps": 6, "train.keep_every": 2} | changes)
-    entry = Entry("distill", "distill", directory)
-    workdir.check_guide(entry, 2, stage if trained_here else None, config)
+GUIDED = {"distill.guidance": 1.0, "distill.guide_steps": 20, "pretrain.warmup_steps": 9}
 
 
-@pytest.mark.parametrize("trained_here", [False, True])
-def test_a_guide_is_an_earlier_checkpoint_of_the_base_model(tmp_path, trained_here):
-    _guided(tmp_path, steps=(2, 6), trained_here=trained_here)
-    entry = Entry("distill", "distill", tmp_path / "stages" / "pretrain")
-    mesh = sharding.make_mesh(_config().mesh)
-    guide = workdir.load_guide(entry, 2, tokenizer="tok", mesh=mesh)
-    np.testing.assert_array_equal(guide.strong["w"], [6.0, 6.0])
-    np.testing.assert_array_equal(guide.weak["w"], [2.0, 2.0])
+def test_a_guide_is_a_base_model_of_fewer_steps(tmp_path):
+    config = _config(**GUIDED)
+    entry = Entry("distill", "distill", tmp_path)
+    guide, own = workdir.guide_run(entry, config)
+    assert guide == Entry("guide_20", "pretrain", None)
+    assert (own.pretrain.num_steps, own.pretrain.warmup_steps) == (20, 5)
+    assert (config.pretrain.num_steps, config.pretrain.warmup_steps) == (1000, 9)
+    own.pretrain = config.pretrain
+    assert own == config
+    assert workdir.guide_run(entry, _config()) is None
+    assert workdir.guide_run(Entry("pretrain", "pretrain", None), config) is None
 
 
-def test_a_guide_may_be_one_that_is_still_to_be_made(tmp_path):
-    _guided(tmp_path)
-    _guided(tmp_path, steps=(1,))
+def test_a_guided_run_starts_from_a_base_model(tmp_path):
+    entry = Entry("distill", "distill", tmp_path)
+    workdir.check_guided(entry, "pretrain")
+    with pytest.raises(ValueError, match="distill.guidance needs .* is one of 'step_aware'"):
+        workdir.check_guided(entry, "step_aware")
+    _save(tmp_path)
+    workdir.check_guided(entry, None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": (3, 6)}, "no checkpoint of that step in .*keep_every that divides it"),
-        ({"steps": (3,), "trained_here": False}, "no checkpoint of that step"),
-        ({"train.keep_every": 0}, r"won't keep a checkpoint of that step; .* \(now 0\)"),
-        ({"train.keep_every": 3}, r"\(now 3\)"),
-        ({"pretrain.num_steps": 2}, "a step below pretrain.num_steps=2"),
-        ({"stage": "step_aware", "steps": (2, 6)}, "starts from a base model, a run of 'pretrain'"),
-        ({"stage": "step_aware", "steps": (2,), "trained_here": False}, "isn't one"),
-    ],
-)
-def test_a_guide_that_is_not_there_is_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=f"distill.guide_step=2: .*{message}"):
-        _guided(tmp_path, **changes)
+def test_the_recipe_of_a_guided_run_says_how_its_guide_was_trained():
+    one = _recipe(**GUIDED)
+    assert "guide" not in _recipe()
+    assert one == _recipe(**GUIDED)
+    assert one["guide"] != _recipe(**GUIDED | {"pretrain.learning_rate": 1e-5})["guide"]
+    assert one["guide"] == _recipe(**GUIDED | {"pretrain.num_steps": 7})["guide"]
 
 
 # ------------------------------------------------------------------------------------------ recipes

@@ -49,8 +49,8 @@ class Process(NamedTuple):
 class Guide(NamedTuple):
     """Fixed weights of the base model that a guided stage learns from, see `few_step.make_loss`.
 
-    `strong` are those that the stage starts from, `weak` those of `Stage.guide_step` of the base
-    model's own training.
+    `strong` are those that the stage starts from, `weak` those of a base model that was trained for
+    fewer steps.
     """
 
     strong: Params
@@ -68,14 +68,14 @@ class Stage(NamedTuple):
       loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is the average of the
         weights, never differentiated; metrics are scalars and hold "loss". A guided stage takes a
         fifth argument, its `Guide`.
-      guide_step: see `Guide`; 0 for a stage without one.
+      guided: whether it has one.
     """
 
     name: str
     model: ModelConfig
     init_params: Callable[[jax.Array, Params | None], Params]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-    guide_step: int = 0
+    guided: bool = False
 
 
 def make_process(path: ConfigDict, *, num_tokens: int, eos_id: int) -> Process:

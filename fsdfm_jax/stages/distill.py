@@ -19,4 +19,4 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     loss = few_step.make_loss(model, process, path, taught)
-    return Stage("distill", model, start_from_base("distill", model), loss, config.guide_step)
+    return Stage("distill", model, start_from_base("distill", model), loss, config.guidance > 0)

@@ -6,17 +6,17 @@ On data, path(h) is the path loss of eq. 4.4, or the cross-entropy at all positi
 same minimiser (see fsdfm_jax/stages/pretrain.py).
 
 With guidance w > 0 the fine steps learn another posterior than that of the text: the base model's,
-pushed away from what it was at an earlier step of its own training (autoguidance,
+pushed away from that of a weaker one, which was trained for a fraction of the steps (autoguidance,
 arXiv:2406.02507),
 
     log p = strong + w (strong - weak) + const
 
 of log-probabilities, which the wide steps then take over from the fine ones. What both make
-mistakes in, the weak one does more of; so that samples become better at the same entropy. A token
-that the strong one finds far less likely than another is never pushed up: of what is nearly
-impossible neither knows anything (contrastive decoding, arXiv:2210.15097, drops such tokens). The
+mistakes in, the weak one does more of; so that samples become better at the same entropy. The
 student learns the sum (guidance distillation, arXiv:2210.03142) and needs no further network call
-when it samples.
+when it samples. With `plausible`, a token that the strong one finds far less likely than another is
+never pushed up: of what is nearly impossible neither knows anything (contrastive decoding,
+arXiv:2210.15097, drops such tokens).
 
 The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
 probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
@@ -87,10 +87,10 @@ def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
             )
     if not 0 <= config.guidance < math.inf:
         raise ValueError(f"guidance must be 0 or more and finite, got {config.guidance}.")
-    if (config.guidance > 0) != (config.guide_step > 0):
+    if (config.guidance > 0) != (config.guide_steps > 0):
         raise ValueError(
-            f"guidance={config.guidance} and guide_step={config.guide_step} go together: how much "
-            "to be pushed away, and from which step of the base model's training; 0 and 0 for none."
+            f"guidance={config.guidance} and guide_steps={config.guide_steps} go together: how "
+            "much to be pushed away, and from a base model of how many steps; 0 and 0 for none."
         )
     if not 0 <= config.guidance_plausible <= 1:
         raise ValueError(f"guidance_plausible must lie in [0, 1], got {config.guidance_plausible}.")
