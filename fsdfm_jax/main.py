@@ -244,8 +244,8 @@ def train_run(
         name=entry.run,
         optimizer=optim.make_optimizer(config.optim, own),
         batches=batches,
+        guide=load_guide(),  # which may train, before there is anything else
         base=load_base(),
-        guide=load_guide(),
         key=jax.random.key(run_seed(config, entry.run)),
         mesh=mesh,
         directory=directory,
