@@ -269,7 +269,7 @@ def test_positions_whose_dispersed_numbers_are_small_lie_apart(length):
             assert abs(len(chosen) - share * length) < 3
             # Three-distance theorem: gaps are Fibonacci numbers around 1 / share.
             assert set(np.diff(chosen).tolist()) <= {2, 3, 5, 8, 13, 21, 34, 55, 89}
-            assert np.diff(chosen).min() > 0.44 / share - 1e-6
+            assert np.diff(chosen).min(initial=length) > 0.44 / share - 1e-6
 
 
 def test_dispersed_numbers_do_not_depend_on_how_long_a_row_is():

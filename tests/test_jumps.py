@@ -135,7 +135,7 @@ def test_a_dispersed_jump_moves_few_neighbours_and_as_many_positions_in_every_ro
     assert both[DISPERSED] == 0
     assert abs(both[MIXTURE] - 1 / 16) < 0.005
     counts_B = moved[DISPERSED].sum(axis=1)
-    assert np.all(np.abs(counts_B - 0.25 * 0.999 * length) < 2)
+    assert np.all(np.abs(counts_B - 0.25 * 0.999 * length) < 3)  # independently 4.9 is usual
     assert moved[MIXTURE].sum(axis=1).std() > 3
     for m_BL in moved.values():
         assert abs(m_BL.mean() - 0.25 * 0.999) < 0.01
