@@ -103,10 +103,6 @@ def _before_steps(config: ml_collections.ConfigDict, stage: str) -> float:
 
 def _base(config, size):
     config.pipeline = "autoregressive,pretrain"
-    config.autoregressive.num_steps = size.judge_steps
-    config.pretrain.num_steps = size.base_steps
-    for stage in ("autoregressive", "pretrain"):
-        config[stage].warmup_steps = min(config[stage].warmup_steps, config[stage].num_steps // 4)
 
 
 def _continued(config, size):
@@ -208,6 +204,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             config[stage].batch_size = 128
             config[stage].learning_rate = 1e-3
         config.refine.pair_batch_size = 256
+    # Also where another run's base model is started from, so that what is stored says how it came.
+    config.autoregressive.num_steps = size.judge_steps
+    config.pretrain.num_steps = size.base_steps
+    for stage in ("autoregressive", "pretrain"):
+        config[stage].warmup_steps = min(config[stage].warmup_steps, config[stage].num_steps // 4)
     for stage in ("step_aware", "distill", "refine"):
         config[stage].ema_decay = 0.99
         config[stage].learning_rate = 3e-4  # a tenth of the base model's: it has been annealed

@@ -16,11 +16,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name = arg or "cpu"
     if name not in quality.SIZES:
         raise ValueError(f"configs/shipped.py takes one of {', '.join(quality.SIZES)}, got {arg!r}")
-    base = quality.get_config(f"base,{name}")
     config = quality.get_config(f"guided,{name}")
-    config.pipeline = f"{base.pipeline},{config.pipeline}"
-    for stage in ("autoregressive", "pretrain"):
-        config[stage] = base[stage]
+    config.pipeline = f"autoregressive,pretrain,{config.pipeline}"
     config.eval.update(quality.SAMPLERS["tuned"])
     if name == "cpu":  # where 8 steps have the entropy of the base model's 1,024
         config.eval.temperature = 0.44

@@ -119,6 +119,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def trained(
+    runs: Sequence[tuple[str, str]], config: Mapping[str, Any]
+) -> list[tuple[str, int, int]]:
+    """What the model came through, with steps and rows a step: the runs and their guides."""
+    result = []
+    for run, stage in runs:
+        own = config[stage]
+        if own.get("guidance"):
+            away = f"`guide_{own['guide_steps']}`, which `{run}` is led away from"
+            result.append((away, own["guide_steps"], config["pretrain"]["batch_size"]))
+        if stage != "autoregressive":
+            result.append((f"`{run}`", own["num_steps"], own["batch_size"]))
+    return result
+
+
 def card(
     bundle: Bundle,
     runs: Sequence[tuple[str, str]],
@@ -131,9 +146,8 @@ def card(
     config = said["config"]
     sizes = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
     training = "\n".join(
-        f"| `{run}` | {config[stage]['num_steps']:,} | {config[stage]['batch_size']} |"
-        for run, stage in runs
-        if stage != "autoregressive"
+        f"| {what} | {steps:,} | {batch_size} |"
+        for what, steps, batch_size in trained(runs, config)
     )
     own = [row for row in rows if row.figures["run"] == said["run"]]
     shown = max(own, key=lambda row: row.figures["steps"])

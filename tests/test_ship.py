@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from configs import shipped
 from fsdfm_jax import generate
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate.memorised import Ngrams
@@ -67,6 +68,16 @@ def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
     place = report if there else tmp_path / "nowhere"
     with pytest.raises(ValueError, match="has no row of .*step_aware.* its report"):
         ship.read_rows(place, ["step_aware"], NGRAMS)
+
+
+def test_a_card_lists_the_runs_and_their_guides():
+    config = shipped.get_config().to_dict()
+    runs = [("autoregressive", "autoregressive"), ("pretrain", "pretrain"), ("distill", "distill")]
+    assert ship.trained(runs, config) == [
+        ("`pretrain`", 8_000, 32),
+        ("`guide_1000`, which `distill` is led away from", 1_000, 32),
+        ("`distill`", 400, 32),
+    ]
 
 
 def test_the_model_that_comes_along_writes():
