@@ -332,7 +332,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         path,
         {judge.removeprefix("ppl "): functools.partial(draw, judge) for judge in judges},
         steps=sorted({row["steps"] for row in rows if row["recipe"] == BASE}),
-        ylabel="perplexity at equal entropy / base model's in many steps",
+        ylabel="perplexity / reference, at equal entropy",
     )
 
 
