@@ -525,7 +525,8 @@ def _draw(point, *, count=5, batch_size=3, room=4, given=None):
 def _point(**changes):
     fields = {"kind": "model", "group": "g", "source": "distill", "stage": "distill", "steps": 2}
     fields |= {"jump": "cumulative", "grid": "uniform", "temperature": 1.0, "top_p": 1.0}
-    return Point(**(fields | {"weights": "ema", "seed": 1} | changes))
+    fields |= {"cooling": 0.0, "look_ahead": 0.0, "weights": "ema", "seed": 1}
+    return Point(**(fields | changes))
 
 
 def test_one_program_for_all_steps_grids_temperatures_and_seeds():

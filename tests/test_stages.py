@@ -797,4 +797,5 @@ def test_divergences_are_those_of_the_losses_module():
         config.distill.divergence = name
         term = few_step.read_teacher_term(config.distill, above, make_process(config))
         assert (term.divergence, term.budgets, term.rule) == (divergence, above, teacher.HEUN)
-    assert few_step.read_path_term(config.distill, below) == (below, "path", "cumulative", 1e-3)
+    term = few_step.read_path_term(config.distill, below)
+    assert term == (below, "path", "cumulative", 1e-3, 0.0, 0.0)
