@@ -193,8 +193,7 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         )
 
     def follow(student_BLV, strong_BLV, weak_BLV):
-        how = {"guidance": path.guidance, "plausible": path.plausible}
-        target_BLV = guided(strong_BLV, weak_BLV, **how)
+        target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance, plausible=path.plausible)
         return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
 
     base_model = dataclasses.replace(model, conditioning="none")
@@ -221,32 +220,24 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         logits = models.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
 
         value, metrics = jnp.zeros(()), {}
-        if split and path.guidance:
-            x_RL, t_R = (layout.pad_rows(x[:split]) for x in (xt_BL, t_B))
-            part = logits_lib.mean_loss(
-                follow,
-                logits_lib.pad_rows(logits_lib.rows(logits, 0, split)),
-                *(models.predict(weights, base_model, x_RL, t_R) for weights in guide),
-                num_rows=split,
-            )
-            value += path.budgets.share * part
-            metrics["guidance_loss"] = part
-        elif split:
-            x_RL, x1_RL = xt_BL[:split], x1_BL[:split]
-            if path.loss == "path":
-                weight_R = _path_weight(path, process, t_B[:split], h_B[:split])
+        if split:
+            x_RL, x1_RL, t_R = xt_BL[:split], x1_BL[:split], t_B[:split]
+            name = "path_loss"
+            if path.guidance:
+                name, data_loss = "guidance_loss", follow
+                inputs = [layout.pad_rows(x) for x in (x_RL, t_R)]
+                targets = [models.predict(weights, base_model, *inputs) for weights in guide]
+            elif path.loss == "path":
+                weight_R = _path_weight(path, process, t_R, h_B[:split])
                 weight_RL = jnp.broadcast_to(weight_R[:, None], x_RL.shape)
-                data_loss, targets = losses.path_loss, (x_RL, x1_RL, weight_RL)
+                data_loss = losses.path_loss
+                targets = [layout.pad_rows(x) for x in (x_RL, x1_RL, weight_RL)]
             else:
-                data_loss, targets = losses.cross_entropy, (x1_RL,)
-            part = logits_lib.mean_loss(
-                data_loss,
-                logits_lib.pad_rows(logits_lib.rows(logits, 0, split)),
-                *(layout.pad_rows(x) for x in targets),
-                num_rows=split,
-            )
+                data_loss, targets = losses.cross_entropy, [layout.pad_rows(x1_RL)]
+            student = logits_lib.pad_rows(logits_lib.rows(logits, 0, split))
+            part = logits_lib.mean_loss(data_loss, student, *targets, num_rows=split)
             value += path.budgets.share * part
-            metrics["path_loss"] = part
+            metrics[name] = part
         if split < batch_size:
 
             def denoise(x, t, h):
