@@ -203,7 +203,7 @@ class Study:
         size = settings.batch_size
         facts = self._catalogue.facts(point.source, point.weights)
         how = [point.steps, point.jump, point.grid, point.top_p, point.cooling, point.look_ahead]
-        how += [size, length]
+        how += [point.neighbours, size, length]
         temperature = matched(
             self._folder / _RESULT.value / "temperatures.json",
             lambda: match(
@@ -238,6 +238,7 @@ class Study:
             top_p=own.top_p,
             cooling=own.cooling,
             look_ahead=own.look_ahead,
+            neighbours=own.neighbours,
             weights="ema",
             seed=seed,
         )

@@ -75,6 +75,7 @@ class Options:
     top_p: float | None = None
     cooling: float | None = None
     look_ahead: float | None = None
+    neighbours: float | None = None
     jump: str = ""
     grid: str = ""
     output: str | None = None
@@ -109,6 +110,7 @@ def define_flags() -> None:
     fraction("top_p", "Share of the mass that is drawn from; by default the run's eval.top_p.")
     fraction("cooling", "How far the temperature falls; by default the run's eval.cooling.")
     fraction("look_ahead", "Of a step, where it asks; by default the run's eval.look_ahead.")
+    fraction("neighbours", "How much a token heeds its left one; by default eval.neighbours.")
     choice("jump", ["", *jumps.RULES], "Jump rule; by default the run's eval.few_step_jump.")
     text("grid", "uniform, cosine or power:R; by default the run's eval.grid.")
     text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
@@ -149,6 +151,8 @@ class Job:
     top_p: float
     cooling: float
     look_ahead: float
+    neighbours: float
+    follow_VV: np.ndarray | None
     stamp: dict[str, Any]
 
     @property
@@ -194,6 +198,7 @@ def check_options(options: Options) -> None:
         top_p=1.0 if options.top_p is None else options.top_p,
         cooling=options.cooling or 0.0,
         look_ahead=options.look_ahead or 0.0,
+        neighbours=options.neighbours or 0.0,
     )
     if options.jump:
         jumps.get_rule(options.jump)
@@ -253,6 +258,12 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
     params = bundle.device_params()
     trained = (bundle.provenance.get("config") or {}).get("eval") or {}
+    strength = _first(options.neighbours, trained.get("neighbours"), 0.0)
+    if model.causal:
+        strength = 0.0
+    jump = options.jump or trained.get("few_step_jump") or jumps.CUMULATIVE.name
+    follow_VV = bundle.follow.read() if strength and bundle.follow is not None else None
+    inference.make_neighbours(strength, follow_VV, jump)  # refuses what can't be heeded
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
         params=params,
@@ -263,13 +274,15 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         length=length,
         batch_size=options.batch_size or min(len(rows), _DEFAULT_BATCH),
         steps=options.steps,
-        jump=options.jump or trained.get("few_step_jump") or jumps.CUMULATIVE.name,
+        jump=jump,
         grid=options.grid or trained.get("grid") or "uniform",
         seed=options.seed,
         temperature=_first(options.temperature, trained.get("temperature"), 1.0),
         top_p=_first(options.top_p, trained.get("top_p"), 1.0),
         cooling=_first(options.cooling, trained.get("cooling"), 0.0),
         look_ahead=_first(options.look_ahead, trained.get("look_ahead"), 0.0),
+        neighbours=strength,
+        follow_VV=follow_VV,
         stamp={},
     )
     if not (options.batch_file or options.output):
@@ -291,8 +304,9 @@ def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
         "top_p": job.top_p,
         **{
             key: None if job.model.causal else getattr(job, key)
-            for key in ("cooling", "look_ahead", "jump", "grid")
+            for key in ("cooling", "look_ahead", "neighbours", "jump", "grid")
         },
+        **({"follow_sha256": bundle_lib.checksum(job.follow_VV)} if job.neighbours else {}),
         "length": job.length,
         "model": {key: value for key, value in known.items() if value is not None}
         | {
@@ -340,6 +354,8 @@ def draw(
                 cooling=job.cooling,
                 top_p=job.top_p,
                 look_ahead=job.look_ahead,
+                neighbours=job.neighbours,
+                follow_VV=job.follow_VV,
                 on_step=view.on_step if view else None,
             )
         drawn = [(first + i, row, tokens_BL[i]) for i, row in enumerate(rows)]

@@ -12,6 +12,7 @@ import numpy as np
 from fsdfm_jax import attention, jumps, models, sampler
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.neighbours import Neighbours
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
 
@@ -27,8 +28,9 @@ def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callab
 
     Returns:
       `(params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None, cooling=0,
-      look_ahead=0) -> x_BL`, everything in it data: only another shape (batch, length, number of
-      steps) compiles again, or an argument that is None in one call and a number in another. With
+      look_ahead=0, neighbours=None) -> x_BL`, everything in it data: only another shape (batch,
+      length, number of steps) compiles again, or an argument that is None in one call and a number
+      in another; neighbours are those of `make_neighbours`. With
       `num_steps` the grid is padded to any length that is enough, and one program serves all
       numbers of steps. The grid is not checked inside jit: use `sampler.check_grid`.
     """
@@ -91,7 +93,8 @@ def _make_steps(
     observe: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """What `make_sampler` and `make_observer` jit: the S steps from given noise."""
-    jump = process.make_jump(jumps.get_rule(jump_rule))
+    rule = jumps.get_rule(jump_rule)
+    jump = process.make_jump(rule)
     finalize = jumps.make_finalize(process.source)
 
     def run(
@@ -105,14 +108,18 @@ def _make_steps(
         num_steps=None,
         cooling=0.0,
         look_ahead=0.0,
+        neighbours=None,
     ):
         denoise, condition = models.denoiser(params, model, len(grid_S1) - 1)
-        if top_p is not None and process.source.mask_id is not None:
-            # No step draws the mask: it may not fill the nucleus.
+        whole = top_p is not None or neighbours is not None
+        if whole and process.source.mask_id is not None:
+            # No step draws the mask: it may not fill the nucleus, nor what neighbours expect.
             denoise = _without(denoise, process.source.mask_id)
         options = {"temperature": temperature, "cooling": cooling, "top_p": top_p}
         options |= {"look_ahead": look_ahead, "num_steps": num_steps}
         options |= {"condition": condition, "on_step": on_step}
+        if neighbours is not None:
+            options |= {"neighbours": neighbours, "redraw": process.make_redraw(rule)}
         arguments = (key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
         if observe is None:
             return sampler.sample(*arguments, **options)
@@ -149,8 +156,8 @@ def make_generator(
 
     Returns:
       `(params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None, cooling=0,
-      look_ahead=0) -> x_BL`: seed is a uint32 scalar; frozen positions (bool) hold the tokens of
-      given_BL (int32, of no meaning elsewhere); the rest as in `make_sampler`.
+      look_ahead=0, neighbours=None) -> x_BL`: seed is a uint32 scalar; frozen positions (bool)
+      hold the tokens of given_BL (int32, of no meaning elsewhere); the rest as in `make_sampler`.
     """
     run = _make_steps(model, process, jump_rule, on_step)
 
@@ -255,6 +262,8 @@ def generate(
     cooling: float = 0.0,
     top_p: float = 1.0,
     look_ahead: float = 0.0,
+    neighbours: float = 0.0,
+    follow_VV: np.ndarray | jax.Array | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Samples token ids from any network, around given tokens.
@@ -274,6 +283,8 @@ def generate(
       temperature: divides the logits, > 0.
       top_p: share of the posterior's mass that is drawn from, in (0, 1].
       cooling, look_ahead: see `sampler.sample`.
+      neighbours: strength by which tokens heed the one to their left, see `neighbours.draw`.
+      follow_VV: table of the text that this takes, see `neighbours.follow`.
       on_step: called on the host with (index of the step, x_BL after it), in order, S times before
         this returns. The same function object shares one compiled program.
 
@@ -282,7 +293,8 @@ def generate(
 
     Raises:
       ValueError: for values outside their range (`check_settings`), tokens that can't be given
-        (`check_given`), an unknown jump rule, or `on_step` with an autoregressive network.
+        (`check_given`), an unknown jump rule, `on_step` with an autoregressive network, or
+        neighbours that can't be heeded (`make_neighbours`).
     """
     check_settings(
         steps=steps,
@@ -291,6 +303,7 @@ def generate(
         cooling=cooling,
         top_p=top_p,
         look_ahead=look_ahead,
+        neighbours=neighbours,
     )
     check_given(model, process, given_BL, frozen_BL)
     num_rows = len(given_BL)
@@ -315,12 +328,36 @@ def generate(
     grid_S1 = jnp.asarray(sampler.make_grid(grid, steps))
     run = jit_generator(model, process, jump_rule, on_step)
     how = {"cooling": jnp.float32(cooling), "look_ahead": jnp.float32(look_ahead)}
+    how |= {"neighbours": make_neighbours(neighbours, follow_VV, jump_rule)}
     tokens_BL = np.asarray(
         run(params, seed, given_BL, frozen_BL, grid_S1, temperature, nucleus, **how)
     )
     if on_step is not None:
         jax.effects_barrier()  # the result may be there before the last call is
     return tokens_BL[:num_rows]
+
+
+def make_neighbours(strength: float, follow_VV, jump_rule: str) -> Neighbours | None:
+    """What a sampler takes as `neighbours`; None for a strength of 0.
+
+    Args:
+      strength: at least 0.
+      follow_VV: table of `neighbours.follow`; None where a model came without its text's.
+      jump_rule: how the sampler jumps.
+
+    Raises:
+      ValueError: there is no table, or the rule can't heed it (`jumps.check_redraw`).
+    """
+    if not strength:
+        return None
+    jumps.check_redraw(jumps.get_rule(jump_rule))
+    if follow_VV is None:
+        raise ValueError(
+            f"neighbours={strength:g} needs to know which tokens follow which, and the model came "
+            "without its text's table: sample from the working directory that has its prepared "
+            "text (data/), convert the model from there, or set neighbours to 0."
+        )
+    return Neighbours(jnp.asarray(follow_VV, jnp.float32), jnp.float32(strength))
 
 
 def bucket(num_rows: int) -> int:

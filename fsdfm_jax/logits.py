@@ -70,7 +70,7 @@ def dense(logits: Logits) -> jax.Array:
     """The logits written down, float32 [B, L, V]."""
     if not isinstance(logits, Factored):
         return logits.astype(jnp.float32)
-    return _multiply(_gathered(logits), logits.features_BLD)
+    return _multiply(gathered(logits), logits.features_BLD)
 
 
 def rows(logits: Logits, start: int, stop: int) -> Logits:
@@ -159,6 +159,17 @@ def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
     return dataclasses.replace(logits[0], features_BLD=mean) if factored else mean
 
 
+def gathered(x):
+    """Logits, if that is what it is, with the head where it is used: in front of a loop, not in it.
+
+    Rounded before it is gathered: half the bytes of an exchange.
+    """
+    if not isinstance(x, Factored):
+        return x
+    kernel_DV = layout.gather(x.kernel_DV.astype(x.dtype), _HEAD)
+    return dataclasses.replace(x, kernel_DV=kernel_DV)
+
+
 def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array) -> jax.Array:
     """fn(logits_BLV, *args), a chunk of positions at a time.
 
@@ -174,7 +185,7 @@ def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array
     if not isinstance(logits, Factored):
         return fn(dense(logits), *args)
     held = -(-logits.chunk_size // _MAP_FRACTION)
-    logits = dataclasses.replace(_gathered(logits), chunk_size=held)
+    logits = dataclasses.replace(gathered(logits), chunk_size=held)
     chunks = _Chunks(logits)
 
     def one(inputs):
@@ -217,7 +228,7 @@ def mean_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused_mean(position_loss, num_rows, logits, args):
-    logits, args = _gathered(logits), [_gathered(x) for x in args]
+    logits, args = gathered(logits), [gathered(x) for x in args]
 
     def chunk(total, inputs):
         features_BcD, counts_Bc, parts = inputs
@@ -229,7 +240,7 @@ def _fused_mean(position_loss, num_rows, logits, args):
 
 
 def _fused_mean_forward(position_loss, num_rows, logits, args):
-    given, logits, args = logits, _gathered(logits), [_gathered(x) for x in args]
+    given, logits, args = logits, gathered(logits), [gathered(x) for x in args]
     kernel_DV, shards = logits.kernel_DV, _Shards(logits.shape[0])
 
     def chunk(carry, inputs):
@@ -368,19 +379,8 @@ def _written_down(args, parts):
 _HEAD = "head/kernel"
 
 
-def _gathered(x):
-    """Logits, if that is what it is, with the head where it is used: in front of a loop, not in it.
-
-    Rounded before it is gathered: half the bytes of an exchange.
-    """
-    if not isinstance(x, Factored):
-        return x
-    kernel_DV = layout.gather(x.kernel_DV.astype(x.dtype), _HEAD)
-    return dataclasses.replace(x, kernel_DV=kernel_DV)
-
-
 def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
-    """The logits of some features, float32 [B, c, V]; the head is that of `_gathered`."""
+    """The logits of some features, float32 [B, c, V]; the head is that of `gathered`."""
     features_BcD = layout.constrain(features_BcD.astype(logits.dtype), "rows", "positions", None)
     logits_BcV = _contract(features_BcD, logits.kernel_DV, (2,), (0,))
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]

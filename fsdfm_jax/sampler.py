@@ -16,8 +16,10 @@ import numpy as np
 
 from fsdfm_jax import draws
 from fsdfm_jax import logits as logits_lib
-from fsdfm_jax.jumps import Finalize, Jump
+from fsdfm_jax import neighbours as neighbours_lib
+from fsdfm_jax.jumps import Finalize, Jump, Redraw
 from fsdfm_jax.logits import Logits
+from fsdfm_jax.neighbours import Neighbours
 from fsdfm_jax.teacher import Denoise
 
 OnStep = Callable[[np.ndarray, np.ndarray], None]
@@ -104,12 +106,13 @@ def check_options(
     cooling: float = 0.0,
     top_p: float = 1.0,
     look_ahead: float = 0.0,
+    neighbours: float = 0.0,
 ) -> None:
     """Refuses options of `sample` that nothing can be drawn with, on the host.
 
     Raises:
       ValueError: a temperature that isn't above 0 and finite, a cooling outside [0, 1), a top_p
-        outside (0, 1], or a look_ahead outside [0, 1].
+        outside (0, 1], a look_ahead outside [0, 1], or neighbours (their strength) below 0.
     """
     # What float32 rounds to 0 would divide by it.
     if not np.finfo(np.float32).tiny <= temperature < np.inf:
@@ -120,6 +123,8 @@ def check_options(
         raise ValueError(f"cooling must lie in [0, 1), got {cooling}.")
     if not 0 <= look_ahead <= 1:
         raise ValueError(f"look_ahead must lie in [0, 1], got {look_ahead}.")
+    if not 0 <= neighbours < np.inf:
+        raise ValueError(f"neighbours must be at least 0 and finite, got {neighbours}.")
 
 
 def sample_trajectory(
@@ -135,6 +140,8 @@ def sample_trajectory(
     cooling: jax.Array | float = 0.0,
     top_p: jax.Array | float | None = None,
     look_ahead: jax.Array | float = 0.0,
+    neighbours: Neighbours | None = None,
+    redraw: Redraw | None = None,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
     num_steps: jax.Array | int | None = None,
@@ -174,11 +181,20 @@ def sample_trajectory(
         logits = logits_lib.divide(logits, step_temperature)
         if top_p is not None:
             logits = logits_lib.nucleus(logits, top_p)
-        new_BL = jax.lax.cond(
-            index == last,
-            lambda: finalize(step_key, logits, x_BL),
-            lambda: jump(step_key, logits, x_BL, t_B, h_B),
-        )
+        if neighbours is None:
+            new_BL = jax.lax.cond(
+                index == last,
+                lambda: finalize(step_key, logits, x_BL),
+                lambda: jump(step_key, logits, x_BL, t_B, h_B),
+            )
+        else:
+            place_key, token_key = jax.random.split(step_key)
+            drawn_BL = redraw(place_key, x_BL, t_B, h_B, index == last)
+            given_BL = jnp.zeros_like(drawn_BL) if frozen_BL is None else frozen_BL
+            new_BL = neighbours_lib.draw(
+                *(token_key, logits, x_BL, drawn_BL & ~given_BL, given_BL, neighbours),
+                temperature=step_temperature,
+            )
         if frozen_BL is not None:
             new_BL = jnp.where(frozen_BL, x0_BL, new_BL)
         if on_step is not None:
@@ -246,6 +262,9 @@ def sample(
           t + a h in place of t, as a midpoint rule does.
         top_p: share of the posterior's mass that is kept, see `logits.nucleus`; data as well; None
           keeps all of it and costs nothing.
+        neighbours, redraw: table and strength by which the tokens that a step draws heed each
+          other, see `neighbours.draw`, and the positions that it draws, see `jumps.make_redraw`;
+          they stand in for jump and finalize. None lets each position be drawn by itself.
         condition: (t_S, h_S) -> a tree of arrays with leading axis S, all that the network computes
           from times and widths alone; done for all steps at once, before the first.
         on_step: called on the host with (index of the step, x_BL after it) as each step ends, also

@@ -102,8 +102,8 @@ def check_copied(rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
     judges = list(rows[0].figures["judges"])
-    keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead"]
-    names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead"]
+    keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead", "neighbours"]
+    names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead", "neighbours"]
     names += [f"perplexity by {judge}" for judge in judges]
     names += ["entropy, bits", "distinct-2", "self-BLEU", f"{NGRAM}-grams in the training text"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]

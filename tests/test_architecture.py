@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fsdfm_jax"
 # file has to be given a place here.
 FLOORS = {
     0: ("schedules", "sources", "budgets", "draws", "loops", "logits", "attention", "layout"),
-    1: ("paths", "jumps"),
+    1: ("paths", "jumps", "neighbours"),
     2: ("losses", "models"),
     3: ("teacher", "sampler"),
     4: (

@@ -55,6 +55,8 @@ class Bundle:
       path: the noising process, the keys of `config.path`.
       tokenizer: None where the file holds none and none was named.
       block_length: tokens of the blocks it was trained on, None if unknown.
+      follow: table of its text that `neighbours.draw` takes, read when it is asked for; None where
+        the file has none.
       provenance: JSON dict: "stage", "weights" (which of the file's), "step", "ema_decay", "data"
         and "tokenizer" (fingerprints), "code_version", "config", "recipe", "source" (file and
         format); None for what the file doesn't say.
@@ -66,6 +68,7 @@ class Bundle:
     tokenizer: Tokenizer | None
     block_length: int | None
     provenance: Mapping[str, Any]
+    follow: Leaf | None = None
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(path, float32 array) of each parameter, read as the iterator goes on."""
@@ -93,6 +96,12 @@ class Bundle:
     def num_tokens(self) -> int:
         """Ids of text that the network knows: its vocabulary without a mask token."""
         return self.model.vocab_size - (self.path["source"] == "mask")
+
+    @property
+    def heeds_neighbours(self) -> bool:
+        """Whether it is sampled with its table unless it is told otherwise."""
+        config = self.provenance.get("config") or {}
+        return bool((config.get("eval") or {}).get("neighbours")) and self.follow is not None
 
     def process(self) -> Process:
         """Its noising process, over the network's vocabulary."""
@@ -180,8 +189,12 @@ def from_parts(
     description: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     name: str,
+    *,
+    follow: Leaf | None = None,
 ) -> Bundle:
     """A bundle of parameters and what `describe` said of them; `name` is the file, for errors.
+
+    `follow` is the table of neighbours, see `Bundle`.
 
     Raises:
       BadFile: the description isn't one, or the parameters aren't its network's: each missing,
@@ -201,13 +214,18 @@ def from_parts(
         if set(path) != set(DEFAULT_PATH):
             raise ValueError(f"path has the keys {', '.join(map(str, path))[:200]}")
         _check_provenance(provenance)
-        bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
+        bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance, follow)
         bundle.process()
     except BadFile:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BadFile(f"{name} doesn't describe a model: {str(error)[:300]}.") from error
     check_leaves(leaves, model, name)
+    if follow is not None and tuple(follow.shape) != (model.vocab_size,) * 2:
+        raise BadFile(
+            f"{name} has a table of neighbours of shape {tuple(follow.shape)}, expected one row "
+            f"and one column for each of {model.vocab_size} tokens."
+        )
     trained_with = provenance.get("tokenizer")
     if tokenizer is not None and trained_with not in (None, tokenizer.fingerprint):
         raise BadFile(

@@ -10,12 +10,14 @@ it has no optimiser state.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from fsdfm_jax import checkpoint, workdir
+from fsdfm_jax import checkpoint, neighbours, workdir, writer
+from fsdfm_jax import data as data_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
 
@@ -23,6 +25,7 @@ from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
 # has.
 _PARTS = {"ema": "ema", "student": "params", "model": "params"}
 _TOKENIZER = "tokenizer.json"
+_FOLLOW = "neighbours.npy"
 
 
 def is_run_folder(path: pathlib.Path) -> bool:
@@ -137,7 +140,47 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     tokenizer = bundle_lib.read_tokenizer(text, f"the tokenizer of {directory}")
     if tokenizer is not None and tokenizer.fingerprint != provenance["tokenizer"]:
         tokenizer = None  # of other text prepared in the same place; the caller may name the right
-    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory))
+    follow = _find_follow(directory, config, metadata)
+    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory), follow=follow)
+
+
+def _find_follow(directory: pathlib.Path, config, metadata) -> Leaf | None:
+    """The table of neighbours: beside a converted model, or counted in the text of a run."""
+    vocab_size = metadata["model"]["vocab_size"]
+    if vocab_size > neighbours.MAX_VOCAB:
+        return None
+    shape = (vocab_size, vocab_size)
+    if (directory / _FOLLOW).is_file():
+        return Leaf(shape, lambda: _read_follow(directory / _FOLLOW, shape))
+    places = (place.resolve() for place in _data_places(directory, config))
+    place = next((place for place in places if (place / data_lib.MANIFEST).is_file()), None)
+    if place is None:
+        return None
+    return Leaf(shape, lambda: _count_follow(place, metadata["data"], vocab_size))
+
+
+def _read_follow(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        follow_VV = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadFile(
+            f"{path} is damaged: {_first_line(error)}; convert the model again."
+        ) from error
+    if follow_VV.shape != shape or follow_VV.dtype != np.float32 or not np.all(follow_VV > 0):
+        raise BadFile(f"{path} is no table of {shape} probabilities; convert the model again.")
+    return follow_VV
+
+
+# Most programs open several models of one text.
+@functools.lru_cache(maxsize=2)
+def _count_follow(place: pathlib.Path, fingerprint: str, vocab_size: int) -> np.ndarray:
+    data = data_lib.load(place)
+    if data.fingerprint != fingerprint:
+        raise ValueError(
+            f"{place} holds other text than the model was trained on, which neighbours counts; "
+            "prepare that again, or set neighbours to 0."
+        )
+    return neighbours.follow(neighbours.count(data.source("train"), vocab_size))
 
 
 def _read(folder: pathlib.Path, part: str, name: str, step: int, checksums) -> np.ndarray:
@@ -162,13 +205,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _tokenizer_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
-    places = [directory, directory.parents[1] / "data"] if len(directory.parents) > 1 else []
-    if given := config["data"].get("directory"):
-        places.append(pathlib.Path(given).expanduser())
-    for place in places:
+    for place in [directory, *_data_places(directory, config)]:
         if (place / _TOKENIZER).is_file():
             return bundle_lib.read_text(place / _TOKENIZER)
     return ""
+
+
+def _data_places(directory: pathlib.Path, config: dict[str, Any]) -> list[pathlib.Path]:
+    """Where the prepared text of a run may lie."""
+    places = [directory.parents[1] / "data"] if len(directory.parents) > 1 else []
+    if given := config["data"].get("directory"):
+        places.append(pathlib.Path(given).expanduser())
+    return places
 
 
 def write(directory: pathlib.Path, bundle: Bundle) -> None:
@@ -204,3 +252,5 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
     checkpoint.save_once(directory / "checkpoints", step, {"params": params}, metadata)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(directory / _TOKENIZER)
+    if bundle.heeds_neighbours:
+        writer.write_array(directory / _FOLLOW, bundle.follow.read())

@@ -9,6 +9,9 @@ Names inside are, by layout,
     ours      paths with "/" ("blocks/q_proj/kernel"), blocks stacked, kernels [in, out]
     official  names of the published checkpoints ("blocks.0.qw.weight"), kernels [out, in]
 
+A model that is sampled with its table of neighbours (`eval.neighbours`) has it beside its weights,
+in the layout "ours" only: other readers of the official one expect its names and no others.
+
 Each file carries the checksums of its tensors, which are verified as they are read.
 """
 
@@ -34,6 +37,7 @@ SUFFIX = ".safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
+FOLLOW = "neighbours/follow"
 _FLOATS = {"F32", "BF16", "F16"}
 
 
@@ -121,7 +125,8 @@ def _plan(bundle: Bundle, layout: str, dtype: str) -> dict[str, tuple[int, ...]]
         raise ValueError(f"Unknown dtype {dtype!r}; expected one of {', '.join(bundle_lib.DTYPES)}")
     if layout == "official":
         return official.state_shapes(bundle)
-    return {path: leaf.shape for path, leaf in bundle.leaves.items()}
+    plan = {path: leaf.shape for path, leaf in bundle.leaves.items()}
+    return plan | ({FOLLOW: bundle.follow.shape} if bundle.heeds_neighbours else {})
 
 
 def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -130,6 +135,8 @@ def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.n
         return
     for path, array in bundle.arrays():
         yield path, array.astype(bundle_lib.DTYPES[dtype], copy=False)
+    if bundle.heeds_neighbours:
+        yield FOLLOW, bundle.follow.read().astype(bundle_lib.DTYPES[dtype], copy=False)
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -112,6 +112,7 @@ def draw(
         (point.jump, point.memory),
         (batch_size, length, room),
         point.top_p < 1,
+        bool(point.neighbours),
     )
     drawn: list[np.ndarray] = []
     seconds: list[float] = []
@@ -159,11 +160,14 @@ def _inputs(point, subject, given, batch_size, index, room) -> tuple:
     grid = sampler.pad_grid(sampler.make_grid(point.grid, point.steps), room)
     steps = jnp.int32(point.steps)
     how = (temperature, top_p, steps, jnp.float32(point.cooling), jnp.float32(point.look_ahead))
+    strength = point.neighbours or 0.0
+    follow_VV = subject.read_follow() if strength else None
+    how += (inference.make_neighbours(strength, follow_VV, point.jump),)
     return sample_key, x0_BL, jnp.asarray(frozen_BL), jnp.asarray(grid), *how
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(model, process, rule, size, has_nucleus):
+def _compile(model, process, rule, size, has_nucleus, has_neighbours):
     """A shape's compiled sampler, shared by all models of one network, and seconds of compiling."""
     (jump, memory), (batch_size, length, room) = rule, size
     shape, key = (batch_size, length), jax.random.key(0)
@@ -177,7 +181,9 @@ def _compile(model, process, rule, size, has_nucleus):
     else:
         run = inference.make_sampler(model, process, jump)
         grid = jnp.zeros((room + 1,), jnp.float32)
-        inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar)
+        table = jnp.ones((model.vocab_size,) * 2) if has_neighbours else None
+        heeded = inference.make_neighbours(float(has_neighbours), table, jump)
+        inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar, heeded)
     params = jax.eval_shape(lambda: models.init_params(key, model))
     params = sharding.spread(params)
     began = time.perf_counter()

@@ -112,7 +112,8 @@ class Evaluation:
             "bound_nats_per_token": self._bound(point),
         }
         fields = ("kind", "group", "stage", "steps", "jump", "grid")
-        fields += ("temperature", "top_p", "cooling", "look_ahead", "memory", "seed", "task")
+        fields += ("temperature", "top_p", "cooling", "look_ahead", "neighbours")
+        fields += ("memory", "seed", "task")
         self._store.add(
             {
                 "slug": point.slug,
@@ -218,6 +219,7 @@ class Evaluation:
         settings, facts = self._settings, None
         if point.kind == "model":
             facts = self._catalogue.facts(point.source, point.weights)
+        heeds = bool(point.neighbours)
         of_text = facts is None or point.task != tasks.UNCONDITIONAL
         return {
             "samples": stamps.samples(
@@ -228,6 +230,7 @@ class Evaluation:
                 length=self._length,
                 tokenizer=self._tokenizer.fingerprint,
                 text=self._text.fingerprint if of_text else None,
+                follow=self._catalogue.follow_sha256(point.source) if heeds else None,
             ),
             "scoring": stamps.scoring(
                 judges=self._judge_facts,

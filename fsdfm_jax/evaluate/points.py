@@ -32,7 +32,8 @@ class Point:
       steps: network calls per sample.
       jump, grid: rule of the jumps and shape of the time grid; None for an autoregressive model.
       temperature, top_p: of the draws.
-      cooling, look_ahead: see `sampler.sample`; None for an autoregressive model.
+      cooling, look_ahead, neighbours: see `sampler.sample`, the last one by its strength; None for
+        an autoregressive model.
       weights: "ema" (as the stage uses them) | "student".
       memory: what an autoregressive model keeps of the tokens so far, "cache" | "none"; None for
         other models.
@@ -51,6 +52,7 @@ class Point:
     top_p: float | None = None
     cooling: float | None = None
     look_ahead: float | None = None
+    neighbours: float | None = None
     weights: str | None = None
     memory: str | None = None
     seed: int | None = None
@@ -64,6 +66,7 @@ class Point:
             parts += [f"p{self.top_p:.9g}" if self.top_p < 1 else None]
             parts += [f"c{self.cooling:.9g}" if self.cooling else None]
             parts += [f"a{self.look_ahead:.9g}" if self.look_ahead else None]
+            parts += [f"n{self.neighbours:.9g}" if self.neighbours else None]
             parts += [self.weights if self.weights != "ema" else None]
             parts += ["anew" if self.memory == "none" else None]
         parts += [self.task if self.task != tasks.UNCONDITIONAL else None]
@@ -89,6 +92,7 @@ class Settings(NamedTuple):
     top_p: float
     cooling: float
     look_ahead: float
+    neighbours: float
     weights: str
     seed: int
     task: str
@@ -138,9 +142,10 @@ class Settings(NamedTuple):
             check_names(f"eval.{name}", allowed, values)
         if not self.jumps:
             raise ValueError("eval.jumps is empty; give at least one rule for the base model.")
-        names = ("seed", "temperature", "top_p", "cooling", "look_ahead")
+        names = ("seed", "temperature", "top_p", "cooling", "look_ahead", "neighbours")
         check_draws("eval", **{name: (getattr(self, name),) for name in names})
         check_grids("eval", (self.grid,), (*self.steps, self.many_steps))
+        check_rules("eval", (self.neighbours,), (*self.jumps, self.few_step_jump))
         tasks.parse(self.task)
         subjects.parse_models(self.models)
 
@@ -167,6 +172,15 @@ def check_draws(section: str, **values: Iterable[float]) -> None:
                 inference.check_settings(**{name: value})
     except ValueError as error:
         raise ValueError(f"{section}: {error}") from None
+
+
+def check_rules(key: str, strengths: Iterable[float], rules: Iterable[str]) -> None:
+    """ValueError for the first jump rule that heeds no neighbours, where one is to."""
+    try:
+        for name in rules if any(strengths) else ():
+            jumps.check_redraw(jumps.get_rule(name))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def check_grids(key: str, grids: Iterable[str], steps: Iterable[int]) -> None:
@@ -210,7 +224,8 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
 
         def add(group, steps, jump, label=label, stage=stage):
             own = {"stage": stage, "steps": steps, "jump": jump, "grid": settings.grid}
-            own |= {"cooling": settings.cooling, "look_ahead": settings.look_ahead}
+            names = ("cooling", "look_ahead", "neighbours")
+            own |= {name: getattr(settings, name) for name in names}
             result.append(Point("model", group, label, **own, **how))
 
         if stage == "pretrain":
@@ -235,6 +250,7 @@ class Axes(NamedTuple):
     top_ps: tuple[float, ...]
     coolings: tuple[float, ...]
     look_aheads: tuple[float, ...]
+    neighbours: tuple[float, ...]
     weights: tuple[str, ...]
     seeds: tuple[int, ...]
 
@@ -260,7 +276,9 @@ class Axes(NamedTuple):
             top_p=axes.top_ps,
             cooling=axes.coolings,
             look_ahead=axes.look_aheads,
+            neighbours=axes.neighbours,
         )
+        check_rules("axes", axes.neighbours, axes.jumps)
         check_grids("axes", axes.grids, axes.steps)
         return axes
 
@@ -278,12 +296,13 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
     check_names("axes.models", tuple(stage_of), chosen)
     left_to_right = tasks.parse(settings.task).left_to_right
     result = texts_to_compare(settings)
-    for label, grid, jump, cooling, look_ahead, top_p, weights in itertools.product(
+    for label, grid, jump, cooling, look_ahead, neighbours, top_p, weights in itertools.product(
         chosen,
         axes.grids,
         axes.jumps,
         axes.coolings,
         axes.look_aheads,
+        axes.neighbours,
         axes.top_ps,
         axes.weights,
     ):
@@ -294,6 +313,7 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
         details += [grid] * (not causal and len(axes.grids) > 1)
         details += [f"cooling {cooling:g}"] * (not causal and len(axes.coolings) > 1)
         details += [f"look-ahead {look_ahead:g}"] * (not causal and len(axes.look_aheads) > 1)
+        details += [f"neighbours {neighbours:g}"] * (not causal and len(axes.neighbours) > 1)
         details += [f"top-p {top_p:g}"] * (len(axes.top_ps) > 1)
         details += [weights] * (len(axes.weights) > 1)
         group = label + (f" ({', '.join(details)})" if details else "")
@@ -305,7 +325,7 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
                 how |= {"steps": length, "memory": "cache"}
             else:
                 how |= {"steps": steps, "jump": jump, "grid": grid}
-                how |= {"cooling": cooling, "look_ahead": look_ahead}
+                how |= {"cooling": cooling, "look_ahead": look_ahead, "neighbours": neighbours}
             how |= {"task": settings.task, "stage": stage_of[label]}
             result.append(Point("model", group, label, **how))
     return list(dict.fromkeys(result))

@@ -38,6 +38,7 @@ _IDENTITY = (
     "top_p",
     "cooling",
     "look_ahead",
+    "neighbours",
     "weights",
     "seed",
     "task",

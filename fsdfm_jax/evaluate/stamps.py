@@ -16,7 +16,8 @@ from fsdfm_jax.evaluate.points import Point
 # Modules that decide which tokens are drawn.
 SAMPLING_CODE = (
     *("attention", "data", "draws", "inference", "jumps", "layout", "logits", "loops", "models"),
-    *("sampler", "schedules", "sources", "stages", "stages.autoregressive", "teacher"),
+    *("neighbours", "sampler", "schedules", "sources", "stages", "stages.autoregressive"),
+    "teacher",
     *("evaluate.draw", "evaluate.held_out", "evaluate.tasks"),
 )
 # Modules that decide which figures are made of them.
@@ -36,6 +37,7 @@ def samples(
     length: int,
     tokenizer: str,
     text: str | None,
+    follow: str | None = None,
 ) -> dict[str, Any]:
     """What the samples of a point depend on.
 
@@ -45,6 +47,7 @@ def samples(
       num_samples, batch_size, length: how much is drawn.
       tokenizer: fingerprint.
       text: fingerprint of the held-out text if the samples are made of it or around it.
+      follow: checksum of the table of neighbours that the draws heed.
     """
     return {
         "source": point.source,
@@ -54,19 +57,22 @@ def samples(
         "text": text,
         "tokenizer": tokenizer,
         "model": None if facts is None else dict(facts),
-        "sampling": _sampling(point, facts, min(batch_size, num_samples)),
+        "sampling": _sampling(point, facts, min(batch_size, num_samples), follow),
         "numerics": numerics(),
         "code": workdir.code_digest(SAMPLING_CODE),
     }
 
 
-def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) -> dict | None:
+def _sampling(
+    point: Point, facts: Mapping[str, Any] | None, batch_size: int, follow: str | None
+) -> dict | None:
     if facts is None:
         return None if point.seed is None else {"seed": point.seed}
     names = ("steps", "jump", "grid", "temperature", "top_p", "cooling", "look_ahead")
-    names += ("seed", "memory")
+    names += ("neighbours", "seed", "memory")
     return {name: getattr(point, name) for name in names} | {
         "weights": facts["weights"],
+        "follow_sha256": follow,
         "batch_size": batch_size,
         "draws": "two-level inverse CDF, float32, 32-bit uniforms",
     }

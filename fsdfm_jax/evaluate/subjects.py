@@ -1,10 +1,13 @@
 """The models that are evaluated, from any file, and what a protocol stamp says of each."""
 
 import dataclasses
+import functools
 import pathlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fsdfm_jax import data as data_lib
 from fsdfm_jax import inference, sharding, stages, workdir
@@ -27,6 +30,7 @@ class Subject(NamedTuple):
       label: its name in tables.
       stage: one of `stages.NAMES`, or "few-step" where the file doesn't say which.
       facts: JSON dict that identifies it, for stamps.
+      follow: reads the table of its text for `neighbours.draw`, None where there is none.
     """
 
     label: str
@@ -36,6 +40,11 @@ class Subject(NamedTuple):
     process: Process
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    follow: Callable[[], np.ndarray] | None = None
+
+    def read_follow(self) -> np.ndarray | None:
+        """The table, see `follow`; float32 [V, V]."""
+        return None if self.follow is None else self.follow()
 
 
 def catalogue(
@@ -151,6 +160,10 @@ class Catalogue:
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._latest: tuple[tuple[str, str], Subject] | None = None
         bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
+        self._follow = {
+            label: bundle.follow and functools.cache(bundle.follow.read)
+            for label, bundle in bundles.items()
+        }
         stages_ = {label: _stage_of(bundle) for label, bundle in bundles.items()}
         left_to_right = [label for label, stage in stages_.items() if stage == "autoregressive"]
         self.stage_of = {k: stage for k, stage in stages_.items() if k not in unlisted}
@@ -174,6 +187,11 @@ class Catalogue:
             self.open(label, weights)
         return self._facts[label, weights]
 
+    def follow_sha256(self, label: str) -> str | None:
+        """Checksum of a model's table of neighbours, None if it has none."""
+        read = self._follow[label]
+        return read and bundle_lib.checksum(read())
+
     def open(self, label: str, weights: str) -> Subject:
         """A model with its parameters on the mesh that is set, or else the default device.
 
@@ -189,7 +207,8 @@ class Catalogue:
             params = bundle.device_params(sharding.put)
             if name not in self._facts:
                 self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
-            self._latest = name, _subject(label, bundle, params, self._facts[name])
+            subject = _subject(label, bundle, params, self._facts[name])
+            self._latest = name, subject._replace(follow=self._follow[label])
         return self._latest[1]
 
 

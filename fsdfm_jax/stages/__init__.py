@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from fsdfm_jax import jumps, models, schedules, sources
-from fsdfm_jax.jumps import Jump, JumpRule
+from fsdfm_jax.jumps import Jump, JumpRule, Redraw
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.schedules import Schedule
 from fsdfm_jax.sources import Source
@@ -44,6 +44,10 @@ class Process(NamedTuple):
     def make_jump(self, rule: JumpRule) -> Jump:
         """The rule on this process, see `jumps.make_process_jump`."""
         return jumps.make_process_jump(rule, self.schedule, self.source, self.revealed)
+
+    def make_redraw(self, rule: JumpRule) -> Redraw:
+        """What the rule draws anew on this process, see `jumps.make_redraw`."""
+        return jumps.make_redraw(rule, self.schedule, self.source, self.revealed)
 
 
 class Guide(NamedTuple):
