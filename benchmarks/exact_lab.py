@@ -320,8 +320,6 @@ _TAUGHT = ("distill", "refine")
 
 def _couple(chain, posterior, settings, real_fraction):
     """The batches of `refine`: pairs that the model makes, and real text with fresh noise."""
-    if settings.candidates > 1:
-        raise ValueError("The lab doesn't choose among candidates; set refine.pair_candidates=1.")
     pairs_NN = chains.generate(
         chain,
         posterior,

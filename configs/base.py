@@ -40,8 +40,6 @@ def _budgets(**values):
         # fsdfm_jax/stages/few_step.py.
         "guidance": 0.0,
         "guide_steps": 0,
-        # Tokens below this share of the likeliest one's probability aren't pushed up; 0: all are.
-        "guidance_plausible": 0.0,
     }
     return keys | values
 
@@ -189,10 +187,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         pair_cooling=0.0,
         pair_top_p=1.0,
         pair_look_ahead=0.0,
-        # Texts drawn for each noise; the model keeps the one that it finds likeliest itself, asked
-        # at `pair_score_times` noise levels.
-        pair_candidates=1,
-        pair_score_times=8,
         real_fraction=0.25,  # share of each batch that is real text with independent noise
     )
 

@@ -76,11 +76,6 @@ def row_evaluations(config: ml_collections.ConfigDict, stage: str) -> float:
     return _TRAINING + _TEACHER[own.teacher_rule] * share + guide * (1 - share)
 
 
-def _pair_evaluations(refine: ml_collections.ConfigDict) -> int:
-    chosen = refine.pair_candidates > 1  # then each is looked at
-    return refine.pair_candidates * (refine.pair_steps + chosen * refine.pair_score_times)
-
-
 def evaluations(config: ml_collections.ConfigDict) -> float:
     """Network evaluations, in rows, of all runs of a pipeline, the judge's left out."""
     total = 0.0
@@ -95,7 +90,7 @@ def evaluations(config: ml_collections.ConfigDict) -> float:
 def _before_steps(config: ml_collections.ConfigDict, stage: str) -> float:
     """Evaluations that a run takes before its first step: for pairs, for a guide."""
     own = config[stage]
-    pairs = own.num_pairs * _pair_evaluations(own) if stage == "refine" else 0
+    pairs = own.num_pairs * own.pair_steps if stage == "refine" else 0
     guided = stage != "pretrain" and own.guidance > 0
     guide = own.guide_steps * config.pretrain.batch_size * _TRAINING if guided else 0
     return pairs + guide
@@ -151,12 +146,11 @@ def _guided(config, size):
     config.distill.guide_steps = size.guide_steps
 
 
-def _rectified(config, size, rounds, **values):
+def _rectified(config, size, rounds):
     """Rounds of pairs; half of what a round may cost makes them."""
     config.pipeline = ",".join(["refine"] * rounds)
     refine = config.refine
-    refine.update(values)
-    pairs = size.evaluations / rounds / 2 / _pair_evaluations(refine)
+    pairs = size.evaluations / rounds / 2 / refine.pair_steps
     refine.num_pairs = max(int(pairs / refine.pair_batch_size), 1) * refine.pair_batch_size
 
 
@@ -170,7 +164,6 @@ RECIPES = {
     "rect1": functools.partial(_rectified, rounds=1),
     "rect3": functools.partial(_rectified, rounds=3),
     "guided": _guided,
-    "chosen3": functools.partial(_rectified, rounds=3, pair_steps=8, pair_candidates=8),
 }
 
 

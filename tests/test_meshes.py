@@ -122,7 +122,7 @@ def pairs():
     model, process, params = a_network("pretrain")
     config = base.get_config().refine
     config.num_pairs = config.pair_batch_size = ROWS
-    config.pair_steps, config.pair_candidates, config.pair_score_times = 4, 2, 2
+    config.pair_steps = 4
     settings = refine.read_pair_settings(config)
     run = refine.make_pair_sampler(model, process, settings, length=LENGTH)
     return run, params, (jax.random.key(3),)

@@ -13,7 +13,7 @@ import pytest
 from chance import assert_frequencies
 
 from configs import base as base_config
-from fsdfm_jax import jumps, losses, models, paths, stages, teacher
+from fsdfm_jax import jumps, losses, models, stages, teacher
 from fsdfm_jax.logits import Factored, dense
 from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
 
@@ -187,7 +187,6 @@ WRONG = [
     ("step_aware", {"step_aware.guidance": 1.0}, "guidance=1.0 and guide_steps=0 go together"),
     ("distill", {"distill.guide_steps": 5}, "guidance=0.0 and guide_steps=5 go together"),
     ("refine", {"refine.guidance": -1.0}, "guidance must be 0 or more"),
-    ("distill", {"distill.guidance_plausible": 2.0}, r"guidance_plausible must lie in \[0, 1\]"),
     ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
     ("distill", {"distill.teacher_rule": "rk3"}, "Unknown teacher rule 'rk3'.*heun, rk4"),
     ("distill", {"distill.teacher_end": "stop"}, "Unknown teacher_end 'stop'.*literal"),
@@ -205,8 +204,6 @@ WRONG = [
     ("refine", {"refine.pair_cooling": 1.0}, r"pair_\*: cooling must lie in \[0, 1\), got 1.0"),
     ("refine", {"refine.pair_look_ahead": 2.0}, r"pair_\*: look_ahead must lie in"),
     ("refine", {"refine.pair_grid": "log"}, r"pair_\*: Unknown grid 'log'"),
-    ("refine", {"refine.pair_candidates": 0}, "pair_candidates must be at least 1, got 0"),
-    ("refine", {"refine.pair_score_times": 0}, "pair_score_times must be at least 1, got 0"),
 ]
 
 
@@ -513,19 +510,6 @@ def test_fine_steps_follow_the_guided_base_model(calls):
     np.testing.assert_allclose(metrics["guidance_loss"], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("guidance", [0.5, 2.0])
-def test_guidance_raises_plausible_tokens_only(guidance):
-    p, q = np.float32([0.6, 0.3, 0.06, 0.03, 0.01]), np.float32([0.5, 0.4, 0.02, 0.01, 0.07])
-    logits = [jnp.log(x)[None, None] + shift for x, shift in ((p, 3.0), (q, -2.0))]
-    found = np.asarray(few_step.guided(*logits, guidance=guidance, plausible=0.08))[0, 0]
-    # The likeliest is pushed up, the second down; the third is plausible (0.1), the fourth isn't
-    # (0.05) and stays, the fifth may fall.
-    push = np.log(p / q) * [1, 1, 1, 0, 1]
-    np.testing.assert_allclose(found, np.log(p) + guidance * push, rtol=1e-5)
-    everything = np.asarray(few_step.guided(*logits, guidance=guidance, plausible=0.0))[0, 0]
-    np.testing.assert_allclose(everything, np.log(p) + guidance * np.log(p / q), rtol=1e-5)
-
-
 def test_a_student_that_is_the_guided_model_has_nothing_to_learn(calls):
     config = make_config()
     config.step_aware.update({"guidance": 0.5, "guide_steps": 1})
@@ -653,7 +637,7 @@ def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
     config = make_config()
     config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
     settings = refine.read_pair_settings(config.refine)
-    assert settings == (64, 1, 32, jumps.MIXTURE, "uniform", 1.0, 0.0, 1.0, 0.0, 1, 8)
+    assert settings == (64, 1, 32, jumps.MIXTURE, "uniform", 1.0, 0.0, 1.0, 0.0)
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
     zeros = jnp.zeros(V)
     params = {"table": 100.0 * jnp.roll(jnp.eye(V), 1, axis=1), "slope": zeros, "bend": zeros}
@@ -685,64 +669,9 @@ def test_pairs_are_drawn_at_their_temperature(calls, temperature):
     assert_frequencies(np.bincount(np.ravel(drawn), minlength=V), weights / weights.sum())
 
 
-def uniform_pairs(monkeypatch, length, **values):
-    """Pairs of a network that finds all tokens alike, where texts of small ids are the likely."""
-    config = make_config()
-    config.refine.update({"num_pairs": 512, "pair_batch_size": 512, "pair_steps": 1} | values)
-    settings = refine.read_pair_settings(config.refine)
-    flat = lambda params, cfg, x, *rest, **options: jnp.zeros((*x.shape, V))
-    monkeypatch.setattr(models, "denoiser", lambda *rest: (lambda x, t, h: flat(0, 0, x), None))
-    monkeypatch.setattr(refine, "surprise", lambda *rest: jnp.sum(rest[-1], 1, jnp.float32))
-    make = refine.make_pair_sampler(None, make_process(config), settings, length=length)
-    pairs = [make({}, key) for key in jax.random.split(jax.random.key(0), 8)]
-    return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
-
-
-@pytest.mark.parametrize("candidates", [1, 2, 5])
-def test_of_the_candidates_the_likeliest_is_kept(monkeypatch, candidates):
-    _, x1 = uniform_pairs(monkeypatch, 1, pair_candidates=candidates)
-    above = ((V - np.arange(V + 1)) / V) ** candidates  # P(all of them >= v)
-    assert_frequencies(np.bincount(x1.ravel(), minlength=V), above[:-1] - above[1:])
-
-
-def test_candidates_share_their_noise(monkeypatch):
-    x0, x1 = uniform_pairs(monkeypatch, L, pair_candidates=2)
-    other_x0, more = uniform_pairs(monkeypatch, L, pair_candidates=6)
-    np.testing.assert_array_equal(x0, other_x0)
-    assert (more.sum(1) <= x1.sum(1)).all()
-    assert (more.sum(1) < x1.sum(1)).mean() > 0.3
-
-
-def test_a_surprise_is_the_cross_entropy_over_noise_levels():
-    config = make_config()
-    config.refine.update({"pair_score_times": 3, "pair_candidates": 2})
-    settings = refine.read_pair_settings(config.refine)
-    model, process = make_stage("refine").model, make_process(config)
-    params = models.init_params(jax.random.key(1), model)
-    # Fresh heads are zero: all texts would be alike.
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
-    x1 = make_batch(rows=6)["x1"]
-    key = jax.random.key(3)
-    surprise = jax.jit(lambda k: refine.surprise(params, model, process, settings, k, x1))
-    found = surprise(jax.random.clone(key))
-    apply = jax.jit(lambda xt, t, h: models.apply(params, model, xt, t, h))
-    want = np.zeros(6)
-    for i, time_key in enumerate(jax.random.split(jax.random.clone(key), 3)):
-        noise_key, path_key = jax.random.split(time_key)
-        t = jnp.full(6, (i + 0.5) / 3)
-        x0 = process.source.sample(noise_key, x1.shape)
-        xt = paths.sample_path(path_key, process.schedule, x0, x1, t)
-        logits = apply(xt, t, jnp.full(6, 1 / settings.steps))
-        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
-        want -= np.take_along_axis(log_p, x1[..., None], -1)[..., 0].mean(1) / 3
-    np.testing.assert_allclose(found, want, rtol=1e-5)
-
-
-@pytest.mark.parametrize("candidates", [1, 3])
-def test_the_pair_sampler_runs_the_network(candidates):
+def test_the_pair_sampler_runs_the_network():
     config = make_config()
     config.refine.update({"num_pairs": 4, "pair_batch_size": 4, "pair_steps": 3})
-    config.refine.pair_candidates = candidates
     settings = refine.read_pair_settings(config.refine)
     model, process = make_stage("pretrain").model, make_process(config)
     make = refine.make_pair_sampler(model, process, settings, length=L)
@@ -798,4 +727,4 @@ def test_divergences_are_those_of_the_losses_module():
         term = few_step.read_teacher_term(config.distill, above, make_process(config))
         assert (term.divergence, term.budgets, term.rule) == (divergence, above, teacher.HEUN)
     term = few_step.read_path_term(config.distill, below)
-    assert term == (below, "path", "cumulative", 1e-3, 0.0, 0.0)
+    assert term == (below, "path", "cumulative", 1e-3, 0.0)

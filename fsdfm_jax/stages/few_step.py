@@ -14,9 +14,7 @@ arXiv:2406.02507),
 of log-probabilities, which the wide steps then take over from the fine ones. What both make
 mistakes in, the weak one does more of; so that samples become better at the same entropy. The
 student learns the sum (guidance distillation, arXiv:2210.03142) and needs no further network call
-when it samples. With `plausible`, a token that the strong one finds far less likely than another is
-never pushed up: of what is nearly impossible neither knows anything (contrastive decoding,
-arXiv:2210.15097, drops such tokens).
+when it samples.
 
 The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
 probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
@@ -47,8 +45,7 @@ RATES = ("cumulative", "instantaneous")
 class PathTerm(NamedTuple):
     """The part trained on data: its budgets, its loss, and the weight of the path loss.
 
-    `guidance` is w of the module's text; above 0 the loss is the divergence from that posterior,
-    where tokens below `plausible` times the likeliest aren't pushed up.
+    `guidance` is w of the module's text; above 0 the loss is the divergence from that posterior.
     """
 
     budgets: Budgets
@@ -56,7 +53,6 @@ class PathTerm(NamedTuple):
     rate: str
     rate_floor: float
     guidance: float = 0.0
-    plausible: float = 0.0
 
 
 class TeacherTerm(NamedTuple):
@@ -92,34 +88,24 @@ def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
             f"guidance={config.guidance} and guide_steps={config.guide_steps} go together: how "
             "much to be pushed away, and from a base model of how many steps; 0 and 0 for none."
         )
-    if not 0 <= config.guidance_plausible <= 1:
-        raise ValueError(f"guidance_plausible must lie in [0, 1], got {config.guidance_plausible}.")
     return PathTerm(
         budgets,
         config.loss,
         config.rate,
         check_rate_floor(config.rate_floor),
         config.guidance,
-        config.guidance_plausible,
     )
 
 
-def guided(
-    strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float, plausible: float
-) -> jax.Array:
+def guided(strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float) -> jax.Array:
     """The guided posterior of the module's text, as logits.
 
     Args:
       strong_BLV, weak_BLV: logits, float [B, L, V].
       guidance: w.
-      plausible: tokens below this share of the likeliest one's probability, by the strong logits,
-        may be pushed down and not up.
     """
     strong_BLV = jax.nn.log_softmax(strong_BLV, axis=-1)
     push_BLV = strong_BLV - jax.nn.log_softmax(weak_BLV, axis=-1)
-    if plausible:
-        least_BL1 = jnp.max(strong_BLV, axis=-1, keepdims=True) + math.log(plausible)
-        push_BLV = jnp.where(strong_BLV >= least_BL1, push_BLV, jnp.minimum(push_BLV, 0.0))
     return strong_BLV + guidance * push_BLV
 
 
@@ -193,7 +179,7 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         )
 
     def follow(student_BLV, strong_BLV, weak_BLV):
-        target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance, plausible=path.plausible)
+        target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance)
         return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
 
     base_model = dataclasses.replace(model, conditioning="none")

@@ -16,12 +16,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax import jumps, layout, losses, models, paths, sampler
-from fsdfm_jax import logits as logits_lib
+from fsdfm_jax import jumps, layout, models, sampler
 from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
 
@@ -34,9 +32,6 @@ class PairSettings(NamedTuple):
       steps, jump, grid, temperature, cooling, top_p, look_ahead: of the sampler, see
         `sampler.sample`; grid is a name, see `sampler.make_grid`.
       batch_size: pairs made at once.
-      candidates: texts drawn for each noise, the one kept being that which the model itself finds
-        likeliest.
-      score_times: times at which it is asked for that.
     """
 
     num_pairs: int
@@ -48,8 +43,6 @@ class PairSettings(NamedTuple):
     cooling: float
     top_p: float
     look_ahead: float
-    candidates: int
-    score_times: int
 
 
 def read_pair_settings(config: ConfigDict) -> PairSettings:
@@ -64,9 +57,8 @@ def read_pair_settings(config: ConfigDict) -> PairSettings:
             f"refine.num_pairs={config.num_pairs} must be a positive multiple of "
             f"refine.pair_batch_size={config.pair_batch_size}."
         )
-    for name in ("pair_steps", "pair_candidates", "pair_score_times"):
-        if config[name] < 1:
-            raise ValueError(f"refine.{name} must be at least 1, got {config[name]}.")
+    if config.pair_steps < 1:
+        raise ValueError(f"refine.pair_steps must be at least 1, got {config.pair_steps}.")
     try:
         sampler.make_grid(config.pair_grid, config.pair_steps)
         sampler.check_options(
@@ -87,8 +79,6 @@ def read_pair_settings(config: ConfigDict) -> PairSettings:
         cooling=config.pair_cooling,
         top_p=config.pair_top_p,
         look_ahead=config.pair_look_ahead,
-        candidates=config.pair_candidates,
-        score_times=config.pair_score_times,
     )
 
 
@@ -111,82 +101,26 @@ def make_pair_sampler(
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def make_pairs(params, key):
-        noise_key, sample_key, score_key = jax.random.split(key, 3)
+        noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
         x0_BL = layout.constrain(x0_BL, "rows")
         denoise, condition = models.denoiser(params, model, settings.steps)
-
-        def draw(draw_key):
-            return sampler.sample(
-                draw_key,
-                denoise,
-                jump,
-                finalize,
-                x0_BL,
-                grid,
-                condition=condition,
-                temperature=settings.temperature,
-                cooling=settings.cooling,
-                top_p=top_p,
-                look_ahead=settings.look_ahead,
-            )
-
-        if settings.candidates == 1:
-            return x0_BL, draw(sample_key)
-
-        def better(best, draw_key):
-            best_BL, best_B = best
-            x1_BL = draw(draw_key)
-            again = jax.random.clone(score_key)  # the same noise for all candidates
-            score_B = surprise(params, model, process, settings, again, x1_BL)
-            is_better_B = score_B < best_B
-            return (
-                jnp.where(is_better_B[:, None], x1_BL, best_BL),
-                jnp.where(is_better_B, score_B, best_B),
-            ), None
-
-        none = x0_BL, jnp.full((settings.batch_size,), jnp.inf)
-        (x1_BL, _), _ = jax.lax.scan(
-            better, none, jax.random.split(sample_key, settings.candidates)
+        x1_BL = sampler.sample(
+            sample_key,
+            denoise,
+            jump,
+            finalize,
+            x0_BL,
+            grid,
+            condition=condition,
+            temperature=settings.temperature,
+            cooling=settings.cooling,
+            top_p=top_p,
+            look_ahead=settings.look_ahead,
         )
         return x0_BL, x1_BL
 
     return make_pairs
-
-
-def surprise(
-    params: Params,
-    model: ModelConfig,
-    process: Process,
-    settings: PairSettings,
-    key: jax.Array,
-    x1_BL: jax.Array,
-) -> jax.Array:
-    """How unlikely a model finds texts: the mean cross-entropy of their tokens given a noised copy,
-    over `settings.score_times` times in the middles of as many equal parts of [0, 1].
-
-    The noise depends on the key alone: two texts under one key are told apart by their words, not
-    by luck.
-
-    Returns:
-      float32 [B], nats.
-    """
-    keys = jax.random.split(key, settings.score_times)
-    times_T = (jnp.arange(settings.score_times) + 0.5) / settings.score_times
-    h_B = jnp.full(x1_BL.shape[:1], 1.0 / settings.steps)
-
-    def at(total_B, inputs):
-        time_key, t = inputs
-        noise_key, path_key = jax.random.split(time_key)
-        t_B = jnp.full(x1_BL.shape[:1], t)
-        x0_BL = layout.constrain(process.source.sample(noise_key, x1_BL.shape), "rows")
-        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
-        logits = models.predict(params, model, xt_BL, t_B, h_B)
-        nats_BL = logits_lib.map_positions(losses.cross_entropy, logits, x1_BL)
-        return total_B + jnp.mean(nats_BL, axis=1), None
-
-    total_B, _ = jax.lax.scan(at, jnp.zeros(x1_BL.shape[:1]), (keys, times_T))
-    return total_B / settings.score_times
 
 
 def mix_real(
