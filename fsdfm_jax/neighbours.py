@@ -126,7 +126,8 @@ def draw(
     follow_VV = jnp.exp(log_follow_VV)
     weight = neighbours.strength / temperature
     logits = logits_lib.gathered(logits)
-    u_LBU = draws.uniform(key, (length, batch, draws.NUMBERS))
+    # Drawn by rows: the noise of a row doesn't depend on how many there are.
+    u_LBU = jnp.swapaxes(draws.uniform(key, (batch, length, draws.NUMBERS)), 0, 1)
 
     def step(left, inputs):
         token_B, sure_B, p_BV = left
