@@ -195,7 +195,7 @@ GROUPS: dict[str, dict[str, Recipe]] = {
                 "dispersed": {"few_step_jump": "dispersed"},
                 "cooled": {"cooling": 0.7},
                 "ahead": {"look_ahead": 0.5},
-                "tuned": quality.SAMPLERS["tuned"],
+                "tuned": quality.sampler("tuned", steps=8),
             }.items()
         },
         "base/revealed-jump": Recipe({"path.revealed": "jump"}),

@@ -51,7 +51,7 @@ _JUDGES = flags.DEFINE_string("judges", None, "As eval.judges; the first is the 
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of each figure.", lower_bound=1)
 _RESULT = flags.DEFINE_string("result", "result", "Folder of the results, in that of the study.")
 _SAMPLERS = flags.DEFINE_list(
-    "samplers", ["plain", "tuned"], "Of configs/quality.py, each a table's rows."
+    "samplers", list(recipes.SAMPLERS), "Of configs/quality.py, each a table's rows."
 )
 
 BASE, REAL = "pretrain", "held-out text"
@@ -225,7 +225,7 @@ class Study:
         recipe = label.partition(".")[0]
         name = "base" if label == BASE else recipe
         own = recipes.get_config(f"{name},{_SCALE.value}").eval
-        own.update(recipes.SAMPLERS[sampler])
+        own.update(recipes.sampler(sampler, steps))
         return Point(
             "model",
             recipe,

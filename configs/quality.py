@@ -7,7 +7,7 @@ one, a training step three a row, and teachers and pairs count.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -37,21 +37,28 @@ class Size(NamedTuple):
     guide_steps: int
 
 
-# Ways to sample a model, by the keys of `eval`; each adds one to what stands before it. What isn't
-# named is as in configs/base.py, the rule of the jumps that of the recipe.
-SAMPLERS = {
-    "plain": {},
-    "nucleus": {"top_p": 0.8},
-    "dispersed": {"few_step_jump": "dispersed"},
-    "cooled": {"few_step_jump": "dispersed", "cooling": 0.7},
-    "early": {"few_step_jump": "dispersed", "cooling": 0.7, "grid": "power:0.7"},
-    "tuned": {
-        "few_step_jump": "dispersed",
-        "cooling": 0.7,
-        "grid": "power:0.7",
-        "look_ahead": 0.5,
-    },
-}
+SAMPLERS = ("plain", "tuned", "neighbours")
+
+
+def sampler(name: str, steps: int) -> dict[str, Any]:
+    """The keys of `eval` of a way to sample a model.
+
+    Args:
+      name: "plain", as the path says, by the rule of the recipe; "tuned", as configs/base.py has
+        it; or "neighbours", the same with what a table of the text tells of neighbours.
+      steps: so many of them. The first of few steps is wide, and half of it ahead is far from the
+        noise that the network is shown: the entropy rises beyond what a temperature takes back.
+    """
+    if name == "plain":
+        return {}
+    names = ("few_step_jump", "grid", "cooling", "look_ahead")
+    tuned = base.get_config().eval
+    found = {key: tuned[key] for key in names}
+    if name == "neighbours":
+        found |= {"neighbours": 2.0}
+        found |= {"look_ahead": 0.3} if steps < 8 else {"cooling": 0.5}
+    return found
+
 
 SIZES = {
     "cpu": Size(3_000, 8_000, 160_000, 64, 1024, 1_000),
@@ -207,10 +214,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config[stage].learning_rate = 3e-4  # a tenth of the base model's: it has been annealed
     refine = config.refine
     refine.max_log2_steps = 6
-    refine.tau = 0.125
     refine.pair_steps = 8 if name == "smoke" else 64
     refine.loss = "cross_entropy"
-    refine.real_fraction = 0.1
+    base.use_plain_sampler(config)
     config.eval.num_samples = size.samples
     config.eval.many_steps = size.many_steps
     config.eval.few_step_jump = "mixture"

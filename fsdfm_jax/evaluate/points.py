@@ -145,7 +145,7 @@ class Settings(NamedTuple):
         names = ("seed", "temperature", "top_p", "cooling", "look_ahead", "neighbours")
         check_draws("eval", **{name: (getattr(self, name),) for name in names})
         check_grids("eval", (self.grid,), (*self.steps, self.many_steps))
-        check_rules("eval", (self.neighbours,), (*self.jumps, self.few_step_jump))
+        check_rules("eval", (self.neighbours,), (self.few_step_jump,))
         tasks.parse(self.task)
         subjects.parse_models(self.models)
 
@@ -205,6 +205,10 @@ def texts_to_compare(settings: Settings) -> list[Point]:
 def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
     """All points of a report, best reference first.
 
+    The base model is sampled as its path says, on a uniform grid and without `cooling`,
+    `look_ahead` or `neighbours`, by each rule of `eval.jumps`. If the few-step models are sampled
+    otherwise, it is sampled so too: what the sampler brings is seen apart from what training does.
+
     Args:
       settings: what was asked for.
       stage_of: label -> stage of the models, in order.
@@ -222,20 +226,25 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
                 result.append(Point("model", group, label, **own, **how))
             continue
 
-        def add(group, steps, jump, label=label, stage=stage):
-            own = {"stage": stage, "steps": steps, "jump": jump, "grid": settings.grid}
-            names = ("cooling", "look_ahead", "neighbours")
-            own |= {name: getattr(settings, name) for name in names}
+        def add(group, steps, sampled, label=label, stage=stage):
+            own = {"stage": stage, "steps": steps} | sampled
             result.append(Point("model", group, label, **own, **how))
 
+        names = ("grid", "cooling", "look_ahead", "neighbours")
+        few_step = {name: getattr(settings, name) for name in names}
+        few_step |= {"jump": settings.few_step_jump}
         if stage == "pretrain":
+            plain = dict.fromkeys(names, 0.0) | {"grid": "uniform"}
             first = settings.jumps[0]
-            add(f"{label} ({first})", settings.many_steps, first)
+            add(f"{label} ({first})", settings.many_steps, plain | {"jump": first})
             for jump, steps in itertools.product(settings.jumps, settings.steps):
-                add(f"{label} ({jump})", steps, jump)
+                add(f"{label} ({jump})", steps, plain | {"jump": jump})
+            if few_step != plain | {"jump": few_step["jump"]}:
+                for steps in settings.steps:
+                    add(f"{label} (few-step sampler)", steps, few_step)
         else:
             for steps in settings.steps:
-                add(label, steps, settings.few_step_jump)
+                add(label, steps, few_step)
     return list(dict.fromkeys(result))
 
 
