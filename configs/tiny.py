@@ -28,6 +28,8 @@ def get_config(arg: str = ""):
     pretrain.learning_rate = 3e-3
     pretrain.warmup_steps = 50
 
+    config.eval.neighbours = 2.0  # the vocabulary is small enough for a table of pairs
+
     for name, num_steps in (("step_aware", 100), ("distill", 200), ("refine", 150)):
         stage = config[name]
         stage.num_steps = num_steps

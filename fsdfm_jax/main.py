@@ -316,10 +316,8 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     recipes: dict[pathlib.Path, dict] = {}
     trained_here = {workdir.stage_directory(folder, e.run): e.stage for e in pipeline}
     for entry in pipeline:
-        check_batch(mesh, config, entry.stage)
+        check_run(entry, config, mesh)
         stage = stages.make_stage(entry.stage, config, process)
-        optim.make_optimizer(config.optim, config[entry.stage])
-        check_settings(train_settings(config, entry.stage))
         sharding.check_heads(mesh, stage.model.num_heads)
         if mesh.size > 1:
             sharding.state_shardings(mesh, abstract_state(config, entry.stage, _ANY_VOCABULARY))
@@ -336,12 +334,17 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     return pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh
 
 
+def check_run(entry: Entry, config: ConfigDict, mesh: Mesh) -> None:
+    """The part of `check` that is the same for runs of the pipeline and their guides."""
+    check_batch(mesh, config, entry.stage)
+    optim.make_optimizer(config.optim, config[entry.stage])
+    check_settings(train_settings(config, entry.stage))
+
+
 def check_guide(entry: Entry, config: ConfigDict, mesh: Mesh, folder: pathlib.Path) -> None:
     """As `check`, of the run that a guided one needs besides its base."""
     guide, own = workdir.guide_run(entry, config)
-    check_batch(mesh, own, guide.stage)
-    optim.make_optimizer(own.optim, own[guide.stage])
-    check_settings(train_settings(own, guide.stage))
+    check_run(guide, own, mesh)
     workdir.check_recipe(
         workdir.stage_directory(folder, guide.run), workdir.recipe(own, guide, None)
     )

@@ -213,7 +213,12 @@ def guide_run(entry: Entry, config: ConfigDict) -> tuple[Entry, ConfigDict] | No
     own = ConfigDict(config.to_dict())
     own.pretrain.num_steps = steps
     own.pretrain.warmup_steps = min(own.pretrain.warmup_steps, steps // 4)
-    return Entry(f"guide_{steps}", "pretrain", None), own
+    return Entry(guide_name(steps), "pretrain", None), own
+
+
+def guide_name(steps: int) -> str:
+    """The run of a guide that is trained for so many steps."""
+    return f"guide_{steps}"
 
 
 def check_guided(entry: Entry, base_stage: str | None) -> None:

@@ -127,7 +127,7 @@ def trained(
     for run, stage in runs:
         own = config[stage]
         if own.get("guidance"):
-            away = f"`guide_{own['guide_steps']}`, which `{run}` is led away from"
+            away = f"`{workdir.guide_name(own['guide_steps'])}`, which `{run}` is led away from"
             result.append((away, own["guide_steps"], config["pretrain"]["batch_size"]))
         if stage != "autoregressive":
             result.append((f"`{run}`", own["num_steps"], own["batch_size"]))
