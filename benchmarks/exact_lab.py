@@ -196,6 +196,9 @@ GROUPS: dict[str, dict[str, Recipe]] = {
                 "cooled": {"cooling": 0.7},
                 "ahead": {"look_ahead": 0.5},
                 "tuned": quality.SAMPLERS["tuned"],
+                "neighbours": {"neighbours": 1.0},
+                "neighbours2": {"neighbours": 2.0},
+                "chained": quality.SAMPLERS["tuned"] | {"neighbours": 1.0},
             }.items()
         },
         "base/revealed-jump": Recipe({"path.revealed": "jump"}),
@@ -362,6 +365,7 @@ def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str
             cooling=config.eval.cooling,
             top_p=config.eval.top_p,
             look_ahead=config.eval.look_ahead,
+            neighbours=config.eval.neighbours,
         )
 
     temperature = chains.matched_temperature(sample, chains.entropy(chain.data_N))
