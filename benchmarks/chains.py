@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import draws, schedules
+from fsdfm_jax import draws, jumps, schedules
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.jumps import JumpRule
 from fsdfm_jax.stages import Process
@@ -67,6 +67,19 @@ class Chain:
     def shown_NLV(self) -> np.ndarray:
         """One-hot tokens of the states."""
         return np.eye(self.process.source.vocab_size)[self.states_NL]
+
+    @functools.cached_property
+    def follow_VV(self) -> np.ndarray:
+        """P(right | left) of two tokens side by side in the data.
+
+        Not `neighbours.follow`: that discounts counts, and these are no counts but probabilities.
+        What never stands side by side has next to none, so that logarithms stay finite.
+        """
+        pairs_VV = np.einsum(
+            "n,nlv,nlw->vw", self.data_N, self.shown_NLV[:, :-1], self.shown_NLV[:, 1:]
+        )
+        pairs_VV = np.maximum(pairs_VV, FLOOR)
+        return pairs_VV / pairs_VV.sum(axis=1, keepdims=True)
 
     @functools.cached_property
     def independent_NN(self) -> np.ndarray:
@@ -181,18 +194,24 @@ def jump(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) ->
     """P(next state | state) of one jump, [N, N]."""
     if not rule.dispersed:
         return transition(chain, kernel(chain, rule, p_NLV, t, h))
-    # One number settles which positions move (`draws.dispersed`). Between the numbers at which one
-    # of them changes its mind they are the same.
     moves_NL, others_NLV = _moves(chain, rule, p_NLV, t, h)
+    result_NN = np.zeros((len(moves_NL),) * 2)
+    for share_N, moved_NL in _dispersed(moves_NL):
+        next_NLV = np.where(moved_NL[..., None], others_NLV, chain.shown_NLV)
+        result_NN += share_N[:, None] * transition(chain, next_NLV)
+    return result_NN
+
+
+def _dispersed(moves_NL):
+    """(probability [N], the positions that move [N, L]) for all outcomes of `draws.dispersed`."""
+    # One number settles which positions move. Between the numbers at which one of them changes its
+    # mind they are the same.
     shift_L = np.arange(moves_NL.shape[1]) * draws.GOLDEN / 2**32
     changes = np.concatenate([np.broadcast_to(-shift_L, moves_NL.shape), moves_NL - shift_L], 1) % 1
     ends = np.pad(np.sort(changes), [(0, 0), (1, 1)], constant_values=(0, 1))
-    result_NN = np.zeros((len(moves_NL),) * 2)
     for low_N, high_N in itertools.pairwise(ends.T):
         u_NL = ((low_N + high_N)[:, None] / 2 + shift_L) % 1
-        next_NLV = np.where((u_NL < moves_NL)[..., None], others_NLV, chain.shown_NLV)
-        result_NN += (high_N - low_N)[:, None] * transition(chain, next_NLV)
-    return result_NN
+        yield high_N - low_N, u_NL < moves_NL
 
 
 def final_kernel(chain: Chain, p_NLV: np.ndarray) -> np.ndarray:
@@ -211,6 +230,73 @@ def transition(chain: Chain, kernel_NLV: np.ndarray) -> np.ndarray:
     return functools.reduce(np.multiply, parts)
 
 
+def heed(
+    chain: Chain,
+    rule: JumpRule,
+    p_NLV: np.ndarray,
+    t: float,
+    h: float,
+    *,
+    strength: float,
+    temperature: float,
+    last: bool,
+) -> np.ndarray:
+    """P(next state | state) of a step by `jumps.make_redraw` and `neighbours.draw`, [N, N].
+
+    Args:
+      chain, rule, t, h: of the step.
+      p_NLV: what it draws from, temperature included.
+      strength: of the neighbours.
+      temperature: that of p.
+      last: whether it is the last step.
+    """
+    states_LN = chain.states_NL.T
+    if chain.mask_id is not None:
+        p_NLV = p_NLV * (np.arange(p_NLV.shape[-1]) != chain.mask_id)
+        p_NLV = p_NLV / p_NLV.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log_p_NLV = np.log(p_NLV)
+    log_follow_VV = np.log(chain.follow_VV)
+    expected_NLV = softmax(temperature * log_p_NLV) @ chain.follow_VV
+
+    # [N, N] of each position: the next token if it isn't drawn, is drawn by itself, or heeds.
+    kept = [chain.shown_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(states_LN)]
+    alone = [p_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(states_LN)]
+    heeding = alone[:1]
+    for i in range(1, len(states_LN)):
+        more_NVV = log_follow_VV[None] - np.log(expected_NLV[:, i - 1, None])
+        q_NVV = softmax(log_p_NLV[:, i, None] + strength / temperature * more_NVV)
+        heeding.append(q_NVV[:, states_LN[i - 1], states_LN[i]])
+
+    result_NN = np.zeros((len(p_NLV),) * 2)
+    for share, drawn_NL in _redrawn(chain, rule, t, h, last):
+        step_NN, left_N1 = np.full_like(result_NN, share), np.zeros((len(p_NLV), 1), bool)
+        for i, drawn_N in enumerate(drawn_NL.T):
+            drawn_N1 = drawn_N[:, None]
+            step_NN *= np.where(drawn_N1, np.where(left_N1, heeding[i], alone[i]), kept[i])
+            left_N1 = drawn_N1
+        result_NN += step_NN
+    return result_NN
+
+
+def _redrawn(chain, rule, t, h, last):
+    """(probability, bool [N, L]) for all outcomes of `jumps.make_redraw`."""
+    jumps.check_redraw(rule)
+    schedule, length = chain.process.schedule, chain.states_NL.shape[1]
+    beta = float(schedules.redraw_fraction(schedule, np.float32(t), np.float32(h)))
+    if last:
+        sets = [(1.0, np.ones(length, bool))]
+    elif rule.dispersed:
+        sets = [(share[0], drawn[0]) for share, drawn in _dispersed(np.full((1, length), beta))]
+    else:
+        sets = []
+        for drawn in itertools.product((False, True), repeat=length):
+            sets.append((np.prod(np.where(drawn, beta, 1 - beta)), np.array(drawn)))
+    stay = chain.mask_id is not None and (last or chain.process.revealed == "stay")
+    open_NL = chain.states_NL == chain.mask_id if stay else np.ones(chain.states_NL.shape, bool)
+    return [(share, drawn_L & open_NL) for share, drawn_L in sets if share > 0]
+
+
 def run(
     chain: Chain,
     posterior: Posterior,
@@ -222,14 +308,23 @@ def run(
     cooling: float = 0.0,
     top_p: float = 1.0,
     look_ahead: float = 0.0,
+    neighbours: float = 0.0,
 ) -> np.ndarray:
-    """What `sampler.sample` makes of a distribution of x0, [N], or of each of several, [.., N]."""
+    """What `sampler.sample` makes of a distribution of x0, [N], or of each of several, [.., N].
+
+    `neighbours` is a strength; their table is that of the data.
+    """
     distribution = start
     for i, t in enumerate(grid_S1[:-1]):
         h = np.float32(grid_S1[i + 1] - t)
         p_NLV = posterior(t + look_ahead * h, h)
-        p_NLV = _sharpen(p_NLV, temperature * (1 - cooling * t), top_p)
-        if i == len(grid_S1) - 2:
+        step_temperature = temperature * (1 - cooling * t)
+        p_NLV = _sharpen(p_NLV, step_temperature, top_p)
+        last = i == len(grid_S1) - 2
+        if neighbours:
+            how = {"strength": neighbours, "temperature": step_temperature, "last": last}
+            step_NN = heed(chain, rule, p_NLV, t, h, **how)
+        elif last:
             step_NN = transition(chain, final_kernel(chain, p_NLV))
         else:
             step_NN = jump(chain, rule, p_NLV, t, h)
@@ -237,12 +332,16 @@ def run(
     return distribution
 
 
+# Once for all calls: the search for a temperature makes hundreds, and each would be compiled.
+_nucleus = jax.jit(logits_lib.nucleus)
+
+
 def _sharpen(p_NLV, temperature, top_p):
     if temperature != 1:
         # In float64: the search for a temperature wants a smooth function.
         p_NLV = softmax(np.log(np.maximum(p_NLV, FLOOR)) / temperature)
     if top_p < 1:
-        cut = logits_lib.nucleus(jnp.log(jnp.asarray(p_NLV, jnp.float32)), top_p)
+        cut = _nucleus(jnp.log(jnp.asarray(p_NLV, jnp.float32)), top_p)
         p_NLV = softmax(np.asarray(cut, np.float64))
     return p_NLV
 

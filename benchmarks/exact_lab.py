@@ -196,6 +196,9 @@ GROUPS: dict[str, dict[str, Recipe]] = {
                 "cooled": {"cooling": 0.7},
                 "ahead": {"look_ahead": 0.5},
                 "tuned": quality.sampler("tuned", steps=8),
+                "neighbours": {"neighbours": 1.0},
+                "neighbours2": {"neighbours": 2.0},
+                "chained": quality.sampler("tuned", steps=8) | {"neighbours": 1.0},
             }.items()
         },
         "base/revealed-jump": Recipe({"path.revealed": "jump"}),
@@ -227,6 +230,7 @@ RECIPES = {name: recipe for group in GROUPS.values() for name, recipe in group.i
 def lab_config(recipe: Recipe, source: str) -> ml_collections.ConfigDict:
     """The recipe as a whole configuration."""
     config = base.get_config()
+    base.use_plain_sampler(config)  # what a recipe doesn't name
     config.update_from_flattened_dict(_LAB | recipe.keys | {"path.source": source})
     return config
 
@@ -362,6 +366,7 @@ def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str
             cooling=config.eval.cooling,
             top_p=config.eval.top_p,
             look_ahead=config.eval.look_ahead,
+            neighbours=config.eval.neighbours,
         )
 
     temperature = chains.matched_temperature(sample, chains.entropy(chain.data_N))
