@@ -12,7 +12,7 @@ import numpy as np
 from fsdfm_jax import attention, jumps, models, sampler
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.neighbours import MAX_VOCAB, Neighbours
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
 
@@ -355,7 +355,8 @@ def make_neighbours(strength: float, follow_VV, jump_rule: str) -> Neighbours | 
         raise ValueError(
             f"neighbours={strength:g} needs to know which tokens follow which, and the model came "
             "without its text's table: sample from the working directory that has its prepared "
-            "text (data/), convert the model from there, or set neighbours to 0."
+            "text (data/), convert the model from there, or set neighbours to 0. Vocabularies "
+            f"above {MAX_VOCAB} tokens have none."
         )
     return Neighbours(jnp.asarray(follow_VV, jnp.float32), jnp.float32(strength))
 

@@ -23,6 +23,7 @@ from fsdfm_jax import (
     cli,
     data,
     models,
+    neighbours,
     optim,
     processes,
     sharding,
@@ -310,6 +311,9 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     pipeline = workdir.entries(config, folder)
     settings = points.Settings.from_config(config.eval)
     suite.check_inputs(settings, config.data.block_length)
+    if settings.neighbours:
+        spec = data.DataSpec.from_config(config.data)
+        neighbours.check_vocab(data.vocab_size(spec) + (config.path.source == "mask"))
     subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))
     mesh = sharding.make_mesh(config.mesh)
     process = stages.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)

@@ -73,8 +73,11 @@ def count(source: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     counts_VV = np.zeros((vocab_size, vocab_size))
     for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), _MOST_BLOCKS)).round()):
         tokens_L = np.asarray(source[int(index)], np.int64)
-        if tokens_L.min() < 0 or tokens_L.max() >= vocab_size:
-            raise ValueError(f"Token ids must lie in [0, {vocab_size}), got {tokens_L.max()}.")
+        wrong_L = (tokens_L < 0) | (tokens_L >= vocab_size)
+        if wrong_L.any():
+            raise ValueError(
+                f"Token ids must lie in [0, {vocab_size}), got {tokens_L[wrong_L][0]}."
+            )
         np.add.at(counts_VV, (tokens_L[:-1], tokens_L[1:]), 1.0)
     return counts_VV
 

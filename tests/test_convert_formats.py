@@ -18,7 +18,7 @@ import safetensors.numpy
 import tokenizers
 
 from configs import base
-from fsdfm_jax import checkpoint, models, stages, workdir
+from fsdfm_jax import checkpoint, data, generate, models, neighbours, stages, workdir
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.convert import __main__ as program
 from fsdfm_jax.convert import bundle as bundle_lib
@@ -901,6 +901,210 @@ def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
     assert found.block_length is None
     process = stages.make_process(_config().path, num_tokens=61, eos_id=0)
     assert type(found.process().source) is type(process.source)
+
+
+# --------------------------------------------------------------------- the table of neighbours
+
+
+def _prepare(folder, seed=0):
+    """Prepared text of a corpus in `folder`, at folder/data."""
+    words = ["we", "the", "people", "of", "a", "more", "perfect", "union", "and", "justice"]
+    rng = np.random.default_rng(seed)
+    (folder / "texts").mkdir(parents=True)
+    for i in range(40):
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choice(words, 30)) + f" {i}.")
+    spec = data.DataSpec(f"{folder}/texts/*.txt", "text", "bpe", 270, 16, 0.2)
+    return data.prepare(spec, folder / "data")
+
+
+def _save_run(folder, config, run, model, prepared):
+    entry = Entry(run, run, None)
+    metadata = workdir.make_metadata(
+        config,
+        entry,
+        model,
+        the_recipe=workdir.recipe(config, entry, None),
+        tokenizer=prepared.tokenizer.fingerprint,
+        data=prepared.fingerprint,
+    )
+    place = folder / "stages" / run / "checkpoints"
+    with checkpoint.Checkpoints(place, retention=checkpoint.Retention()) as checkpoints:
+        params = jax.tree.map(lambda leaf: leaf * np.float32(0.2), _params(model))
+        checkpoints.save(1, {"params": params, "ema": params}, metadata)
+
+
+@pytest.fixture(scope="module")
+def heeding(tmp_path_factory):
+    """(working directory whose run heeds neighbours, its prepared text)."""
+    folder = tmp_path_factory.mktemp("heeding")
+    prepared = _prepare(folder)
+    config = base.get_config()
+    config.pipeline = "autoregressive,pretrain,distill"
+    config.data.block_length = 16
+    config.eval.neighbours, config.eval.few_step_jump = 0.75, "mixture"
+    workdir.save_config(folder, config)
+    model = _model(vocab_size=270, num_blocks=1)
+    causal = dataclasses.replace(model, causal=True, conditioning="none")
+    _save_run(folder, config, "distill", model, prepared)
+    _save_run(folder, config, "autoregressive", causal, prepared)
+    return folder, prepared
+
+
+def _table(prepared):
+    source = prepared.source("train")
+    return neighbours.follow(neighbours.count(source, 270))
+
+
+def _generated(path):
+    """A few samples, drawn as the model says."""
+    options = generate.Options(steps=2, num_samples=3, prompt="we the", seed=4)
+    job = generate.make_job(options, formats.open_bundle(path))
+    assert job.neighbours == 0.75
+    return [tokens_L.tolist() for part in generate.draw(job) for _, _, tokens_L in part]
+
+
+def test_the_table_of_a_run_is_counted_in_its_text(heeding):
+    folder, prepared = heeding
+    bundle = formats.open_bundle(folder)
+    assert bundle.heeds_neighbours
+    assert bundle.follow.shape == (270, 270)
+    np.testing.assert_array_equal(bundle.follow.read(), _table(prepared))
+    # Once for all models of one text.
+    assert bundle.follow.read() is formats.open_bundle(folder / "stages/distill").follow.read()
+
+
+def test_the_table_comes_along_from_format_to_format(heeding, tmp_path):
+    folder, prepared = heeding
+    table_VV, tokens = _table(prepared), _generated(folder)
+    source = folder
+    for form, name in (("file", "a.safetensors"), ("orbax", "b"), ("folder", "c"), ("orbax", "d")):
+        path = tmp_path / "far" / "away" / name  # from the prepared text
+        formats.write(formats.open_bundle(source), Target(path, **FORMS[form][1]))
+        found = formats.open_bundle(path)
+        assert found.heeds_neighbours
+        np.testing.assert_array_equal(found.follow.read(), table_VV)
+        assert found.follow.read().dtype == np.float32
+        assert _generated(path) == tokens
+        source = path
+    # A run with its table is still overwritten as what it is.
+    formats.write(found, Target(path, to="orbax"), overwrite=True)
+    assert "neighbours.npy" in _listing(path)
+
+
+def test_a_table_in_bfloat16(heeding, tmp_path):
+    folder, prepared = heeding
+    path = tmp_path / "m.safetensors"
+    formats.write(formats.open_bundle(folder), Target(path, dtype="bfloat16"))
+    found_VV = formats.open_bundle(path).follow.read()
+    assert found_VV.dtype == np.float32
+    np.testing.assert_allclose(found_VV, _table(prepared), rtol=2**-8)
+    assert len(_generated(path)) == 3
+
+
+def test_shards_hold_the_table(heeding, tmp_path, monkeypatch):
+    folder, prepared = heeding
+    bundle, path = formats.open_bundle(folder), tmp_path / "m"
+    monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", 4 * 270**2 + 100)
+    with pytest.raises(ValueError, match="more than one file"):
+        formats.write(bundle, Target(tmp_path / "m.safetensors"))
+    formats.write(bundle, Target(path, to="safetensors"))
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    held = [safetensors.numpy.load_file(shard) for shard in path.glob("*.safetensors")]
+    assert index["metadata"]["total_size"] == sum(a.nbytes for s in held for a in s.values())
+    np.testing.assert_array_equal(formats.open_bundle(path).follow.read(), _table(prepared))
+
+
+def test_only_models_that_heed_their_table_carry_it(heeding, tmp_path):
+    folder, _ = heeding
+    bundle = formats.open_bundle(folder)
+    config = {**bundle.provenance["config"]}
+    config["eval"] = config["eval"] | {"neighbours": 0.0}
+    quiet = dataclasses.replace(bundle, provenance=bundle.provenance | {"config": config})
+    causal = formats.open_bundle(folder, stage="autoregressive")
+    assert causal.follow is not None
+    for i, other in enumerate((quiet, causal)):
+        assert not other.heeds_neighbours
+        path = tmp_path / f"{i}.safetensors"
+        formats.write(other, Target(path))
+        assert safetensors_file.FOLLOW not in safetensors.numpy.load_file(path)
+        assert formats.open_bundle(path).follow is None
+        formats.write(other, Target(tmp_path / "deep" / f"{i}" / "run", to="orbax"))
+        assert _listing(tmp_path / "deep" / f"{i}" / "run") == ["checkpoints", "tokenizer.json"]
+    # The official names are those of the official code, no more.
+    for form in OFFICIAL_FORMS:
+        target = _target(tmp_path, form)
+        formats.write(bundle, target)
+        found = formats.open_bundle(target.path)
+        assert found.follow is None
+        assert not found.heeds_neighbours
+        with pytest.raises(ValueError, match="came without its text's table.*set neighbours to 0"):
+            _generated(target.path)
+
+
+def test_a_vocabulary_too_large_has_no_table(heeding, tmp_path, monkeypatch):
+    folder, _ = heeding
+    monkeypatch.setattr(neighbours, "MAX_VOCAB", 269)
+    bundle = formats.open_bundle(folder)
+    assert bundle.follow is None
+    formats.write(bundle, Target(tmp_path / "m.safetensors"))
+
+
+def test_text_other_than_that_of_the_training_is_refused(heeding, tmp_path):
+    folder, _ = heeding
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / "data")
+    assert formats.open_bundle(copy).follow is None  # it is nowhere
+    _prepare(tmp_path / "other", seed=1)
+    shutil.copytree(tmp_path / "other" / "data", copy / "data")
+    bundle = formats.open_bundle(copy)
+    for use in (
+        bundle.follow.read,
+        lambda: formats.write(bundle, Target(tmp_path / "run", to="orbax")),
+    ):
+        with pytest.raises(ValueError, match="other text than the model was trained on"):
+            use()
+    assert _listing(tmp_path) == ["copy", "other"]
+
+
+def test_damaged_tables_are_refused(heeding, tmp_path):
+    folder, prepared = heeding
+    bundle = formats.open_bundle(folder)
+    run, file = tmp_path / "deep" / "run", tmp_path / "m.safetensors"
+    formats.write(bundle, Target(run, to="orbax"))
+    table_VV = _table(prepared)
+    path = run / "neighbours.npy"
+    whole = path.read_bytes()
+    holes_VV = table_VV.copy()
+    holes_VV[3, 4] = 0.0
+    for array in (
+        table_VV[:-1],
+        table_VV.astype(np.float64),
+        holes_VV,
+        np.full_like(table_VV, np.nan),
+    ):
+        np.save(path, array)
+        with pytest.raises(BadFile, match=r"neighbours.npy is no table of \(270, 270\) probabilit"):
+            formats.open_bundle(run).follow.read()
+    for raw in (whole[:100], whole[:-1], b"", b"text"):
+        path.write_bytes(raw)
+        with pytest.raises(BadFile, match="neighbours.npy is damaged: .*; convert the model again"):
+            formats.open_bundle(run).follow.read()
+    formats.write(bundle, Target(file))
+    raw = bytearray(file.read_bytes())
+    where = raw.index(table_VV[:2].tobytes())
+    raw[where + 1] ^= 1
+    file.write_bytes(raw)
+    _same(formats.open_bundle(file).params(), bundle.params())
+    with pytest.raises(BadFile, match="neighbours/follow is damaged .its checksum differs"):
+        formats.open_bundle(file).follow.read()
+    wide = dataclasses.replace(
+        bundle, follow=bundle_lib.Leaf((270, 271), lambda: np.pad(table_VV, [(0, 0), (0, 1)]))
+    )
+    formats.write(wide, Target(file), overwrite=True)
+    with pytest.raises(
+        BadFile, match=r"m.safetensors has a table .* \(270, 271\), expected one row"
+    ):
+        formats.open_bundle(file)
 
 
 # ------------------------------------------------------------------------------ the program

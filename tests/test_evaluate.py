@@ -19,8 +19,8 @@ from chance import assert_frequencies
 
 from configs import base
 from fsdfm_jax import inference, models, tokenizer, workdir
-from fsdfm_jax.convert import bundle
-from fsdfm_jax.evaluate import draw, judges, points, reading, stamps
+from fsdfm_jax.convert import bundle, formats
+from fsdfm_jax.evaluate import draw, judges, points, reading, stamps, subjects
 from fsdfm_jax.evaluate.draw import Given
 from fsdfm_jax.evaluate.engine import Evaluation
 from fsdfm_jax.evaluate.held_out import HeldOut
@@ -36,6 +36,7 @@ from fsdfm_jax.stages import Process, autoregressive
 L = 6
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
 V = TOKENIZER.vocab_size
+FOLLOW = np.random.default_rng(3).dirichlet(np.full(V, 0.1), size=V).astype(np.float32) + 1e-6
 PROCESS = Process(Polynomial(), Source(V), TOKENIZER.eos_id)
 
 
@@ -48,7 +49,7 @@ def _subject(label, stage, seed=0, process=PROCESS, **changes):
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes
     )
     facts = {"run": label, "weights": "ema", "sha256": bundle.content_hash(params)}
-    return Subject(label, stage, params, model, process, TOKENIZER, facts)
+    return Subject(label, stage, params, model, process, TOKENIZER, facts, lambda: FOLLOW)
 
 
 SUBJECTS = {
@@ -64,14 +65,17 @@ class Models:
 
     tokenizer = TOKENIZER
 
-    def __init__(self, **facts):
-        self._facts = facts
+    def __init__(self, follow_VV=FOLLOW, **facts):
+        self._follow_VV, self._facts = follow_VV, facts
 
     def facts(self, label, weights):
         return SUBJECTS[label].facts | self._facts
 
     def open(self, label, weights):
-        return SUBJECTS[label]
+        return SUBJECTS[label]._replace(follow=lambda: self._follow_VV)
+
+    def follow_sha256(self, label):
+        return bundle.checksum(self._follow_VV)
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +457,90 @@ def test_the_code_of_the_stamp_is_all_that_samples_depend_on():
     workdir.code_digest(stamps.SCORING_CODE)
 
 
+# --------------------------------------------------------------------------------------- neighbours
+HEEDING = {"jumps": ("mixture",), "few_step_jump": "mixture", "steps": (2,), "many_steps": 2}
+
+
+def test_neighbours_are_a_field_of_rows_and_stamps_that_name_the_table(
+    tmp_path, judge, monkeypatch
+):
+    drawn = _counting(monkeypatch)
+    evaluation, plan = _evaluation(tmp_path, [judge], **HEEDING, neighbours=0.5)
+    rows = evaluation.run(plan)
+    assert {(row["stage"], row["neighbours"]) for row in rows} == {
+        (None, None),
+        ("autoregressive", None),
+        ("pretrain", 0.5),
+        ("distill", 0.5),
+    }
+    for row in rows:
+        sampling = row["protocol"]["samples"]["sampling"] or {}
+        heeded = row["neighbours"] is not None
+        assert sampling.get("neighbours") == row["neighbours"]
+        assert sampling.get("follow_sha256") == (bundle.checksum(FOLLOW) if heeded else None)
+    # Watched, the first samples are what they are.
+    assert len(rows[-1]["per_step"]["entropy_nats"]) == 2
+    point, subject = plan[-1], SUBJECTS["distill"]
+    tokens_NL = np.load(tmp_path / rows[-1]["samples_file"])["tokens"]
+    given = Given(np.zeros((5, L), np.int32), np.zeros((5, L), bool))
+    watched = draw.watch(point, subject, given, tokens_NL, count=2, room=draw.capacity(plan))
+    for path, tokens_L in zip(watched.trajectories, tokens_NL, strict=False):
+        np.testing.assert_array_equal(path.tokens_TL[-1], tokens_L)
+    # Without them, or with another table, samples are others, and are drawn anew.
+    stamp = evaluation.protocol(point)["samples"]
+    plain, others = _evaluation(tmp_path, [judge], **HEEDING)
+    assert plain.protocol(others[-1])["samples"]["sampling"]["follow_sha256"] is None
+    table, _ = _evaluation(tmp_path, [judge], **HEEDING, neighbours=0.5, models_=Models(FOLLOW.T))
+    assert table.protocol(point)["samples"] != stamp
+    before = drawn.total()
+    for other, its in ((plain, others[-1]), (table, point)):
+        (row,) = other.run([its])
+        assert np.any(np.load(tmp_path / row["samples_file"])["tokens"] != tokens_NL)
+    assert drawn.total() == before + 2
+    assert evaluation.run(plan) == rows
+    assert drawn.total() == before + 2
+    # The report tells of them.
+    report = evaluation.report(tmp_path / "report", rows, {})
+    assert ", neighbours 0.5, " in report.splitlines()[0]
+    assert "neighbours 0.5, " in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_samples_that_heed_neighbours_are_those_of_the_sampler():
+    point, subject = _point(steps=3, jump="mixture", neighbours=1.5), SUBJECTS["distill"]
+    noise_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))
+    x0_BL = PROCESS.source.sample(noise_key, (3, L))
+    run = inference.make_sampler(subject.model, PROCESS, "mixture")
+    heeded = inference.make_neighbours(1.5, FOLLOW, "mixture")
+    arguments = (x0_BL, np.zeros((3, L), bool), np.float32([0, 1 / 3, 2 / 3, 1]), 1.0)
+    wanted = run(subject.params, sample_key, *arguments, neighbours=heeded)
+    np.testing.assert_array_equal(_draw(point, count=3).tokens_NL, wanted)
+
+
+def test_a_model_without_a_table_heeds_none():
+    subject = SUBJECTS["distill"]._replace(follow=None)
+    given = Given(np.zeros((3, L), np.int32), np.zeros((3, L), bool))
+    point = _point(jump="mixture", neighbours=1.0)
+    with pytest.raises(ValueError, match="came without its text's table"):
+        draw.draw(point, subject, given, batch_size=3, room=2)
+
+
+def test_a_catalogue_knows_the_tables_of_its_models(tmp_path):
+    fields = {"tokenizer": TOKENIZER, "block_length": L}
+    places = {}
+    for label, strength in (("heeding", 0.5), ("plain", 0.0)):
+        subject = SUBJECTS["distill"]
+        provenance = {"stage": "distill", "config": {"eval": {"neighbours": strength}}}
+        made = bundle.from_params(subject.params, subject.model, **fields, provenance=provenance)
+        made = dataclasses.replace(made, follow=bundle.Leaf((V, V), lambda: FOLLOW))
+        places[label] = tmp_path / f"{label}.safetensors", {}
+        formats.write(made, formats.Target(places[label][0]))
+    catalogue = subjects.Catalogue(places)
+    assert catalogue.follow_sha256("heeding") == bundle.checksum(FOLLOW)
+    assert catalogue.follow_sha256("plain") is None
+    np.testing.assert_array_equal(catalogue.open("heeding", "ema").read_follow(), FOLLOW)
+    assert catalogue.open("plain", "ema").read_follow() is None
+
+
 # -------------------------------------------------------------------------------------------- seeds
 def test_repeats_are_pooled_over_their_samples(tmp_path, judge):
     evaluation, plan = _evaluation(tmp_path, [judge])
@@ -525,7 +613,7 @@ def _draw(point, *, count=5, batch_size=3, room=4, given=None):
 def _point(**changes):
     fields = {"kind": "model", "group": "g", "source": "distill", "stage": "distill", "steps": 2}
     fields |= {"jump": "cumulative", "grid": "uniform", "temperature": 1.0, "top_p": 1.0}
-    fields |= {"cooling": 0.0, "look_ahead": 0.0, "weights": "ema", "seed": 1}
+    fields |= {"cooling": 0.0, "look_ahead": 0.0, "neighbours": 0.0, "weights": "ema", "seed": 1}
     return Point(**(fields | changes))
 
 
@@ -547,6 +635,9 @@ def test_one_program_for_all_steps_grids_temperatures_and_seeds():
     assert draw._compile.cache_info().misses == 1
     _draw(_point(top_p=0.9), room=room)
     assert draw._compile.cache_info().misses == 2
+    for strength in (0.5, 2.0):
+        _draw(_point(jump="mixture", neighbours=strength), room=room)
+    assert draw._compile.cache_info().misses == 3
 
 
 def test_samples_are_those_of_the_sampler():

@@ -48,6 +48,7 @@ def _bundle(*, source="uniform", causal=False, seed=0, **fields):
 
 
 UNIFORM, MASK, CAUSAL = _bundle(), _bundle(source="mask"), _bundle(causal=True)
+FOLLOW = np.random.default_rng(3).dirichlet(np.full(V, 0.1), size=V).astype(np.float32) + 1e-6
 NETWORKS = pytest.mark.parametrize("bundle", [UNIFORM, MASK], ids=["uniform", "mask"])
 
 
@@ -104,6 +105,7 @@ class Terminal(io.StringIO):
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
         ({"look_ahead": -0.5}, r"look_ahead must lie in \[0, 1\], got -0.5"),
+        ({"neighbours": -1.0}, "neighbours must be at least 0 and finite, got -1.0"),
         ({"jump": "leap"}, "Unknown jump rule 'leap'"),
         ({"grid": "log"}, "Unknown grid 'log'"),
         ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
@@ -222,6 +224,7 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
         "top_p": 1.0,
         "cooling": 0.0,
         "look_ahead": 0.0,
+        "neighbours": 0.0,
         "grid": "uniform",
         "jump": "cumulative",
         "length": L,
@@ -242,14 +245,14 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
         {},
         {"temperature": 1.0, "top_p": 1.0},
         {"top_p": 0.5, "cooling": 0.0},
-        {"look_ahead": 0.0, "grid": "uniform", "jump": "euler"},
+        {"look_ahead": 0.0, "grid": "uniform", "neighbours": 1.5},
+        {"neighbours": 0.0, "jump": "euler"},
     ],
 )
 def test_samples_are_drawn_as_the_model_says_unless_told_otherwise(monkeypatch, flags):
     trained = {"temperature": 0.8, "top_p": 0.9, "cooling": 0.5, "look_ahead": 0.25}
-    trained |= {"grid": "power:0.7"}
-    config = {"eval": trained | {"few_step_jump": "mixture"}}
-    bundle = _bundle(provenance=PROVENANCE | {"config": config})
+    trained |= {"grid": "power:0.7", "neighbours": 0.75}
+    bundle = _heeding(_bundle(), **trained)
     job = generate.make_job(_options(prompt="The state", **flags), bundle)
     expected = trained | {"jump": "mixture"} | flags
     assert {key: getattr(job, key) for key in expected} == expected
@@ -258,6 +261,80 @@ def test_samples_are_drawn_as_the_model_says_unless_told_otherwise(monkeypatch, 
     list(generate.draw(job))
     expected["jump_rule"] = expected.pop("jump")
     assert [{key: k[key] for key in expected} for k in asked] == [expected] * len(asked)
+    for k in asked:
+        if expected["neighbours"]:
+            np.testing.assert_array_equal(k["follow_VV"], FOLLOW)
+
+
+# --------------------------------------------------------------------------------------- neighbours
+def _with_table(bundle, follow_VV=None):
+    """The bundle and a table of its text."""
+    follow_VV = FOLLOW if follow_VV is None else follow_VV
+    leaf = bundle_lib.Leaf(follow_VV.shape, lambda: follow_VV)
+    return dataclasses.replace(bundle, follow=leaf)
+
+
+def _heeding(bundle, follow_VV=None, **trained):
+    """The bundle as its run was told to sample it."""
+    config = {"eval": {"neighbours": 0.75, "few_step_jump": "mixture"} | trained}
+    provenance = PROVENANCE | {"config": config}
+    return _with_table(dataclasses.replace(bundle, provenance=provenance), follow_VV)
+
+
+def test_neighbours_are_heeded_as_the_library_does(monkeypatch, batch_file):
+    flags = {"batch_file": str(batch_file), "num_samples": 1, "seed": 9}
+    lines = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags, neighbours=1.5))
+    templates = [request.template for request in prompts.read_requests(batch_file, BPE, L)][:B]
+    draw = lambda neighbours: inference.generate(
+        UNIFORM.params(),
+        UNIFORM.model,
+        UNIFORM.process(),
+        given_BL=np.stack([t.given_L for t in templates]),
+        frozen_BL=np.stack([t.frozen_L for t in templates]),
+        steps=STEPS,
+        seed=9,
+        jump_rule="mixture",
+        neighbours=neighbours,
+        follow_VV=FOLLOW,
+    )
+    wanted_BL = draw(1.5)
+    for line, template, tokens_L in zip(lines, templates, wanted_BL, strict=False):
+        assert line["tokens"] == tokens_L[: template.shown].tolist()
+        assert (line["neighbours"], line["jump"]) == (1.5, "mixture")
+        assert line["follow_sha256"] == bundle_lib.checksum(FOLLOW)
+    assert (wanted_BL != draw(0.0)).any()
+    # The run's own strength; and no word of a table that isn't heeded.
+    (line, *_) = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags))
+    assert (line["neighbours"], "follow_sha256" in line) == (0.75, True)
+    (line, *_) = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags, neighbours=0.0))
+    assert (line["neighbours"], "follow_sha256" in line) == (0.0, False)
+
+
+def test_neighbours_that_cannot_be_heeded_are_refused(monkeypatch):
+    monkeypatch.setattr(inference, "generate", None)
+    with pytest.raises(ValueError, match="neighbours=0.5 .*came without its text's table.*data/"):
+        _run(monkeypatch, UNIFORM, neighbours=0.5, jump="mixture")
+    for flags in ({"neighbours": 0.5}, {"neighbours": 0.5, "jump": "euler"}):
+        with pytest.raises(ValueError, match="mixture and dispersed do; .*set neighbours to 0"):
+            _run(monkeypatch, _with_table(UNIFORM), **flags)
+    with pytest.raises(ValueError, match="the rule 'cumulative' leaves out the current token"):
+        _run(monkeypatch, _heeding(UNIFORM), jump="cumulative")
+    lost = dataclasses.replace(_heeding(UNIFORM), follow=None)
+    with pytest.raises(ValueError, match="neighbours=0.75 .*without its text's table"):
+        _run(monkeypatch, lost)
+
+
+def test_a_table_is_not_read_unless_it_is_heeded(monkeypatch):
+    def fail():
+        raise AssertionError
+
+    bundle = dataclasses.replace(UNIFORM, follow=bundle_lib.Leaf((V, V), fail))
+    _run(monkeypatch, bundle, num_samples=B)
+    heeding = dataclasses.replace(_heeding(CAUSAL), follow=bundle.follow)
+    prompt = "The state"
+    assert generate.make_job(_options(prompt=prompt), heeding).neighbours == 0.0
+    job = generate.make_job(_options(prompt=prompt, neighbours=2.0, output="a.jsonl"), heeding)
+    assert (job.neighbours, job.stamp["neighbours"]) == (0.0, None)
 
 
 def test_without_a_model_it_is_the_one_that_came_along(monkeypatch, tmp_path):
@@ -381,6 +458,7 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
         ({"top_p": 0.5}, "top_p: 1.0 there, 0.5 now"),
         ({"grid": "cosine"}, "grid: 'uniform' there, 'cosine' now"),
         ({"jump": "euler"}, "jump: 'cumulative' there, 'euler' now"),
+        ({"neighbours": 0.5, "jump": "mixture", "table": True}, "neighbours: 0.0 there, 0.5 now"),
         ({"length": 15}, "length: 16 there, 15 now"),
         ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
         ({"num_samples": 2}, "line 2 is of another job .id: 2 there, 'a' now"),
@@ -395,6 +473,7 @@ def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, cha
     whole = path.read_bytes()
     changes = dict(changes)
     bundle = changes.pop("bundle", UNIFORM)
+    bundle = _with_table(bundle) if changes.pop("table", False) else bundle
     monkeypatch.setattr(inference, "generate", None)
     with pytest.raises(ValueError, match=message) as error:
         _run(monkeypatch, bundle, **(flags | changes))

@@ -54,6 +54,11 @@ def _generate(weights=FEW_STEP, process=UNIFORM_PROCESS, *, given=(), num_sample
     return inference.generate(weights.params, weights.model, process, **wanted)
 
 
+# Each token is followed by the next one.
+CYCLE = np.where(np.roll(np.eye(V), 1, 1) > 0, 0.95, 0.05 / (V - 1)).astype(np.float32)
+HEEDING = {"neighbours": 2.0, "follow_VV": CYCLE, "jump_rule": "dispersed"}
+
+
 # ----------------------------------------------------------------------------------------- generate
 @pytest.mark.parametrize("weights", [FEW_STEP, CAUSAL], ids=["few-step", "causal"])
 def test_shape_and_seed(weights):
@@ -78,6 +83,10 @@ def test_shape_and_seed(weights):
         ({"temperature": float("nan")}, "temperature must be greater than 0"),
         ({"temperature": float("inf")}, "temperature must be greater than 0 and finite"),
         ({"jump_rule": "leap"}, "Unknown jump rule 'leap'"),
+        ({"neighbours": -0.5}, "neighbours must be at least 0 and finite, got -0.5"),
+        ({"neighbours": float("inf")}, "neighbours must be at least 0 and finite"),
+        ({**HEEDING, "jump_rule": "cumulative"}, "mixture and dispersed do; .*'cumulative'"),
+        ({**HEEDING, "follow_VV": None}, "came without its text's table.*set neighbours to 0"),
         ({"num_samples": 0}, "at least one row"),
         ({"frozen_BL": np.zeros((B, L + 1), bool)}, r"\(16, 5\) and \(16, 6\)"),
         ({"frozen_BL": np.zeros((B, L), np.int32)}, "frozen_BL bools"),
@@ -150,15 +159,20 @@ def test_buckets():
 
 
 @pytest.mark.parametrize(
-    ("weights", "process"),
-    [(FEW_STEP, UNIFORM_PROCESS), (FEW_STEP, MASK_PROCESS), (CAUSAL, UNIFORM_PROCESS)],
-    ids=["uniform", "mask", "causal"],
+    ("weights", "process", "how"),
+    [
+        (FEW_STEP, UNIFORM_PROCESS, {}),
+        (FEW_STEP, MASK_PROCESS, {}),
+        (CAUSAL, UNIFORM_PROCESS, {}),
+        (FEW_STEP, UNIFORM_PROCESS, HEEDING),
+    ],
+    ids=["uniform", "mask", "causal", "neighbours"],
 )
-def test_a_row_does_not_depend_on_the_number_of_rows(weights, process):
+def test_a_row_does_not_depend_on_the_number_of_rows(weights, process, how):
     # 3 and 4 fill their batches, 5 are drawn as 6, of which the last is thrown away.
-    every = _generate(weights, process, given=(1, 4), num_samples=16)
+    every = _generate(weights, process, given=(1, 4), num_samples=16, **how)
     for rows in (3, 4, 5):
-        tokens = _generate(weights, process, given=(1, 4), num_samples=rows)
+        tokens = _generate(weights, process, given=(1, 4), num_samples=rows, **how)
         assert tokens.shape == (rows, L)
         np.testing.assert_array_equal(tokens, every[:rows])
 
@@ -182,6 +196,37 @@ def test_who_watches_sees_the_rows_asked_for():
     tokens = _generate(num_samples=5, on_step=watch)
     assert [x_BL.shape for x_BL in seen] == [(5, L)] * 3
     np.testing.assert_array_equal(tokens, _generate(num_samples=5))
+
+
+# --------------------------------------------------------------------------------------- neighbours
+@pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
+def test_neighbours_lead_to_pairs_of_the_text_around_what_is_given(process):
+    given, seen = (1, None, None, 4), []
+    watch = lambda index, x_BL: seen.append(np.array(x_BL))
+    flat = _weights(conditioning="additive", scale=0.2)  # it leaves much to heed
+    draw = lambda **how: _generate(flat, process, given=given, **HEEDING | how, on_step=watch)
+    tokens = draw()
+    np.testing.assert_array_equal(seen[-1], tokens)
+    for x_BL in seen:
+        np.testing.assert_array_equal(x_BL[:, [0, 3]], [[1, 4]] * B)
+    assert tokens.min() >= 0
+    assert tokens.max() < (MASK if process is MASK_PROCESS else V)
+    pairs = lambda tokens: np.mean((tokens[:, :2] + 1) % V == tokens[:, 1:3])
+    alone = draw(neighbours=0.0)
+    assert pairs(tokens) > pairs(alone) + 0.2
+    # Without a strength it is the program, and the draw, of a sampler that knows no neighbours.
+    np.testing.assert_array_equal(alone, draw(neighbours=0.0, follow_VV=None))
+
+
+def test_tables_and_strengths_are_data():
+    run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "dispersed", None)
+    one = _generate(**HEEDING)
+    compiled = run._cache_size()
+    others = [
+        _generate(**HEEDING | change) for change in ({"follow_VV": CYCLE.T}, {"neighbours": 3})
+    ]
+    assert run._cache_size() == compiled > 0
+    assert all((one != other).any() for other in others)
 
 
 # -------------------------------------------------------------------------------- modulations ahead

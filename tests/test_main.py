@@ -152,6 +152,9 @@ def _files(folder):
 
 
 # ------------------------------------------------------------------ refused before any work is done
+HEEDING = {"eval.neighbours": 0.5, "eval.few_step_jump": "mixture", "eval.jumps": ("mixture",)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -185,6 +188,11 @@ def _files(folder):
             "distill.guidance needs a base model .* is one of 'step_aware'",
         ),
         ({"autoregressive.num_steps": 0}, "num_steps"),
+        (
+            {"data.vocab_size": 9000, **HEEDING},
+            "table of 9000 x 9000 tokens.*set neighbours to 0",
+        ),
+        ({"data.vocab_size": 8192, "path.source": "mask", **HEEDING}, "table of 8193 x 8193"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -205,6 +213,8 @@ def test_check_refuses(tmp_path, changes, message):
         {"eval.few_step_jump": "leap"},
         {"eval.temperature": 0.0},
         {"eval.top_p": 0.0},
+        {"eval.neighbours": -1.0},
+        {"eval.neighbours": 1.0},  # the rules are cumulative
         {"eval.grid": "linear"},
         {"eval.task": "prefix:8"},
         {"eval.controls": ("random",)},

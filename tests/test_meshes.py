@@ -102,13 +102,16 @@ def a_network(name, vocab_size=11):
     return stage.model, process, jax.tree.map(noise, fresh)
 
 
-def few_steps(vocab_size=11):
+def few_steps(vocab_size=11, jump="cumulative", strength=0.0):
     model, process, params = a_network("distill", vocab_size)
-    run = inference.make_sampler(model, process, "cumulative")
+    run = inference.make_sampler(model, process, jump)
     noise_key, key = jax.random.split(jax.random.key(3))
     x0_BL = process.source.sample(noise_key, (ROWS, LENGTH))
     frozen_BL = jnp.zeros(x0_BL.shape, bool).at[:, 0].set(True)
-    return run, params, (key, x0_BL, frozen_BL, jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95)
+    follow_VV = np.random.default_rng(2).dirichlet(np.full(vocab_size, 0.3), size=vocab_size)
+    heeded = inference.make_neighbours(strength, follow_VV, jump)
+    how = (jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95, None, 0.0, 0.0, heeded)
+    return run, params, (key, x0_BL, frozen_BL, *how)
 
 
 def left_to_right(memory="cache"):
@@ -130,6 +133,7 @@ def pairs():
 
 KINDS = {
     "few steps": few_steps,
+    "neighbours": functools.partial(few_steps, jump="dispersed", strength=1.0),
     "left to right": left_to_right,
     "left to right, anew": functools.partial(left_to_right, "none"),
     "pairs": pairs,
@@ -163,9 +167,10 @@ def assert_same_tokens(got, want, sizes):
     assert np.any(got != want, axis=1).sum() <= ties, sizes
 
 
+@pytest.mark.parametrize("kind", ["few steps", "neighbours"])
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_samples_on_a_mesh_are_those_of_one_device(sizes):
-    assert_same_tokens(drawn(sizes, "few steps"), drawn_on_one("few steps"), sizes)
+def test_samples_on_a_mesh_are_those_of_one_device(kind, sizes):
+    assert_same_tokens(drawn(sizes, kind), drawn_on_one(kind), sizes)
 
 
 @pytest.mark.slow
@@ -176,21 +181,24 @@ def test_samples_on_every_mesh_are_those_of_one_device(kind, sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("neighbours", [0.0, 1.0])
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_evaluation_draws_the_same_on_a_mesh(sizes):
+def test_evaluation_draws_the_same_on_a_mesh(sizes, neighbours):
     """The last batch is cut; how many rows there are doesn't say how they are spread."""
     model, process, params = a_network("distill")
     given = draw.Given(np.zeros((5, LENGTH), np.int32), np.zeros((5, LENGTH), bool))
-    point = Point("model", "distill", "distill", stage="distill", steps=2, jump="cumulative")
+    jump = "mixture" if neighbours else "cumulative"
+    point = Point("model", "distill", "distill", stage="distill", steps=2, jump=jump)
     point = dataclasses.replace(point, grid="uniform", temperature=1.0, top_p=1.0, seed=4)
-    point = dataclasses.replace(point, cooling=0.0, look_ahead=0.0)
+    point = dataclasses.replace(point, cooling=0.0, look_ahead=0.0, neighbours=neighbours)
+    follow_VV = np.random.default_rng(2).dirichlet(np.full(11, 0.3), size=11)
     found = []
     for where in ((1, 1, 1), sizes):
         draw._compile.cache_clear()
         with sharding.use(meshes.make_mesh(where)):
-            subject = Subject(
-                "distill", "distill", sharding.spread(params), model, process, None, {}
-            )
+            spread = sharding.spread(params)
+            subject = Subject("distill", "distill", spread, model, process, None, {})
+            subject = subject._replace(follow=lambda: follow_VV)
             done = draw.draw(point, subject, given, batch_size=3, room=2)
             found.append(done.tokens_NL)
     assert found[0].shape == (5, LENGTH)

@@ -112,6 +112,9 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"temperature": 0.0}, "eval: temperature must be greater than 0"),
         ({"top_p": 0.0}, r"eval: top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "eval: top_p"),
+        ({"neighbours": -0.5}, "eval: neighbours must be at least 0 and finite, got -0.5"),
+        ({"neighbours": 0.5}, "eval: .*mixture and dispersed do; the rule 'cumulative'"),
+        ({"neighbours": 0.5, "few_step_jump": "mixture", "jumps": ("mixture", "euler")}, "'euler'"),
         ({"grid": "linear"}, "eval: grid 'linear' with 1 steps: Unknown grid 'linear'"),
         ({"seed": -1}, "eval: seed"),
         ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
@@ -162,6 +165,29 @@ def test_axes_that_vary_are_named_in_the_group():
     assert point.slug == "distill-2steps-euler-cosine-T1-p0.9-s0"
 
 
+def test_neighbours_are_an_axis_and_a_setting_of_all_but_left_to_right_models():
+    axes = _axes(
+        models=("distill", "autoregressive"),
+        steps=(2,),
+        jumps=("dispersed",),
+        neighbours=(0.0, 0.5),
+        temperatures=(1.0,),
+        seeds=(0,),
+    )
+    swept = [p for p in points.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
+    assert [(p.neighbours, p.group, p.slug) for p in swept] == [
+        (0.0, "distill (neighbours 0)", "distill-2steps-dispersed-uniform-T1-s0"),
+        (0.5, "distill (neighbours 0.5)", "distill-2steps-dispersed-uniform-T1-n0.5-s0"),
+        (None, "autoregressive", "autoregressive-128steps-T1-s0"),
+    ]
+    settings = _settings(neighbours=0.5, jumps=("mixture",), few_step_jump="dispersed")
+    plan = points.plan(settings, STAGES, 128)
+    found = {(p.stage, p.neighbours) for p in plan}
+    assert found == {(None, None), ("autoregressive", None)} | {
+        (stage, 0.5) for stage in ("pretrain", "distill", "refine")
+    }
+
+
 def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
     axes = _axes(
         models=("autoregressive",), jumps=("euler", "mixture"), grids=("uniform", "cosine")
@@ -191,6 +217,9 @@ def test_no_models_named_is_all_of_them():
         ({"grids": ("uniform", "linear")}, "axes: grid 'linear'"),
         ({"temperatures": (1.0, 0.0)}, "axes: temperature"),
         ({"top_ps": (0.0,)}, "axes: top_p"),
+        ({"neighbours": ()}, "axes.neighbours is empty"),
+        ({"neighbours": (0.0, -1.0)}, "axes: neighbours must be at least 0"),
+        ({"neighbours": (0.0, 1.0), "jumps": ("mixture", "euler")}, "axes: .*the rule 'euler'"),
     ],
 )
 def test_axes_are_refused(changes, message):

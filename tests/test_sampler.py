@@ -10,6 +10,7 @@ from chance import assert_frequencies
 
 from fsdfm_jax import draws, jumps
 from fsdfm_jax.logits import Factored
+from fsdfm_jax.neighbours import Neighbours
 from fsdfm_jax.sampler import (
     check_grid,
     make_grid,
@@ -362,6 +363,38 @@ def test_steps_as_data_draw_what_the_grid_of_that_length_draws(source):
         np.testing.assert_array_equal(got_SBL[:steps], steps_SBL)
         assert not got_SBL[steps:].any()
     assert len(traces) == 1  # of all numbers of steps
+
+
+@SOURCES
+def test_steps_as_data_heed_neighbours_alike(source):
+    jump, finalize, x0_BL = setting(source)
+    follow_VV = jax.nn.softmax(jnp.asarray(TABLE[2]) * 2, axis=-1)
+    frozen_BL = np.tile(np.arange(L) == 2, (B, 1))
+    x0_BL = jnp.where(frozen_BL, 1, x0_BL)
+
+    @jax.jit
+    def run(grid_S1, strength, num_steps=None):
+        return sample_trajectory(
+            jax.random.key(3),
+            denoise,
+            jump,
+            finalize,
+            x0_BL,
+            grid_S1,
+            frozen_BL,
+            num_steps=num_steps,
+            neighbours=Neighbours(follow_VV, strength),
+            redraw=jumps.make_redraw(jumps.DISPERSED, Polynomial(), source, "jump"),
+        )
+
+    tokens_BL, steps_SBL = run(UNEVEN, 1.5)
+    got_BL, got_SBL = run(pad_grid(UNEVEN, 6), 1.5, 4)
+    np.testing.assert_array_equal(got_BL, tokens_BL)
+    np.testing.assert_array_equal(got_SBL[:4], steps_SBL)
+    assert np.all(np.asarray(steps_SBL)[:, :, 2] == 1)
+    # The strength is data, and matters.
+    assert np.mean(run(UNEVEN, 0.0)[0] != tokens_BL) > 0.1
+    assert run._cache_size() == 2
 
 
 def test_steps_as_data_compute_the_conditioning_of_each_step():

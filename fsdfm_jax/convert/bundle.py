@@ -101,7 +101,8 @@ class Bundle:
     def heeds_neighbours(self) -> bool:
         """Whether it is sampled with its table unless it is told otherwise."""
         config = self.provenance.get("config") or {}
-        return bool((config.get("eval") or {}).get("neighbours")) and self.follow is not None
+        asked = bool((config.get("eval") or {}).get("neighbours"))
+        return asked and self.follow is not None and not self.model.causal
 
     def process(self) -> Process:
         """Its noising process, over the network's vocabulary."""

@@ -1,7 +1,7 @@
 """Samples of a point: what a model writes, the naive controls, and how a model came to its text.
 
 One program serves all numbers of steps, grids, temperatures and seeds of a model and jump rule;
-only whether there is a nucleus at all makes it another one.
+only whether there is a nucleus at all, or neighbours, makes it another one.
 """
 
 import functools
