@@ -46,6 +46,8 @@ def test_plan_in_full():
         ("model", "pretrain (cumulative)", "pretrain", 4, "cumulative"),
         ("model", "pretrain (euler)", "pretrain", 1, "euler"),
         ("model", "pretrain (euler)", "pretrain", 4, "euler"),
+        ("model", "pretrain (few-step sampler)", "pretrain", 1, "mixture"),
+        ("model", "pretrain (few-step sampler)", "pretrain", 4, "mixture"),
         ("model", "distill", "distill", 1, "mixture"),
         ("model", "distill", "distill", 4, "mixture"),
         ("model", "refine_2", "refine_2", 1, "mixture"),
@@ -60,6 +62,23 @@ def test_plan_in_full():
     assert plan[2].slug == "autoregressive-128steps-T0.5-s3"
     assert plan[4].slug == "pretrain-1steps-cumulative-uniform-T0.5-s3"
     assert plan[4].setting == "pretrain-1steps-cumulative-uniform-T0.5"
+
+
+def test_only_the_few_step_sampler_has_its_options():
+    options = {"grid": "power:0.5", "cooling": 0.25, "look_ahead": 0.75, "neighbours": 1.5}
+    plan = points.plan(_settings(few_step_jump="mixture", **options), STAGES, 9)
+    for point in [p for p in plan if p.jump]:
+        few_step = point.source != "pretrain" or "few-step" in point.group
+        expected = options if few_step else dict.fromkeys(options, 0.0) | {"grid": "uniform"}
+        assert {name: getattr(point, name) for name in options} == expected
+
+
+def test_a_base_model_is_not_sampled_twice_in_one_way():
+    config = base.get_config()
+    base.use_plain_sampler(config)
+    config.eval.few_step_jump = "dispersed"  # a rule that isn't among its own
+    groups = {p.group for p in points.plan(Settings.from_config(config.eval), STAGES, 9)}
+    assert not any("few-step" in group for group in groups)
 
 
 def test_an_autoregressive_model_with_and_without_memory():
@@ -79,7 +98,8 @@ def test_the_reference_row_goes_by_the_first_rule():
 def test_equal_points_are_one():
     plan = points.plan(_settings(steps=(1, 8, 1), many_steps=8, jumps=("cumulative",)), STAGES, 9)
     models = [(p.steps, p.jump) for p in plan if p.source == "pretrain"]
-    assert models == [(8, "cumulative"), (1, "cumulative")]
+    few_step = [(1, "dispersed"), (8, "dispersed")]
+    assert models == [(8, "cumulative"), (1, "cumulative"), *few_step]
 
 
 @pytest.mark.parametrize("task", ["random:0.5", "infill:2x3"])
@@ -113,8 +133,10 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"top_p": 0.0}, r"eval: top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "eval: top_p"),
         ({"neighbours": -0.5}, "eval: neighbours must be at least 0 and finite, got -0.5"),
-        ({"neighbours": 0.5}, "eval: .*mixture and dispersed do; the rule 'cumulative'"),
-        ({"neighbours": 0.5, "few_step_jump": "mixture", "jumps": ("mixture", "euler")}, "'euler'"),
+        (
+            {"neighbours": 0.5, "few_step_jump": "cumulative"},
+            "eval: .*mixture and dispersed do; the rule 'cumulative'",
+        ),
         ({"grid": "linear"}, "eval: grid 'linear' with 1 steps: Unknown grid 'linear'"),
         ({"seed": -1}, "eval: seed"),
         ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
@@ -183,7 +205,7 @@ def test_neighbours_are_an_axis_and_a_setting_of_all_but_left_to_right_models():
     settings = _settings(neighbours=0.5, jumps=("mixture",), few_step_jump="dispersed")
     plan = points.plan(settings, STAGES, 128)
     found = {(p.stage, p.neighbours) for p in plan}
-    assert found == {(None, None), ("autoregressive", None)} | {
+    assert found == {(None, None), ("autoregressive", None), ("pretrain", 0.0)} | {
         (stage, 0.5) for stage in ("pretrain", "distill", "refine")
     }
 
