@@ -14,6 +14,7 @@ Refuses a model of more than 30 MB, or one that repeats its training text: whose
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -220,13 +221,14 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
         raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")
     prepared = subjects.prepared_text(folder)
     bundle = formats.open_bundle(folder, stage=few_step[-1])
-    size = 2 * bundle.num_params() + len(json.dumps(bundle.provenance))
+    table = bundle.follow.shape if bundle.heeds_neighbours else (0,)
+    size = 2 * (bundle.num_params() + math.prod(table)) + len(json.dumps(bundle.provenance))
     if size > MAX_BYTES:
         raise ValueError(
             f"{few_step[-1]} takes {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}."
         )
-    base = [run for run, stage in runs if stage == "pretrain"][-1:]
-    rows = read_rows(folder / "report", [*base, few_step[-1]], training_ngrams(prepared))
+    # Not the base model's: the temperature that is set is that of few steps.
+    rows = read_rows(folder / "report", few_step[-1:], training_ngrams(prepared))
     check_copied(rows)
     model = target / generate.SHIPPED.name
     formats.write(bundle, Target(model, dtype="bfloat16"), source=folder, overwrite=True)

@@ -658,6 +658,7 @@ def trained(tmp_path_factory):
     """(checkpoint, tokenizer.json) of a run of random weights."""
     folder = tmp_path_factory.mktemp("run")
     config = base.get_config()
+    base.use_plain_sampler(config)
     config.pipeline = "pretrain,distill"
     config.data.block_length = L
     model = MASK.model
