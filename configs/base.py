@@ -93,7 +93,7 @@ def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
 
 
 def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
-    """The published recipe: pre-training, then distillation with the RK-4 teacher.
+    """The published recipe: pre-training, then distillation with the RK-4 teacher, and its sampler.
 
     Widths are weighted as in the official code (the paper's text says log-uniform); the path loss
     has the paper's weight gbar (the code's is `distill.rate=instantaneous`).
@@ -227,7 +227,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # What autoregressive rows keep of the tokens so far: cache | none (all computed anew).
     evaluation.memories = ("cache",)
     # How few-step models are sampled, and the base model too in rows of its own; what wins in
-    # docs/quality.md. The base model's other rows have a uniform grid and nothing that follows it.
+    # docs/quality.md. The base model's other rows have a uniform grid and neither cooling nor
+    # look-ahead nor neighbours.
     evaluation.few_step_jump = "dispersed"  # cumulative | euler | mixture | dispersed
     evaluation.grid = "power:0.7"  # time grid: uniform | cosine | power:R
     evaluation.temperature = 1.0

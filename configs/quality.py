@@ -48,7 +48,13 @@ def sampler(name: str, steps: int) -> dict[str, Any]:
         it; or "neighbours", the same with what a table of the text tells of neighbours.
       steps: so many of them. The first of few steps is wide, and half of it ahead is far from the
         noise that the network is shown: the entropy rises beyond what a temperature takes back.
+        With more steps the last ones needn't be as cold.
+
+    Raises:
+      ValueError: for another name.
     """
+    if name not in SAMPLERS:
+        raise ValueError(f"Unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}.")
     if name == "plain":
         return {}
     names = ("few_step_jump", "grid", "cooling", "look_ahead")
@@ -127,7 +133,6 @@ def _paper(config, size):
     config.path.revealed = revealed  # without effect here, but the base model's
     config.pipeline = "distill"
     config.distill.rate_floor = 1e-3
-    config.eval.few_step_jump = "cumulative"
 
 
 def _rk4(config, size):

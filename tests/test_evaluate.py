@@ -518,7 +518,7 @@ def test_samples_that_heed_neighbours_are_those_of_the_sampler():
     np.testing.assert_array_equal(_draw(point, count=3).tokens_NL, wanted)
 
 
-def test_a_model_without_a_table_heeds_none():
+def test_a_model_without_a_table_is_refused():
     subject = SUBJECTS["distill"]._replace(follow=None)
     given = Given(np.zeros((3, L), np.int32), np.zeros((3, L), bool))
     point = _point(jump="mixture", neighbours=1.0)

@@ -26,8 +26,8 @@ from fsdfm_jax.stages import autoregressive
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
-# Text, three controls, autoregressive, pretrain at 4, 1, 2 steps and by the few-step sampler at 1, 2,
-# three stages at 1, 2.
+# Text, three controls, autoregressive, pretrain at 4, 1, 2 steps and by the few-step sampler at
+# 1, 2, three stages at 1, 2.
 ROWS = 1 + 3 + 1 + 3 + 2 + 3 * 2
 TINY = {
     "data.vocab_size": 300,

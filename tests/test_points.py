@@ -76,9 +76,10 @@ def test_only_the_few_step_sampler_has_its_options():
 def test_a_base_model_is_not_sampled_twice_in_one_way():
     config = base.get_config()
     base.use_plain_sampler(config)
-    config.eval.few_step_jump = "dispersed"  # a rule that isn't among its own
-    groups = {p.group for p in points.plan(Settings.from_config(config.eval), STAGES, 9)}
-    assert not any("few-step" in group for group in groups)
+    for jump, has_own in (("mixture", False), ("dispersed", True)):  # among eval.jumps or not
+        config.eval.few_step_jump = jump
+        groups = {p.group for p in points.plan(Settings.from_config(config.eval), STAGES, 9)}
+        assert any("few-step" in group for group in groups) == has_own
 
 
 def test_an_autoregressive_model_with_and_without_memory():

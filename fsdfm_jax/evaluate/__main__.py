@@ -41,10 +41,15 @@ _SOURCE = flags.DEFINE_enum("source", "", ["", "uniform", "mask"], "Noise, where
 
 # Of a file from elsewhere numbers are taken, not what it would have this machine open.
 _PLACES = ("judges", "models")
+# How models are sampled whose files don't say it, here as by `generate`: as published.
+_UNSAID = {"few_step_jump": "cumulative", "grid": "uniform"}
+_UNSAID |= dict.fromkeys(("cooling", "look_ahead", "neighbours"), 0.0)
 
 
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     """Sets what the command line doesn't say of `config.eval` to what the run was configured with.
+
+    What older runs and files from elsewhere don't say of the sampler is as published.
 
     Args:
       config: changed in place; as it is where --config names a file.
@@ -57,7 +62,7 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
-    for key, value in (stored.get("eval") or {}).items():
+    for key, value in (_UNSAID | (stored.get("eval") or {})).items():
         if key in keys and f"eval.{key}" not in given:  # an older run may have had other keys
             try:
                 config.eval[key] = tuple(value) if isinstance(value, list) else value

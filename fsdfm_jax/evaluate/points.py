@@ -205,9 +205,10 @@ def texts_to_compare(settings: Settings) -> list[Point]:
 def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
     """All points of a report, best reference first.
 
-    The base model is sampled as its path says, on a uniform grid and without `cooling`,
-    `look_ahead` or `neighbours`, by each rule of `eval.jumps`. If the few-step models are sampled
-    otherwise, it is sampled so too: what the sampler brings is seen apart from what training does.
+    The base model is sampled by each rule of `eval.jumps` on a uniform grid, without `cooling`,
+    `look_ahead` or `neighbours` (temperature and nucleus are those of all rows). If the few-step
+    models are sampled otherwise, it is sampled so too: what the sampler brings is seen apart from
+    what training does.
 
     Args:
       settings: what was asked for.
@@ -239,7 +240,7 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
             add(f"{label} ({first})", settings.many_steps, plain | {"jump": first})
             for jump, steps in itertools.product(settings.jumps, settings.steps):
                 add(f"{label} ({jump})", steps, plain | {"jump": jump})
-            if few_step != plain | {"jump": few_step["jump"]}:
+            if few_step not in [plain | {"jump": jump} for jump in settings.jumps]:
                 for steps in settings.steps:
                     add(f"{label} (few-step sampler)", steps, few_step)
         else:

@@ -90,6 +90,8 @@ def evaluate(
     slugs = [point.slug for point in plan]
     if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
         raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
+    for label in dict.fromkeys(point.source for point in plan if point.neighbours):
+        catalogue.check_follow(label)
     evaluation = make_evaluation(
         settings,
         catalogue,
