@@ -1097,6 +1097,13 @@ def test_damaged_tables_are_refused(heeding, tmp_path):
     _same(formats.open_bundle(file).params(), bundle.params())
     with pytest.raises(BadFile, match="neighbours/follow is damaged .its checksum differs"):
         formats.open_bundle(file).follow.read()
+    formats.write(
+        dataclasses.replace(bundle, follow=bundle_lib.Leaf((270, 270), lambda: holes_VV)),
+        Target(file),
+        overwrite=True,
+    )
+    with pytest.raises(BadFile, match=r"m.safetensors holds other numbers than probabilities"):
+        formats.open_bundle(file).follow.read()
     wide = dataclasses.replace(
         bundle, follow=bundle_lib.Leaf((270, 271), lambda: np.pad(table_VV, [(0, 0), (0, 1)]))
     )

@@ -215,7 +215,7 @@ def from_parts(
         if set(path) != set(DEFAULT_PATH):
             raise ValueError(f"path has the keys {', '.join(map(str, path))[:200]}")
         _check_provenance(provenance)
-        bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance, follow)
+        bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
         bundle.process()
     except BadFile:
         raise
@@ -233,7 +233,20 @@ def from_parts(
             f"{name} was trained with tokenizer {str(trained_with)[:40]}, the one beside it is "
             f"{tokenizer.fingerprint}: their token ids mean different text."
         )
-    return bundle
+    if follow is None:
+        return bundle
+    checked = Leaf(follow.shape, lambda: _probabilities(follow.read(), name))
+    return dataclasses.replace(bundle, follow=checked)
+
+
+def _probabilities(follow_VV: np.ndarray, name: str) -> np.ndarray:
+    """The table of neighbours, which takes logarithms; BadFile where it has none."""
+    if not np.all((follow_VV > 0) & (follow_VV <= 1)):
+        raise BadFile(
+            f"The table of neighbours in {name} holds other numbers than probabilities above 0; "
+            "convert the model again."
+        )
+    return follow_VV
 
 
 def _check_provenance(provenance: Mapping[str, Any]) -> None:
