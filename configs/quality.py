@@ -7,7 +7,7 @@ one, a training step three a row, and teachers and pairs count.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 
@@ -40,7 +40,7 @@ class Size(NamedTuple):
 SAMPLERS = ("plain", "tuned", "neighbours")
 
 
-def sampler(name: str, steps: int) -> dict[str, Any]:
+def sampler(name: str, steps: int) -> dict[str, float | str]:
     """The keys of `eval` of a way to sample a model.
 
     Args:
