@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
@@ -152,7 +153,7 @@ class Job:
     cooling: float
     look_ahead: float
     neighbours: float
-    follow_VV: np.ndarray | None
+    follow_VV: jax.Array | None
     stamp: dict[str, Any]
 
     @property
@@ -258,12 +259,12 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
     params = bundle.device_params()
     trained = (bundle.provenance.get("config") or {}).get("eval") or {}
-    strength = _first(options.neighbours, trained.get("neighbours"), 0.0)
+    unsaid = inference.PUBLISHED
+    strength = _first(options.neighbours, trained.get("neighbours"), unsaid["neighbours"])
     if model.causal:
         strength = 0.0
-    jump = options.jump or trained.get("few_step_jump") or jumps.CUMULATIVE.name
-    follow_VV = bundle.follow.read() if strength and bundle.follow is not None else None
-    inference.make_neighbours(strength, follow_VV, jump)  # refuses what can't be heeded
+    jump = options.jump or trained.get("few_step_jump") or unsaid["few_step_jump"]
+    inference.check_neighbours(strength, jump, has_table=bundle.follow is not None)
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
         params=params,
@@ -275,14 +276,15 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         batch_size=options.batch_size or min(len(rows), _DEFAULT_BATCH),
         steps=options.steps,
         jump=jump,
-        grid=options.grid or trained.get("grid") or "uniform",
+        grid=options.grid or trained.get("grid") or unsaid["grid"],
         seed=options.seed,
         temperature=_first(options.temperature, trained.get("temperature"), 1.0),
         top_p=_first(options.top_p, trained.get("top_p"), 1.0),
-        cooling=_first(options.cooling, trained.get("cooling"), 0.0),
-        look_ahead=_first(options.look_ahead, trained.get("look_ahead"), 0.0),
+        cooling=_first(options.cooling, trained.get("cooling"), unsaid["cooling"]),
+        look_ahead=_first(options.look_ahead, trained.get("look_ahead"), unsaid["look_ahead"]),
         neighbours=strength,
-        follow_VV=follow_VV,
+        # On the device once, not with each batch.
+        follow_VV=jnp.asarray(bundle.follow.read()) if strength else None,
         stamp={},
     )
     if not (options.batch_file or options.output):

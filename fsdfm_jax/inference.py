@@ -16,6 +16,16 @@ from fsdfm_jax.neighbours import MAX_VOCAB, Neighbours
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
 
+# The keys of `eval` that say how a few-step model is sampled, for files that don't say it: as
+# published (arXiv:2509.20624).
+PUBLISHED = {
+    "few_step_jump": jumps.CUMULATIVE.name,
+    "grid": "uniform",
+    "cooling": 0.0,
+    "look_ahead": 0.0,
+    "neighbours": 0.0,
+}
+
 
 @functools.lru_cache(maxsize=64)
 def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callable[..., jax.Array]:
@@ -111,8 +121,8 @@ def _make_steps(
         neighbours=None,
     ):
         denoise, condition = models.denoiser(params, model, len(grid_S1) - 1)
-        whole = top_p is not None or neighbours is not None
-        if whole and process.source.mask_id is not None:
+        without_mask = top_p is not None or neighbours is not None
+        if without_mask and process.source.mask_id is not None:
             # No step draws the mask: it may not fill the nucleus, nor what neighbours expect.
             denoise = _without(denoise, process.source.mask_id)
         options = {"temperature": temperature, "cooling": cooling, "top_p": top_p}
@@ -348,17 +358,24 @@ def make_neighbours(strength: float, follow_VV, jump_rule: str) -> Neighbours | 
     Raises:
       ValueError: there is no table, or the rule can't heed it (`jumps.check_redraw`).
     """
+    check_neighbours(strength, jump_rule, has_table=follow_VV is not None)
     if not strength:
         return None
+    return Neighbours(jnp.asarray(follow_VV, jnp.float32), jnp.float32(strength))
+
+
+def check_neighbours(strength: float, jump_rule: str, *, has_table: bool) -> None:
+    """The errors of `make_neighbours`, without a table at hand."""
+    if not strength:
+        return
     jumps.check_redraw(jumps.get_rule(jump_rule))
-    if follow_VV is None:
+    if not has_table:
         raise ValueError(
             f"neighbours={strength:g} needs to know which tokens follow which, and the model came "
             "without its text's table: sample from the working directory that has its prepared "
             "text (data/), convert the model from there, or set neighbours to 0. Vocabularies "
             f"above {MAX_VOCAB} tokens have none."
         )
-    return Neighbours(jnp.asarray(follow_VV, jnp.float32), jnp.float32(strength))
 
 
 def bucket(num_rows: int) -> int:

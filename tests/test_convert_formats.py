@@ -731,6 +731,15 @@ def _config():
     return config
 
 
+def _metadata(config, run, model, tokenizer, data):
+    """Of a checkpoint of a run that is named after its stage; fingerprints."""
+    entry = Entry(run, run, None)
+    recipe = workdir.recipe(config, entry, None)
+    return workdir.make_metadata(
+        config, entry, model, the_recipe=recipe, tokenizer=tokenizer, data=data
+    )
+
+
 @pytest.fixture(scope="module")
 def working(tmp_path_factory):
     """A working directory with two trained stages; {run: {part: parameters}}."""
@@ -752,15 +761,7 @@ def working(tmp_path_factory):
     for i, (run, model) in enumerate(
         [("pretrain", dataclasses.replace(RUN_MODEL, conditioning="none")), ("distill", RUN_MODEL)]
     ):
-        entry = Entry(run, run, None)
-        metadata = workdir.make_metadata(
-            config,
-            entry,
-            model,
-            the_recipe=workdir.recipe(config, entry, None),
-            tokenizer=words.fingerprint,
-            data="d" * 16,
-        )
+        metadata = _metadata(config, run, model, words.fingerprint, data="d" * 16)
         params[run] = {}
         steps = checkpoint.Checkpoints(
             folder / "stages" / run / "checkpoints", retention=checkpoint.Retention(keep=5)
@@ -918,15 +919,8 @@ def _prepare(folder, seed=0):
 
 
 def _save_run(folder, config, run, model, prepared):
-    entry = Entry(run, run, None)
-    metadata = workdir.make_metadata(
-        config,
-        entry,
-        model,
-        the_recipe=workdir.recipe(config, entry, None),
-        tokenizer=prepared.tokenizer.fingerprint,
-        data=prepared.fingerprint,
-    )
+    fingerprint = prepared.tokenizer.fingerprint
+    metadata = _metadata(config, run, model, fingerprint, data=prepared.fingerprint)
     place = folder / "stages" / run / "checkpoints"
     with checkpoint.Checkpoints(place, retention=checkpoint.Retention()) as checkpoints:
         params = jax.tree.map(lambda leaf: leaf * np.float32(0.2), _params(model))

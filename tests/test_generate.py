@@ -166,7 +166,7 @@ def test_lengths_and_jumps_by_default():
 
 
 # ------------------------------------------------------------------------------------ what is drawn
-def _call(bundle, templates, *, seed, steps=STEPS):
+def _call(bundle, templates, *, seed, steps=STEPS, **how):
     """The library's answer for one batch."""
     return inference.generate(
         bundle.params(),
@@ -176,6 +176,7 @@ def _call(bundle, templates, *, seed, steps=STEPS):
         frozen_BL=np.stack([t.frozen_L for t in templates]),
         steps=steps,
         seed=seed,
+        **how,
     )
 
 
@@ -285,18 +286,8 @@ def test_neighbours_are_heeded_as_the_library_does(monkeypatch, batch_file):
     flags = {"batch_file": str(batch_file), "num_samples": 1, "seed": 9}
     lines = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags, neighbours=1.5))
     templates = [request.template for request in prompts.read_requests(batch_file, BPE, L)][:B]
-    draw = lambda neighbours: inference.generate(
-        UNIFORM.params(),
-        UNIFORM.model,
-        UNIFORM.process(),
-        given_BL=np.stack([t.given_L for t in templates]),
-        frozen_BL=np.stack([t.frozen_L for t in templates]),
-        steps=STEPS,
-        seed=9,
-        jump_rule="mixture",
-        neighbours=neighbours,
-        follow_VV=FOLLOW,
-    )
+    how = {"seed": 9, "jump_rule": "mixture", "follow_VV": FOLLOW}
+    draw = lambda neighbours: _call(UNIFORM, templates, neighbours=neighbours, **how)
     wanted_BL = draw(1.5)
     for line, template, tokens_L in zip(lines, templates, wanted_BL, strict=False):
         assert line["tokens"] == tokens_L[: template.shown].tolist()

@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 import fsdfm_jax
-from fsdfm_jax import cli, data, sharding, workdir
+from fsdfm_jax import cli, data, inference, sharding, workdir
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate import subjects, suite
 from fsdfm_jax.evaluate.points import Settings
@@ -41,9 +41,6 @@ _SOURCE = flags.DEFINE_enum("source", "", ["", "uniform", "mask"], "Noise, where
 
 # Of a file from elsewhere numbers are taken, not what it would have this machine open.
 _PLACES = ("judges", "models")
-# How models are sampled whose files don't say it, here as by `generate`: as published.
-_UNSAID = {"few_step_jump": "cumulative", "grid": "uniform"}
-_UNSAID |= dict.fromkeys(("cooling", "look_ahead", "neighbours"), 0.0)
 
 
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
@@ -62,7 +59,7 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
-    for key, value in (_UNSAID | (stored.get("eval") or {})).items():
+    for key, value in (inference.PUBLISHED | (stored.get("eval") or {})).items():
         if key in keys and f"eval.{key}" not in given:  # an older run may have had other keys
             try:
                 config.eval[key] = tuple(value) if isinstance(value, list) else value

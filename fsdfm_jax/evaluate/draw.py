@@ -16,6 +16,7 @@ from fsdfm_jax import inference, models, sampler, sharding
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.evaluate.points import Point
 from fsdfm_jax.evaluate.subjects import Subject
+from fsdfm_jax.neighbours import Neighbours
 from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.trajectory import Trajectory
 from fsdfm_jax.writer import Progress
@@ -181,8 +182,8 @@ def _compile(model, process, rule, size, has_nucleus, has_neighbours):
     else:
         run = inference.make_sampler(model, process, jump)
         grid = jnp.zeros((room + 1,), jnp.float32)
-        table = jnp.ones((model.vocab_size,) * 2) if has_neighbours else None
-        heeded = inference.make_neighbours(float(has_neighbours), table, jump)
+        table = jax.ShapeDtypeStruct((model.vocab_size,) * 2, jnp.float32)
+        heeded = Neighbours(table, scalar) if has_neighbours else None
         inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar, heeded)
     params = jax.eval_shape(lambda: models.init_params(key, model))
     params = sharding.spread(params)

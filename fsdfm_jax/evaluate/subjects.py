@@ -187,18 +187,9 @@ class Catalogue:
             self.open(label, weights)
         return self._facts[label, weights]
 
-    def check_follow(self, label: str) -> None:
-        """Refuses a model whose draws are to heed neighbours and that came without a table.
-
-        Raises:
-          ValueError: naming it.
-        """
-        if self._follow[label] is None:
-            raise ValueError(
-                f"eval.neighbours needs to know which tokens follow which, and {label} came "
-                "without its text's table; convert it from its working directory, or set "
-                "eval.neighbours to 0."
-            )
+    def has_follow(self, label: str) -> bool:
+        """Whether a model came with a table of neighbours."""
+        return self._follow[label] is not None
 
     def follow_sha256(self, label: str) -> str | None:
         """Checksum of a model's table of neighbours, None if it has none."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import logging
 
-from fsdfm_jax import workdir
+from fsdfm_jax import inference, workdir
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import (
     draw,
@@ -90,8 +90,13 @@ def evaluate(
     slugs = [point.slug for point in plan]
     if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
         raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
-    for label in dict.fromkeys(point.source for point in plan if point.neighbours):
-        catalogue.check_follow(label)
+    for point in plan:
+        if point.neighbours:
+            has_table = catalogue.has_follow(point.source)
+            try:
+                inference.check_neighbours(point.neighbours, point.jump, has_table=has_table)
+            except ValueError as error:
+                raise ValueError(f"{point.source}: {error}") from None
     evaluation = make_evaluation(
         settings,
         catalogue,
