@@ -55,6 +55,7 @@ _SAMPLERS = flags.DEFINE_list(
 )
 
 BASE, REAL = "pretrain", "held-out text"
+NGRAMS = "n-grams alone"  # what the sampler `neighbours` knows, without a network
 # Samples are drawn with seed 0, 1, ..; temperatures are found on other noise.
 _SEARCH_SEED = 1_000
 _SEARCH_SAMPLES = 128
@@ -185,6 +186,9 @@ class Study:
         records = _records(evaluation, [(point, "reference") for point in references])
         wanted = statistics.fmean(record["entropy"] for record in records)
         records += _records(evaluation, [(Point("real", REAL, "real"), REAL)])
+        control = Point("control", NGRAMS, "ngram")
+        alone = [dataclasses.replace(control, seed=seed) for seed in self._seeds]
+        records += _records(evaluation, [(point, NGRAMS) for point in alone])
         for label in [BASE, *self._labels]:
             recipe, _, seed = label.partition(".")
             seeds = [int(seed)] if seed else self._seeds
@@ -315,7 +319,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------- the results
 def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Perplexity at equal entropy against steps, a panel for each judge."""
-    shown = [row for row in rows if row["recipe"] not in ("reference", REAL) and row["T"]]
+    shown = [row for row in rows if row["recipe"] not in ("reference", REAL, NGRAMS) and row["T"]]
     number = lambda key, row: list(dict.fromkeys(r[key] for r in shown)).index(row[key])
     styles = ("-", ":", "--", "-.")
 

@@ -45,7 +45,7 @@ def sampler(name: str, steps: int) -> dict[str, float | str]:
 
     Args:
       name: "plain", as the path says, by the rule of the recipe; "tuned", as configs/base.py has
-        it; or "neighbours", the same with what a table of the text tells of neighbours.
+        it; or "neighbours", the same with draws that heed what follows what in the text.
       steps: so many of them. The first of few steps is wide, and half of it ahead is far from the
         noise that the network is shown: the entropy rises beyond what a temperature takes back.
         With more steps the last ones needn't be as cold.
@@ -61,7 +61,7 @@ def sampler(name: str, steps: int) -> dict[str, float | str]:
     tuned = base.get_config().eval
     found = {key: tuned[key] for key in names}
     if name == "neighbours":
-        found |= {"neighbours": 2.0}
+        found |= {"neighbours": 1.0}
         found |= {"look_ahead": 0.3} if steps < 8 else {"cooling": 0.5}
     return found
 
@@ -199,7 +199,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     size = SIZES[name]
     config = tiny.get_config("smoke" if name == "smoke" else "")
     if name == "gpu":
-        # 11.7 million parameters and a table of neighbours: less than 30 MB in bfloat16.
+        # 11.7 million parameters and counts of neighbours: less than 30 MB in bfloat16.
         config.model.width, config.model.num_blocks, config.model.num_heads = 384, 5, 6
         config.model.cond_width, config.model.dropout = 128, 0.1
         config.model.dtype = "bfloat16"

@@ -20,5 +20,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.pipeline = f"autoregressive,pretrain,{config.pipeline}"
     config.eval.update(quality.sampler("neighbours", steps=8))
     if name == "cpu":  # where 8 steps have the entropy of the base model's 1,024
-        config.eval.temperature = 0.38
+        config.eval.temperature = 0.42
     return config

@@ -28,7 +28,9 @@ def get_config(arg: str = ""):
     pretrain.learning_rate = 3e-3
     pretrain.warmup_steps = 50
 
-    config.eval.neighbours = 2.0  # the vocabulary is small enough for a table of pairs
+    # The vocabulary is small enough for counts of what follows what, and for their control.
+    config.eval.neighbours = 1.0
+    config.eval.controls = (*config.eval.controls, "ngram")
 
     for name, num_steps in (("step_aware", 100), ("distill", 200), ("refine", 150)):
         stage = config[name]

@@ -33,11 +33,12 @@ import rich.panel
 import rich.text
 from absl import app, flags, logging
 
-from fsdfm_jax import cli, inference, jumps, prompts, sampler, workdir, writer
+from fsdfm_jax import cli, inference, jumps, neighbours, prompts, sampler, workdir, writer
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
 from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.neighbours import Table
 from fsdfm_jax.prompts import Request
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def define_flags() -> None:
     real("top_p", "Share of the mass that is drawn from; by default the run's eval.top_p.")
     real("cooling", "How far the temperature falls; by default the run's eval.cooling.")
     real("look_ahead", "Of a step, where it asks; by default the run's eval.look_ahead.")
-    real("neighbours", "How much a token heeds its left one; by default eval.neighbours.")
+    real("neighbours", "How much a token heeds those beside it; by default eval.neighbours.")
     choice("jump", ["", *jumps.RULES], "Jump rule; by default the run's eval.few_step_jump.")
     text("grid", "uniform, cosine or power:R; by default the run's eval.grid.")
     text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
@@ -153,7 +154,7 @@ class Job:
     cooling: float
     look_ahead: float
     neighbours: float
-    follow_VV: jax.Array | None
+    table: Table | None
     stamp: dict[str, Any]
 
     @property
@@ -264,7 +265,8 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     if model.causal:
         strength = 0.0
     jump = options.jump or trained.get("few_step_jump") or unsaid["few_step_jump"]
-    inference.check_neighbours(strength, jump, has_table=bundle.follow is not None)
+    inference.check_neighbours(strength, jump, has_table=bundle.counts is not None)
+    table = neighbours.table(bundle.counts(), model.vocab_size) if strength else None
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
         params=params,
@@ -284,7 +286,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         look_ahead=_first(options.look_ahead, trained.get("look_ahead"), unsaid["look_ahead"]),
         neighbours=strength,
         # On the device once, not with each batch.
-        follow_VV=jnp.asarray(bundle.follow.read()) if strength else None,
+        table=jax.device_put(table),
         stamp={},
     )
     if not (options.batch_file or options.output):
@@ -308,7 +310,7 @@ def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:
             key: None if job.model.causal else getattr(job, key)
             for key in ("cooling", "look_ahead", "neighbours", "jump", "grid")
         },
-        **({"follow_sha256": bundle_lib.checksum(job.follow_VV)} if job.neighbours else {}),
+        **({"follow_sha256": bundle_lib.counts_hash(bundle.counts())} if job.neighbours else {}),
         "length": job.length,
         "model": {key: value for key, value in known.items() if value is not None}
         | {
@@ -357,7 +359,7 @@ def draw(
                 top_p=job.top_p,
                 look_ahead=job.look_ahead,
                 neighbours=job.neighbours,
-                follow_VV=job.follow_VV,
+                table=job.table,
                 on_step=view.on_step if view else None,
             )
         drawn = [(first + i, row, tokens_BL[i]) for i, row in enumerate(rows)]

@@ -12,7 +12,7 @@ import numpy as np
 from fsdfm_jax import attention, jumps, models, sampler
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import MAX_VOCAB, Neighbours
+from fsdfm_jax.neighbours import MAX_VOCAB, Neighbours, Table
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
 
@@ -273,7 +273,7 @@ def generate(
     top_p: float = 1.0,
     look_ahead: float = 0.0,
     neighbours: float = 0.0,
-    follow_VV: np.ndarray | jax.Array | None = None,
+    table: Table | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Samples token ids from any network, around given tokens.
@@ -293,8 +293,8 @@ def generate(
       temperature: divides the logits, > 0.
       top_p: share of the posterior's mass that is drawn from, in (0, 1].
       cooling, look_ahead: see `sampler.sample`.
-      neighbours: strength by which tokens heed the one to their left, see `neighbours.draw`.
-      follow_VV: table of the text that this takes, see `neighbours.follow`.
+      neighbours: strength by which tokens heed those beside them, see `neighbours.draw`.
+      table: of the text, which this takes, see `neighbours.table`.
       on_step: called on the host with (index of the step, x_BL after it), in order, S times before
         this returns. The same function object shares one compiled program.
 
@@ -338,7 +338,7 @@ def generate(
     grid_S1 = jnp.asarray(sampler.make_grid(grid, steps))
     run = jit_generator(model, process, jump_rule, on_step)
     how = {"cooling": jnp.float32(cooling), "look_ahead": jnp.float32(look_ahead)}
-    how |= {"neighbours": make_neighbours(neighbours, follow_VV, jump_rule)}
+    how |= {"neighbours": make_neighbours(neighbours, table, jump_rule)}
     tokens_BL = np.asarray(
         run(params, seed, given_BL, frozen_BL, grid_S1, temperature, nucleus, **how)
     )
@@ -347,21 +347,21 @@ def generate(
     return tokens_BL[:num_rows]
 
 
-def make_neighbours(strength: float, follow_VV, jump_rule: str) -> Neighbours | None:
+def make_neighbours(strength: float, table: Table | None, jump_rule: str) -> Neighbours | None:
     """What a sampler takes as `neighbours`; None for a strength of 0.
 
     Args:
       strength: at least 0.
-      follow_VV: table of `neighbours.follow`; None where a model came without its text's.
+      table: of `neighbours.table`; None where a model came without its text's.
       jump_rule: how the sampler jumps.
 
     Raises:
       ValueError: there is no table, or the rule can't heed it (`jumps.check_redraw`).
     """
-    check_neighbours(strength, jump_rule, has_table=follow_VV is not None)
+    check_neighbours(strength, jump_rule, has_table=table is not None)
     if not strength:
         return None
-    return Neighbours(jnp.asarray(follow_VV, jnp.float32), jnp.float32(strength))
+    return Neighbours(table, jnp.float32(strength))
 
 
 def check_neighbours(strength: float, jump_rule: str, *, has_table: bool) -> None:

@@ -1,19 +1,27 @@
-"""Draws that heed the token drawn to their left: a copula for what one step draws at once.
+"""Draws that heed the tokens drawn to their left: a copula for what one step draws at once.
 
 A step draws many positions from their own posteriors p_i, as if they knew nothing of each other.
 Neighbours know most of each other: halves of different words end up side by side, and no number of
 training steps mends that (total correlation, arXiv:2507.15897). A copula keeps the marginals and
 adds the dependence (Discrete Copula Diffusion, arXiv:2410.01949, which takes it from a language
-model). Here it comes from a table of which token follows which in the training text, B(x | y), so
-that no network is called:
+model). Here it comes from counts of which token follows what in the training text, so that no
+network is called:
 
-    log q_i(x | y) = log p_i(x) + b (log B(x | y) - log sum_z p_{i-1}(z) B(x | z)) + const
+    log q_i(x) = log p_i(x) + b (log B(x | c) - log sum_z p_{i-1}(z) B(x | z))
+                            + b (log B(r | x) - log sum_z p_{i+1}(z) B(z | x)) + const
 
-for a position whose left neighbour is drawn in the same step, as y, or given. The last term is what
-p_{i-1} already leads one to expect: where the network knows the neighbour, the two cancel and
-nothing is added. Strength b = 1 is the copula, more of it weighs what the text is like over the
-posteriors. Positions are drawn from left to right, so that a draw costs L products of sizes
-[B, D] x [D, V] and [B, V] x [V, V], one after the other.
+The first bracket is there where the token to the left is sure: drawn in this step or an earlier
+one, or given. The context c is that token with up to two more to its left that are sure as well:
+the longest one that the text has often enough. The second bracket is there where the token r to the
+right is sure and stays; one that is drawn in the same step comes later and heeds x itself. What is
+subtracted is what the neighbour's own posterior already leads one to expect: where the network
+knows the neighbour, what one neighbour says cancels. Strength b = 1 is the copula, more of it
+weighs what the text is like over the posteriors. Positions are drawn from left to right, so that a
+draw costs L products of sizes [B, D] x [D, V] and [B, V] x [V, V], one after the other, each with a
+search among the contexts, and where something stays another L of the latter.
+
+Suffixes, besides those of the package: N longer contexts, C = V + N contexts in all, Z pairs of a
+context and a token that was seen after it.
 """
 
 from collections.abc import Sequence
@@ -27,22 +35,62 @@ from fsdfm_jax import draws
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.logits import Logits
 
-# The table has V^2 entries: 256 MiB in float32 at this size.
+# Contexts of one token have V^2 entries: 256 MiB in float32 at this size.
 MAX_VOCAB = 8192
+# Tokens of a context at most.
+LONGEST = 3
+# Longer contexts take so many entries together, 32 MiB in float32, the most frequent ones first; a
+# rarer one than that says little that is worth its row.
+_MOST_ENTRIES = 2**23
+_LEAST_SEEN = 32
 # Of the training text, spread over it evenly; more would change no digit that matters.
 _MOST_BLOCKS = 2**15
 _DISCOUNT = 0.75
+
+
+class Counts(NamedTuple):
+    """What follows what in a text, sparse; NumPy arrays, int32.
+
+    Context i < V is token i. Context V + n is that of keys_N[n] // V with the token keys_N[n] % V
+    to its right, so that a context stands after what it begins with.
+
+    Attributes:
+      keys_N: increasing.
+      sizes_C: how many different tokens follow each context.
+      tokens_Z: those, context by context, increasing in each.
+      counts_Z: how often, at least 1.
+    """
+
+    keys_N: np.ndarray
+    sizes_C: np.ndarray
+    tokens_Z: np.ndarray
+    counts_Z: np.ndarray
+
+
+class Table(NamedTuple):
+    """`Counts` as `draw` takes them.
+
+    Attributes:
+      follow_CV: float32, P(next token | context), above 0 everywhere; contexts as in `Counts`.
+      keys_N: int32, those of `Counts`; with none of them a context is one token.
+      shorter_C: int32, each context without its first token (or the first few, if that isn't in the
+        table); -1 where it has one only.
+    """
+
+    follow_CV: jax.Array
+    keys_N: jax.Array
+    shorter_C: jax.Array
 
 
 class Neighbours(NamedTuple):
     """What a draw heeds.
 
     Attributes:
-      follow_VV: float32, P(right | left) of two tokens side by side, above 0 everywhere.
+      table: of the training text.
       strength: b >= 0, scalar; 0 draws each position from its own posterior.
     """
 
-    follow_VV: jax.Array
+    table: Table
     strength: jax.Array | float
 
 
@@ -59,18 +107,51 @@ def check_vocab(vocab_size: int) -> None:
         )
 
 
-def count(source: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """How often each token stands to the left of each other one, float64 [V, V].
+def count(source: Sequence[np.ndarray], vocab_size: int) -> Counts:
+    """Counts what follows each token, and the most frequent contexts of two and three.
+
+    A context is taken if something follows it at least 32 times in what is read; there are at most
+    2^23 / V of the longer ones.
 
     Args:
-      source: blocks of token ids; of more than 32,768 that many are read, spread evenly.
-      vocab_size: V, that of the network; ids that the text hasn't are 0.
+      source: blocks of token ids; of more than 32,768 that many are read, spread evenly. No context
+        reaches from one into another.
+      vocab_size: V, that of the network; ids that the text hasn't have counts of 0.
 
     Raises:
       ValueError: see `check_vocab`, or for an id outside [0, V).
     """
     check_vocab(vocab_size)
-    counts_VV = np.zeros((vocab_size, vocab_size))
+    tokens_T = _read(source, vocab_size)
+    # Runs of n + 1 tokens: contexts of n, each with one that follows it.
+    seen = {
+        n: np.unique(_runs(tokens_T, n + 1, vocab_size), return_counts=True)
+        for n in range(1, LONGEST + 1)
+    }
+    longer = _most_frequent(seen, vocab_size)
+
+    contexts, keys, rows, followers, counts = np.arange(vocab_size), [], [], [], []
+    first = 0
+    for n, (runs, number) in seen.items():
+        if n > 1:
+            before, contexts = contexts, longer[n]
+            prefix = np.searchsorted(before, contexts // vocab_size) + first
+            keys.append(prefix * vocab_size + contexts % vocab_size)
+            first += len(before)
+        place = np.searchsorted(contexts, runs // vocab_size)
+        known = np.append(contexts, -1)[place] == runs // vocab_size
+        rows.append(first + place[known])
+        followers.append(runs[known] % vocab_size)
+        counts.append(number[known])
+    size = first + len(contexts)
+    join = lambda parts: np.concatenate(parts).astype(np.int32)
+    sizes_C = np.bincount(np.concatenate(rows), minlength=size).astype(np.int32)
+    return Counts(join(keys), sizes_C, join(followers), join(counts))
+
+
+def _read(source, vocab_size) -> np.ndarray:
+    """The tokens of blocks in a row, each block followed by -1; int64 [T]."""
+    parts = []
     for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), _MOST_BLOCKS)).round()):
         tokens_L = np.asarray(source[int(index)], np.int64)
         wrong_L = (tokens_L < 0) | (tokens_L >= vocab_size)
@@ -78,25 +159,111 @@ def count(source: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
             raise ValueError(
                 f"Token ids must lie in [0, {vocab_size}), got {tokens_L[wrong_L][0]}."
             )
-        np.add.at(counts_VV, (tokens_L[:-1], tokens_L[1:]), 1.0)
-    return counts_VV
+        parts += [tokens_L, [-1]]
+    return np.concatenate([*parts, []]).astype(np.int64)
 
 
-def follow(counts_VV: np.ndarray) -> np.ndarray:
-    """P(right | left) from counts, float32 [V, V].
+def _runs(tokens_T, length, vocab_size) -> np.ndarray:
+    """All runs of so many tokens within a block, as numbers of base V."""
+    if len(tokens_T) < length:
+        return np.zeros((0,), np.int64)
+    windows_WL = np.lib.stride_tricks.sliding_window_view(tokens_T, length)
+    inside_WL = windows_WL[(windows_WL >= 0).all(axis=1)]
+    return inside_WL @ vocab_size ** np.arange(length, dtype=np.int64)[::-1]
 
-    Absolute discounting: each pair that was seen gives 3/4 of a count to the right tokens'
-    frequencies, to which half a count each is added; a left token that was never seen has these
-    alone.
+
+def _most_frequent(seen, vocab_size) -> dict[int, np.ndarray]:
+    """The contexts of n > 1 tokens that get a row, increasing; `seen`: n -> (runs, how often)."""
+    found, times, tokens = [], [], []
+    for n, (runs, number) in seen.items():
+        if n > 1:
+            contexts, start = np.unique(runs // vocab_size, return_index=True)
+            found.append(contexts)
+            times.append(np.add.reduceat(number, start) if len(start) else number)
+            tokens.append(np.full(len(contexts), n))
+    found, times, tokens = map(np.concatenate, (found, times, tokens))
+    # A context is followed at least as often as each longer one that begins or ends with it; where
+    # just as often, the shorter one comes first. So what is taken has its parts beside it.
+    taken = np.lexsort((found, tokens, -times))[: _MOST_ENTRIES // vocab_size]
+    taken = taken[times[taken] >= _LEAST_SEEN]
+    return {n: np.sort(found[taken[tokens[taken] == n]]) for n in seen if n > 1}
+
+
+def check_counts(counts: Counts, vocab_size: int) -> None:
+    """Refuses arrays that are no counts of a vocabulary.
+
+    Raises:
+      ValueError: saying what is wrong.
     """
-    right_V = counts_VV.sum(axis=0) + 0.5
+    num_longer, most = len(counts.keys_N), _MOST_ENTRIES // vocab_size
+    if any(array.ndim != 1 or array.dtype != np.int32 for array in counts):
+        raise ValueError("expected four arrays of int32 in one dimension")
+    if len(counts.sizes_C) != vocab_size + num_longer:
+        raise ValueError(
+            f"expected the sizes of {vocab_size} + {num_longer} contexts, got {len(counts.sizes_C)}"
+        )
+    if num_longer > most:
+        raise ValueError(f"expected at most {most} longer contexts, got {num_longer}")
+    if counts.sizes_C.min(initial=0) < 0 or not (
+        counts.sizes_C.sum(dtype=np.int64) == len(counts.tokens_Z) == len(counts.counts_Z)
+    ):
+        raise ValueError("its sizes aren't those of what follows")
+    if (
+        counts.tokens_Z.size
+        and not 0 <= counts.tokens_Z.min() <= counts.tokens_Z.max() < vocab_size
+    ):
+        raise ValueError(f"expected tokens in [0, {vocab_size})")
+    if counts.counts_Z.min(initial=1) < 1 or counts.sizes_C[vocab_size:].min(initial=1) < 1:
+        raise ValueError(
+            "expected counts of at least 1, and longer contexts that something follows"
+        )
+    rows_Z = np.repeat(np.arange(len(counts.sizes_C)), counts.sizes_C)
+    if np.any(np.diff(rows_Z * vocab_size + counts.tokens_Z) <= 0):
+        raise ValueError("what follows a context doesn't increase")
+    keys_N = counts.keys_N.astype(np.int64)
+    before_N = np.arange(vocab_size, vocab_size + num_longer)
+    if np.any(np.diff(keys_N) <= 0) or np.any((keys_N < 0) | (keys_N // vocab_size >= before_N)):
+        raise ValueError("its longer contexts don't come after what they begin with")
+    if (longest := max(_contexts(counts.keys_N, vocab_size)[1], default=0)) > LONGEST:
+        raise ValueError(f"expected contexts of up to {LONGEST} tokens, got one of {longest}")
+
+
+def table(counts: Counts, vocab_size: int) -> Table:
+    """Probabilities from counts, by absolute discounting; NumPy arrays.
+
+    Each token that was seen after a context gives 3/4 of a count to the shorter context's
+    probabilities, or with one token to the right tokens' frequencies, to which half a count each is
+    added; a token after which nothing was seen has these alone.
+    """
+    num_contexts = len(counts.sizes_C)
+    shorter_C, lengths_C = _contexts(counts.keys_N, vocab_size)
+    follow_CV = np.zeros((num_contexts, vocab_size))
+    rows_Z = np.repeat(np.arange(num_contexts), counts.sizes_C)
+    follow_CV[rows_Z, counts.tokens_Z] = counts.counts_Z
+    right_V = follow_CV[:vocab_size].sum(axis=0) + 0.5
     right_V /= right_V.sum()
-    total_V1 = counts_VV.sum(axis=1, keepdims=True)
-    kinds_V1 = (counts_VV > 0).sum(axis=1, keepdims=True)
-    seen_V1 = total_V1 > 0
-    given_up_V1 = np.where(seen_V1, _DISCOUNT * kinds_V1 / np.where(seen_V1, total_V1, 1.0), 1.0)
-    kept_VV = np.maximum(counts_VV - _DISCOUNT, 0.0) / np.where(seen_V1, total_V1, 1.0)
-    return (kept_VV + given_up_V1 * right_V).astype(np.float32)
+    total_C1 = follow_CV.sum(axis=1, keepdims=True)
+    seen_C1 = total_C1 > 0
+    total_C1 = np.where(seen_C1, total_C1, 1.0)
+    given_up_C1 = np.where(seen_C1, _DISCOUNT * counts.sizes_C[:, None] / total_C1, 1.0)
+    follow_CV = np.maximum(follow_CV - _DISCOUNT, 0.0) / total_C1
+    follow_CV[:vocab_size] += given_up_C1[:vocab_size] * right_V
+    for length in range(2, LONGEST + 1):
+        rows = np.flatnonzero(lengths_C == length)
+        follow_CV[rows] += given_up_C1[rows] * follow_CV[shorter_C[rows]]
+    return Table(follow_CV.astype(np.float32), counts.keys_N, shorter_C)
+
+
+def _contexts(keys_N: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(`Table.shorter_C`, number of tokens of each context), of contexts as in `Counts`."""
+    shorter, lengths = [-1] * vocab_size, [1] * vocab_size
+    rows = {key: vocab_size + n for n, key in enumerate(keys_N.tolist())}
+    for key in rows:
+        prefix, last = divmod(key, vocab_size)
+        # Of up to three tokens: that without the first one, or else the last.
+        shorter.append(rows.get(shorter[prefix] * vocab_size + last, last))
+        lengths.append(lengths[prefix] + 1)
+    return np.asarray(shorter, np.int32), np.asarray(lengths, np.int32)
 
 
 def draw(
@@ -116,7 +283,8 @@ def draw(
       logits: of the posteriors, [B, L, V], divided by the temperature.
       x_BL: the tokens so far, int.
       drawn_BL: bool, the positions to draw.
-      given_BL: bool, positions that aren't drawn but whose token is sure, as that of a prompt is.
+      given_BL: bool, positions that aren't drawn but whose token is sure: those of a prompt, and
+        those that an earlier step drew.
       neighbours: table and strength.
       temperature: what the logits were divided by. It divides all of log q; what neighbours lead
         one to expect is taken from the posteriors without it.
@@ -125,30 +293,65 @@ def draw(
       Tokens like x_BL.
     """
     batch, length, vocab_size = logits.shape
-    log_follow_VV = jnp.log(neighbours.follow_VV.astype(jnp.float32))
-    follow_VV = jnp.exp(log_follow_VV)
+    table = jax.tree.map(jnp.asarray, neighbours.table)
+    follow_VV = table.follow_CV[:vocab_size]
     weight = neighbours.strength / temperature
     logits = logits_lib.gathered(logits)
     # Drawn by rows: the noise of a row doesn't depend on how many there are.
     u_LBU = jnp.swapaxes(draws.uniform(key, (batch, length, draws.NUMBERS)), 0, 1)
+    # The position to the right of each one: its token, and whether that is heeded.
+    right_BL = jnp.roll(x_BL, -1, axis=1)
+    stays_BL = drawn_BL & jnp.roll(given_BL & ~drawn_BL, -1, axis=1).at[:, -1].set(False)
+    any_stays = jnp.any(stays_BL)
+
+    def posterior(index):
+        index = jnp.minimum(index, length - 1)
+        own_BV = logits_lib.dense(logits_lib.position(logits, index))[:, 0]
+        return own_BV, jax.nn.softmax(own_BV * temperature, axis=-1)
 
     def step(left, inputs):
-        token_B, sure_B, p_BV = left
-        index, u_BU, drawn_B, given_B, here_B = inputs
-        own_BV = logits_lib.dense(logits_lib.position(logits, index))[:, 0]
-        expected_BV = p_BV @ follow_VV
-        more_BV = weight * (log_follow_VV[token_B] - jnp.log(expected_BV))
-        heeding_BV = jnp.where(sure_B[:, None], own_BV + more_BV, own_BV)
+        context_B, sure_B, expected_BV, own_BV, p_BV = left
+        index, u_BU, drawn_B, given_B, here_B, right_B, stays_B = inputs
+        next_BV, next_p_BV = posterior(index + 1)
+
+        def towards_right():
+            expected_BV = next_p_BV @ follow_VV.T
+            more_BV = weight * (jnp.log(follow_VV[:, right_B].T) - jnp.log(expected_BV))
+            return jnp.where(stays_B[:, None], more_BV, 0.0)
+
+        more_BV = weight * (jnp.log(table.follow_CV[context_B]) - jnp.log(expected_BV))
+        heeding_BV = own_BV + jnp.where(sure_B[:, None], more_BV, 0.0)
+        heeding_BV += jax.lax.cond(any_stays, towards_right, lambda: jnp.zeros_like(own_BV))
         new_B = draws.pick(u_BU, heeding_BV).astype(here_B.dtype)
         token_B = jnp.where(drawn_B, new_B, here_B)
-        p_BV = jax.nn.softmax(own_BV * temperature, axis=-1)
-        return (token_B, drawn_B | given_B, p_BV), token_B
+        context_B = _extend(table, vocab_size, context_B, sure_B, token_B)
+        return (context_B, drawn_B | given_B, p_BV @ follow_VV, next_BV, next_p_BV), token_B
 
-    nobody = (
-        jnp.zeros((batch,), x_BL.dtype),
-        jnp.zeros((batch,), bool),
-        jnp.full((batch, vocab_size), 1 / vocab_size, jnp.float32),
-    )
-    inputs = (jnp.arange(length), u_LBU, drawn_BL.T, given_BL.T, x_BL.T)
-    _, tokens_LB = jax.lax.scan(step, nobody, inputs)
+    nobody = (jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool))
+    unexpected_BV = jnp.ones((batch, vocab_size), jnp.float32)
+    inputs = (jnp.arange(length), u_LBU, drawn_BL.T, given_BL.T, x_BL.T, right_BL.T, stays_BL.T)
+    _, tokens_LB = jax.lax.scan(step, (*nobody, unexpected_BV, *posterior(0)), inputs)
     return tokens_LB.T
+
+
+def _extend(table: Table, vocab_size: int, context_B, sure_B, token_B) -> jax.Array:
+    """The longest context of the table that ends with the tokens, int32 [B].
+
+    context_B, sure_B: that before them, and whether its last token is drawn or given.
+    """
+    token_B = token_B.astype(jnp.int32)
+    if not len(table.keys_N):
+        return token_B
+    at_B, ats = jnp.where(sure_B, context_B, -1), []
+    for _ in range(LONGEST):  # from the longest one on, until one can be extended
+        ats.append(at_B)
+        at_B = jnp.where(at_B < 0, -1, table.shorter_C[at_B])
+    at_KB = jnp.stack(ats)
+    keys_KB = jnp.where(at_KB < 0, -1, at_KB * vocab_size + token_B[None])
+    # Unrolled, so that all of it is one kernel: this is done L times in a row.
+    place_KB = jnp.searchsorted(table.keys_N, keys_KB, method="scan_unrolled").astype(jnp.int32)
+    place_KB = jnp.minimum(place_KB, len(table.keys_N) - 1)
+    hits_KB = table.keys_N[place_KB] == keys_KB
+    first_1B = jnp.argmax(hits_KB, axis=0, keepdims=True)
+    longer_B = vocab_size + jnp.take_along_axis(place_KB, first_1B, axis=0)[0]
+    return jnp.where(jnp.any(hits_KB, axis=0), longer_B, token_B)

@@ -14,7 +14,6 @@ Refuses a model of more than 30 MB, or one that repeats its training text: whose
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -222,8 +221,9 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
         raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")
     prepared = subjects.prepared_text(folder)
     bundle = formats.open_bundle(folder, stage=few_step[-1])
-    table = bundle.follow.shape if bundle.heeds_neighbours else (0,)
-    size = 2 * (bundle.num_params() + math.prod(table)) + len(json.dumps(bundle.provenance))
+    counts = bundle.counts() if bundle.heeds_neighbours else ()
+    size = 2 * bundle.num_params() + sum(part.nbytes for part in counts)
+    size += len(json.dumps(bundle.provenance))
     if size > MAX_BYTES:
         raise ValueError(
             f"{few_step[-1]} takes {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}."

@@ -944,9 +944,14 @@ def heeding(tmp_path_factory):
     return folder, prepared
 
 
-def _table(prepared):
-    source = prepared.source("train")
-    return neighbours.follow(neighbours.count(source, 270))
+def _counts(prepared):
+    return neighbours.count(prepared.source("train"), 270)
+
+
+def _same_counts(found, wanted):
+    for name in neighbours.Counts._fields:
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+        assert getattr(found, name).dtype == np.int32
 
 
 def _generated(path):
@@ -957,71 +962,70 @@ def _generated(path):
     return [tokens_L.tolist() for part in generate.draw(job) for _, _, tokens_L in part]
 
 
-def test_the_table_of_a_run_is_counted_in_its_text(heeding):
+def test_neighbours_of_a_run_are_counted_in_its_text(heeding):
     folder, prepared = heeding
     bundle = formats.open_bundle(folder)
     assert bundle.heeds_neighbours
-    assert bundle.follow.shape == (270, 270)
-    np.testing.assert_array_equal(bundle.follow.read(), _table(prepared))
+    _same_counts(bundle.counts(), _counts(prepared))
+    assert len(bundle.counts().keys_N) > 10  # the text has longer contexts
     # Once for all models of one text.
-    assert bundle.follow.read() is formats.open_bundle(folder / "stages/distill").follow.read()
+    assert bundle.counts() is formats.open_bundle(folder / "stages/distill").counts()
 
 
-def test_the_table_comes_along_from_format_to_format(heeding, tmp_path):
+def test_counts_come_along_from_format_to_format(heeding, tmp_path):
     folder, prepared = heeding
-    table_VV, tokens = _table(prepared), _generated(folder)
+    counts, tokens = _counts(prepared), _generated(folder)
     source = folder
     for form, name in (("file", "a.safetensors"), ("orbax", "b"), ("folder", "c"), ("orbax", "d")):
         path = tmp_path / "far" / "away" / name  # from the prepared text
         formats.write(formats.open_bundle(source), Target(path, **FORMS[form][1]))
         found = formats.open_bundle(path)
         assert found.heeds_neighbours
-        np.testing.assert_array_equal(found.follow.read(), table_VV)
-        assert found.follow.read().dtype == np.float32
+        _same_counts(found.counts(), counts)
         assert _generated(path) == tokens
         source = path
-    # A run with its table is still overwritten as what it is.
+    # A run with its counts is still overwritten as what it is.
     formats.write(found, Target(path, to="orbax"), overwrite=True)
-    assert "neighbours.npy" in _listing(path)
+    assert "neighbours.npz" in _listing(path)
 
 
-def test_a_table_in_bfloat16(heeding, tmp_path):
+def test_counts_are_exact_beside_weights_in_bfloat16(heeding, tmp_path):
     folder, prepared = heeding
     path = tmp_path / "m.safetensors"
     formats.write(formats.open_bundle(folder), Target(path, dtype="bfloat16"))
-    found_VV = formats.open_bundle(path).follow.read()
-    assert found_VV.dtype == np.float32
-    np.testing.assert_allclose(found_VV, _table(prepared), rtol=2**-8)
+    _same_counts(formats.open_bundle(path).counts(), _counts(prepared))
     assert len(_generated(path)) == 3
 
 
-def test_shards_hold_the_table(heeding, tmp_path, monkeypatch):
+def test_shards_hold_the_counts(heeding, tmp_path, monkeypatch):
     folder, prepared = heeding
     bundle, path = formats.open_bundle(folder), tmp_path / "m"
-    monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", 4 * 270**2 + 100)
+    size = 4 * bundle.num_params() + sum(part.nbytes for part in bundle.counts())
+    monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", size * 2 // 3)
     with pytest.raises(ValueError, match="more than one file"):
         formats.write(bundle, Target(tmp_path / "m.safetensors"))
     formats.write(bundle, Target(path, to="safetensors"))
     index = json.loads((path / "model.safetensors.index.json").read_text())
     held = [safetensors.numpy.load_file(shard) for shard in path.glob("*.safetensors")]
     assert index["metadata"]["total_size"] == sum(a.nbytes for s in held for a in s.values())
-    np.testing.assert_array_equal(formats.open_bundle(path).follow.read(), _table(prepared))
+    assert index["metadata"]["total_size"] == size
+    _same_counts(formats.open_bundle(path).counts(), _counts(prepared))
 
 
-def test_only_models_that_heed_their_table_carry_it(heeding, tmp_path):
+def test_only_models_that_heed_neighbours_carry_counts(heeding, tmp_path):
     folder, _ = heeding
     bundle = formats.open_bundle(folder)
     config = {**bundle.provenance["config"]}
     config["eval"] = config["eval"] | {"neighbours": 0.0}
     quiet = dataclasses.replace(bundle, provenance=bundle.provenance | {"config": config})
     causal = formats.open_bundle(folder, stage="autoregressive")
-    assert causal.follow is not None
+    assert causal.counts is not None
     for i, other in enumerate((quiet, causal)):
         assert not other.heeds_neighbours
         path = tmp_path / f"{i}.safetensors"
         formats.write(other, Target(path))
-        assert safetensors_file.FOLLOW not in safetensors.numpy.load_file(path)
-        assert formats.open_bundle(path).follow is None
+        assert set(safetensors.numpy.load_file(path)) == set(other.leaves)
+        assert formats.open_bundle(path).counts is None
         formats.write(other, Target(tmp_path / "deep" / f"{i}" / "run", to="orbax"))
         assert _listing(tmp_path / "deep" / f"{i}" / "run") == ["checkpoints", "tokenizer.json"]
     # The official names are those of the official code, no more.
@@ -1029,7 +1033,7 @@ def test_only_models_that_heed_their_table_carry_it(heeding, tmp_path):
         target = _target(tmp_path, form)
         formats.write(bundle, target)
         found = formats.open_bundle(target.path)
-        assert found.follow is None
+        assert found.counts is None
         assert not found.heeds_neighbours
         with pytest.raises(ValueError, match="came without its text's table.*set neighbours to 0"):
             _generated(target.path)
@@ -1039,7 +1043,7 @@ def test_a_vocabulary_too_large_has_no_table(heeding, tmp_path, monkeypatch):
     folder, _ = heeding
     monkeypatch.setattr(neighbours, "MAX_VOCAB", 269)
     bundle = formats.open_bundle(folder)
-    assert bundle.follow is None
+    assert bundle.counts is None
     formats.write(bundle, Target(tmp_path / "m.safetensors"))
 
 
@@ -1047,12 +1051,12 @@ def test_text_other_than_that_of_the_training_is_refused(heeding, tmp_path):
     folder, _ = heeding
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "data")
-    assert formats.open_bundle(copy).follow is None  # it is nowhere
+    assert formats.open_bundle(copy).counts is None  # it is nowhere
     _prepare(tmp_path / "other", seed=1)
     shutil.copytree(tmp_path / "other" / "data", copy / "data")
     bundle = formats.open_bundle(copy)
     for use in (
-        bundle.follow.read,
+        bundle.counts,
         lambda: formats.write(bundle, Target(tmp_path / "run", to="orbax")),
     ):
         with pytest.raises(ValueError, match="other text than the model was trained on"):
@@ -1060,55 +1064,78 @@ def test_text_other_than_that_of_the_training_is_refused(heeding, tmp_path):
     assert _listing(tmp_path) == ["copy", "other"]
 
 
-def test_damaged_tables_are_refused(heeding, tmp_path):
+def _damaged(counts):
+    """(what is wrong, counts) of files that aren't whole."""
+    sizes_C = counts.sizes_C.copy()
+    sizes_C[3] += 1
+    yield "its sizes aren't those of what follows", counts._replace(sizes_C=sizes_C)
+    yield "expected four arrays of int32", counts._replace(tokens_Z=counts.tokens_Z[None])
+    yield r"expected the sizes of 270 \+", counts._replace(sizes_C=counts.sizes_C[1:])
+    yield "expected counts of at least 1", counts._replace(counts_Z=counts.counts_Z - 1)
+    keys_N = np.append(counts.keys_N[1:], counts.keys_N[:1])
+    yield "don't come after what they begin with", counts._replace(keys_N=keys_N)
+
+
+def test_damaged_counts_of_a_run_are_refused(heeding, tmp_path):
     folder, prepared = heeding
-    bundle = formats.open_bundle(folder)
-    run, file = tmp_path / "deep" / "run", tmp_path / "m.safetensors"
-    formats.write(bundle, Target(run, to="orbax"))
-    table_VV = _table(prepared)
-    path = run / "neighbours.npy"
+    run = tmp_path / "deep" / "run"
+    formats.write(formats.open_bundle(folder), Target(run, to="orbax"))
+    counts, path = _counts(prepared), run / "neighbours.npz"
     whole = path.read_bytes()
-    holes_VV = table_VV.copy()
-    holes_VV[3, 4] = 0.0
-    for array in (
-        table_VV[:-1],
-        table_VV.astype(np.float64),
-        holes_VV,
-        np.full_like(table_VV, np.nan),
-    ):
-        np.save(path, array)
-        with pytest.raises(BadFile, match=r"neighbours.npy is no table of \(270, 270\) probabilit"):
-            formats.open_bundle(run).follow.read()
-    for raw in (whole[:100], whole[:-1], b"", b"text"):
+    for wrong, damaged in _damaged(counts):
+        np.savez(path, **damaged._asdict())
+        with pytest.raises(BadFile, match=f"run are damaged: .*{wrong}.*; convert the model again"):
+            formats.open_bundle(run).counts()
+    np.savez(path, **{**counts._asdict(), "keys_N": counts.keys_N.astype(np.float32)})
+    with pytest.raises(BadFile, match="expected four arrays of int32"):
+        formats.open_bundle(run).counts()
+    fields = counts._asdict()
+    for other in ({**fields, "more": counts.keys_N}, {"keys_N": counts.keys_N}):
+        np.savez(path, **other)
+        with pytest.raises(BadFile, match="npz is damaged: .*; convert the model again"):
+            formats.open_bundle(run).counts()
+    bent = bytearray(whole)
+    bent[len(whole) // 2] ^= 1
+    for raw in (whole[:100], whole[:-1], b"", b"text", bytes(bent)):
         path.write_bytes(raw)
-        with pytest.raises(BadFile, match="neighbours.npy is damaged: .*; convert the model again"):
-            formats.open_bundle(run).follow.read()
+        with pytest.raises(BadFile, match="npz is damaged: .*; convert the model again"):
+            formats.open_bundle(run).counts()
+
+
+def test_damaged_counts_of_a_file_are_refused(heeding, tmp_path):
+    folder, prepared = heeding
+    bundle, file = formats.open_bundle(folder), tmp_path / "m.safetensors"
     formats.write(bundle, Target(file))
     raw = bytearray(file.read_bytes())
-    where = raw.index(table_VV[:2].tobytes())
-    raw[where + 1] ^= 1
+    where = raw.index(_counts(prepared).counts_Z.tobytes())
+    raw[where] ^= 1
     file.write_bytes(raw)
     _same(formats.open_bundle(file).params(), bundle.params())
-    with pytest.raises(BadFile, match="neighbours/follow is damaged .its checksum differs"):
-        formats.open_bundle(file).follow.read()
-    formats.write(
-        dataclasses.replace(bundle, follow=bundle_lib.Leaf((270, 270), lambda: holes_VV)),
-        Target(file),
-        overwrite=True,
-    )
-    with pytest.raises(BadFile, match=r"m.safetensors holds other numbers than probabilities"):
-        formats.open_bundle(file).follow.read()
-    wide = dataclasses.replace(
-        bundle, follow=bundle_lib.Leaf((270, 271), lambda: np.pad(table_VV, [(0, 0), (0, 1)]))
-    )
-    formats.write(wide, Target(file), overwrite=True)
-    with pytest.raises(
-        BadFile, match=r"m.safetensors has a table .* \(270, 271\), expected one row"
+    with pytest.raises(BadFile, match=r"neighbours/counts_Z is damaged .its checksum differs"):
+        formats.open_bundle(file).counts()
+    for wrong, damaged in _damaged(_counts(prepared)):
+        changed = dataclasses.replace(bundle, counts=lambda damaged=damaged: damaged)
+        formats.write(changed, Target(file), overwrite=True)
+        with pytest.raises(BadFile, match=f"m.safetensors are damaged: .*{wrong}"):
+            formats.open_bundle(file).counts()
+    # Some of the four tensors, or as another type.
+    for keep, change, wrong in (
+        (3, {}, r"incomplete: neighbours/counts_Z missing; convert it again"),
+        (
+            4,
+            {"neighbours/keys_N": np.float32},
+            r"than weights .neighbours/keys_N: F32",
+        ),
+        (4, {"neighbours/keys_N": np.int64}, r"than weights .neighbours/keys_N: I64"),
     ):
-        formats.open_bundle(file)
-
-
-# ------------------------------------------------------------------------------ the program
+        arrays = {f"neighbours/{k}": v for k, v in _counts(prepared)._asdict().items()}
+        arrays = dict(list(arrays.items())[:keep])
+        arrays = {k: v.astype(change.get(k, np.int32)) for k, v in arrays.items()}
+        safetensors_file._write_shard(
+            file, iter(arrays.items()), json.dumps(bundle_lib.describe(bundle))
+        )
+        with pytest.raises(BadFile, match=wrong):
+            formats.open_bundle(file)
 
 
 def _run(*arguments, code=None):

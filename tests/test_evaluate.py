@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from chance import assert_frequencies
 
 from configs import base
 from fsdfm_jax import inference, models, tokenizer, workdir
+from fsdfm_jax import neighbours as neighbours_lib
 from fsdfm_jax.convert import bundle, formats
 from fsdfm_jax.evaluate import draw, judges, points, reading, stamps, subjects
 from fsdfm_jax.evaluate.draw import Given
@@ -36,7 +38,8 @@ from fsdfm_jax.stages import Process, autoregressive
 L = 6
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
 V = TOKENIZER.vocab_size
-FOLLOW = np.random.default_rng(3).dirichlet(np.full(V, 0.1), size=V).astype(np.float32) + 1e-6
+COUNTS, OTHER_COUNTS = tables.counts(V), tables.counts(V, seed=4)
+TABLE = neighbours_lib.table(COUNTS, V)
 PROCESS = Process(Polynomial(), Source(V), TOKENIZER.eos_id)
 
 
@@ -49,7 +52,7 @@ def _subject(label, stage, seed=0, process=PROCESS, **changes):
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes
     )
     facts = {"run": label, "weights": "ema", "sha256": bundle.content_hash(params)}
-    return Subject(label, stage, params, model, process, TOKENIZER, facts, lambda: FOLLOW)
+    return Subject(label, stage, params, model, process, TOKENIZER, facts, lambda: TABLE)
 
 
 SUBJECTS = {
@@ -65,17 +68,17 @@ class Models:
 
     tokenizer = TOKENIZER
 
-    def __init__(self, follow_VV=FOLLOW, **facts):
-        self._follow_VV, self._facts = follow_VV, facts
+    def __init__(self, counts=COUNTS, **facts):
+        self._counts, self._facts = counts, facts
 
     def facts(self, label, weights):
         return SUBJECTS[label].facts | self._facts
 
     def open(self, label, weights):
-        return SUBJECTS[label]._replace(follow=lambda: self._follow_VV)
+        return SUBJECTS[label]._replace(read_table=lambda: neighbours_lib.table(self._counts, V))
 
     def follow_sha256(self, label):
-        return bundle.checksum(self._follow_VV)
+        return bundle.counts_hash(self._counts)
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +482,7 @@ def test_neighbours_are_a_field_of_rows_and_stamps_that_name_the_table(
         sampling = row["protocol"]["samples"]["sampling"] or {}
         heeded = bool(row["neighbours"])
         assert sampling.get("neighbours") == row["neighbours"]
-        assert sampling.get("follow_sha256") == (bundle.checksum(FOLLOW) if heeded else None)
+        assert sampling.get("follow_sha256") == (bundle.counts_hash(COUNTS) if heeded else None)
     # Watched, the first samples are what they are.
     assert len(rows[-1]["per_step"]["entropy_nats"]) == 2
     point, subject = plan[-1], SUBJECTS["distill"]
@@ -492,7 +495,9 @@ def test_neighbours_are_a_field_of_rows_and_stamps_that_name_the_table(
     stamp = evaluation.protocol(point)["samples"]
     plain, others = _evaluation(tmp_path, [judge], **HEEDING)
     assert plain.protocol(others[-1])["samples"]["sampling"]["follow_sha256"] is None
-    table, _ = _evaluation(tmp_path, [judge], **HEEDING, neighbours=0.5, models_=Models(FOLLOW.T))
+    table, _ = _evaluation(
+        tmp_path, [judge], **HEEDING, neighbours=0.5, models_=Models(OTHER_COUNTS)
+    )
     assert table.protocol(point)["samples"] != stamp
     before = drawn.total()
     for other, its in ((plain, others[-1]), (table, point)):
@@ -512,14 +517,14 @@ def test_samples_that_heed_neighbours_are_those_of_the_sampler():
     noise_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))
     x0_BL = PROCESS.source.sample(noise_key, (3, L))
     run = inference.make_sampler(subject.model, PROCESS, "mixture")
-    heeded = inference.make_neighbours(1.5, FOLLOW, "mixture")
+    heeded = inference.make_neighbours(1.5, TABLE, "mixture")
     arguments = (x0_BL, np.zeros((3, L), bool), np.float32([0, 1 / 3, 2 / 3, 1]), 1.0)
     wanted = run(subject.params, sample_key, *arguments, neighbours=heeded)
     np.testing.assert_array_equal(_draw(point, count=3).tokens_NL, wanted)
 
 
 def test_a_model_without_a_table_is_refused():
-    subject = SUBJECTS["distill"]._replace(follow=None)
+    subject = SUBJECTS["distill"]._replace(read_table=None)
     given = Given(np.zeros((3, L), np.int32), np.zeros((3, L), bool))
     point = _point(jump="mixture", neighbours=1.0)
     with pytest.raises(ValueError, match="came without its text's table"):
@@ -533,14 +538,16 @@ def test_a_catalogue_knows_the_tables_of_its_models(tmp_path):
         subject = SUBJECTS["distill"]
         provenance = {"stage": "distill", "config": {"eval": {"neighbours": strength}}}
         made = bundle.from_params(subject.params, subject.model, **fields, provenance=provenance)
-        made = dataclasses.replace(made, follow=bundle.Leaf((V, V), lambda: FOLLOW))
+        made = dataclasses.replace(made, counts=lambda: COUNTS)
         places[label] = tmp_path / f"{label}.safetensors", {}
         formats.write(made, formats.Target(places[label][0]))
     catalogue = subjects.Catalogue(places)
-    assert catalogue.follow_sha256("heeding") == bundle.checksum(FOLLOW)
+    assert catalogue.follow_sha256("heeding") == bundle.counts_hash(COUNTS)
     assert catalogue.follow_sha256("plain") is None
-    np.testing.assert_array_equal(catalogue.open("heeding", "ema").read_follow(), FOLLOW)
-    assert catalogue.open("plain", "ema").read_follow() is None
+    found = catalogue.open("heeding", "ema").read_table()
+    jax.tree.map(np.testing.assert_array_equal, found, TABLE)
+    assert catalogue.open("plain", "ema").read_table is None
+    assert catalogue.open("heeding", "ema").read_table() is found  # on the device once
 
 
 # -------------------------------------------------------------------------------------------- seeds
@@ -578,7 +585,7 @@ def test_controls():
     def make(name, frozen_NL=frozen_NL):
         return draw.control(name, real_NL, frozen_NL, unigram_V, np.int32([3, 4, 5]), 1)
 
-    for name in points.CONTROLS:
+    for name in ("unigram", "shuffled", "repeated"):
         np.testing.assert_array_equal(make(name)[:, :10], real_NL[:, :10])
         assert make(name).dtype == np.int32
     counts = np.bincount(make("unigram")[:, 10:].ravel(), minlength=4)
@@ -588,6 +595,33 @@ def test_controls():
     np.testing.assert_array_equal(np.sort(shuffled_NL[:, 10:]), np.sort(real_NL[:, 10:]))
     repeated_NL = make("repeated", np.zeros(real_NL.shape, bool))
     assert (repeated_NL == np.resize([3, 4, 5], 40)).all()
+
+
+def test_ngrams_alone_follow_their_counts():
+    """Each token is drawn from what follows the longest context before it; the given are kept."""
+    table = neighbours_lib.table(tables.counts(5), 5)
+    rng = np.random.default_rng(0)
+    real_NL, frozen_NL = rng.integers(5, size=(4000, 6)).astype(np.int32), np.zeros((4000, 6), bool)
+    make = lambda: draw.control(
+        "ngram", real_NL, frozen_NL, np.full(5, 0.2), real_NL[0], 1, count=lambda: tables.counts(5)
+    )
+    made_NL = make()
+    assert made_NL.dtype == np.int32
+    np.testing.assert_array_equal(make(), made_NL)
+    # Contexts by their tokens; those of three are among the texts' first three as well.
+    names = {(i,): i for i in range(5)}
+    for n, key in enumerate(table.keys_N.tolist()):
+        prefix = next(name for name, row in names.items() if row == key // 5)
+        names[*prefix, key % 5] = 5 + n
+    assert {len(name) for name in names} == {1, 2, 3}
+    for name, row in names.items():
+        here_N = np.all(made_NL[:, : len(name)] == name, axis=1)
+        if here_N.sum() > 50:
+            found_V = np.bincount(made_NL[here_N, len(name)], minlength=5)
+            share_V = table.follow_CV[row].astype(np.float64)
+            assert_frequencies(found_V, share_V / share_V.sum())
+    frozen_NL[:, :2] = frozen_NL[:, 4] = True
+    np.testing.assert_array_equal(make()[frozen_NL], real_NL[frozen_NL])
 
 
 def test_collapse_is_exposed_by_the_report(finished):

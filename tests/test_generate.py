@@ -13,9 +13,19 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tables
 
 from configs import base
-from fsdfm_jax import checkpoint, generate, inference, models, prompts, tokenizer, workdir
+from fsdfm_jax import (
+    checkpoint,
+    generate,
+    inference,
+    models,
+    neighbours,
+    prompts,
+    tokenizer,
+    workdir,
+)
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.generate import Options
@@ -48,7 +58,8 @@ def _bundle(*, source="uniform", causal=False, seed=0, **fields):
 
 
 UNIFORM, MASK, CAUSAL = _bundle(), _bundle(source="mask"), _bundle(causal=True)
-FOLLOW = np.random.default_rng(3).dirichlet(np.full(V, 0.1), size=V).astype(np.float32) + 1e-6
+COUNTS = tables.counts(V)
+TABLE = neighbours.table(COUNTS, V)
 NETWORKS = pytest.mark.parametrize("bundle", [UNIFORM, MASK], ids=["uniform", "mask"])
 
 
@@ -264,35 +275,33 @@ def test_samples_are_drawn_as_the_model_says_unless_told_otherwise(monkeypatch, 
     assert [{key: k[key] for key in expected} for k in asked] == [expected] * len(asked)
     for k in asked:
         if expected["neighbours"]:
-            np.testing.assert_array_equal(k["follow_VV"], FOLLOW)
+            jax.tree.map(np.testing.assert_array_equal, k["table"], TABLE)
 
 
 # --------------------------------------------------------------------------------------- neighbours
-def _with_table(bundle, follow_VV=None):
-    """The bundle and a table of its text."""
-    follow_VV = FOLLOW if follow_VV is None else follow_VV
-    leaf = bundle_lib.Leaf(follow_VV.shape, lambda: follow_VV)
-    return dataclasses.replace(bundle, follow=leaf)
+def _with_counts(bundle):
+    """The bundle and what follows what in its text."""
+    return dataclasses.replace(bundle, counts=lambda: COUNTS)
 
 
-def _heeding(bundle, follow_VV=None, **trained):
+def _heeding(bundle, **trained):
     """The bundle as its run was told to sample it."""
     config = {"eval": {"neighbours": 0.75, "few_step_jump": "mixture"} | trained}
     provenance = PROVENANCE | {"config": config}
-    return _with_table(dataclasses.replace(bundle, provenance=provenance), follow_VV)
+    return _with_counts(dataclasses.replace(bundle, provenance=provenance))
 
 
 def test_neighbours_are_heeded_as_the_library_does(monkeypatch, batch_file):
     flags = {"batch_file": str(batch_file), "num_samples": 1, "seed": 9}
     lines = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags, neighbours=1.5))
     templates = [request.template for request in prompts.read_requests(batch_file, BPE, L)][:B]
-    how = {"seed": 9, "jump_rule": "mixture", "follow_VV": FOLLOW}
+    how = {"seed": 9, "jump_rule": "mixture", "table": TABLE}
     draw = lambda neighbours: _call(UNIFORM, templates, neighbours=neighbours, **how)
     wanted_BL = draw(1.5)
     for line, template, tokens_L in zip(lines, templates, wanted_BL, strict=False):
         assert line["tokens"] == tokens_L[: template.shown].tolist()
         assert (line["neighbours"], line["jump"]) == (1.5, "mixture")
-        assert line["follow_sha256"] == bundle_lib.checksum(FOLLOW)
+        assert line["follow_sha256"] == bundle_lib.counts_hash(COUNTS)
     assert (wanted_BL != draw(0.0)).any()
     # The run's own strength; and no word of a table that isn't heeded.
     (line, *_) = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags))
@@ -307,10 +316,10 @@ def test_neighbours_that_cannot_be_heeded_are_refused(monkeypatch):
         _run(monkeypatch, UNIFORM, neighbours=0.5, jump="mixture")
     for flags in ({"neighbours": 0.5}, {"neighbours": 0.5, "jump": "euler"}):
         with pytest.raises(ValueError, match="mixture and dispersed do; .*set neighbours to 0"):
-            _run(monkeypatch, _with_table(UNIFORM), **flags)
+            _run(monkeypatch, _with_counts(UNIFORM), **flags)
     with pytest.raises(ValueError, match="the rule 'cumulative' leaves out the current token"):
         _run(monkeypatch, _heeding(UNIFORM), jump="cumulative")
-    lost = dataclasses.replace(_heeding(UNIFORM), follow=None)
+    lost = dataclasses.replace(_heeding(UNIFORM), counts=None)
     with pytest.raises(ValueError, match="neighbours=0.75 .*without its text's table"):
         _run(monkeypatch, lost)
 
@@ -319,9 +328,9 @@ def test_a_table_is_not_read_unless_it_is_heeded(monkeypatch):
     def fail():
         raise AssertionError
 
-    bundle = dataclasses.replace(UNIFORM, follow=bundle_lib.Leaf((V, V), fail))
+    bundle = dataclasses.replace(UNIFORM, counts=fail)
     _run(monkeypatch, bundle, num_samples=B)
-    heeding = dataclasses.replace(_heeding(CAUSAL), follow=bundle.follow)
+    heeding = dataclasses.replace(_heeding(CAUSAL), counts=bundle.counts)
     prompt = "The state"
     assert generate.make_job(_options(prompt=prompt), heeding).neighbours == 0.0
     job = generate.make_job(_options(prompt=prompt, neighbours=2.0, output="a.jsonl"), heeding)
@@ -464,7 +473,7 @@ def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, cha
     whole = path.read_bytes()
     changes = dict(changes)
     bundle = changes.pop("bundle", UNIFORM)
-    bundle = _with_table(bundle) if changes.pop("table", False) else bundle
+    bundle = _with_counts(bundle) if changes.pop("table", False) else bundle
     monkeypatch.setattr(inference, "generate", None)
     with pytest.raises(ValueError, match=message) as error:
         _run(monkeypatch, bundle, **(flags | changes))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from chance import assert_frequencies
 
 from fsdfm_jax import inference, models, sampler
@@ -56,7 +57,7 @@ def _generate(weights=FEW_STEP, process=UNIFORM_PROCESS, *, given=(), num_sample
 
 # Each token is followed by the next one.
 CYCLE = np.where(np.roll(np.eye(V), 1, 1) > 0, 0.95, 0.05 / (V - 1)).astype(np.float32)
-HEEDING = {"neighbours": 2.0, "follow_VV": CYCLE, "jump_rule": "dispersed"}
+HEEDING = {"neighbours": 2.0, "table": tables.pairs(CYCLE), "jump_rule": "dispersed"}
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -86,7 +87,7 @@ def test_shape_and_seed(weights):
         ({"neighbours": -0.5}, "neighbours must be at least 0 and finite, got -0.5"),
         ({"neighbours": float("inf")}, "neighbours must be at least 0 and finite"),
         ({**HEEDING, "jump_rule": "cumulative"}, "mixture and dispersed do; .*'cumulative'"),
-        ({**HEEDING, "follow_VV": None}, "came without its text's table.*set neighbours to 0"),
+        ({**HEEDING, "table": None}, "came without its text's table.*set neighbours to 0"),
         ({"num_samples": 0}, "at least one row"),
         ({"frozen_BL": np.zeros((B, L + 1), bool)}, r"\(16, 5\) and \(16, 6\)"),
         ({"frozen_BL": np.zeros((B, L), np.int32)}, "frozen_BL bools"),
@@ -215,16 +216,15 @@ def test_neighbours_lead_to_pairs_of_the_text_around_what_is_given(process):
     alone = draw(neighbours=0.0)
     assert pairs(tokens) > pairs(alone) + 0.2
     # Without a strength it is the program, and the draw, of a sampler that knows no neighbours.
-    np.testing.assert_array_equal(alone, draw(neighbours=0.0, follow_VV=None))
+    np.testing.assert_array_equal(alone, draw(neighbours=0.0, table=None))
 
 
 def test_tables_and_strengths_are_data():
     run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "dispersed", None)
     one = _generate(**HEEDING)
     compiled = run._cache_size()
-    others = [
-        _generate(**HEEDING | change) for change in ({"follow_VV": CYCLE.T}, {"neighbours": 3})
-    ]
+    changes = ({"table": tables.pairs(CYCLE.T)}, {"neighbours": 3})
+    others = [_generate(**HEEDING | change) for change in changes]
     assert run._cache_size() == compiled > 0
     assert all((one != other).any() for other in others)
 

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 
 from benchmarks import meshes
 from benchmarks.meshes import Case
 from configs import base
 from fsdfm_jax import inference, models, sampler, sharding
+from fsdfm_jax import neighbours as neighbours_lib
 from fsdfm_jax.evaluate import draw
 from fsdfm_jax.evaluate.points import Point
 from fsdfm_jax.evaluate.subjects import Subject
@@ -108,8 +110,8 @@ def few_steps(vocab_size=11, jump="cumulative", strength=0.0):
     noise_key, key = jax.random.split(jax.random.key(3))
     x0_BL = process.source.sample(noise_key, (ROWS, LENGTH))
     frozen_BL = jnp.zeros(x0_BL.shape, bool).at[:, 0].set(True)
-    follow_VV = np.random.default_rng(2).dirichlet(np.full(vocab_size, 0.3), size=vocab_size)
-    heeded = inference.make_neighbours(strength, follow_VV, jump)
+    table = neighbours_lib.table(tables.counts(vocab_size), vocab_size) if strength else None
+    heeded = inference.make_neighbours(strength, table, jump)
     how = (jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95, None, 0.0, 0.0, heeded)
     return run, params, (key, x0_BL, frozen_BL, *how)
 
@@ -191,14 +193,14 @@ def test_evaluation_draws_the_same_on_a_mesh(sizes, neighbours):
     point = Point("model", "distill", "distill", stage="distill", steps=2, jump=jump)
     point = dataclasses.replace(point, grid="uniform", temperature=1.0, top_p=1.0, seed=4)
     point = dataclasses.replace(point, cooling=0.0, look_ahead=0.0, neighbours=neighbours)
-    follow_VV = np.random.default_rng(2).dirichlet(np.full(11, 0.3), size=11)
+    table = neighbours_lib.table(tables.counts(11), 11)
     found = []
     for where in ((1, 1, 1), sizes):
         draw._compile.cache_clear()
         with sharding.use(meshes.make_mesh(where)):
             spread = sharding.spread(params)
             subject = Subject("distill", "distill", spread, model, process, None, {})
-            subject = subject._replace(follow=lambda: follow_VV)
+            subject = subject._replace(read_table=lambda: table)
             done = draw.draw(point, subject, given, batch_size=3, room=2)
             found.append(done.tokens_NL)
     assert found[0].shape == (5, LENGTH)

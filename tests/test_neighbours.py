@@ -1,5 +1,6 @@
-"""Draws that heed their left neighbour: the table, and draws against their exact distribution."""
+"""Draws that heed their neighbours: counts, tables, and draws against their exact distribution."""
 
+import collections
 import functools
 import itertools
 
@@ -11,7 +12,7 @@ from chance import assert_frequencies
 
 from fsdfm_jax import draws, jumps, neighbours, sampler
 from fsdfm_jax.logits import Factored, dense, rows
-from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.neighbours import Counts, Neighbours, Table
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
 
@@ -19,7 +20,26 @@ L, V = 3, 3
 TEXTS = np.asarray(list(itertools.product(range(V), repeat=L)))
 
 
-# ---------------------------------------------------------------------------------------- the table
+# In what is compared to, contexts are tuples of tokens, and what follows them dictionaries.
+def _ordered(contexts):
+    """Contexts as in `Counts`."""
+    return sorted(contexts, key=lambda context: (len(context), context))
+
+
+def _keys(contexts, vocab_size):
+    """`Counts.keys_N`."""
+    row = {context: index for index, context in enumerate(_ordered(contexts))}
+    return np.int32([row[c[:-1]] * vocab_size + c[-1] for c in _ordered(contexts) if len(c) > 1])
+
+
+def _shorter(contexts):
+    """`Table.shorter_C`: the first token dropped, and more where the rest is no context."""
+    row = {context: index for index, context in enumerate(_ordered(contexts))}
+    suffixes = lambda context: (context[first:] for first in range(1, len(context)))
+    return np.int32([next((row[s] for s in suffixes(c) if s in row), -1) for c in row])
+
+
+# --------------------------------------------------------------------------------------- the counts
 class Text(list):
     """Blocks that remember which of them were read."""
 
@@ -32,23 +52,86 @@ class Text(list):
         return super().__getitem__(index)
 
 
-def _blocks(number, vocab_size=7, length=20):
-    rng = np.random.default_rng(0)
-    return Text(rng.integers(vocab_size, size=(number, length)).astype(np.uint16))
+def _blocks(lengths, seed=0):
+    """Blocks of ids below 4, some of them more frequent than others."""
+    rng = np.random.default_rng(seed)
+    return Text(rng.choice(4, size=n, p=[0.5, 0.3, 0.1, 0.1]).astype(np.uint16) for n in lengths)
+
+
+def _followed(blocks):
+    """{context: how often each token follows it}, by a loop over blocks."""
+    follow = collections.defaultdict(collections.Counter)
+    for block in blocks:
+        tokens = np.asarray(block).tolist()
+        for size in (1, 2, 3):
+            for start in range(len(tokens) - size):
+                follow[tuple(tokens[start : start + size])][tokens[start + size]] += 1
+    return follow
+
+
+def _taken(follow, vocab_size, most=0, least=1):
+    """That of all contexts of one token and of the longer ones that `count` takes."""
+    often = lambda context: follow[context].total()
+    longer = [context for context in follow if len(context) > 1 and often(context) >= least]
+    longer.sort(key=lambda context: (-often(context), len(context), context))
+    return {c: follow[c] for c in [*((v,) for v in range(vocab_size)), *longer[:most]]}
+
+
+def _counts(follow, vocab_size):
+    contexts = _ordered(follow)
+    pairs = [(token, follow[c][token]) for c in contexts for token in sorted(follow[c])]
+    tokens, times = np.int32(pairs).reshape(-1, 2).T
+    sizes_C = np.int32([len(follow[context]) for context in contexts])
+    return Counts(_keys(contexts, vocab_size), sizes_C, tokens, times)
+
+
+def _assert_same(found, wanted):
+    for one, two in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, two, strict=True)
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("most", [0, 1, 9, 20, 1000])
+@pytest.mark.parametrize(
+    "lengths",
+    [(30, 3, 0, 50, 1, 2, 4, 17), (1, 0, 2, 1), (1,), (0, 0), ()],
+    ids=["blocks", "short", "one token", "empty", "no block"],
+)
+def test_counts_are_those_of_a_loop_over_blocks(monkeypatch, lengths, most, least):
+    monkeypatch.setattr(neighbours, "_MOST_ENTRIES", most * 6 + 5)
+    monkeypatch.setattr(neighbours, "_LEAST_SEEN", least)
+    blocks = _blocks(lengths)
+    found = neighbours.count(blocks, 6)  # two ids more than the text has
+    follow = _followed(list(blocks))
+    wanted = _taken(follow, 6, most, least)
+    _assert_same(found, _counts(wanted, 6))
+    neighbours.check_counts(found, 6)
+    longer = [context for context in wanted if len(context) > 1]
+    assert {*(c[1:] for c in longer), *(c[:-1] for c in longer)} <= {*wanted}
+    if sum(lengths) > 100:
+        # Some of both lengths where more than one is taken, and not all of them where few are.
+        assert {*map(len, longer)} == ({2, 3} if most > 1 else {2} if most else set())
+        everything = sum(len(context) > 1 for context in follow)
+        assert len(longer) < everything or (most, least) == (1000, 1)
+
+
+def test_contexts_are_as_frequent_and_as_many_as_promised():
+    enough, too_few = [np.int32([0, 1, 2])] * 32, [np.int32([3, 1, 2])] * 31
+    assert neighbours.count([*enough, *too_few], 4).keys_N.tolist() == [1]  # (0, 1) alone
+    # Here all are as frequent: then those of two tokens are taken first, of which there are 1498.
+    for vocab_size, most in ((8192, 1024), (4096, 2048)):
+        keys_N = neighbours.count([np.arange(1500)] * 32, vocab_size).keys_N
+        assert len(keys_N) == most
+        assert np.sum(keys_N < vocab_size**2) == min(most, 1498)
 
 
 @pytest.mark.parametrize(("most", "read"), [(100, range(7)), (3, [0, 3, 6]), (1, [0])])
-def test_counts_are_those_of_a_loop_over_blocks_spread_evenly(monkeypatch, most, read):
+def test_blocks_are_read_spread_evenly(monkeypatch, most, read):
     monkeypatch.setattr(neighbours, "_MOST_BLOCKS", most)
-    text = _blocks(7)
-    found_VV = neighbours.count(text, 9)  # two ids more than the text has
+    text = _blocks([20] * 7)
+    found = neighbours.count(text, 6)
     assert text.read == list(read)
-    wanted_VV = np.zeros((9, 9))
-    for index in read:
-        for left, right in itertools.pairwise(list(text)[index].tolist()):  # not across blocks
-            wanted_VV[left, right] += 1
-    np.testing.assert_array_equal(found_VV, wanted_VV)
-    assert found_VV.dtype == np.float64
+    _assert_same(found, _counts(_taken(_followed([list(text)[i] for i in read]), 6, 9, 32), 6))
 
 
 def test_no_more_blocks_are_read_than_change_the_table():
@@ -61,7 +144,7 @@ def test_no_more_blocks_are_read_than_change_the_table():
             return np.zeros(2, np.int32)
 
     asked = []
-    assert neighbours.count(Long(), 1)[0, 0] == len(asked) == 2**15
+    assert neighbours.count(Long(), 1).counts_Z.tolist() == [len(asked)] == [2**15]
     assert (asked[0], asked[-1]) == (0, 10**9 - 1)
     assert np.ptp(np.diff(asked)) <= 1
 
@@ -75,77 +158,180 @@ def test_ids_outside_of_the_vocabulary_are_refused(wrong):
 
 def test_a_vocabulary_without_a_table_is_refused_before_any_text_is_read():
     neighbours.check_vocab(8192)
-    text = _blocks(2)
+    text = _blocks([20] * 2)
     for refuse in (neighbours.check_vocab, functools.partial(neighbours.count, text)):
         with pytest.raises(ValueError, match="table of 8193 x 8193 tokens.*up to 8192 only"):
             refuse(8193)
     assert not text.read
 
 
-def test_a_table_written_out_by_hand():
+# Of 0110 and 0111, V=3: contexts 0, 1, 2, 01, 11, 011.
+SMALL = Counts(
+    keys_N=np.int32([1, 4, 10]),
+    sizes_C=np.int32([1, 2, 0, 1, 2, 2]),
+    tokens_Z=np.int32([1, 0, 1, 1, 0, 1, 0, 1]),
+    counts_Z=np.int32([2, 1, 3, 2, 1, 1, 1, 1]),
+)
+
+
+def test_counts_written_out_by_hand(monkeypatch):
+    monkeypatch.setattr(neighbours, "_LEAST_SEEN", 1)
+    _assert_same(neighbours.count([[0, 1, 1, 0], [0, 1, 1, 1]], 3), SMALL)
+    neighbours.check_counts(SMALL, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "damage"),
+    [
+        ("four arrays of int32", {"counts_Z": SMALL.counts_Z.astype(np.int64)}),
+        ("four arrays of int32", {"keys_N": np.float32([1, 4, 10])}),
+        ("four arrays of int32 in one dimension", {"keys_N": SMALL.keys_N[None]}),
+        (r"sizes of 3 \+ 3 contexts, got 5", {"sizes_C": SMALL.sizes_C[:-1]}),
+        (r"sizes of 3 \+ 2 contexts, got 6", {"keys_N": SMALL.keys_N[:-1]}),
+        ("sizes aren't those of what follows", {"sizes_C": [1, 2, -1, 1, 3, 2]}),
+        ("sizes aren't those of what follows", {"sizes_C": [1, 2, 0, 1, 2, 1]}),
+        ("sizes aren't those of what follows", {"tokens_Z": SMALL.tokens_Z[:-1]}),
+        ("sizes aren't those of what follows", {"counts_Z": SMALL.counts_Z[:-1]}),
+        (r"tokens in \[0, 3\)", {"tokens_Z": [1, 0, 1, 1, 0, 1, 0, 3]}),
+        (r"tokens in \[0, 3\)", {"tokens_Z": [1, -1, 1, 1, 0, 1, 0, 1]}),
+        ("counts of at least 1", {"counts_Z": [2, 1, 3, 2, 1, 1, 0, 1]}),
+        ("contexts that something follows", {"sizes_C": [1, 2, 1, 0, 2, 2]}),
+        ("what follows a context doesn't increase", {"tokens_Z": [1, 1, 0, 1, 0, 1, 0, 1]}),
+        ("what follows a context doesn't increase", {"tokens_Z": [1, 0, 1, 1, 0, 0, 0, 1]}),
+        ("don't come after what they begin with", {"keys_N": [4, 1, 10]}),
+        ("don't come after what they begin with", {"keys_N": [1, 1, 10]}),
+        ("don't come after what they begin with", {"keys_N": [-1, 4, 10]}),
+        ("don't come after what they begin with", {"keys_N": [1, 4, 15]}),  # begins with itself
+        ("don't come after what they begin with", {"keys_N": [1, 13, 14]}),
+        ("up to 3 tokens, got one of 4", {"keys_N": [1, 10, 13]}),  # 01, 011, 0111
+    ],
+)
+def test_damaged_counts_are_refused(message, damage):
+    arrays = {name: np.int32(a) if isinstance(a, list) else a for name, a in damage.items()}
+    with pytest.raises(ValueError, match=message):
+        neighbours.check_counts(SMALL._replace(**arrays), 3)
+
+
+# ---------------------------------------------------------------------------------------- the table
+def test_a_table_of_pairs_written_out_by_hand():
     # The right tokens' shares are (1 + 1/2) / 4 and (2 + 1/2) / 4. Of token 0 a pair was seen
     # twice: it keeps 5/4 of 2, and 3/8 go to the shares; of token 1 one: 1/4 of 1, and 3/4.
-    found_VV = neighbours.follow(np.float64([[0, 2], [1, 0]]))
+    found = neighbours.table(_counts({(0,): {1: 2}, (1,): {0: 1}}, 2), 2)
     share_V = np.float64([0.375, 0.625])
     wanted_VV = [[0.0, 0.625] + 0.375 * share_V, [0.25, 0.0] + 0.75 * share_V]
-    np.testing.assert_allclose(found_VV, wanted_VV, rtol=1e-6)
-    assert found_VV.dtype == np.float32
+    np.testing.assert_allclose(found.follow_CV, wanted_VV, rtol=1e-6)
+    assert found.follow_CV.dtype == np.float32
+    assert (found.keys_N.tolist(), found.shorter_C.tolist()) == ([], [-1, -1])
 
 
-def test_a_table_holds_probabilities_above_0():
-    counts_VV = neighbours.count(_blocks(5), 9)  # 7 and 8 are in no text
-    counts_VV[3] = 0  # nothing follows 3
-    follow_VV = neighbours.follow(counts_VV)
-    assert np.all(follow_VV > 0)
-    np.testing.assert_allclose(follow_VV.sum(axis=1), 1.0, rtol=1e-6)
-    frequency_V = counts_VV.sum(axis=0) + 0.5
-    for left in (3, 7, 8):
-        np.testing.assert_allclose(follow_VV[left], frequency_V / frequency_V.sum(), rtol=1e-6)
-    # What was seen more often stands higher in its row.
-    left = counts_VV[0]
-    assert np.all(np.diff(follow_VV[0][np.argsort(left, kind="stable")][np.sort(left) > 0]) > -0.02)
-    assert follow_VV[0].argmax() == left.argmax()
+def test_a_table_with_a_longer_context_written_out_by_hand():
+    # Of 010, 010, 011 and 11. After token 1 two tokens were seen twice each: 6/4 of 4 are given
+    # up; after 01 two tokens, 2 and 1 times: 6/4 of 3, to the row of token 1.
+    follow = {(0,): {1: 3}, (1,): {0: 2, 1: 2}, (0, 1): {0: 2, 1: 1}}
+    found = neighbours.table(_counts(follow, 2), 2)
+    share_V = np.float64([2.5, 5.5]) / 8
+    one_V = [1.25 / 4, 1.25 / 4] + 0.375 * share_V
+    wanted_CV = [[0.0, 0.75] + 0.25 * share_V, one_V, [1.25 / 3, 0.25 / 3] + 0.5 * one_V]
+    np.testing.assert_allclose(found.follow_CV, wanted_CV, rtol=1e-6)
+    assert (found.keys_N.tolist(), found.shorter_C.tolist()) == ([1], [-1, -1, 1])
+
+
+def _row(follow, context, vocab_size):
+    """P(next token | context), float64."""
+    if not context:
+        seen = [pair for c, after in follow.items() if len(c) == 1 for pair in after.items()]
+        times_V = [0.5 + sum(n for token, n in seen if token == v) for v in range(vocab_size)]
+        return np.float64(times_V) / sum(times_V)
+    shorter_V = _row(follow, context[1:], vocab_size)
+    if not follow.get(context):
+        return shorter_V
+    times_V = np.float64([follow[context].get(v, 0) for v in range(vocab_size)])
+    kept_V = np.where(times_V > 0, times_V - 0.75, 0.0)
+    return (kept_V + 0.75 * np.sum(times_V > 0) * shorter_V) / times_V.sum()
+
+
+@pytest.mark.parametrize("gap", [(), [(0, 0)], [(0, 0), (1, 0), (0, 1)]])
+def test_a_table_is_smoothed_by_the_shorter_contexts(gap):
+    follow = _taken(_followed(list(_blocks([40] * 5))), 6, 40, 3)  # 4 and 5 are in no text
+    follow[3,] = {}  # nothing follows 3
+    # A file may lack the end of a context: then the next shorter one is taken.
+    follow = {c: after for c, after in follow.items() if c not in gap and c[:-1] not in gap}
+    counts = _counts(follow, 6)
+    neighbours.check_counts(counts, 6)
+    contexts = _ordered(follow)
+    assert any(c[1:] in gap for c in contexts) == bool(gap)
+    assert {*map(len, contexts)} == {1, 2, 3}
+    found = neighbours.table(counts, 6)
+    wanted_CV = [_row(follow, context, 6) for context in contexts]
+    np.testing.assert_allclose(found.follow_CV, wanted_CV, rtol=1e-6)
+    assert np.all(found.follow_CV > 0)
+    np.testing.assert_allclose(found.follow_CV.sum(axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(found.keys_N, counts.keys_N, strict=True)
+    np.testing.assert_array_equal(found.shorter_C, _shorter(contexts), strict=True)
+    if not gap:
+        assert [contexts[at] for at in found.shorter_C[6:]] == [c[1:] for c in contexts[6:]]
+    frequency_V = _row(follow, (), 6)
+    for token in (3, 4, 5):
+        np.testing.assert_allclose(found.follow_CV[token], frequency_V, rtol=1e-6)
 
 
 def test_no_text_gives_flat_rows():
-    np.testing.assert_allclose(neighbours.follow(np.zeros((4, 4))), np.full((4, 4), 0.25))
+    found = neighbours.table(neighbours.count([], 4), 4)
+    np.testing.assert_allclose(found.follow_CV, np.full((4, 4), 0.25))
 
 
 # ----------------------------------------------------------------------------------------- one draw
-def exact(logits_LV, x_L, drawn_L, given_L, follow_VV, strength, temperature):
-    """P(text) of all `TEXTS`, float64: the formula of the module, position by position.
+def exact(logits_LV, x_L, drawn_L, given_L, follow, strength, temperature):
+    """P(text) of all texts, float64: the formula of the module, position by position.
 
     logits_LV: divided by the temperature.
+    follow: {context: P(next token | it)}.
     """
-    normal = lambda w_V: w_V / w_V.sum()
-    result = np.ones(len(TEXTS))
-    for i in range(len(x_L)):
-        own_V = np.exp(logits_LV[i] - logits_LV[i].max())
-        for text, row_L in enumerate(TEXTS):
+    normal = lambda w_XV: w_XV / w_XV.sum(axis=-1, keepdims=True)
+    weights_LV = np.exp(logits_LV - logits_LV.max(axis=-1, keepdims=True))
+    posterior_LV = normal(weights_LV**temperature)
+    pairs_VV = np.stack([follow[token,] for token in range(V)])
+    power, sure_L = strength / temperature, np.logical_or(drawn_L, given_L)
+    p = {(): 1.0}
+    for i, token in enumerate(x_L):
+        known_V = weights_LV[i]
+        if i and sure_L[i - 1]:
+            known_V = known_V / (posterior_LV[i - 1] @ pairs_VV) ** power
+        if i + 1 < len(x_L) and given_L[i + 1] and not drawn_L[i + 1]:
+            ratio_V = pairs_VV[:, x_L[i + 1]] / (pairs_VV @ posterior_LV[i + 1])
+            known_V = known_V * ratio_V**power
+        before, p = p, {}
+        for text, p_text in before.items():
+            ends = [text[n:] for n in range(max(i - 3, 0), i) if all(sure_L[n:i])]
+            found = [follow[end] for end in ends if end in follow]  # the longest one is first
+            q_V = normal(known_V * found[0] ** power if found else known_V)
             if not drawn_L[i]:
-                result[text] *= row_L[i] == x_L[i]
-                continue
-            q_V = own_V
-            if i and (drawn_L[i - 1] or given_L[i - 1]):
-                left_V = normal(np.exp(temperature * (logits_LV[i - 1] - logits_LV[i - 1].max())))
-                expected_V = left_V @ follow_VV
-                more_V = follow_VV[row_L[i - 1]] / expected_V
-                q_V = own_V * more_V ** (strength / temperature)
-            result[text] *= normal(q_V)[row_L[i]]
-    return result
+                q_V = np.arange(V) == token
+            p |= {(*text, v): p_text * q_V[v] for v in range(V)}
+    return np.asarray([*p.values()])
 
 
-def _follow(vocab_size=V, seed=1):
-    return np.random.default_rng(seed).dirichlet(np.full(vocab_size, 0.5), size=vocab_size)
+def _follow(longer=(), vocab_size=V, seed=4):
+    """A row for each context of one token and for these longer ones."""
+    contexts = [*((v,) for v in range(vocab_size)), *longer]
+    rows_CV = np.random.default_rng(seed).dirichlet(np.full(vocab_size, 0.5), size=len(contexts))
+    return dict(zip(contexts, rows_CV, strict=True))
 
 
-def _logits(seed=2):
-    return np.random.default_rng(seed).normal(size=(L, V))
+def _table(follow):
+    follow_CV = np.stack([follow[context] for context in _ordered(follow)])
+    keys_N = _keys(follow, follow_CV.shape[1])
+    return Table(jnp.float32(follow_CV), jnp.asarray(keys_N), jnp.asarray(_shorter(follow)))
+
+
+def _logits(length=L, seed=2):
+    return np.random.default_rng(seed).normal(size=(length, V))
 
 
 def _numbers(x_BL):
-    """How often each of `TEXTS` stands in the rows."""
-    return np.bincount(np.asarray(x_BL) @ V ** np.arange(L)[::-1], minlength=V**L)
+    """How often each text stands in the rows."""
+    length = x_BL.shape[1]
+    return np.bincount(np.asarray(x_BL) @ V ** np.arange(length)[::-1], minlength=V**length)
 
 
 ROWS = 40_000
@@ -158,7 +344,7 @@ def _every(x, dtype):
 
 def _draw(
     logits_LV,
-    follow_VV,
+    table,
     strength,
     *,
     x_L=(0,) * L,
@@ -174,7 +360,7 @@ def _draw(
             _every(x_L, jnp.int32),
             _every(drawn_L, bool),
             _every(given_L, bool),
-            Neighbours(jnp.float32(follow_VV), jnp.float32(strength)),
+            Neighbours(table, jnp.float32(strength)),
             temperature=jnp.float32(temperature),
         )
     )
@@ -185,64 +371,140 @@ def _draw_alone(logits_LV):
     return np.asarray(draws.categorical(jax.random.key(5), _every(logits_LV, jnp.float32)))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize(
-    ("drawn_L", "given_L"),
-    [
-        ((1, 1, 1), (0, 0, 0)),
-        ((0, 1, 1), (1, 0, 0)),
-        ((1, 0, 1), (0, 1, 0)),
-        ((1, 0, 1), (0, 0, 0)),  # it stays, and what stands right of it doesn't heed it
-        ((0, 1, 0), (0, 0, 1)),
-    ],
-    ids=["all", "after a prompt", "around a token", "a token that stays", "one"],
-)
-def test_draws_have_the_distribution_of_the_formula(drawn_L, given_L, temperature):
-    follow_VV, x_L, strength = _follow(), (2, 0, 1), 1.5
-    logits_LV = _logits() / temperature
-    where = {"x_L": x_L, "drawn_L": drawn_L, "given_L": given_L}
-    found = _draw(logits_LV, follow_VV, strength, **where, temperature=temperature)
-    asked = (logits_LV, x_L, drawn_L, given_L, follow_VV)
-    wanted = exact(*asked, strength, temperature)
+def _assert_drawn_by_the_formula(x_L, drawn_L, given_L, follow, temperature, others):
+    """And not by it with `others` in place of what was asked for."""
+    logits_LV = _logits(len(x_L)) / temperature
+    where = {"x_L": x_L, "drawn_L": drawn_L, "given_L": given_L, "temperature": temperature}
+    asked = where | {"follow": follow, "strength": 1.5}
+    found = _draw(logits_LV, _table(follow), 1.5, **where)
+    wanted = exact(logits_LV, **asked)
     assert_frequencies(_numbers(found), wanted)
-    alone = exact(*asked, 0.0, temperature)
-    if sum(drawn_L) == 3:
-        assert np.abs(wanted - alone).sum() > 0.2  # so that a draw that heeds nothing would show
     stay_L = ~np.asarray(drawn_L, bool)
     assert np.all(found[:, stay_L] == np.asarray(x_L)[stay_L])
+    for other in others:
+        assert np.abs(wanted - exact(logits_LV, **asked | other)).sum() > 0.05, other
+
+
+ALONE = {"strength": 0.0}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("drawn_L", "given_L", "others"),
+    [
+        ((1, 1, 1), (0, 0, 0), [ALONE]),
+        ((0, 1, 1), (1, 0, 0), [{"given_L": (0, 0, 0)}]),
+        ((1, 1, 0), (0, 0, 1), [{"given_L": (0, 0, 0)}]),
+        ((1, 0, 1), (0, 1, 0), [{"given_L": (0, 0, 0)}]),
+        ((0, 1, 0), (1, 0, 1), [{"given_L": (1, 0, 0)}, {"given_L": (0, 0, 1)}]),
+        ((1, 0, 1), (0, 0, 0), [{"given_L": (0, 1, 0)}]),  # what stands beside it doesn't heed it
+        ((0, 1, 0), (0, 0, 1), [ALONE, {"given_L": (1, 0, 1)}]),
+        ((1, 1, 1), (0, 1, 1), [ALONE]),  # what is drawn anew isn't heeded before
+        ((1, 1, 0), (0, 1, 1), [{"given_L": (0, 0, 0)}]),
+    ],
+    ids=[
+        "all",
+        "after a prompt",
+        "before a token",
+        "around a token",
+        "between tokens",
+        "a token that stays",
+        "one",
+        "all anew",
+        "one anew before a token",
+    ],
+)
+def test_draws_have_the_distribution_of_the_formula(drawn_L, given_L, others, temperature):
+    x_L = (2, 0, 1)
+    _assert_drawn_by_the_formula(x_L, drawn_L, given_L, _follow(), temperature, others)
+
+
+# 202 has an end that is no context.
+TWO, THREE = [(0, 0), (0, 1), (1, 2), (2, 0)], [(0, 1, 2), (1, 2, 0), (2, 0, 0), (2, 0, 2)]
+LONGER = _follow([*TWO, *THREE], seed=17)
+ONLY = {size: {"follow": {c: LONGER[c] for c in LONGER if len(c) <= size}} for size in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("x_L", "drawn_L", "given_L", "others"),
+    [
+        ((0,) * 5, (1, 1, 1, 1, 1), (0,) * 5, [ONLY[1], ONLY[2]]),
+        ((2, 0, 1, 2, 0), (0, 0, 0, 0, 1), (1, 1, 1, 1, 0), [ONLY[1], ONLY[2]]),  # 012
+        ((2, 0, 1, 2, 0), (0, 0, 0, 0, 1), (1, 0, 1, 1, 0), [ONLY[1]]),  # 12: 0 isn't sure
+        ((2, 0, 1, 2, 0), (0, 0, 0, 0, 1), (1, 1, 0, 1, 0), [{"given_L": (1, 1, 1, 1, 0)}]),  # 2
+        ((1, 2, 0, 1, 0), (0, 0, 0, 0, 1), (1, 1, 1, 1, 0), [ONLY[1]]),  # 01, after 120
+        ((0, 1, 2, 1, 0), (0, 0, 0, 0, 1), (1, 1, 1, 1, 0), [ALONE]),  # 1, after 012
+        ((0, 1, 0, 0, 2), (0, 0, 1, 1, 0), (1, 1, 0, 0, 1), [ONLY[1], ONLY[2], ALONE]),
+        ((1, 2, 0, 0, 0), (1, 0, 1, 0, 1), (0, 1, 0, 1, 0), [ONLY[1], ONLY[2], ALONE]),
+        ((1, 2, 0, 0, 0), (1, 0, 1, 0, 1), (0, 1, 0, 0, 0), [ONLY[1]]),
+    ],
+    ids=["all", "three", "two", "one", "a shorter one", "the last alone", "inside", "mixed", "gap"],
+)
+def test_draws_heed_the_longest_context_of_sure_tokens(x_L, drawn_L, given_L, others):
+    _assert_drawn_by_the_formula(x_L, drawn_L, given_L, LONGER, 0.8, others)
+
+
+def test_draws_heed_what_was_counted(monkeypatch):
+    monkeypatch.setattr(neighbours, "_MOST_ENTRIES", 12 * V)
+    text = [block % V for block in _blocks([40] * 30)]
+    table = neighbours.table(neighbours.count(text, V), V)
+    counts = _taken(_followed(text), V, 12, 32)
+    assert {*map(len, counts)} == {1, 2, 3}
+    where = {"x_L": (1, 0, 0, 0, 2), "drawn_L": (0, 1, 1, 1, 0), "given_L": (1, 0, 0, 0, 1)}
+    follow = {context: _row(counts, context, V) for context in counts}
+    pairs = {context: follow[context] for context in follow if len(context) == 1}
+    wanted = exact(_logits(5), *where.values(), follow, 3.0, 1.0)
+    assert_frequencies(_numbers(_draw(_logits(5), table, 3.0, **where)), wanted)
+    other = exact(_logits(5), *where.values(), pairs, 3.0, 1.0)
+    assert np.abs(wanted - other).sum() > 0.05
 
 
 def test_tokens_that_cannot_be_are_not_drawn():
     logits_LV = _logits()
     logits_LV[:, 1] = -np.inf  # as the mask's is
     wanted = exact(logits_LV, [0] * L, [1] * L, [0] * L, _follow(), 2.0, 1.0)
-    assert_frequencies(_numbers(_draw(logits_LV, _follow(), 2.0)), wanted)
+    assert_frequencies(_numbers(_draw(logits_LV, _table(_follow()), 2.0)), wanted)
 
 
 @pytest.mark.parametrize(
     ("table", "strength"),
     [("any", 0.0), ("independent", 1.0), ("independent", 3.0)],
 )
-def test_draws_are_independent_where_there_is_nothing_to_heed(table, strength):
+@pytest.mark.parametrize("given", [False, True])
+def test_draws_are_independent_where_there_is_nothing_to_heed(table, strength, given):
     """Then they are those of the same noise without neighbours, token by token."""
-    follow_VV = _follow()
+    follow = _follow([(0, 1), (1, 2), (0, 1, 2)])
     if table == "independent":
-        follow_VV = np.tile(follow_VV[:1], (V, 1))
+        follow = dict.fromkeys(follow, follow[0,])
     logits_LV = _logits()
-    found_BL = _draw(logits_LV, follow_VV, strength)
-    np.testing.assert_array_equal(found_BL, _draw_alone(logits_LV))
+    where = {"x_L": (2, 0, 1), "drawn_L": (1, 1, 0), "given_L": (0, 0, 1)} if given else {}
+    drawn = L - given
+    found_BL, alone_BL = _draw(logits_LV, _table(follow), strength, **where), _draw_alone(logits_LV)
+    np.testing.assert_array_equal(found_BL[:, :drawn], alone_BL[:, :drawn])
 
 
 def test_a_neighbour_that_the_network_knows_adds_nothing():
     logits_LV = _logits()
     logits_LV[:2] = [0.0, 60.0, 0.0]
     alone_BL = _draw_alone(logits_LV)
-    np.testing.assert_array_equal(_draw(logits_LV, _follow(), 2.0), alone_BL)
+    np.testing.assert_array_equal(_draw(logits_LV, _table(_follow()), 2.0), alone_BL)
     # Of one that it doesn't know the same token, given, does.
     logits_LV[:2] = 0.0
     where = {"x_L": (1, 1, 0), "drawn_L": (0, 0, 1), "given_L": (1, 1, 0)}
-    other_BL = _draw(logits_LV, _follow(), 2.0, **where)
+    other_BL = _draw(logits_LV, _table(_follow()), 2.0, **where)
     assert np.mean(other_BL[:, 2] != alone_BL[:, 2]) > 0.1
+
+
+def test_a_neighbour_to_the_right_that_the_network_knows_adds_nothing():
+    logits_LV = _logits()
+    where = {"x_L": (0, 0, 1), "drawn_L": (0, 1, 0), "given_L": (0, 0, 1)}
+    alone_BL = _draw_alone(logits_LV)
+    logits_LV[2] = [0.0, 60.0, 0.0]
+    found_BL = _draw(logits_LV, _table(_follow()), 2.0, **where)
+    np.testing.assert_array_equal(found_BL[:, 1], alone_BL[:, 1])
+    logits_LV[2] = 0.0
+    found_BL = _draw(logits_LV, _table(_follow()), 2.0, **where)
+    assert np.mean(found_BL[:, 1] != alone_BL[:, 1]) > 0.1
 
 
 def _many(batch=5, length=13, vocab_size=50):
@@ -252,9 +514,11 @@ def _many(batch=5, length=13, vocab_size=50):
     features, kernel, bias = draw(batch, length, 3), draw(3, vocab_size), draw(vocab_size)
     bias = bias.at[vocab_size - 1].set(-jnp.inf)
     given_BL = jnp.asarray(rng.random((batch, length)) < 0.2)
+    given_BL = given_BL.at[0].set(False)  # so that nothing stays to the right of anything there
     drawn_BL = jnp.asarray(rng.random((batch, length)) < 0.8) & ~given_BL
     x_BL = jnp.asarray(rng.integers(vocab_size, size=(batch, length)), jnp.int32)
-    heeded = Neighbours(jnp.float32(_follow(vocab_size)), 1.5)
+    two = [pair for pair in itertools.product(range(vocab_size), repeat=2) if sum(pair) % 2]
+    heeded = Neighbours(_table(_follow(two, vocab_size)), 1.5)
     return Factored(features, kernel, bias, temperature=2.0), (x_BL, drawn_BL, given_BL), heeded
 
 
@@ -284,6 +548,7 @@ def test_dtype_is_kept():
 
 # ---------------------------------------------------------------------------------------- a sampler
 GRID = np.float32([0, 0.25, 0.625, 1])
+HEEDED = _follow([(0, 1), (1, 0), (1, 1)], seed=3)
 TABLES = np.random.default_rng(7).normal(size=(3, V, V)) * 1.5
 
 
@@ -300,28 +565,38 @@ def _network(mask_id, xp, x_BL, t, h):
 
 def _exact_end(x0_BL, frozen_L, mask_id, strength, temperature, cooling):
     """P(text) at t=1 of a sampler that redraws each position with probability beta."""
-    follow_VV = _follow(seed=3)
+    # What it goes by is the text and which positions are sure: frozen, or drawn by then.
     begun = np.asarray(x0_BL) @ V ** np.arange(L)[::-1]
     p_X = np.bincount(begun, minlength=len(TEXTS)) / len(begun)
+    p = {(text, tuple(frozen_L)): p_text for text, p_text in enumerate(p_X) if p_text}
     for step, (t, h) in enumerate(zip(GRID[:-1], np.diff(GRID), strict=True)):
         heat = temperature * (1 - cooling * t)
         beta = 1.0 if step == len(GRID) - 2 else h / (1 - t)
         with np.errstate(invalid="ignore"):
             logits = _network(mask_id, np, TEXTS, t, h) / heat
-        after_X = np.zeros(len(TEXTS))
-        for text, x_L in enumerate(TEXTS):
-            if p_X[text] == 0:
-                continue
-            may_L = ~frozen_L & ((x_L == mask_id) if mask_id is not None else True)
-            for drawn_L in itertools.product((False, True), repeat=L):
-                drawn_L = np.asarray(drawn_L)
+
+        @functools.cache
+        def drawn_to(text, drawn, given, logits=logits, heat=heat):
+            asked = (logits[text], TEXTS[text], drawn, given, HEEDED)
+            return exact(*asked, strength, heat)
+
+        after = collections.Counter()
+        for (text, sure), p_text in p.items():
+            may_L = ~frozen_L & ((TEXTS[text] == mask_id) if mask_id is not None else True)
+            for drawn in itertools.product((False, True), repeat=L):
+                drawn_L = np.asarray(drawn)
                 if np.any(drawn_L & ~may_L):
                     continue
                 weight = beta ** drawn_L.sum() * (1 - beta) ** (may_L & ~drawn_L).sum()
                 if weight:
-                    asked = (logits[text], x_L, drawn_L, frozen_L, follow_VV)
-                    after_X += p_X[text] * weight * exact(*asked, strength, heat)
-        p_X = after_X
+                    sure_L = np.asarray(sure)
+                    to_X = p_text * weight * drawn_to(text, drawn, tuple(sure_L & ~drawn_L))
+                    for new in np.flatnonzero(to_X):
+                        after[new, tuple(sure_L | drawn_L)] += to_X[new]
+        p = after
+    p_X = np.zeros(len(TEXTS))
+    for (text, _), p_text in p.items():
+        p_X[text] += p_text
     return p_X
 
 
@@ -355,7 +630,7 @@ def test_a_sampler_has_the_exact_distribution_of_its_chain(mask_id, frozen, stre
     frozen_BL = jnp.tile(jnp.asarray(frozen_L)[None], (number, 1))
     heeded = None
     if strength is not None:
-        heeded = Neighbours(jnp.float32(_follow(seed=3)), jnp.float32(strength))
+        heeded = Neighbours(_table(HEEDED), jnp.float32(strength))
     how = {"temperature": temperature, "cooling": cooling, "neighbours": heeded}
     x_BL = _sampler(mask_id)(jax.random.key(2), x0_BL, frozen_BL, **how)
     wanted = _exact_end(x0_BL, frozen_L, mask_id, strength or 0.0, temperature, cooling)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chance import assert_frequencies
+from tables import pairs
 
 from fsdfm_jax import draws, jumps
 from fsdfm_jax.logits import Factored
@@ -383,7 +384,7 @@ def test_steps_as_data_heed_neighbours_alike(source):
             grid_S1,
             frozen_BL,
             num_steps=num_steps,
-            neighbours=Neighbours(follow_VV, strength),
+            neighbours=Neighbours(pairs(follow_VV), strength),
             redraw=jumps.make_redraw(jumps.DISPERSED, Polynomial(), source, "jump"),
         )
 

@@ -18,9 +18,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from fsdfm_jax import models, stages
+from fsdfm_jax import models, neighbours, stages
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.neighbours import Counts
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
 
@@ -55,8 +56,8 @@ class Bundle:
       path: the noising process, the keys of `config.path`.
       tokenizer: None where the file holds none and none was named.
       block_length: tokens of the blocks it was trained on, None if unknown.
-      follow: table of its text that `neighbours.draw` takes, read when it is asked for; None where
-        the file has none.
+      counts: reads what follows what in its text, for `neighbours.table`; None where the file
+        doesn't have it.
       provenance: JSON dict: "stage", "weights" (which of the file's), "step", "ema_decay", "data"
         and "tokenizer" (fingerprints), "code_version", "config", "recipe", "source" (file and
         format); None for what the file doesn't say.
@@ -68,7 +69,7 @@ class Bundle:
     tokenizer: Tokenizer | None
     block_length: int | None
     provenance: Mapping[str, Any]
-    follow: Leaf | None = None
+    counts: Callable[[], Counts] | None = None
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(path, float32 array) of each parameter, read as the iterator goes on."""
@@ -99,10 +100,10 @@ class Bundle:
 
     @property
     def heeds_neighbours(self) -> bool:
-        """Whether it is sampled with its table unless it is told otherwise."""
+        """Whether its draws heed their neighbours unless it is told otherwise."""
         config = self.provenance.get("config") or {}
         asked = bool((config.get("eval") or {}).get("neighbours"))
-        return asked and self.follow is not None and not self.model.causal
+        return asked and self.counts is not None and not self.model.causal
 
     def process(self) -> Process:
         """Its noising process, over the network's vocabulary."""
@@ -160,6 +161,11 @@ def checksum(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
 
 
+def counts_hash(counts: Counts) -> str:
+    """sha256 of what follows what in a text, first 16 hex digits."""
+    return checksum(np.concatenate([np.asarray([len(part) for part in counts]), *counts]))
+
+
 def content_hash(params: Params) -> str:
     """sha256 of all parameters with their paths, in their order, first 16 hex digits."""
     content = hashlib.sha256()
@@ -191,11 +197,11 @@ def from_parts(
     tokenizer: Tokenizer | None,
     name: str,
     *,
-    follow: Leaf | None = None,
+    counts: Callable[[], Counts] | None = None,
 ) -> Bundle:
     """A bundle of parameters and what `describe` said of them; `name` is the file, for errors.
 
-    `follow` is the table of neighbours, see `Bundle`.
+    `counts` of neighbours are checked when they are read, see `Bundle`.
 
     Raises:
       BadFile: the description isn't one, or the parameters aren't its network's: each missing,
@@ -222,31 +228,26 @@ def from_parts(
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BadFile(f"{name} doesn't describe a model: {str(error)[:300]}.") from error
     check_leaves(leaves, model, name)
-    if follow is not None and tuple(follow.shape) != (model.vocab_size,) * 2:
-        raise BadFile(
-            f"{name} has a table of neighbours of shape {tuple(follow.shape)}, expected one row "
-            f"and one column for each of {model.vocab_size} tokens."
-        )
     trained_with = provenance.get("tokenizer")
     if tokenizer is not None and trained_with not in (None, tokenizer.fingerprint):
         raise BadFile(
             f"{name} was trained with tokenizer {str(trained_with)[:40]}, the one beside it is "
             f"{tokenizer.fingerprint}: their token ids mean different text."
         )
-    if follow is None:
+    if counts is None:
         return bundle
-    checked = Leaf(follow.shape, lambda: _probabilities(follow.read(), name))
-    return dataclasses.replace(bundle, follow=checked)
+    checked = lambda: _checked(counts(), model.vocab_size, name)
+    return dataclasses.replace(bundle, counts=checked)
 
 
-def _probabilities(follow_VV: np.ndarray, name: str) -> np.ndarray:
-    """The table of neighbours, which takes logarithms; BadFile where it has none."""
-    if not np.all((follow_VV > 0) & (follow_VV <= 1)):
+def _checked(counts: Counts, vocab_size: int, name: str) -> Counts:
+    try:
+        neighbours.check_counts(counts, vocab_size)
+    except ValueError as error:
         raise BadFile(
-            f"The table of neighbours in {name} holds other numbers than probabilities above 0; "
-            "convert the model again."
-        )
-    return follow_VV
+            f"The counts of neighbours in {name} are damaged: {error}; convert the model again."
+        ) from error
+    return counts
 
 
 def _check_provenance(provenance: Mapping[str, Any]) -> None:

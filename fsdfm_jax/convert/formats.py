@@ -122,8 +122,8 @@ def _read_safetensors(path, num_heads, given, source) -> Bundle:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise BadFile(f"{path} doesn't describe a model: {str(error)[:300]}") from error
-    follow = tensors.pop(safetensors_file.FOLLOW, None)
-    return bundle_lib.from_parts(tensors, description, own, str(path), follow=follow)
+    counts = safetensors_file.take_counts(tensors, str(path))
+    return bundle_lib.from_parts(tensors, description, own, str(path), counts=counts)
 
 
 def _read_official(path, which, num_heads, given, source) -> Bundle:
@@ -315,7 +315,7 @@ def _check_place(target: Target, source: pathlib.Path | None, overwrite: bool) -
 
 # What a folder of each format holds, as patterns.
 _CONTENTS = {
-    "orbax": ("checkpoints", "tokenizer.json", "neighbours.npy"),
+    "orbax": ("checkpoints", "tokenizer.json", "neighbours.npz"),
     "safetensors": ("model*.safetensors", "model.safetensors.index.json", "*.json"),
 }
 

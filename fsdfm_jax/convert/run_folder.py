@@ -12,6 +12,9 @@ it has no optimiser state.
 import dataclasses
 import functools
 import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,13 @@ from fsdfm_jax import checkpoint, neighbours, workdir, writer
 from fsdfm_jax import data as data_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
+from fsdfm_jax.neighbours import Counts
 
 # Part of the checkpoint that holds whose weights; "ema" falls back on what a stage without average
 # has.
 _PARTS = {"ema": "ema", "student": "params", "model": "params"}
 _TOKENIZER = "tokenizer.json"
-_FOLLOW = "neighbours.npy"
+_COUNTS = "neighbours.npz"
 
 
 def is_run_folder(path: pathlib.Path) -> bool:
@@ -140,47 +144,44 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     tokenizer = bundle_lib.read_tokenizer(text, f"the tokenizer of {directory}")
     if tokenizer is not None and tokenizer.fingerprint != provenance["tokenizer"]:
         tokenizer = None  # of other text prepared in the same place; the caller may name the right
-    follow = _find_follow(directory, config, metadata)
-    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory), follow=follow)
+    counts = _find_counts(directory, config, metadata)
+    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory), counts=counts)
 
 
-def _find_follow(directory: pathlib.Path, config, metadata) -> Leaf | None:
-    """The table of neighbours: beside a converted model, or counted in the text of a run."""
+def _find_counts(directory: pathlib.Path, config, metadata) -> Callable[[], Counts] | None:
+    """What follows what: beside a converted model, or counted in the text of a run."""
     vocab_size = metadata["model"]["vocab_size"]
     if vocab_size > neighbours.MAX_VOCAB:
         return None
-    shape = (vocab_size, vocab_size)
-    if (directory / _FOLLOW).is_file():
-        return Leaf(shape, lambda: _read_follow(directory / _FOLLOW, shape))
+    if (directory / _COUNTS).is_file():
+        return lambda: _read_counts(directory / _COUNTS)
     places = (place.resolve() for place in _data_places(directory, config))
     place = next((place for place in places if (place / data_lib.MANIFEST).is_file()), None)
     if place is None:
         return None
-    return Leaf(shape, lambda: _count_follow(place, metadata["data"], vocab_size))
+    return lambda: _count(place, metadata["data"], vocab_size)
 
 
-def _read_follow(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+def _read_counts(path: pathlib.Path) -> Counts:
     try:
-        follow_VV = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Counts(**arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadFile(
             f"{path} is damaged: {_first_line(error)}; convert the model again."
         ) from error
-    if follow_VV.shape != shape or follow_VV.dtype != np.float32 or not np.all(follow_VV > 0):
-        raise BadFile(f"{path} is no table of {shape} probabilities; convert the model again.")
-    return follow_VV
 
 
 # Most programs open several models of one text.
 @functools.lru_cache(maxsize=2)
-def _count_follow(place: pathlib.Path, fingerprint: str, vocab_size: int) -> np.ndarray:
+def _count(place: pathlib.Path, fingerprint: str, vocab_size: int) -> Counts:
     data = data_lib.load(place)
     if data.fingerprint != fingerprint:
         raise ValueError(
             f"{place} holds other text than the model was trained on, which neighbours counts; "
             "prepare that again, or set neighbours to 0."
         )
-    return neighbours.follow(neighbours.count(data.source("train"), vocab_size))
+    return neighbours.count(data.source("train"), vocab_size)
 
 
 def _read(folder: pathlib.Path, part: str, name: str, step: int, checksums) -> np.ndarray:
@@ -253,4 +254,4 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(directory / _TOKENIZER)
     if bundle.heeds_neighbours:
-        writer.write_array(directory / _FOLLOW, bundle.follow.read())
+        writer.write_arrays(directory / _COUNTS, bundle.counts()._asdict())

@@ -9,8 +9,9 @@ Names inside are, by layout,
     ours      paths with "/" ("blocks/q_proj/kernel"), blocks stacked, kernels [in, out]
     official  names of the published checkpoints ("blocks.0.qw.weight"), kernels [out, in]
 
-A model that is sampled with its table of neighbours (`eval.neighbours`) has it beside its weights,
-in the layout "ours" only: other readers of the official one expect its names and no others.
+A model whose draws heed their neighbours (`eval.neighbours`) has what follows what in its text
+beside its weights, as int32 and in the layout "ours" only: other readers of the official one expect
+its names and no others.
 
 Each file carries the checksums of its tensors, which are verified as they are read.
 """
@@ -19,7 +20,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fsdfm_jax import writer
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import official
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
+from fsdfm_jax.neighbours import Counts
 
 LAYOUTS = ("ours", "official")
 MAX_SHARD_BYTES = 5 * 10**9
@@ -37,7 +39,7 @@ SUFFIX = ".safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
-FOLLOW = "neighbours/follow"
+_COUNTS = {field: f"neighbours/{field}" for field in Counts._fields}
 _FLOATS = {"F32", "BF16", "F16"}
 
 
@@ -54,8 +56,7 @@ def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -
       ValueError: for a model above `MAX_SHARD_BYTES`, which needs a folder, or without such a
         layout.
     """
-    plan = _plan(bundle, layout, dtype)
-    size = sum(_num_bytes(shape, dtype) for shape in plan.values())
+    size = sum(_sizes(bundle, layout, dtype).values())
     if size > MAX_SHARD_BYTES:
         raise ValueError(
             f"The weights take {size / 1e9:.1f} GB, more than one file of "
@@ -71,9 +72,7 @@ def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: st
 
     The tensors of one shard are in memory at a time. Arguments and errors as `write_file`.
     """
-    plan = _plan(bundle, layout, dtype)
-    sizes = {name: _num_bytes(shape, dtype) for name, shape in plan.items()}
-    total = sum(sizes.values())
+    total = sum(_sizes(bundle, layout, dtype).values())
     count = -(-total // MAX_SHARD_BYTES)
     description = bundle_lib.describe(bundle)
     text = json.dumps(description)
@@ -118,15 +117,24 @@ def _write_shards(folder, stream, description: str, *, total: int, count: int) -
     writer.write_json(folder / _INDEX, index)
 
 
-def _plan(bundle: Bundle, layout: str, dtype: str) -> dict[str, tuple[int, ...]]:
+def _sizes(bundle: Bundle, layout: str, dtype: str) -> dict[str, int]:
+    """Bytes of each tensor that `_stream` gives."""
     if layout not in LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     if dtype not in bundle_lib.DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; expected one of {', '.join(bundle_lib.DTYPES)}")
+    shapes = {path: leaf.shape for path, leaf in bundle.leaves.items()}
     if layout == "official":
-        return official.state_shapes(bundle)
-    plan = {path: leaf.shape for path, leaf in bundle.leaves.items()}
-    return plan | ({FOLLOW: bundle.follow.shape} if bundle.heeds_neighbours else {})
+        shapes = official.state_shapes(bundle)
+    each = bundle_lib.DTYPES[dtype].itemsize
+    sizes = {name: int(np.prod(shape)) * each for name, shape in shapes.items()}
+    return sizes | {name: array.nbytes for name, array in _counts(bundle, layout)}
+
+
+def _counts(bundle: Bundle, layout: str) -> list[tuple[str, np.ndarray]]:
+    if layout == "official" or not bundle.heeds_neighbours:
+        return []
+    return [(_COUNTS[field], array) for field, array in bundle.counts()._asdict().items()]
 
 
 def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -135,12 +143,7 @@ def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.n
         return
     for path, array in bundle.arrays():
         yield path, array.astype(bundle_lib.DTYPES[dtype], copy=False)
-    if bundle.heeds_neighbours:
-        yield FOLLOW, bundle.follow.read().astype(bundle_lib.DTYPES[dtype], copy=False)
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return int(np.prod(shape)) * bundle_lib.DTYPES[dtype].itemsize
+    yield from _counts(bundle, layout)
 
 
 def _write_shard(path: pathlib.Path, stream, description: str, tokenizer: str = "") -> None:
@@ -211,6 +214,20 @@ def read(path: pathlib.Path) -> tuple[dict[str, Leaf], dict[str, Any] | None, st
     return tensors, description, tokenizer
 
 
+def take_counts(tensors: dict[str, Leaf], name: str) -> Callable[[], Counts] | None:
+    """Takes what reads the counts of neighbours out of the tensors of `read`; None if none does.
+
+    Raises:
+      BadFile: some of its tensors are missing.
+    """
+    parts = {field: tensors.pop(key) for field, key in _COUNTS.items() if key in tensors}
+    if not parts:
+        return None
+    if missing := [key for field, key in _COUNTS.items() if field not in parts]:
+        raise BadFile(f"{name} is incomplete: {', '.join(missing)} missing; convert it again.")
+    return lambda: Counts(**{field: leaf.read() for field, leaf in parts.items()})
+
+
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
@@ -248,7 +265,8 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Leaf], Mapping[str, str]]:
         raise
     except Exception as error:  # the library raises its own kind and others
         raise BadFile(f"{path} is no safetensors file: {str(error)[:300]}") from error
-    if wrong := [f"{n[:80]}: {d}" for n, (_, d) in specs.items() if d not in _FLOATS]:
+    kinds = lambda name: {"I32"} if name in _COUNTS.values() else _FLOATS
+    if wrong := [f"{n[:80]}: {d}" for n, (_, d) in specs.items() if d not in kinds(n)]:
         raise BadFile(f"{path} holds other things than weights ({', '.join(wrong[:20])}).")
     if "fsdfm_jax" in metadata and metadata.get("checksum") != _metadata_checksum(metadata):
         raise BadFile(f"{path} is damaged (the checksum of its metadata differs); copy it again.")
@@ -276,4 +294,4 @@ def _read(path: pathlib.Path, name: str, expected: str | None) -> np.ndarray:
         raise BadFile(
             f"{path}: {name[:80]} is damaged (its checksum differs); copy or convert it again."
         )
-    return np.asarray(array, np.float32)
+    return array if name in _COUNTS.values() else np.asarray(array, np.float32)

@@ -6,6 +6,7 @@ only whether there is a nucleus at all, or neighbours, makes it another one.
 
 import functools
 import time
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -14,9 +15,11 @@ import numpy as np
 
 from fsdfm_jax import inference, models, sampler, sharding
 from fsdfm_jax import logits as logits_lib
+from fsdfm_jax import neighbours as neighbours_lib
 from fsdfm_jax.evaluate.points import Point
 from fsdfm_jax.evaluate.subjects import Subject
-from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.logits import Factored
+from fsdfm_jax.neighbours import Counts, Neighbours, Table
 from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.trajectory import Trajectory
 from fsdfm_jax.writer import Progress
@@ -107,13 +110,14 @@ def draw(
     num_samples, length = given.tokens_NL.shape
     batch_size = min(batch_size, num_samples)
     batches = -(-num_samples // batch_size)
+    table = _table(point, subject)
     compiled, compile_seconds = _compile(
         subject.model,
         subject.process,
         (point.jump, point.memory),
         (batch_size, length, room),
         point.top_p < 1,
-        bool(point.neighbours),
+        None if table is None else len(table.keys_N),
     )
     drawn: list[np.ndarray] = []
     seconds: list[float] = []
@@ -142,6 +146,11 @@ def draw(
     return Drawn(tokens_NL, min(seconds) / batch_size, compile_seconds)
 
 
+def _table(point: Point, subject: Subject) -> Table | None:
+    """What the draws of a point heed, where they do and it is known."""
+    return subject.read_table() if point.neighbours and subject.read_table else None
+
+
 def _inputs(point, subject, given, batch_size, index, room) -> tuple:
     """The arguments of a batch's sampler after the parameters."""
     rows = slice(index * batch_size, (index + 1) * batch_size)
@@ -161,14 +170,13 @@ def _inputs(point, subject, given, batch_size, index, room) -> tuple:
     grid = sampler.pad_grid(sampler.make_grid(point.grid, point.steps), room)
     steps = jnp.int32(point.steps)
     how = (temperature, top_p, steps, jnp.float32(point.cooling), jnp.float32(point.look_ahead))
-    strength = point.neighbours or 0.0
-    follow_VV = subject.read_follow() if strength else None
-    how += (inference.make_neighbours(strength, follow_VV, point.jump),)
+    heeded = inference.make_neighbours(point.neighbours or 0.0, _table(point, subject), point.jump)
+    how += (heeded,)
     return sample_key, x0_BL, jnp.asarray(frozen_BL), jnp.asarray(grid), *how
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(model, process, rule, size, has_nucleus, has_neighbours):
+def _compile(model, process, rule, size, has_nucleus, num_longer):
     """A shape's compiled sampler, shared by all models of one network, and seconds of compiling."""
     (jump, memory), (batch_size, length, room) = rule, size
     shape, key = (batch_size, length), jax.random.key(0)
@@ -182,8 +190,12 @@ def _compile(model, process, rule, size, has_nucleus, has_neighbours):
     else:
         run = inference.make_sampler(model, process, jump)
         grid = jnp.zeros((room + 1,), jnp.float32)
-        table = jax.ShapeDtypeStruct((model.vocab_size,) * 2, jnp.float32)
-        heeded = Neighbours(table, scalar) if has_neighbours else None
+        heeded = None
+        if num_longer is not None:
+            shape_of, size = jax.ShapeDtypeStruct, model.vocab_size
+            follow = shape_of((size + num_longer, size), jnp.float32)
+            keys, shorter = (shape_of((n,), jnp.int32) for n in (num_longer, size + num_longer))
+            heeded = Neighbours(Table(follow, keys, shorter), scalar)
         inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar, heeded)
     params = jax.eval_shape(lambda: models.init_params(key, model))
     params = sharding.spread(params)
@@ -269,22 +281,31 @@ def control(
     unigram_V: np.ndarray,
     sentence: np.ndarray,
     seed: int,
+    *,
+    count: Callable[[], Counts] | None = None,
 ) -> np.ndarray:
     """A naive control around what is given, int32 [N, L].
 
     Args:
-      name: "unigram", tokens drawn one by one from the frequencies of the training text;
-        "shuffled", each held-out block with its own tokens in random order; "repeated", one
-        sentence over and over, the same in all samples.
+      name: "unigram", tokens drawn one by one from the frequencies of the training text; "ngram",
+        from left to right from what follows those before them there, all that `neighbours.draw`
+        knows of it; "shuffled", each held-out block with its own tokens in random order;
+        "repeated", one sentence over and over, the same in all samples.
       real_NL: held-out blocks.
       frozen_NL: their positions that are given and stay.
       unigram_V: frequencies of the training text, they add up to 1.
       sentence: ids of the sentence.
       seed: of the draws.
+      count: counts what follows what in the training text; for "ngram" only.
+
+    Raises:
+      ValueError: "ngram" of a vocabulary that is too large (`neighbours.check_vocab`).
     """
     rng = np.random.default_rng(seed)
     if name == "unigram":
         made_NL = rng.choice(len(unigram_V), real_NL.shape, p=unigram_V)
+    elif name == "ngram":
+        made_NL = _write_ngrams(real_NL, frozen_NL, seed, count(), len(unigram_V))
     elif name == "shuffled":
         made_NL = real_NL.copy()
         for tokens_L, free_L in zip(made_NL, ~frozen_NL, strict=True):
@@ -292,3 +313,25 @@ def control(
     else:
         made_NL = np.broadcast_to(np.resize(sentence, real_NL.shape[1]), real_NL.shape)
     return np.where(frozen_NL, real_NL, made_NL).astype(np.int32)
+
+
+def _write_ngrams(real_NL, frozen_NL, seed, counts, vocab_size) -> np.ndarray:
+    """Texts of the n-grams alone.
+
+    They are what `neighbours.draw` makes of posteriors that know nothing but the frequencies of a
+    text where B(x | y) follows y: then these cancel, and each token is drawn from B(x | c). Just
+    before a given token, that is heeded too.
+    """
+    table = neighbours_lib.table(counts, vocab_size)
+    share_V = np.full(vocab_size, 1 / vocab_size)
+    for _ in range(100):
+        share_V = share_V @ table.follow_CV[:vocab_size]
+    features_NL1 = jnp.zeros((*real_NL.shape, 1))
+    bias_V = jnp.log(jnp.asarray(share_V, jnp.float32))
+    logits = Factored(features_NL1, jnp.zeros((1, vocab_size)), bias_V)
+    heeded = Neighbours(table, jnp.float32(1.0))
+    tokens_NL, frozen_NL = jnp.asarray(real_NL, jnp.int32), jnp.asarray(frozen_NL)
+    draw_all = jax.jit(neighbours_lib.draw)
+    return np.asarray(
+        draw_all(jax.random.key(seed), logits, tokens_NL, ~frozen_NL, frozen_NL, heeded)
+    )

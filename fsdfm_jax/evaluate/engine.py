@@ -164,6 +164,7 @@ class Evaluation:
                 text.unigram_V,
                 text.sentence,
                 point.seed,
+                count=text.count,
             )
             return {"tokens": tokens_NL, "frozen": given.frozen_NL}
         drawn = draw.draw(

@@ -1,13 +1,16 @@
 """Real text to compare with: held-out blocks, and what the naive controls are made of."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from fsdfm_jax import data as data_lib
+from fsdfm_jax import neighbours
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import tasks
 from fsdfm_jax.evaluate.points import Settings
+from fsdfm_jax.neighbours import Counts
 
 # Training blocks that the unigram control's frequencies come from.
 _UNIGRAM_BLOCKS = 1024
@@ -24,6 +27,7 @@ class HeldOut(NamedTuple):
       unigram_V: frequencies of tokens in the training text, they add up to 1.
       sentence: ids of a stretch of held-out text.
       fingerprint: of the prepared data.
+      count: counts what follows what in the training text, see `neighbours.count`.
     """
 
     real_NL: np.ndarray
@@ -32,6 +36,7 @@ class HeldOut(NamedTuple):
     unigram_V: np.ndarray
     sentence: np.ndarray
     fingerprint: str
+    count: Callable[[], Counts] | None = None
 
 
 def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> HeldOut:
@@ -51,7 +56,8 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
     if bound_samples:
         bounded_KL = data_lib.validation_blocks(source, min(bound_samples, len(source)))
     blocks = data_lib.validation_blocks(train, min(len(train), _UNIGRAM_BLOCKS))
-    counts_V = np.bincount(blocks.ravel(), minlength=prepared.tokenizer.vocab_size)
+    vocab_size = prepared.tokenizer.vocab_size
+    counts_V = np.bincount(blocks.ravel(), minlength=vocab_size)
     return HeldOut(
         real_NL,
         reference_ML,
@@ -59,6 +65,7 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
         counts_V / counts_V.sum(),
         real_NL[0, : min(_SENTENCE, prepared.block_length)],
         prepared.fingerprint,
+        lambda: neighbours.count(train, vocab_size),
     )
 
 

@@ -13,6 +13,7 @@ REAL = "held-out text"
 # Texts that have some of the virtues of good samples and not the others.
 CONTROLS = {
     "unigram": "unigram control",
+    "ngram": "n-gram control",
     "shuffled": "shuffled control",
     "repeated": "repeated control",
 }

@@ -47,7 +47,7 @@ def samples(
       num_samples, batch_size, length: how much is drawn.
       tokenizer: fingerprint.
       text: fingerprint of the held-out text if the samples are made of it or around it.
-      follow: checksum of the table of neighbours that the draws heed.
+      follow: checksum of the counts of neighbours that the draws heed.
     """
     return {
         "source": point.source,

@@ -7,15 +7,16 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
 from fsdfm_jax import data as data_lib
-from fsdfm_jax import inference, sharding, stages, workdir
+from fsdfm_jax import inference, neighbours, sharding, stages, workdir
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.neighbours import Table
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
 
@@ -30,7 +31,8 @@ class Subject(NamedTuple):
       label: its name in tables.
       stage: one of `stages.NAMES`, or "few-step" where the file doesn't say which.
       facts: JSON dict that identifies it, for stamps.
-      follow: reads the table of its text for `neighbours.draw`, None where there is none.
+      read_table: makes the table of its text for `neighbours.draw`, on the default device; None
+        where its text isn't known.
     """
 
     label: str
@@ -40,11 +42,7 @@ class Subject(NamedTuple):
     process: Process
     tokenizer: Tokenizer
     facts: dict[str, Any]
-    follow: Callable[[], np.ndarray] | None = None
-
-    def read_follow(self) -> np.ndarray | None:
-        """The table, see `follow`; float32 [V, V]."""
-        return None if self.follow is None else self.follow()
+    read_table: Callable[[], Table] | None = None
 
 
 def catalogue(
@@ -160,10 +158,8 @@ class Catalogue:
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._latest: tuple[tuple[str, str], Subject] | None = None
         bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
-        self._follow = {
-            label: bundle.follow and functools.cache(bundle.follow.read)
-            for label, bundle in bundles.items()
-        }
+        self._counts = {label: bundle.counts for label, bundle in bundles.items()}
+        self._tables: dict[str, Table] = {}
         stages_ = {label: _stage_of(bundle) for label, bundle in bundles.items()}
         left_to_right = [label for label, stage in stages_.items() if stage == "autoregressive"]
         self.stage_of = {k: stage for k, stage in stages_.items() if k not in unlisted}
@@ -187,14 +183,22 @@ class Catalogue:
             self.open(label, weights)
         return self._facts[label, weights]
 
-    def has_follow(self, label: str) -> bool:
-        """Whether a model came with a table of neighbours."""
-        return self._follow[label] is not None
+    def has_table(self, label: str) -> bool:
+        """Whether it is known what follows what in a model's text, for `neighbours.draw`."""
+        return self._counts[label] is not None
 
     def follow_sha256(self, label: str) -> str | None:
-        """Checksum of a model's table of neighbours, None if it has none."""
-        read = self._follow[label]
-        return read and bundle_lib.checksum(read())
+        """Checksum of what follows what in a model's text, None if it isn't known."""
+        read = self._counts[label]
+        return read and bundle_lib.counts_hash(read())
+
+    def _table(self, label: str, vocab_size: int) -> Table:
+        """The table of a model's text, once for all models of one text."""
+        sha256 = self.follow_sha256(label)
+        if sha256 not in self._tables:
+            table = neighbours.table(self._counts[label](), vocab_size)
+            self._tables[sha256] = jax.device_put(table)
+        return self._tables[sha256]
 
     def open(self, label: str, weights: str) -> Subject:
         """A model with its parameters on the mesh that is set, or else the default device.
@@ -212,7 +216,10 @@ class Catalogue:
             if name not in self._facts:
                 self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
             subject = _subject(label, bundle, params, self._facts[name])
-            self._latest = name, subject._replace(follow=self._follow[label])
+            if self.has_table(label):
+                read_table = functools.partial(self._table, label, bundle.model.vocab_size)
+                subject = subject._replace(read_table=read_table)
+            self._latest = name, subject
         return self._latest[1]
 
 

@@ -92,7 +92,7 @@ def evaluate(
         raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
     for point in plan:
         if point.neighbours:
-            has_table = catalogue.has_follow(point.source)
+            has_table = catalogue.has_table(point.source)
             try:
                 inference.check_neighbours(point.neighbours, point.jump, has_table=has_table)
             except ValueError as error:
