@@ -61,14 +61,15 @@ def training_ngrams(prepared: PreparedData) -> Ngrams:
 
 
 def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> list[Row]:
-    """The report's rows of held-out text and of some runs.
+    """The report's rows of held-out text, of n-grams alone where it has them, and of some runs.
 
     Raises:
       ValueError: if there is no held-out text or a run isn't there.
     """
     stored = writer.read_jsonl(report / "points.jsonl") if report.is_dir() else []
     latest = {row["slug"]: row for row in stored}  # of a point computed again the last one counts
-    kept = [row for row in latest.values() if row["kind"] == "real" or row["run"] in wanted]
+    beside = lambda row: row["kind"] == "real" or row.get("setting") == "control-ngram"
+    kept = [row for row in latest.values() if beside(row) or row["run"] in wanted]
     missing = {"held-out text", *wanted} - {row["run"] or row["group"] for row in kept}
     if missing:
         raise ValueError(
@@ -163,7 +164,8 @@ parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} netw
 `python -m fsdfm_jax.generate --steps=8`.
 
 - **File**: `model.safetensors`, {size / 1e6:.1f} MB: weights in bfloat16 (those of `{said["run"]}`,
-  {said["weights"]}, step {said["step"]:,}), tokenizer, configuration.
+  {said["weights"]}, step {said["step"]:,}), tokenizer, configuration, and counts of which token
+  follows which contexts of up to three in the training text, which its draws heed (`neighbours`).
 - **Network**: width {model.width}, {model.num_blocks} blocks, {model.num_heads} heads; byte-pair
   encoding of {model.vocab_size:,} tokens.
 - **Text**: `{config["data"]["corpus"]}`, {sizes["train"]:,} tokens for training,
@@ -190,7 +192,8 @@ package's docs/evaluation.md has the definitions.
 {table(rows)}
 
 The last column is the check for memorised text: the share of {NGRAM}-grams of tokens that stand
-word for word in the training text. Held-out text shows how often phrases return by themselves.
+word for word in the training text. Held-out text shows how often phrases return by themselves. The
+n-gram control is text by the counts alone, without the network.
 
 ## Limits
 

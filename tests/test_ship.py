@@ -22,7 +22,8 @@ def stored(folder, slug, kind, run, tokens_NL):
     name = f"samples/{slug}.npz"
     np.savez(folder / name, tokens=tokens_NL)
     line = {"slug": slug, "kind": kind, "run": run, "group": run or "held-out text"}
-    return line | {"samples_file": name}
+    setting = f"control-{slug}" if kind == "control" else kind
+    return line | {"samples_file": name, "setting": setting}
 
 
 @pytest.fixture
@@ -37,6 +38,8 @@ def report(tmp_path):
         stored(tmp_path, "base-8", "model", "pretrain", quarter),
         stored(tmp_path, "refine-8", "model", "refine", quarter),
         stored(tmp_path, "other", "model", "distill", TEXT[None, :60]),
+        stored(tmp_path, "ngram", "control", None, quarter),
+        stored(tmp_path, "repeated", "control", None, TEXT[None, :60]),
     ]
     rows[1]["slug"] = "refine-8"  # computed again since
     rows = [rows[1], rows[0], *rows[2:]]
@@ -53,6 +56,7 @@ def test_rows_are_the_latest_of_the_runs_asked_for(report):
         "refine-8": 0.25,
         "real": 0.5,
         "base-8": 0.25,
+        "ngram": 0.25,
     }
     ship.check_copied(rows)
 
