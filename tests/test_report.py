@@ -482,6 +482,38 @@ def test_cells_sort_as_numbers(tmp_path):
     assert all(re.fullmatch(r"|-?Infinity|-?\d[\d.]*(e[-+]\d+)?", n) for n in numbers)
 
 
+@pytest.mark.parametrize(
+    ("kind", "perplexity", "words"),
+    [
+        ("model", 900.0, ["n-grams"]),
+        ("model", 500.0, ["n-grams"]),
+        ("model", 499.0, ["n-grams"]),  # the intervals overlap
+        ("model", 200.0, []),
+        ("control", 900.0, ["control"]),
+    ],
+)
+def test_models_that_are_no_better_than_ngrams(kind, perplexity, words):
+    ngrams = _row("n-gram control", kind="control", perplexity=500.0, setting="control-ngram")
+    elsewhere = ngrams | {"task": "infill:1x4"}
+    row = _row("distill", 8, kind=kind, perplexity=perplexity)
+    rows = [REAL, elsewhere, ngrams, row]
+    assert reading.ngram_row(rows, row["task"]) is ngrams
+    assert reading.ngram_row([REAL, elsewhere], row["task"]) is None
+    found = reading.findings(row, REAL, ngrams)
+    assert [finding.word for finding in found] == words
+    if words == ["n-grams"]:
+        assert found[0].sentence == (
+            f"perplexity {perplexity:.0f}, 500 of n-grams alone: counts of the training text write "
+            "as well without a network"
+        )
+    if kind == "model":
+        assert [f.word for f in reading.findings(row, REAL)] == []
+        # Weak as it is, it is the best there is.
+        known = {r["slug"]: reading.findings(r, REAL, ngrams) for r in rows}
+        assert reading.best_few_step(rows, known) is row
+    assert ("! n-grams" in report.table(rows)) == (words == ["n-grams"])
+
+
 def test_columns_of_a_finding_are_those_it_rests_on():
     by_word = {finding.word: finding for finding in reading.findings(COLLAPSED, REAL)}
     assert by_word["repeats"].columns == ("entropy_bits", "distinct_2", "self_bleu")

@@ -31,6 +31,8 @@ SKIPPED_SHARE = 0.1
 FEW_STEPS = 16  # up to so many network calls a sample are "few"
 MATCHED_BITS = 0.2  # rows whose entropies differ by no more are compared by their perplexity
 
+NO_BETTER = "n-grams"  # the word of a `Finding`
+
 
 class Finding(NamedTuple):
     """What gives a row away.
@@ -110,6 +112,12 @@ def main_task(rows: Sequence[Row]) -> str | None:
 def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
     """Real text under a task; figures of other tasks count other tokens and don't compare."""
     return next((r for r in rows if r["kind"] == "real" and r.get("task") == task), None)
+
+
+def ngram_row(rows: Iterable[Row], task: str | None) -> Row | None:
+    """The n-gram control under a task, see `draw.control`."""
+    here = (r for r in rows if r["kind"] == "control" and r.get("task") == task)
+    return next((r for r in here if r["setting"] == "control-ngram"), None)
 
 
 def title(row: Row) -> str:
@@ -199,7 +207,8 @@ def common_line(rows: Iterable[Row]) -> str:
 def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
     """The lowest perplexity at few steps that nothing speaks against; None if there is none.
 
-    At the entropy of real text where a row has it: a lower temperature would always win.
+    That n-grams do as well only says that it is weak. At the entropy of real text where a row has
+    it: a lower temperature would always win.
 
     Args:
       rows: of one report.
@@ -213,7 +222,7 @@ def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]])
         and row.get("stage") != "autoregressive"
         and (row.get("steps") or math.inf) <= FEW_STEPS
         and row.get("task") == task
-        and not findings_of[row["slug"]]
+        and all(finding.word == NO_BETTER for finding in findings_of[row["slug"]])
         and names
         and math.isfinite(value(perplexity(row, names[0])))
     ]
@@ -255,13 +264,18 @@ def sample_count(row: Row) -> int:
 
 
 # --------------------------------------------------------------------------------------- exposure
-def findings(row: Row, real: Row | None) -> list[Finding]:
-    """What must not be taken for quality in a row, against real text under the same task."""
+def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Finding]:
+    """What must not be taken for quality in a row, against real text under the same task.
+
+    With the n-gram control of that task, also whether a model is no better than that.
+    """
     if row["kind"] == "real":
         return []
     found = []
     if row["kind"] == "control":
         found.append(Finding("control", "a naive control, not a model", ()))
+    elif ngrams is not None:
+        found += _no_better(row, ngrams)
     if math.isnan(value(figure(row, "entropy_bits"))):
         found.append(Finding("no figures", "its samples gave no figures", ("entropy_bits",)))
     main = next(iter(row.get("judges") or {}), None)
@@ -300,6 +314,19 @@ def findings(row: Row, real: Row | None) -> list[Finding]:
 def flags(row: Row, real: Row | None) -> list[str]:
     """The sentences of `findings`: [] for real text and for rows that nothing speaks against."""
     return [finding.sentence for finding in findings(row, real)]
+
+
+def _no_better(row: Row, ngrams: Row) -> list[Finding]:
+    """Whether counts of the training text alone, without a network, write as well."""
+    judge = next((name for name in ngrams.get("judges") or {} if name in row["judges"]), None)
+    own, alone = perplexity(row, judge), perplexity(ngrams, judge)
+    if not own or not alone or _below(own, alone, 0.0):
+        return []
+    sentence = (
+        f"perplexity {show(value(own))}, {show(value(alone))} of n-grams alone: counts of the "
+        "training text write as well without a network"
+    )
+    return [Finding(NO_BETTER, sentence, ("perplexity_a",))]
 
 
 def own_judge() -> Finding:

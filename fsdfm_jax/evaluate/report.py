@@ -132,8 +132,9 @@ def write(
 
 
 def _findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
-    reals = {row.get("task"): reading.real_row(rows, row.get("task")) for row in rows}
-    return {row["slug"]: reading.findings(row, reals[row.get("task")]) for row in rows}
+    tasks = {row.get("task") for row in rows}
+    beside = {task: (reading.real_row(rows, task), reading.ngram_row(rows, task)) for task in tasks}
+    return {row["slug"]: reading.findings(row, *beside[row.get("task")]) for row in rows}
 
 
 # ------------------------------------------------------------------------------------------ tables
