@@ -244,7 +244,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.seed = 1
     # unconditional | prefix:K | continuation (prefix:512) | random:SHARE | infill:COUNTxN
     evaluation.task = "unconditional"
-    # Texts that show what can be gamed; "ngram" where the vocabulary is small, see docs/evaluation.md.
+    # Texts that show what can be gamed; one more, "ngram", where the vocabulary is small.
     evaluation.controls = ("unigram", "shuffled", "repeated")
     evaluation.models = ""  # further ones, "LABEL=PATH" or "LABEL=PATH#RUN", comma-separated
     # The first is the main one: "autoregressive" (of the same run) | hf:FOLDER | gguf:FILE |
