@@ -14,7 +14,7 @@ Letters: N states, R rows of an enumeration, B, L, V, S as in the package.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ class Chain:
     def follow_VV(self) -> np.ndarray:
         """P(right | left) of two tokens side by side in the data.
 
-        Not `neighbours.follow`: that discounts counts, and these are no counts but probabilities.
+        Not `neighbours.table`: that discounts counts, and these are no counts but probabilities.
         What never stands side by side has next to none, so that logarithms stay finite.
         """
         pairs_VV = np.einsum(
@@ -236,84 +236,47 @@ def heed(
     p_NLV: np.ndarray,
     t: float,
     h: float,
-    by_known: Mapping[tuple[bool, ...], np.ndarray],
     *,
     strength: float,
     temperature: float,
     last: bool,
-) -> dict[tuple[bool, ...], np.ndarray]:
-    """A step by `jumps.make_redraw` and `neighbours.draw`.
+) -> np.ndarray:
+    """P(next state | state) of a step by `jumps.make_redraw` and `neighbours.draw`, [N, N].
 
     Args:
       chain, rule, t, h: of the step.
       p_NLV: what it draws from, temperature included.
-      by_known: distributions [.., N], not normalised, by the positions that earlier steps drew;
-        with a mask those are the ones that show a token, and () is the only key.
       strength: of the neighbours.
       temperature: that of p.
       last: whether it is the last step.
-
-    Returns:
-      The distributions after it, likewise.
     """
     states_LN = chain.states_NL.T
-    length = len(states_LN)
     if chain.mask_id is not None:
         p_NLV = p_NLV * (np.arange(p_NLV.shape[-1]) != chain.mask_id)
         p_NLV = p_NLV / p_NLV.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         log_p_NLV = np.log(p_NLV)
-    log_follow_VV, weight = np.log(chain.follow_VV), strength / temperature
-    posterior_NLV = softmax(temperature * log_p_NLV)
+    log_follow_VV = np.log(chain.follow_VV)
+    expected_NLV = softmax(temperature * log_p_NLV) @ chain.follow_VV
 
-    @functools.cache
-    def drawn_NN(i, heeds_left, heeds_right):
-        """P(next token at i), [N, N]."""
-        logits_NV = log_p_NLV[:, i]
-        if heeds_right:
-            expected_NV = posterior_NLV[:, i + 1] @ chain.follow_VV.T
-            right_NV = log_follow_VV[:, states_LN[i + 1]].T - np.log(expected_NV)
-            logits_NV = logits_NV + weight * right_NV
-        if not heeds_left:
-            return softmax(logits_NV)[:, states_LN[i]]
-        expected_NV = posterior_NLV[:, i - 1] @ chain.follow_VV
-        left_NVV = log_follow_VV[None] - np.log(expected_NV)[:, None]
-        q_NVV = softmax(logits_NV[:, None] + weight * left_NVV)
-        return q_NVV[:, states_LN[i - 1], states_LN[i]]
+    # [N, N] of each position: the next token if it isn't drawn, is drawn by itself, or heeds.
+    kept = [chain.shown_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(states_LN)]
+    alone = [p_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(states_LN)]
+    heeding = alone[:1]
+    for i in range(1, len(states_LN)):
+        more_NVV = log_follow_VV[None] - np.log(expected_NLV[:, i - 1, None])
+        q_NVV = softmax(log_p_NLV[:, i, None] + strength / temperature * more_NVV)
+        heeding.append(q_NVV[:, states_LN[i - 1], states_LN[i]])
 
-    @functools.cache
-    def kept_NN(i):
-        return chain.shown_NLV[:, i][:, states_LN[i]]
-
-    def at(i, drawn_NL, known_NL):
-        """P(next token at i) by which of its neighbours each state heeds."""
-        nobody_N = np.zeros(len(drawn_NL), bool)
-        left_N = (drawn_NL | known_NL)[:, i - 1] if i else nobody_N
-        right_N = (known_NL & ~drawn_NL)[:, i + 1] if i + 1 < length else nobody_N
-        result_NN = np.where(drawn_NL[:, i, None], 0.0, kept_NN(i))
-        for heeds_left, heeds_right in itertools.product((False, True), repeat=2):
-            here_N = drawn_NL[:, i] & (left_N == heeds_left) & (right_N == heeds_right)
-            if here_N.any():
-                result_NN = np.where(
-                    here_N[:, None], drawn_NN(i, heeds_left, heeds_right), result_NN
-                )
-        return result_NN
-
-    after: dict[tuple[bool, ...], np.ndarray] = {}
+    result_NN = np.zeros((len(p_NLV),) * 2)
     for share, drawn_NL in _redrawn(chain, rule, t, h, last):
-        for known, distribution in by_known.items():
-            known_NL = (
-                np.broadcast_to(np.array(known), drawn_NL.shape)
-                if chain.mask_id is None
-                else chain.states_NL != chain.mask_id
-            )
-            parts = (at(i, drawn_NL, known_NL) for i in range(length))
-            moved = share * (distribution @ functools.reduce(np.multiply, parts))
-            key = known
-            if chain.mask_id is None:  # then all states draw the same positions
-                key = tuple((known_NL | drawn_NL)[0].tolist())
-            after[key] = after.get(key, 0.0) + moved
-    return after
+        step_NN, left_N1 = np.full_like(result_NN, share), np.zeros((len(p_NLV), 1), bool)
+        for i, drawn_N in enumerate(drawn_NL.T):
+            drawn_N1 = drawn_N[:, None]
+            step_NN *= np.where(drawn_N1, np.where(left_N1, heeding[i], alone[i]), kept[i])
+            left_N1 = drawn_N1
+        result_NN += step_NN
+    return result_NN
 
 
 def _redrawn(chain, rule, t, h, last):
@@ -352,7 +315,6 @@ def run(
     `neighbours` is a strength; their table is that of the data.
     """
     distribution = start
-    by_known = {() if chain.mask_id is not None else (False,) * chain.states_NL.shape[1]: start}
     for i, t in enumerate(grid_S1[:-1]):
         h = np.float32(grid_S1[i + 1] - t)
         p_NLV = posterior(t + look_ahead * h, h)
@@ -361,14 +323,13 @@ def run(
         last = i == len(grid_S1) - 2
         if neighbours:
             how = {"strength": neighbours, "temperature": step_temperature, "last": last}
-            by_known = heed(chain, rule, p_NLV, t, h, by_known, **how)
-            continue
-        if last:
+            step_NN = heed(chain, rule, p_NLV, t, h, **how)
+        elif last:
             step_NN = transition(chain, final_kernel(chain, p_NLV))
         else:
             step_NN = jump(chain, rule, p_NLV, t, h)
         distribution = distribution @ step_NN
-    return sum(by_known.values()) if neighbours else distribution
+    return distribution
 
 
 # Once for all calls: the search for a temperature makes hundreds, and each would be compiled.

@@ -213,13 +213,18 @@ class Study:
             lambda: match(
                 self._catalogue, point, wanted, length=length, room=self._room, batch_size=size
             ),
-            [facts["sha256"], how, wanted, stamps.numerics()],
+            [facts["sha256"], how, wanted, stamps.numerics(), *self._drawing(point)],
         )
         if temperature is None:
             logging.warning("No temperature gives %s the entropy.", point.slug)
             return [_head(point, recipe, name)]
         point = dataclasses.replace(point, temperature=temperature)
         return _records(evaluation, [(point, recipe)], name)
+
+    def _drawing(self, point: Point) -> list[str | None]:
+        """What else the samples of a point hang on: the code, and what their draws heed."""
+        heeded = self._catalogue.follow_sha256(point.source) if point.neighbours else None
+        return [workdir.code_digest(stamps.SAMPLING_CODE), heeded]
 
     @property
     def _room(self) -> int:

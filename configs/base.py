@@ -237,7 +237,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.cooling = 0.7
     # A: a step of width h asks the network at t + A h.
     evaluation.look_ahead = 0.5
-    # B: strength by which tokens that a step draws heed the one to their left, from a table of the
+    # B: strength by which tokens that a step draws heed those beside them, by counts of the
     # training text (vocabularies up to 8192, rules mixture and dispersed); 0: not at all.
     evaluation.neighbours = 0.0
     evaluation.weights = "ema"  # ema (as the stage uses them) | student

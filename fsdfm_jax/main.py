@@ -311,7 +311,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     pipeline = workdir.entries(config, folder)
     settings = points.Settings.from_config(config.eval)
     suite.check_inputs(settings, config.data.block_length)
-    if settings.neighbours:
+    if settings.neighbours or "ngram" in settings.controls:
         spec = data.DataSpec.from_config(config.data)
         neighbours.check_vocab(data.vocab_size(spec) + (config.path.source == "mask"))
     subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))

@@ -1,4 +1,4 @@
-"""Draws that heed the tokens drawn to their left: a copula for what one step draws at once.
+"""Draws that heed the tokens beside them: a copula for what one step draws at once.
 
 A step draws many positions from their own posteriors p_i, as if they knew nothing of each other.
 Neighbours know most of each other: halves of different words end up side by side, and no number of
@@ -7,18 +7,19 @@ adds the dependence (Discrete Copula Diffusion, arXiv:2410.01949, which takes it
 model). Here it comes from counts of which token follows what in the training text, so that no
 network is called:
 
-    log q_i(x) = log p_i(x) + b (log B(x | c) - log sum_z p_{i-1}(z) B(x | z))
-                            + b (log B(r | x) - log sum_z p_{i+1}(z) B(z | x)) + const
+    log q_i(x) = log p_i(x) + b (log B(x | c) - log m_{i-1}(x))
+                            + b (log B(r | x) - log sum_z p_{i+1}(z) B(z | x) / m_i(z)) + const
+    m_i(x) = sum_z p_i(z) B(x | z)
 
-The first bracket is there where the token to the left is sure: drawn in this step or an earlier
-one, or given. The context c is that token with up to two more to its left that are sure as well:
-the longest one that the text has often enough. The second bracket is there where the token r to the
-right is sure and stays; one that is drawn in the same step comes later and heeds x itself. What is
-subtracted is what the neighbour's own posterior already leads one to expect: where the network
-knows the neighbour, what one neighbour says cancels. Strength b = 1 is the copula, more of it
-weighs what the text is like over the posteriors. Positions are drawn from left to right, so that a
-draw costs L products of sizes [B, D] x [D, V] and [B, V] x [V, V], one after the other, each with a
-search among the contexts, and where something stays another L of the latter.
+The first bracket is there where the token to the left is drawn in the same step, or given. The
+context c is that token with up to two more to its left that are so as well: the longest one that
+the text has often enough. The second bracket is there where the token r to the right is given; one
+that is drawn comes later and heeds x itself. What is subtracted is what the neighbour's own
+posterior already leads one to expect: where the network knows the neighbour, what one neighbour
+says cancels, and where it knows nothing, what is left is the text's. Strength b = 1 is the copula,
+more of it weighs what the text is like over the posteriors. Positions are drawn from left to right,
+so that a draw costs L products of sizes [B, D] x [D, V] and [B, V] x [V, V], one after the other,
+each with a search among the contexts; where something is given another L of the latter.
 
 Suffixes, besides those of the package: N longer contexts, C = V + N contexts in all, Z pairs of a
 context and a token that was seen after it.
@@ -95,7 +96,7 @@ class Neighbours(NamedTuple):
 
 
 def check_vocab(vocab_size: int) -> None:
-    """Refuses a vocabulary whose table would be too large.
+    """Refuses a vocabulary whose single tokens alone would make too large a table.
 
     Raises:
       ValueError: above `MAX_VOCAB`.
@@ -103,7 +104,8 @@ def check_vocab(vocab_size: int) -> None:
     if vocab_size > MAX_VOCAB:
         raise ValueError(
             f"neighbours needs a table of {vocab_size} x {vocab_size} tokens, and vocabularies up "
-            f"to {MAX_VOCAB} only have one; set neighbours to 0, or train a smaller vocabulary."
+            f"to {MAX_VOCAB} only have one; set neighbours to 0 and leave out the control ngram, "
+            "or train a smaller vocabulary."
         )
 
 
@@ -165,11 +167,14 @@ def _read(source, vocab_size) -> np.ndarray:
 
 def _runs(tokens_T, length, vocab_size) -> np.ndarray:
     """All runs of so many tokens within a block, as numbers of base V."""
-    if len(tokens_T) < length:
-        return np.zeros((0,), np.int64)
-    windows_WL = np.lib.stride_tricks.sliding_window_view(tokens_T, length)
-    inside_WL = windows_WL[(windows_WL >= 0).all(axis=1)]
-    return inside_WL @ vocab_size ** np.arange(length, dtype=np.int64)[::-1]
+    number = max(len(tokens_T) - length + 1, 0)
+    runs, inside = np.zeros(number, np.int64), np.ones(number, bool)
+    for i in range(length):
+        tokens = tokens_T[i : i + number]
+        runs *= vocab_size
+        runs += tokens
+        inside &= tokens >= 0
+    return runs[inside]
 
 
 def _most_frequent(seen, vocab_size) -> dict[int, np.ndarray]:
@@ -195,9 +200,10 @@ def check_counts(counts: Counts, vocab_size: int) -> None:
     Raises:
       ValueError: saying what is wrong.
     """
-    num_longer, most = len(counts.keys_N), _MOST_ENTRIES // vocab_size
-    if any(array.ndim != 1 or array.dtype != np.int32 for array in counts):
+    check_vocab(vocab_size)
+    if any(getattr(a, "dtype", None) != np.int32 or a.ndim != 1 for a in counts):
         raise ValueError("expected four arrays of int32 in one dimension")
+    num_longer, most = len(counts.keys_N), _MOST_ENTRIES // vocab_size
     if len(counts.sizes_C) != vocab_size + num_longer:
         raise ValueError(
             f"expected the sizes of {vocab_size} + {num_longer} contexts, got {len(counts.sizes_C)}"
@@ -237,7 +243,7 @@ def table(counts: Counts, vocab_size: int) -> Table:
     """
     num_contexts = len(counts.sizes_C)
     shorter_C, lengths_C = _contexts(counts.keys_N, vocab_size)
-    follow_CV = np.zeros((num_contexts, vocab_size))
+    follow_CV = np.zeros((num_contexts, vocab_size))  # float64
     rows_Z = np.repeat(np.arange(num_contexts), counts.sizes_C)
     follow_CV[rows_Z, counts.tokens_Z] = counts.counts_Z
     right_V = follow_CV[:vocab_size].sum(axis=0) + 0.5
@@ -246,7 +252,9 @@ def table(counts: Counts, vocab_size: int) -> Table:
     seen_C1 = total_C1 > 0
     total_C1 = np.where(seen_C1, total_C1, 1.0)
     given_up_C1 = np.where(seen_C1, _DISCOUNT * counts.sizes_C[:, None] / total_C1, 1.0)
-    follow_CV = np.maximum(follow_CV - _DISCOUNT, 0.0) / total_C1
+    follow_CV -= _DISCOUNT
+    np.maximum(follow_CV, 0.0, out=follow_CV)
+    follow_CV /= total_C1
     follow_CV[:vocab_size] += given_up_C1[:vocab_size] * right_V
     for length in range(2, LONGEST + 1):
         rows = np.flatnonzero(lengths_C == length)
@@ -283,8 +291,7 @@ def draw(
       logits: of the posteriors, [B, L, V], divided by the temperature.
       x_BL: the tokens so far, int.
       drawn_BL: bool, the positions to draw.
-      given_BL: bool, positions that aren't drawn but whose token is sure: those of a prompt, and
-        those that an earlier step drew.
+      given_BL: bool, positions that aren't drawn but whose token is sure, as that of a prompt is.
       neighbours: table and strength.
       temperature: what the logits were divided by. It divides all of log q; what neighbours lead
         one to expect is taken from the posteriors without it.
@@ -301,8 +308,8 @@ def draw(
     u_LBU = jnp.swapaxes(draws.uniform(key, (batch, length, draws.NUMBERS)), 0, 1)
     # The position to the right of each one: its token, and whether that is heeded.
     right_BL = jnp.roll(x_BL, -1, axis=1)
-    stays_BL = drawn_BL & jnp.roll(given_BL & ~drawn_BL, -1, axis=1).at[:, -1].set(False)
-    any_stays = jnp.any(stays_BL)
+    heeds_BL = drawn_BL & jnp.roll(given_BL & ~drawn_BL, -1, axis=1).at[:, -1].set(False)
+    any_heeds = jnp.any(heeds_BL)
 
     def posterior(index):
         index = jnp.minimum(index, length - 1)
@@ -311,25 +318,26 @@ def draw(
 
     def step(left, inputs):
         context_B, sure_B, expected_BV, own_BV, p_BV = left
-        index, u_BU, drawn_B, given_B, here_B, right_B, stays_B = inputs
+        index, u_BU, drawn_B, given_B, here_B, right_B, heeds_B = inputs
         next_BV, next_p_BV = posterior(index + 1)
+        follows_BV = p_BV @ follow_VV
 
         def towards_right():
-            expected_BV = next_p_BV @ follow_VV.T
+            expected_BV = (next_p_BV / follows_BV) @ follow_VV.T
             more_BV = weight * (jnp.log(follow_VV[:, right_B].T) - jnp.log(expected_BV))
-            return jnp.where(stays_B[:, None], more_BV, 0.0)
+            return jnp.where(heeds_B[:, None], more_BV, 0.0)
 
         more_BV = weight * (jnp.log(table.follow_CV[context_B]) - jnp.log(expected_BV))
         heeding_BV = own_BV + jnp.where(sure_B[:, None], more_BV, 0.0)
-        heeding_BV += jax.lax.cond(any_stays, towards_right, lambda: jnp.zeros_like(own_BV))
+        heeding_BV += jax.lax.cond(any_heeds, towards_right, lambda: jnp.zeros_like(own_BV))
         new_B = draws.pick(u_BU, heeding_BV).astype(here_B.dtype)
         token_B = jnp.where(drawn_B, new_B, here_B)
         context_B = _extend(table, vocab_size, context_B, sure_B, token_B)
-        return (context_B, drawn_B | given_B, p_BV @ follow_VV, next_BV, next_p_BV), token_B
+        return (context_B, drawn_B | given_B, follows_BV, next_BV, next_p_BV), token_B
 
     nobody = (jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool))
     unexpected_BV = jnp.ones((batch, vocab_size), jnp.float32)
-    inputs = (jnp.arange(length), u_LBU, drawn_BL.T, given_BL.T, x_BL.T, right_BL.T, stays_BL.T)
+    inputs = (jnp.arange(length), u_LBU, drawn_BL.T, given_BL.T, x_BL.T, right_BL.T, heeds_BL.T)
     _, tokens_LB = jax.lax.scan(step, (*nobody, unexpected_BV, *posterior(0)), inputs)
     return tokens_LB.T
 

@@ -169,8 +169,7 @@ def sample_trajectory(
     # times there are: then it would be computed for times that never come.
     ahead_S = None if condition is None or num_steps is not None else condition(asked_S, widths_S)
 
-    def step(state, inputs):
-        x_BL, known_BL = state
+    def step(x_BL, inputs):
         step_key, t, h, asked, step_temperature, index, ahead = inputs
         t_B, h_B = jnp.full((batch,), t), jnp.full((batch,), h)
         if condition is None:
@@ -191,39 +190,30 @@ def sample_trajectory(
         else:
             place_key, token_key = jax.random.split(step_key)
             drawn_BL = redraw(place_key, x_BL, t_B, h_B, index == last)
-            if frozen_BL is not None:
-                drawn_BL = drawn_BL & ~frozen_BL
+            given_BL = jnp.zeros_like(drawn_BL) if frozen_BL is None else frozen_BL
             new_BL = neighbours_lib.draw(
-                *(token_key, logits, x_BL, drawn_BL, known_BL & ~drawn_BL, neighbours),
+                *(token_key, logits, x_BL, drawn_BL & ~given_BL, given_BL, neighbours),
                 temperature=step_temperature,
             )
-            known_BL = known_BL | drawn_BL
         if frozen_BL is not None:
             new_BL = jnp.where(frozen_BL, x0_BL, new_BL)
         if on_step is not None:
             jax.debug.callback(on_step, index, new_BL, ordered=True)
-        return (new_BL, known_BL), observe(logits, x_BL, new_BL)
+        return new_BL, observe(logits, x_BL, new_BL)
 
-    # Tokens that are no noise: neighbours heed them.
-    known_BL = None
-    if neighbours is not None:
-        known_BL = jnp.zeros(x0_BL.shape, bool) if frozen_BL is None else frozen_BL
     # The first of many keys are the keys of few: padding a grid changes no noise.
     keys_S = jax.random.split(key, size)
     inputs_S = (times_S, widths_S, asked_S, temperature_S, jnp.arange(size), ahead_S)
     if num_steps is None:
-        (x_BL, _), observed_S = jax.lax.scan(step, (x0_BL, known_BL), (keys_S, *inputs_S))
-        return x_BL, observed_S
+        return jax.lax.scan(step, x0_BL, (keys_S, *inputs_S))
     # JAX's check that no key is used twice doesn't see that a loop takes another one each time.
     bits_S, kind = jax.random.key_data(keys_S), jax.random.key_impl(keys_S)
 
-    def step_of_bits(state, inputs):
+    def step_of_bits(x_BL, inputs):
         bits, *others = inputs
-        return step(state, (jax.random.wrap_key_data(bits, impl=kind), *others))
+        return step(x_BL, (jax.random.wrap_key_data(bits, impl=kind), *others))
 
-    inputs_S = (bits_S, *inputs_S)
-    (x_BL, _), observed_S = _scan_first(step_of_bits, (x0_BL, known_BL), inputs_S, num_steps)
-    return x_BL, observed_S
+    return _scan_first(step_of_bits, x0_BL, (bits_S, *inputs_S), num_steps)
 
 
 def _scan_first(step, carry, inputs_S, count):
@@ -273,9 +263,9 @@ def sample(
         top_p: share of the posterior's mass that is kept, see `logits.nucleus`; data as well; None
           keeps all of it and costs nothing.
         neighbours, redraw: table and strength by which the tokens that a step draws heed each
-          other and those around them that are given or that an earlier step drew, see
-          `neighbours.draw`, and the positions that it draws, see `jumps.make_redraw`; they stand in
-          for jump and finalize. None lets each position be drawn by itself.
+          other and given ones, see `neighbours.draw`, and the positions that it draws, see
+          `jumps.make_redraw`; they stand in for jump and finalize. None lets each position be drawn
+          by itself.
         condition: (t_S, h_S) -> a tree of arrays with leading axis S, all that the network computes
           from times and widths alone; done for all steps at once, before the first.
         on_step: called on the host with (index of the step, x_BL after it) as each step ends, also

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 
 import jax
 import ml_dtypes
@@ -904,7 +905,7 @@ def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
     assert type(found.process().source) is type(process.source)
 
 
-# --------------------------------------------------------------------- the table of neighbours
+# --------------------------------------------------------------------- counts of neighbours
 
 
 def _prepare(folder, seed=0):
@@ -1086,8 +1087,13 @@ def test_damaged_counts_of_a_run_are_refused(heeding, tmp_path):
         np.savez(path, **damaged._asdict())
         with pytest.raises(BadFile, match=f"run are damaged: .*{wrong}.*; convert the model again"):
             formats.open_bundle(run).counts()
-    np.savez(path, **{**counts._asdict(), "keys_N": counts.keys_N.astype(np.float32)})
-    with pytest.raises(BadFile, match="expected four arrays of int32"):
+    for wrong in (counts.keys_N.astype(np.float32), np.int32(3), np.asarray("text")):
+        np.savez(path, **{**counts._asdict(), "keys_N": wrong})
+        with pytest.raises(BadFile, match="expected four arrays of int32"):
+            formats.open_bundle(run).counts()
+    with zipfile.ZipFile(path, "a") as archive:  # a member that is no array is read as bytes
+        archive.writestr("counts_Z", b"text")
+    with pytest.raises(BadFile, match="are damaged: |is damaged: "):
         formats.open_bundle(run).counts()
     fields = counts._asdict()
     for other in ({**fields, "more": counts.keys_N}, {"keys_N": counts.keys_N}):
@@ -1096,7 +1102,9 @@ def test_damaged_counts_of_a_run_are_refused(heeding, tmp_path):
             formats.open_bundle(run).counts()
     bent = bytearray(whole)
     bent[len(whole) // 2] ^= 1
-    for raw in (whole[:100], whole[:-1], b"", b"text", bytes(bent)):
+    packed = bytearray(whole)
+    packed[whole.index(b"PK\x01\x02") + 10] = 99  # of a way to pack that nobody knows
+    for raw in (whole[:100], whole[:-1], b"", b"text", bytes(bent), bytes(packed)):
         path.write_bytes(raw)
         with pytest.raises(BadFile, match="npz is damaged: .*; convert the model again"):
             formats.open_bundle(run).counts()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from chance import assert_frequencies
 
 from fsdfm_jax import draws, jumps, neighbours, sampler
@@ -298,7 +299,8 @@ def exact(logits_LV, x_L, drawn_L, given_L, follow, strength, temperature):
         if i and sure_L[i - 1]:
             known_V = known_V / (posterior_LV[i - 1] @ pairs_VV) ** power
         if i + 1 < len(x_L) and given_L[i + 1] and not drawn_L[i + 1]:
-            ratio_V = pairs_VV[:, x_L[i + 1]] / (pairs_VV @ posterior_LV[i + 1])
+            expected_V = posterior_LV[i + 1] / (posterior_LV[i] @ pairs_VV)
+            ratio_V = pairs_VV[:, x_L[i + 1]] / (pairs_VV @ expected_V)
             known_V = known_V * ratio_V**power
         before, p = p, {}
         for text, p_text in before.items():
@@ -495,6 +497,28 @@ def test_a_neighbour_that_the_network_knows_adds_nothing():
     assert np.mean(other_BL[:, 2] != alone_BL[:, 2]) > 0.1
 
 
+@pytest.mark.parametrize("given", [0, 1], ids=["left", "right"])
+def test_around_a_given_token_a_network_that_knows_frequencies_writes_the_text(given):
+    """Two tokens of a stationary chain, of which one is known: the other's conditional."""
+    follow_VV = np.random.default_rng(4).dirichlet(np.full(V, 0.4), size=V)
+    share_V = np.linalg.matrix_power(follow_VV, 500)[0]
+    joint_VV = share_V[:, None] * follow_VV
+    for token in range(V):
+        wanted_V = joint_VV[token] if given == 0 else joint_VV[:, token]
+        x_L, given_L = np.full(2, token), np.arange(2) == given
+        found = RUN(
+            jax.random.key(8),
+            _every(np.log([share_V] * 2), jnp.float32),
+            _every(x_L, jnp.int32),
+            _every(~given_L, bool),
+            _every(given_L, bool),
+            Neighbours(tables.pairs(follow_VV), jnp.float32(1.0)),
+            temperature=jnp.float32(1.0),
+        )
+        counts_V = np.bincount(np.asarray(found)[:, 1 - given], minlength=V)
+        assert_frequencies(counts_V, wanted_V / wanted_V.sum())
+
+
 def test_a_neighbour_to_the_right_that_the_network_knows_adds_nothing():
     logits_LV = _logits()
     where = {"x_L": (0, 0, 1), "drawn_L": (0, 1, 0), "given_L": (0, 0, 1)}
@@ -565,23 +589,16 @@ def _network(mask_id, xp, x_BL, t, h):
 
 def _exact_end(x0_BL, frozen_L, mask_id, strength, temperature, cooling):
     """P(text) at t=1 of a sampler that redraws each position with probability beta."""
-    # What it goes by is the text and which positions are sure: frozen, or drawn by then.
     begun = np.asarray(x0_BL) @ V ** np.arange(L)[::-1]
     p_X = np.bincount(begun, minlength=len(TEXTS)) / len(begun)
-    p = {(text, tuple(frozen_L)): p_text for text, p_text in enumerate(p_X) if p_text}
     for step, (t, h) in enumerate(zip(GRID[:-1], np.diff(GRID), strict=True)):
         heat = temperature * (1 - cooling * t)
         beta = 1.0 if step == len(GRID) - 2 else h / (1 - t)
         with np.errstate(invalid="ignore"):
             logits = _network(mask_id, np, TEXTS, t, h) / heat
 
-        @functools.cache
-        def drawn_to(text, drawn, given, logits=logits, heat=heat):
-            asked = (logits[text], TEXTS[text], drawn, given, HEEDED)
-            return exact(*asked, strength, heat)
-
-        after = collections.Counter()
-        for (text, sure), p_text in p.items():
+        after_X = np.zeros(len(TEXTS))
+        for text in np.flatnonzero(p_X):
             may_L = ~frozen_L & ((TEXTS[text] == mask_id) if mask_id is not None else True)
             for drawn in itertools.product((False, True), repeat=L):
                 drawn_L = np.asarray(drawn)
@@ -589,14 +606,9 @@ def _exact_end(x0_BL, frozen_L, mask_id, strength, temperature, cooling):
                     continue
                 weight = beta ** drawn_L.sum() * (1 - beta) ** (may_L & ~drawn_L).sum()
                 if weight:
-                    sure_L = np.asarray(sure)
-                    to_X = p_text * weight * drawn_to(text, drawn, tuple(sure_L & ~drawn_L))
-                    for new in np.flatnonzero(to_X):
-                        after[new, tuple(sure_L | drawn_L)] += to_X[new]
-        p = after
-    p_X = np.zeros(len(TEXTS))
-    for (text, _), p_text in p.items():
-        p_X[text] += p_text
+                    asked = (logits[text], TEXTS[text], drawn_L, frozen_L, HEEDED)
+                    after_X += p_X[text] * weight * exact(*asked, strength, heat)
+        p_X = after_X
     return p_X
 
 
@@ -624,7 +636,7 @@ def _sampler(mask_id):
 def test_a_sampler_has_the_exact_distribution_of_its_chain(mask_id, frozen, strength):
     """With a strength of 0, and without neighbours, it is the same: that of the rule `mixture`."""
     temperature, cooling, number = 0.8, 0.5, 30_000
-    frozen_L = np.arange(L) == (0 if frozen else L)
+    frozen_L = np.isin(np.arange(L), (0, L - 1)) & frozen
     x0_BL = Source(V, mask_id=mask_id).sample(jax.random.key(1), (number, L))
     x0_BL = jnp.where(frozen_L[None], 1, x0_BL)
     frozen_BL = jnp.tile(jnp.asarray(frozen_L)[None], (number, 1))
@@ -636,7 +648,7 @@ def test_a_sampler_has_the_exact_distribution_of_its_chain(mask_id, frozen, stre
     wanted = _exact_end(x0_BL, frozen_L, mask_id, strength or 0.0, temperature, cooling)
     assert_frequencies(_numbers(x_BL), wanted)
     if frozen:
-        assert np.all(np.asarray(x_BL)[:, 0] == 1)
+        assert np.all(np.asarray(x_BL)[:, frozen_L] == 1)
     if strength:
         alone = _exact_end(x0_BL, frozen_L, mask_id, 0.0, temperature, cooling)
         assert np.abs(wanted - alone).sum() > 0.1

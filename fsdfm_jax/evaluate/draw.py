@@ -1,7 +1,7 @@
 """Samples of a point: what a model writes, the naive controls, and how a model came to its text.
 
 One program serves all numbers of steps, grids, temperatures and seeds of a model and jump rule;
-only whether there is a nucleus at all, or neighbours, makes it another one.
+only whether there is a nucleus at all, or neighbours and how many contexts, makes it another one.
 """
 
 import functools
@@ -192,9 +192,10 @@ def _compile(model, process, rule, size, has_nucleus, num_longer):
         grid = jnp.zeros((room + 1,), jnp.float32)
         heeded = None
         if num_longer is not None:
-            shape_of, size = jax.ShapeDtypeStruct, model.vocab_size
-            follow = shape_of((size + num_longer, size), jnp.float32)
-            keys, shorter = (shape_of((n,), jnp.int32) for n in (num_longer, size + num_longer))
+            contexts = model.vocab_size + num_longer
+            follow = jax.ShapeDtypeStruct((contexts, model.vocab_size), jnp.float32)
+            keys = jax.ShapeDtypeStruct((num_longer,), jnp.int32)
+            shorter = jax.ShapeDtypeStruct((contexts,), jnp.int32)
             heeded = Neighbours(Table(follow, keys, shorter), scalar)
         inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar, heeded)
     params = jax.eval_shape(lambda: models.init_params(key, model))
@@ -305,7 +306,7 @@ def control(
     if name == "unigram":
         made_NL = rng.choice(len(unigram_V), real_NL.shape, p=unigram_V)
     elif name == "ngram":
-        made_NL = _write_ngrams(real_NL, frozen_NL, seed, count(), len(unigram_V))
+        made_NL = _write_ngrams(real_NL, frozen_NL, unigram_V, seed, count())
     elif name == "shuffled":
         made_NL = real_NL.copy()
         for tokens_L, free_L in zip(made_NL, ~frozen_NL, strict=True):
@@ -315,17 +316,18 @@ def control(
     return np.where(frozen_NL, real_NL, made_NL).astype(np.int32)
 
 
-def _write_ngrams(real_NL, frozen_NL, seed, counts, vocab_size) -> np.ndarray:
+def _write_ngrams(real_NL, frozen_NL, unigram_V, seed, counts) -> np.ndarray:
     """Texts of the n-grams alone.
 
     They are what `neighbours.draw` makes of posteriors that know nothing but the frequencies of a
     text where B(x | y) follows y: then these cancel, and each token is drawn from B(x | c). Just
     before a given token, that is heeded too.
     """
+    vocab_size = len(unigram_V)
     table = neighbours_lib.table(counts, vocab_size)
-    share_V = np.full(vocab_size, 1 / vocab_size)
+    share_V, follow_VV = np.asarray(unigram_V), table.follow_CV[:vocab_size].astype(np.float64)
     for _ in range(100):
-        share_V = share_V @ table.follow_CV[:vocab_size]
+        share_V = share_V @ follow_VV
     features_NL1 = jnp.zeros((*real_NL.shape, 1))
     bias_V = jnp.log(jnp.asarray(share_V, jnp.float32))
     logits = Factored(features_NL1, jnp.zeros((1, vocab_size)), bias_V)

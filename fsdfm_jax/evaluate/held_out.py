@@ -1,5 +1,6 @@
 """Real text to compare with: held-out blocks, and what the naive controls are made of."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
         counts_V / counts_V.sum(),
         real_NL[0, : min(_SENTENCE, prepared.block_length)],
         prepared.fingerprint,
-        lambda: neighbours.count(train, vocab_size),
+        functools.cache(lambda: neighbours.count(train, vocab_size)),
     )
 
 

@@ -117,7 +117,7 @@ def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
 def ngram_row(rows: Iterable[Row], task: str | None) -> Row | None:
     """The n-gram control under a task, see `draw.control`."""
     here = (r for r in rows if r["kind"] == "control" and r.get("task") == task)
-    return next((r for r in here if r["setting"] == "control-ngram"), None)
+    return next((r for r in here if r["setting"].startswith("control-ngram")), None)
 
 
 def title(row: Row) -> str:

@@ -159,6 +159,7 @@ class Catalogue:
         self._latest: tuple[tuple[str, str], Subject] | None = None
         bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
         self._counts = {label: bundle.counts for label, bundle in bundles.items()}
+        self._sha256: dict[str, str] = {}
         self._tables: dict[str, Table] = {}
         stages_ = {label: _stage_of(bundle) for label, bundle in bundles.items()}
         left_to_right = [label for label, stage in stages_.items() if stage == "autoregressive"]
@@ -189,8 +190,11 @@ class Catalogue:
 
     def follow_sha256(self, label: str) -> str | None:
         """Checksum of what follows what in a model's text, None if it isn't known."""
-        read = self._counts[label]
-        return read and bundle_lib.counts_hash(read())
+        if self._counts[label] is None:
+            return None
+        if label not in self._sha256:
+            self._sha256[label] = bundle_lib.counts_hash(self._counts[label]())
+        return self._sha256[label]
 
     def _table(self, label: str, vocab_size: int) -> Table:
         """The table of a model's text, once for all models of one text."""
