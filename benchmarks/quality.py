@@ -336,6 +336,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             steps, values = [row["steps"] for row in mine], [row[judge] for row in mine]
             panel.plot(steps, values, style, marker="o", color=color, label=f"{recipe}, {sampler}")
         panel.axhline(1.0, color="grey", linestyle=":")
+        for row in rows:
+            if row["recipe"] == NGRAMS:
+                panel.axhline(row[judge], color="grey", linestyle="-.", label=NGRAMS)
 
     judges = [key for key in rows[0] if key.startswith("ppl ")]
     measure.plot_over_steps(
