@@ -293,7 +293,7 @@ def _key_figures(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> 
         # A perplexity by itself is no figure to hold others against.
         if row and (reading.fair_judge(row, names) or not reading.own_judges(row))
     ]
-    flagged = sum(bool(findings[row["slug"]]) for row in rows)
+    flagged = sum(reading.misleading(findings[row["slug"]]) for row in rows)
     cards.append(
         f'<div class="card"><h3>Flagged</h3><p class="big">{flagged} <span>of {len(rows)} rows'
         "</span></p><p>something speaks against taking their perplexity for quality; "

@@ -222,7 +222,7 @@ def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]])
         and row.get("stage") != "autoregressive"
         and (row.get("steps") or math.inf) <= FEW_STEPS
         and row.get("task") == task
-        and all(finding.word == NO_BETTER for finding in findings_of[row["slug"]])
+        and not misleading(findings_of[row["slug"]])
         and names
         and math.isfinite(value(perplexity(row, names[0])))
     ]
@@ -309,6 +309,11 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
         )
         found.append(Finding("too easy", sentence, ("perplexity_a",)))
     return found
+
+
+def misleading(found: Iterable[Finding]) -> bool:
+    """Whether what was found says more than that a row is weak."""
+    return any(finding.word != NO_BETTER for finding in found)
 
 
 def flags(row: Row, real: Row | None) -> list[str]:

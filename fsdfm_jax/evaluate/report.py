@@ -115,7 +115,7 @@ def write(
     writer.write_text(directory / "samples.txt", _samples_text(rows, texts))
     lines = _trajectory_lines(rows, trajectories, tokenizer, mask_id)
     writer.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
-    exposed = {slug for slug, found in known.items() if found}
+    exposed = {slug for slug, found in known.items() if reading.misleading(found)}
     drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
     for name in ("frontier", "steps", "time", "results"):
         writer.write_bytes(directory / f"{name}.png", pictures.png(drawn[name]))
