@@ -9,7 +9,8 @@ once for each seed and with the same number of network evaluations (teachers and
 Then samples each of them in 1, 2, 4, 8 and 16 steps by each of --samplers, at the temperature at
 which its samples have the entropy (unigram, mean over samples) of the base model's in 1,024 steps
 at temperature 1: perplexity that was bought with entropy is given back. Those temperatures are
-searched for on noise of their own, until they are known to 1%.
+searched for on noise of their own, until they are known to 1%. Beside them stand held-out text and
+what the counts of the sampler `neighbours` write alone, without a network.
 
 Everything lies in the folder and is done once; killed, the same command goes on. RESULT in it gets
 quality.json (all figures of all trainings), quality.md (the table), quality.png (the curves) and

@@ -47,6 +47,17 @@ def report(tmp_path):
     return tmp_path
 
 
+def test_what_came_along_is_sampled_as_its_configuration_says():
+    bundle = formats.open_bundle(generate.SHIPPED)
+    said, asked = bundle.provenance["config"]["eval"], shipped.get_config().eval
+    for key in ("few_step_jump", "grid", "temperature", "cooling", "look_ahead", "neighbours"):
+        assert said[key] == asked[key], key
+    assert bundle.heeds_neighbours
+    assert len(bundle.counts().keys_N) > 1000
+    card = (generate.SHIPPED.parent / "README.md").read_text()
+    assert f"{generate.SHIPPED.stat().st_size / 1e6:.1f} MB" in card
+
+
 NGRAMS = Ngrams(TEXT, ship.NGRAM, vocab_size=97)
 
 
