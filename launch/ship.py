@@ -68,7 +68,7 @@ def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> li
     """
     stored = writer.read_jsonl(report / "points.jsonl") if report.is_dir() else []
     latest = {row["slug"]: row for row in stored}  # of a point computed again the last one counts
-    beside = lambda row: row["kind"] == "real" or row.get("setting", "").startswith("control-ngram")
+    beside = lambda row: row["kind"] == "real" or reading.is_ngrams(row)
     kept = [row for row in latest.values() if beside(row) or row["run"] in wanted]
     missing = {"held-out text", *wanted} - {row["run"] or row["group"] for row in kept}
     if missing:

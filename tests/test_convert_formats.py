@@ -1146,6 +1146,9 @@ def test_damaged_counts_of_a_file_are_refused(heeding, tmp_path):
             formats.open_bundle(file)
 
 
+# ------------------------------------------------------------------------------ the program
+
+
 def _run(*arguments, code=None):
     call = (
         [sys.executable, "-m", "fsdfm_jax.convert"]

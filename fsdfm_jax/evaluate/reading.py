@@ -116,8 +116,12 @@ def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
 
 def ngram_row(rows: Iterable[Row], task: str | None) -> Row | None:
     """The n-gram control under a task, see `draw.control`."""
-    here = (r for r in rows if r["kind"] == "control" and r.get("task") == task)
-    return next((r for r in here if r["setting"].startswith("control-ngram")), None)
+    return next((r for r in rows if is_ngrams(r) and r.get("task") == task), None)
+
+
+def is_ngrams(row: Row) -> bool:
+    """Whether a row is the n-gram control, of whatever task."""
+    return row["kind"] == "control" and row["setting"].startswith("control-ngram")
 
 
 def title(row: Row) -> str:
