@@ -6,11 +6,12 @@
 
 Trains the judge and the base model of configs/quality.py, then every recipe from that base model,
 once for each seed and with the same number of network evaluations (teachers and pairs included).
-Then samples each of them in 1, 2, 4, 8 and 16 steps by each of --samplers, at the temperature at
-which its samples have the entropy (unigram, mean over samples) of the base model's in 1,024 steps
-at temperature 1: perplexity that was bought with entropy is given back. Those temperatures are
-searched for on noise of their own, until they are known to 1%. Beside them stand held-out text and
-what the counts of the sampler `neighbours` write alone, without a network.
+Then samples each of them in --few_steps (1, 2, 4, 8 and 16) by each of --samplers, at the
+temperature at which its samples have the entropy (unigram, mean over samples) of the base model's
+in 1,024 steps at temperature 1: perplexity that was bought with entropy is given back. Those
+temperatures are searched for on noise of their own, until the entropy there is known to 0.3%.
+Beside them stand held-out text and what the counts of the sampler `neighbours` write alone, without
+a network.
 
 Everything lies in the folder and is done once; killed, the same command goes on. RESULT in it gets
 quality.json (all figures of all trainings), quality.md (the table), quality.png (the curves) and
@@ -50,6 +51,7 @@ _COMPARED = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_list("trainings", ["0", "1", "2"], "Seeds, also of the base's samples.")
 _JUDGES = flags.DEFINE_string("judges", None, "As eval.judges; the first is the main one.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Of each figure.", lower_bound=1)
+_STEPS = flags.DEFINE_list("few_steps", None, "Numbers of steps, comma-separated, as eval.steps.")
 _RESULT = flags.DEFINE_string("result", "result", "Folder of the results, in that of the study.")
 _SAMPLERS = flags.DEFINE_list(
     "samplers", list(recipes.SAMPLERS), "Of configs/quality.py, each a table's rows."
@@ -156,14 +158,23 @@ class Study:
       folder: the working directory.
       places: label -> path#run of the recipes' models.
       seeds: of the base model's samples.
+      steps: of the few-step samplers; those of the configuration if there are none.
     """
 
-    def __init__(self, folder: pathlib.Path, places: Mapping[str, str], seeds: Sequence[int]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        places: Mapping[str, str],
+        seeds: Sequence[int],
+        steps: Sequence[int] = (),
+    ):
         config = recipes.get_config(f"base,{_SCALE.value}")
         if _JUDGES.value:
             config.eval.judges = _JUDGES.value
         if _SAMPLES.value:
             config.eval.num_samples = _SAMPLES.value
+        if steps:
+            config.eval.steps = tuple(steps)
         config.eval.models = ",".join(f"{label}={place}" for label, place in places.items())
         config.eval.bound_samples = 0
         self._settings = Settings.from_config(config.eval)
@@ -376,6 +387,17 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def numbers(flag: flags.FlagHolder, least: int) -> list[int]:
+    """The whole numbers of a list flag, of which there may be none; UsageError for others."""
+    for text in flag.value or ():
+        if not text.strip().isdecimal() or int(text) < least:
+            raise app.UsageError(
+                f"--{flag.name} takes whole numbers of at least {least}, comma-separated, "
+                f"got {text!r}."
+            )
+    return [int(text) for text in flag.value or ()]
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -384,14 +406,12 @@ def main(argv: list[str]) -> None:
     for given, known in ((names, every), (_SAMPLERS.value, recipes.SAMPLERS)):
         if unknown := [name for name in given if name not in known]:
             raise app.UsageError(f"Unknown {unknown[0]!r}; expected some of {', '.join(known)}.")
-    folder, seeds = (
-        pathlib.Path(_STUDY.value).expanduser().resolve(),
-        [int(s) for s in _SEEDS.value],
-    )
+    folder = pathlib.Path(_STUDY.value).expanduser().resolve()
+    seeds, steps = numbers(_SEEDS, least=0), numbers(_STEPS, least=1)
     result = folder / _RESULT.value
     places = train_all(folder, names, seeds)
     with sharding.use(sharding.local_mesh()):
-        study = Study(folder, places, seeds)
+        study = Study(folder, places, seeds, steps)
         records = study.run()
     rows = summarise(records)
     measure.print_table(rows)

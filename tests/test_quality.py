@@ -8,6 +8,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import app, flags
+from absl.testing import flagsaver
 
 from benchmarks import quality
 from configs import quality as recipes
@@ -154,23 +156,50 @@ def test_the_table_is_in_units_of_the_reference():
     assert "| paper | plain | 8 | 0 of 1 | - | - |" in quality.markdown([heun, paper])
 
 
+# -------------------------------------------------------------------------------------- the command
+@pytest.fixture
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@pytest.mark.usefixtures("parsed_flags")
+@pytest.mark.parametrize("given", ["2,x", "0", "-1,2", "1.5", "4,,8"])
+def test_what_is_no_number_of_steps_is_said_before_anything_is_trained(given, monkeypatch):
+    monkeypatch.setattr(quality, "train_all", lambda *_: pytest.fail("trained"))
+    with (
+        flagsaver.as_parsed(study="unused", few_steps=given),
+        pytest.raises(app.UsageError, match="--few_steps takes whole numbers of at least 1"),
+    ):
+        quality.main(["quality"])
+
+
+@pytest.mark.usefixtures("parsed_flags")
+def test_numbers_of_a_flag():
+    with flagsaver.as_parsed(few_steps="2, 8", trainings="0,2"):
+        assert quality.numbers(quality._STEPS, least=1) == [2, 8]
+        assert quality.numbers(quality._SEEDS, least=0) == [0, 2]
+    assert quality.numbers(quality._STEPS, least=1) == []
+
+
 @pytest.mark.slow
 def test_the_whole_study_on_a_small_scale(tmp_path):
     command = [sys.executable, "-m", "benchmarks.quality", f"--study={tmp_path}", "--scale=smoke"]
-    command += ["--trainings=0", "--compare=paper,rect3", "--samples=8"]
+    command += ["--trainings=0", "--compare=paper,rect3", "--samples=8", "--few_steps=2,8"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     found = json.loads((tmp_path / "result/quality.json").read_text())
     assert {row["recipe"] for row in found["table"]} == {
         "reference",
         "held-out text",
+        quality.NGRAMS,
         "pretrain",
         "paper",
         "rect3",
     }
     rows = [row for row in found["table"] if row["recipe"] == "paper"]
     assert [(row["sampler"], row["steps"]) for row in rows] == [
-        (sampler, steps) for sampler in ("plain", "tuned") for steps in (1, 2, 4, 8, 16)
+        (sampler, steps) for sampler in recipes.SAMPLERS for steps in (2, 8)
     ]
     assert all(abs(row["H"] - 1) < 0.05 for row in rows if row["H"])
     assert (tmp_path / "result/quality.png").stat().st_size > 5_000
