@@ -61,7 +61,6 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
