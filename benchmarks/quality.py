@@ -350,7 +350,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         panel.axhline(1.0, color="grey", linestyle=":")
         for row in rows:
             if row["recipe"] == NGRAMS:
-                panel.axhline(row[judge], color="grey", linestyle="-.", label=NGRAMS)
+                panel.axhline(row[judge], color="black", linestyle="-.", label=NGRAMS)
 
     judges = [key for key in rows[0] if key.startswith("ppl ")]
     measure.plot_over_steps(
