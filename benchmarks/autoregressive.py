@@ -70,12 +70,12 @@ def main(argv: list[str]) -> None:
     else:
         names = measure.wanted(possible) if measure.WANTED.value else possible[:2]
     size, length, dtype = measure.SIZE.value, measure.LENGTH.value, measure.DTYPE.value
-    steps = [int(count) for count in measure.STEPS.value]
+    steps = measure.numbers(measure.STEPS, least=1)
     vocab_size = measure.vocab_size(size)
     config = measure.make_config(size, dtype=dtype, overrides={})
     key = jax.random.key(0)
     weights, cases, rows = {}, {}, {}
-    for batch in map(int, _BATCHES.value):
+    for batch in measure.numbers(_BATCHES, least=1):
         found = make_cases(config, vocab_size, batch=batch, length=length, steps=steps, names=names)
         for (name, calls), (run, model) in found.items():
             if model not in weights:

@@ -511,7 +511,7 @@ def _possible(name: str, source: str) -> bool:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    asked, seeds, kind = _asked(), [int(s) for s in _SEEDS.value], _DATA_KIND.value
+    asked, seeds, kind = _asked(), measure.numbers(_SEEDS, least=0), _DATA_KIND.value
     tables, records = {}, []
     for source in _SOURCES.value:
         sources.make_source(source, num_tokens=NUM_TOKENS)  # refuses unknown ones

@@ -66,6 +66,18 @@ def wanted(possible: list[str]) -> list[str]:
     return names
 
 
+def numbers(flag: flags.FlagHolder, least: int) -> list[int]:
+    """The whole numbers of a list flag, of which there may be none; UsageError for others."""
+    given = flag.value or []
+    for text in given:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise app.UsageError(
+                f"--{flag.name} takes whole numbers of at least {least}, comma-separated, "
+                f"got {text!r}."
+            )
+    return [int(text) for text in given]
+
+
 def filled(params: Params) -> Params:
     """Fresh parameters with noise in place of their zeros, products of which would cost less."""
     leaves, tree = jax.tree.flatten(params)

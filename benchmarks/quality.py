@@ -387,17 +387,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def numbers(flag: flags.FlagHolder, least: int) -> list[int]:
-    """The whole numbers of a list flag, of which there may be none; UsageError for others."""
-    for text in flag.value or ():
-        if not text.strip().isdecimal() or int(text) < least:
-            raise app.UsageError(
-                f"--{flag.name} takes whole numbers of at least {least}, comma-separated, "
-                f"got {text!r}."
-            )
-    return [int(text) for text in flag.value or ()]
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -407,7 +396,7 @@ def main(argv: list[str]) -> None:
         if unknown := [name for name in given if name not in known]:
             raise app.UsageError(f"Unknown {unknown[0]!r}; expected some of {', '.join(known)}.")
     folder = pathlib.Path(_STUDY.value).expanduser().resolve()
-    seeds, steps = numbers(_SEEDS, least=0), numbers(_STEPS, least=1)
+    seeds, steps = measure.numbers(_SEEDS, least=0), measure.numbers(_STEPS, least=1)
     result = folder / _RESULT.value
     places = train_all(folder, names, seeds)
     with sharding.use(sharding.local_mesh()):

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     names = measure.wanted(list(CASES))
-    all_steps = [int(steps) for steps in measure.STEPS.value]
+    all_steps = measure.numbers(measure.STEPS, least=1)
     size, batch, length = measure.SIZE.value, measure.BATCH.value or 1, measure.LENGTH.value
     dtype, mib = measure.DTYPE.value, measure.LOGITS_MIB.value
     result = {"machine": measure.machine(), "size": size, "batch": batch}

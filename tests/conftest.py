@@ -6,6 +6,8 @@ import shutil
 import tempfile
 
 import jax
+import pytest
+from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -14,17 +16,20 @@ jax.config.update("jax_debug_key_reuse", True)
 
 # Tests compile the same programs over and over: here, in the other workers and in the processes
 # that tests start. Each is compiled once in a run, or once for all where the variable is set.
-_CACHE, _ALL = (
-    "JAX_COMPILATION_CACHE_DIR",
-    {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    },
-)
-if _CACHE not in os.environ:
-    os.environ[_CACHE] = tempfile.mkdtemp(prefix="fsdfm_jax_tests_")
-    atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
-os.environ |= _ALL
-jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+if _CACHE is None:
+    _CACHE = tempfile.mkdtemp(prefix="fsdfm_jax_tests_")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+for _name, _value in (
+    ("jax_compilation_cache_dir", _CACHE),
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
+
+
+@pytest.fixture
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

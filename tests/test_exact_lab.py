@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import app
 from absl.testing import flagsaver
 from chance import assert_frequencies, assert_mean
 from tables import pairs
@@ -453,12 +453,6 @@ def test_each_recipe_is_one_that_stages_read(source):
                 stages.make_stage(stage, config, process)
             if stage in ("distill", "refine"):
                 exact_lab.read_taught(config, stage, process, recipe)
-
-
-@pytest.fixture
-def parsed_flags():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 @pytest.mark.usefixtures("parsed_flags")

@@ -8,10 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import app
 from absl.testing import flagsaver
 
-from benchmarks import quality
+from benchmarks import measure, quality
 from configs import quality as recipes
 from fsdfm_jax import models, stages
 
@@ -157,12 +157,6 @@ def test_the_table_is_in_units_of_the_reference():
 
 
 # -------------------------------------------------------------------------------------- the command
-@pytest.fixture
-def parsed_flags():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
 @pytest.mark.usefixtures("parsed_flags")
 @pytest.mark.parametrize("given", ["2,x", "0", "-1,2", "1.5", "4,,8"])
 def test_what_is_no_number_of_steps_is_said_before_anything_is_trained(given, monkeypatch):
@@ -177,9 +171,9 @@ def test_what_is_no_number_of_steps_is_said_before_anything_is_trained(given, mo
 @pytest.mark.usefixtures("parsed_flags")
 def test_numbers_of_a_flag():
     with flagsaver.as_parsed(few_steps="2, 8", trainings="0,2"):
-        assert quality.numbers(quality._STEPS, least=1) == [2, 8]
-        assert quality.numbers(quality._SEEDS, least=0) == [0, 2]
-    assert quality.numbers(quality._STEPS, least=1) == []
+        assert measure.numbers(quality._STEPS, least=1) == [2, 8]
+        assert measure.numbers(quality._SEEDS, least=0) == [0, 2]
+    assert measure.numbers(quality._STEPS, least=1) == []
 
 
 @pytest.mark.slow
