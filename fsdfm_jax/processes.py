@@ -15,7 +15,6 @@ from types import FrameType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -101,7 +100,7 @@ def everyone_says(text: str) -> list[str]:
     said = np.zeros(2000, np.uint8)
     data = text.encode()[: said.size]
     said[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(said))
+    rows = _everyones(said)
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
@@ -123,10 +122,29 @@ def from_first(action: Callable[[], Iterable[int]]) -> list[int]:
     if failed:
         raise OSError(f"process 0: {failed}")
     if jax.process_count() > 1:
-        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
+        count = _everyones(np.int32(len(values)))[0]
         values = np.asarray(values if is_first() else np.zeros(count), np.int32)
-        values = multihost_utils.broadcast_one_to_all(values) if count else []
+        values = _everyones(values)[0] if count else []
     return [int(value) for value in values]
+
+
+def _everyones(row: np.ndarray) -> np.ndarray:
+    """The arrays [..] of all processes [processes, ..], of one shape and type in each.
+
+    Unlike `multihost_utils.process_allgather` it waits for every device of this process, not for
+    its first: who ends while a collective is on its way leaves the others waiting for ever.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.reshape(devices, (jax.process_count(), -1)), ("process", "device"))
+    shape = (jax.process_count(), *row.shape)
+    spread = NamedSharding(mesh, P("process"))
+    rows = jax.make_array_from_process_local_data(spread, row[None], shape)
+    everywhere = jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(rows)
+    return np.asarray(jax.block_until_ready(everywhere).addressable_data(0))
+
+
+def _same(rows: jax.Array) -> jax.Array:
+    return rows
 
 
 class StopRequest:
