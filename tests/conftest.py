@@ -1,4 +1,4 @@
-"""Eight CPU devices and JAX's strict modes for every test; set before the first JAX call."""
+"""Eight CPU devices and JAX's strict modes for every test; how their programs are compiled."""
 
 import atexit
 import os
@@ -27,6 +27,30 @@ for _name, _value in (
 ):
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
+
+# Most of the time of these small programs is LLVM's optimising them. Tests marked `optimised` run
+# what users run: those of recorded numbers, and those of results that are the same bit for bit
+# over rows and devices. All do, or none, where the variable is set.
+_QUICK = "jax_disable_most_optimizations"
+_CHOSEN = os.environ.get(_QUICK.upper())
+
+
+def _compile_quickly(quick: bool) -> None:
+    if quick != jax.config.read(_QUICK):
+        jax.clear_caches()  # the setting is no part of their keys
+        jax.config.update(_QUICK, quick)
+        os.environ[_QUICK.upper()] = str(int(quick))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if _CHOSEN is None:
+        _compile_quickly(item.get_closest_marker("optimised") is None)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()  # what other files compile is something else: a worker grew to gigabytes
 
 
 @pytest.fixture

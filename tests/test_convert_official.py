@@ -35,6 +35,7 @@ def shapes(cfg):
     return jax.eval_shape(lambda: models.init_params(jax.random.key(0), cfg))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("network", NETWORKS)
 def test_logits_are_those_of_the_official_network(network):
     arrays, state, cfg = load(network)

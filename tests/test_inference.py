@@ -159,6 +159,7 @@ def test_buckets():
         assert 3 * (size - rows) <= size
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("weights", "process", "how"),
     [

@@ -29,6 +29,7 @@ def jump_probability(rule, schedule, logits_BLV, xt_BL, t_B, h_B):
     return rule.probability(schedule, t_B1, h_B1, m_BL)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_probability_against_recorded_numbers(power):
     xt_BL, t_B, h_B = GOLDEN["xt"].astype(np.int32), GOLDEN["t"], GOLDEN["h"]
@@ -39,6 +40,7 @@ def test_probability_against_recorded_numbers(power):
     np.testing.assert_allclose(probability_BL, GOLDEN[f"pjump_n{power}"], rtol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_off_diagonal_rates_against_recorded_numbers(power):
     gbar_B = schedules.cumulative_rate(Polynomial(power), GOLDEN["t"], GOLDEN["h"])
@@ -421,6 +423,7 @@ def test_factored_logits_are_drawn_from_as_if_written_down(size, chunks):
             np.testing.assert_array_equal(got_BL, want_BL)
 
 
+@pytest.mark.optimised
 def test_a_row_does_not_depend_on_the_number_of_rows():
     logits = exact_logits(5, 13, 7)
     xt_BL = jax.random.randint(jax.random.key(1), (5, 13), 0, 7).at[:, ::2].set(6)

@@ -336,6 +336,7 @@ def test_a_step_holds_a_chunk_of_logits(mask_id):
 # ---------------------------------------------------------------------------------- many devices
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("rows", [8, 16, 12], ids=["1 a device", "2 a device", "uneven"])
 def test_rows_over_eight_devices_are_rows_on_one(rows):
     shape = (rows, 12, 50)

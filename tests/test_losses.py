@@ -22,6 +22,7 @@ def random_logits(seed, *shape, scale=2.0):
     return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_path_loss_against_recorded_numbers(power):
     weight_B = schedules.rate(Polynomial(power), GOLDEN["t"])
@@ -32,6 +33,7 @@ def test_path_loss_against_recorded_numbers(power):
     assert np.any(XT != X1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distillation_against_recorded_numbers(temperature):
     loss_BL = distillation_loss(

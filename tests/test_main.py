@@ -1,7 +1,6 @@
 """The main job: refusals before work, a whole run, going on after kills, generating from it.
 
-The runs are subprocesses: what a kill leaves behind is only real in another process. They share a
-compilation cache, and XLA's optimisations are off, which saves most of their time.
+The runs are subprocesses: what a kill leaves behind is only real in another process.
 """
 
 import csv
@@ -94,10 +93,6 @@ class World:
             "PYTHONPATH": str(ROOT),
             # No commit in the stamps: one that comes between two runs would make them differ.
             "GIT_DIR": str(folder / "none"),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
     def start(self, module, *flags):

@@ -26,14 +26,6 @@ from fsdfm_jax.stages import refine
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_faster():
-    """Tiny networks take seconds to compile and none to run; what is compared compiles alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # ---------------------------------------------------------------------------------------- training
 
 

@@ -608,6 +608,7 @@ def test_residual_stream_is_float32():
     assert relative_error(logits, run(params, cfg, *args)) < 0.03
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["additive", "causal"])
 def test_batch_over_eight_devices_is_one_device(kind):
     cfg = causal(SMALL) if kind == "causal" else conditioned(SMALL, kind)

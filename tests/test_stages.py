@@ -20,14 +20,6 @@ from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
 V, B, L = 11, 8, 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_faster():
-    """These networks take seconds to compile and none to run; the results are the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_config():
     config = base_config.get_config()
     model = config.model

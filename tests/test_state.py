@@ -12,15 +12,6 @@ from test_train import assert_same_bits, make_mesh, make_stage, toy_stage
 from configs import base as base_config
 from fsdfm_jax import main, sharding, state, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_faster():
-    """As in tests/test_train.py."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 B, L = 16, 3
 RATE, DECAY = 0.25, 0.75
 KEY = jax.random.key(5)

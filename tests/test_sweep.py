@@ -67,13 +67,7 @@ class World:
         for i in range(60):
             text = " ".join(rng.choices(words, k=rng.randint(20, 60)))
             (folder / "texts" / f"{i:03}.txt").write_text(f"{text} {i}.\n")
-        self.env = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        self.env = os.environ | {"PYTHONPATH": str(ROOT)}
         train = TRAIN | {"data.corpus": f"{folder}/texts/*.txt"}
         flags = ["--noevaluate", f"--workdir={self.run_folder}"]
         self.run("fsdfm_jax.main", "base", train, *flags)

@@ -17,14 +17,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 SEED = 3
 
 
-def toy_victim(folder, *flags):
+def toy_victim(*flags):
     """A stage that compiles at once: a life is the start of a process."""
     program = [sys.executable, str(ROOT / "tests" / "toy_job.py"), *flags]
     return torture.Victim(
         command=lambda workdir: [*program, f"--directory={workdir / 'stage'}"],
         directory=lambda workdir: workdir / "stage",
         checkpoint_every=3,
-        environment={"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")},
+        environment={"PYTHONPATH": str(ROOT)},
         start_seconds=1.0,
         train_seconds=0.5,
         train_steps=8,
@@ -35,7 +35,7 @@ def toy_victim(folder, *flags):
     ("kills", "num_steps"), [(2, 30), pytest.param(20, 60, marks=pytest.mark.slow)]
 )
 def test_killed_again_and_again_nothing_is_lost(tmp_path, kills, num_steps):
-    victim = toy_victim(tmp_path, f"--num_steps={num_steps}", "--pause=0.01")
+    victim = toy_victim(f"--num_steps={num_steps}", "--pause=0.01")
     found = torture.torture(victim, tmp_path, kills=kills, seed=SEED)
     assert found["faults"] == []
     assert found["kills"] == kills
@@ -47,7 +47,7 @@ def test_killed_again_and_again_nothing_is_lost(tmp_path, kills, num_steps):
 
 @pytest.mark.slow
 def test_a_run_that_reads_on_at_another_batch_is_noticed(tmp_path):
-    victim = toy_victim(tmp_path, "--num_steps=60", "--pause=0.01", "--forgets=1")
+    victim = toy_victim("--num_steps=60", "--pause=0.01", "--forgets=1")
     faults = torture.torture(victim, tmp_path, kills=2, seed=SEED)["faults"]
     text = "\n".join(faults)
     for what in ("of params differ", "of ema differ", "of opt_state differ", "metrics differ"):
@@ -56,7 +56,7 @@ def test_a_run_that_reads_on_at_another_batch_is_noticed(tmp_path):
 
 def test_a_program_that_fails_is_no_survivor(tmp_path):
     with pytest.raises(RuntimeError, match=r"ended with 2 by itself:\nerror: Unknown"):
-        torture.torture(toy_victim(tmp_path, "--num_stepz=3"), tmp_path, kills=1, seed=0)
+        torture.torture(toy_victim("--num_stepz=3"), tmp_path, kills=1, seed=0)
 
 
 def life(**values):

@@ -21,14 +21,6 @@ from fsdfm_jax import checkpoint, optim, sharding, stages, state, train, writer
 V, B, L = 11, 8, 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_faster():
-    """Tiny networks take seconds to compile and none to run; what is compared compiles alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_mesh(data=8, fsdp=1, tensor=1):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": 1}
     return sharding.make_mesh(ConfigDict(sizes), jax.devices()[: data * fsdp * tensor])
