@@ -484,10 +484,31 @@ def save_once(
 _MOST_IN_FLIGHT = 256 * 2**20  # bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of a checkpoint before its arrays are read.
+
+    Attributes:
+      step: Under which it was saved.
+      leaves: Name -> abstract leaf.
+      checksums: Name -> checksum; None in checkpoints from before the checksums.
+      metadata: The JSON dict that was saved with it.
+      metrics: Those it was saved with.
+      digest: Of all this, "" where there are no checksums.
+    """
+
+    step: int
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    checksums: dict[str, str] | None
+    metadata: dict[str, Any]
+    metrics: dict[str, float]
+    digest: str
+
+
 def restore_part(
     directory: str | os.PathLike,
     names: tuple[str, ...],
-    step: int | None = None,
+    step: int | Record | None = None,
     *,
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
     together: bool = False,
@@ -497,7 +518,8 @@ def restore_part(
     Args:
       directory: Folder that a `Checkpoints` wrote.
       names: Subtrees or leaves: "ema", "step", "params/embed".
-      step: Which checkpoint; None is the newest.
+      step: Which checkpoint; None is the newest. Its record in place of its number spares reading
+        that anew, which takes longer than a small leaf; not with `together`.
       sharding: Of all leaves, or a function (leaf name, abstract leaf) -> sharding; None puts all
         on this process's first device.
       together: All processes of a job call, with the same step, as they must where the sharding has
@@ -521,7 +543,7 @@ def restore_part(
         step = _together(lambda: _existing(directory, step))
         record = _read_record_together(directory, step)
     else:
-        record = _read_record(directory, _existing(directory, step))
+        record = read_record(directory, step)
     wanted = {}
     for part in names:
         wanted |= _part(record.leaves, part, directory)
@@ -534,8 +556,25 @@ def restore_part(
     return {part: _lookup(tree, part) for part in names}
 
 
+def read_record(directory: str | os.PathLike, step: int | Record | None = None) -> Record:
+    """What is known of a checkpoint before its arrays are read.
+
+    Args:
+      directory: Folder that a `Checkpoints` wrote.
+      step: Which checkpoint; None is the newest; a record is given back as it is.
+
+    Raises:
+      DamagedCheckpoint: It is not what was saved.
+      NotACheckpoint: There is no such checkpoint.
+    """
+    if isinstance(step, Record):
+        return step
+    directory = _absolute(directory)
+    return _read_record(directory, _existing(directory, step))
+
+
 def leaf_shapes(
-    directory: str | os.PathLike, part: str, step: int | None = None
+    directory: str | os.PathLike, part: str, step: int | Record | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """{name within `part`: abstract leaf} of one subtree of a checkpoint, without reading it.
 
@@ -544,8 +583,7 @@ def leaf_shapes(
       NotACheckpoint: There is no such checkpoint, or it has no such subtree.
     """
     directory = _absolute(directory)
-    record = _read_record(directory, _existing(directory, step))
-    inside = _part(record.leaves, part, directory)
+    inside = _part(read_record(directory, step).leaves, part, directory)
     return {name.removeprefix(f"{part}/"): leaf for name, leaf in inside.items()}
 
 
@@ -556,8 +594,7 @@ def read_metadata(directory: str | os.PathLike, step: int | None = None) -> dict
       DamagedCheckpoint: It is not what was saved.
       NotACheckpoint: There is no such checkpoint.
     """
-    directory = _absolute(directory)
-    return _read_record(directory, _existing(directory, step)).metadata
+    return read_record(directory, step).metadata
 
 
 def newest_step(directory: str | os.PathLike) -> int | None:
@@ -587,18 +624,6 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """What is known of a checkpoint before its arrays are read."""
-
-    step: int
-    leaves: dict[str, jax.ShapeDtypeStruct]
-    checksums: dict[str, str] | None  # None: from before the checksums
-    metadata: dict[str, Any]
-    metrics: dict[str, float]
-    digest: str
-
-
 def _record(
     step: int, leaves: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -622,7 +647,7 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_record(directory: epath.Path, step: int) -> _Record:
+def _read_record(directory: epath.Path, step: int) -> Record:
     """Raises DamagedCheckpoint unless the metadata is what was saved under this step."""
     folder = directory / str(step)
     # Which of the two it is stands in the name of a folder, so that a change within a file cannot
@@ -634,7 +659,7 @@ def _read_record(directory: epath.Path, step: int) -> _Record:
         if not checked:
             leaves = _named_leaves(found.metadata)
             leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
-            return _Record(step, leaves, None, found.custom_metadata or {}, {}, "")
+            return Record(step, leaves, None, found.custom_metadata or {}, {}, "")
         record = dict(found.custom_metadata or {})
         digest = record.pop("sha256", None)
         if digest != _digest(record):
@@ -651,10 +676,10 @@ def _read_record(directory: epath.Path, step: int) -> _Record:
     except Exception as error:  # a damaged file can raise anything
         _raise_unless_damage(error, directory, step)
         raise _damaged(directory, step, f"its metadata cannot be read ({_short(error)})") from error
-    return _Record(step, leaves, sums, record["metadata"], metrics, digest)
+    return Record(step, leaves, sums, record["metadata"], metrics, digest)
 
 
-def _read_record_together(directory: epath.Path, step: int) -> _Record:
+def _read_record_together(directory: epath.Path, step: int) -> Record:
     """`_read_record` in all processes; OSError in all of them unless all read the same one."""
 
     def look() -> None:
@@ -676,7 +701,7 @@ def _read_record_together(directory: epath.Path, step: int) -> _Record:
 
 def _load_checked(
     directory: epath.Path,
-    record: _Record,
+    record: Record,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     *,
     together: bool,
@@ -705,7 +730,7 @@ def _load_checked(
 
 
 def _load(
-    directory: epath.Path, record: _Record, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    directory: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Any]:
     """Reads this process's part of the leaves, without a word to the others."""
     abstract = {

@@ -410,6 +410,22 @@ def test_shapes_of_a_part(tmp_path):
         checkpoint.leaf_shapes(tmp_path / "run", "ema", 4)
 
 
+def test_a_record_stands_for_its_step(tmp_path, monkeypatch):
+    state = make_state()
+    with Checkpoints(tmp_path, retention=Retention()) as checkpoints:
+        checkpoints.save(3, state, {"a": 1})
+        checkpoints.save(4, jax.tree.map(lambda x: x + 1, state), {"a": 2})
+    record = checkpoint.read_record(tmp_path, 3)
+    assert (record.step, record.metadata) == (3, {"a": 1})
+    assert checkpoint.read_record(tmp_path).step == 4
+    shapes = checkpoint.leaf_shapes(tmp_path, "ema", 3)
+    want = restore_part(tmp_path, ("ema", "step"), 3)
+    monkeypatch.setattr(checkpoint, "_read_record", lambda *_: pytest.fail("read anew"))
+    assert checkpoint.read_record(tmp_path, record) is record
+    assert checkpoint.leaf_shapes(tmp_path, "ema", record) == shapes
+    jax.tree.map(assert_same_bits, restore_part(tmp_path, ("ema", "step"), record), want)
+
+
 @pytest.mark.parametrize(
     ("retention", "kept"),
     [

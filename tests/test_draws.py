@@ -10,6 +10,8 @@ from chance import assert_frequencies
 
 from fsdfm_jax import draws
 
+pytestmark = pytest.mark.optimised  # draws by the million take longer than compiling them
+
 N = 50_000
 categorical = jax.jit(draws.categorical)
 
@@ -227,7 +229,6 @@ def test_each_row_follows_its_own_logits():
     np.testing.assert_array_equal(others(jax.random.key(0), both, ids)[0], (ids + 1) % 6)
 
 
-@pytest.mark.optimised
 def test_a_row_does_not_depend_on_the_number_of_rows():
     logits = jax.random.normal(jax.random.key(0), (64, 3, 33))
     every = categorical(jax.random.key(1), logits)
