@@ -72,7 +72,7 @@ class Chain:
     def follow_VV(self) -> np.ndarray:
         """P(right | left) of two tokens side by side in the data.
 
-        Not `neighbours.table`: that discounts counts, and these are no counts but probabilities.
+        Not `ngrams.table`: that discounts counts, and these are no counts but probabilities.
         What never stands side by side has next to none, so that logarithms stay finite.
         """
         pairs_VV = np.einsum(

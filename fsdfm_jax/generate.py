@@ -33,12 +33,12 @@ import rich.panel
 import rich.text
 from absl import app, flags, logging
 
-from fsdfm_jax import cli, inference, jumps, neighbours, prompts, sampler, workdir, writer
+from fsdfm_jax import cli, inference, jumps, ngrams, prompts, sampler, workdir, writer
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import Table
+from fsdfm_jax.ngrams import Table
 from fsdfm_jax.prompts import Request
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
@@ -259,14 +259,11 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         check(requests[0].template)
     rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
     params = bundle.device_params()
-    trained = (bundle.provenance.get("config") or {}).get("eval") or {}
-    unsaid = inference.PUBLISHED
-    strength = _first(options.neighbours, trained.get("neighbours"), unsaid["neighbours"])
-    if model.causal:
-        strength = 0.0
-    jump = options.jump or trained.get("few_step_jump") or unsaid["few_step_jump"]
+    how = bundle.sampling()
+    strength = 0.0 if model.causal else _first(options.neighbours, how["neighbours"])
+    jump = options.jump or how["few_step_jump"]
     inference.check_neighbours(strength, jump, has_table=bundle.counts is not None)
-    table = neighbours.table(bundle.counts(), model.vocab_size) if strength else None
+    table = ngrams.table(bundle.counts(), model.vocab_size) if strength else None
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
         params=params,
@@ -278,12 +275,12 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         batch_size=options.batch_size or min(len(rows), _DEFAULT_BATCH),
         steps=options.steps,
         jump=jump,
-        grid=options.grid or trained.get("grid") or unsaid["grid"],
+        grid=options.grid or how["grid"],
         seed=options.seed,
-        temperature=_first(options.temperature, trained.get("temperature"), 1.0),
-        top_p=_first(options.top_p, trained.get("top_p"), 1.0),
-        cooling=_first(options.cooling, trained.get("cooling"), unsaid["cooling"]),
-        look_ahead=_first(options.look_ahead, trained.get("look_ahead"), unsaid["look_ahead"]),
+        temperature=_first(options.temperature, how["temperature"]),
+        top_p=_first(options.top_p, how["top_p"]),
+        cooling=_first(options.cooling, how["cooling"]),
+        look_ahead=_first(options.look_ahead, how["look_ahead"]),
         neighbours=strength,
         # On the device once, not with each batch.
         table=jax.device_put(table),

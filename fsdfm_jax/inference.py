@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from fsdfm_jax import attention, jumps, models, sampler
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import MAX_VOCAB, Neighbours, Table
+from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.ngrams import MAX_VOCAB, Table
 from fsdfm_jax.sampler import OnStep
 from fsdfm_jax.stages import Process
 
@@ -25,6 +26,20 @@ PUBLISHED = {
     "look_ahead": 0.0,
     "neighbours": 0.0,
 }
+
+
+def sampling(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How a few-step model is sampled unless one says otherwise.
+
+    Args:
+      evaluation: the section `eval` of its configuration, None where nothing is known of it.
+
+    Returns:
+      Values of the keys of `PUBLISHED`, "temperature" and "top_p": what is said, or as published.
+    """
+    said = {key: value for key, value in (evaluation or {}).items() if value is not None}
+    unsaid = PUBLISHED | {"temperature": 1.0, "top_p": 1.0}
+    return {key: said.get(key, value) for key, value in unsaid.items()}
 
 
 @functools.lru_cache(maxsize=64)
@@ -294,7 +309,7 @@ def generate(
       top_p: share of the posterior's mass that is drawn from, in (0, 1].
       cooling, look_ahead: see `sampler.sample`.
       neighbours: strength by which tokens heed those beside them, see `neighbours.draw`.
-      table: of the text, which this takes, see `neighbours.table`.
+      table: of the text, which this takes, see `ngrams.table`.
       on_step: called on the host with (index of the step, x_BL after it), in order, S times before
         this returns. The same function object shares one compiled program.
 
@@ -352,7 +367,7 @@ def make_neighbours(strength: float, table: Table | None, jump_rule: str) -> Nei
 
     Args:
       strength: at least 0.
-      table: of `neighbours.table`; None where a model came without its text's.
+      table: of `ngrams.table`; None where a model came without its text's.
       jump_rule: how the sampler jumps.
 
     Raises:

@@ -23,7 +23,7 @@ from fsdfm_jax import (
     cli,
     data,
     models,
-    neighbours,
+    ngrams,
     optim,
     processes,
     sharding,
@@ -313,7 +313,7 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     suite.check_inputs(settings, config.data.block_length)
     if settings.neighbours or "ngram" in settings.controls:
         spec = data.DataSpec.from_config(config.data)
-        neighbours.check_vocab(data.vocab_size(spec) + (config.path.source == "mask"))
+        ngrams.check_vocab(data.vocab_size(spec) + (config.path.source == "mask"))
     subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))
     mesh = sharding.make_mesh(config.mesh)
     process = stages.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import neighbours
-from fsdfm_jax.neighbours import Counts, Table
+from fsdfm_jax import ngrams
+from fsdfm_jax.ngrams import Counts, Table
 
 
 def pairs(follow_VV) -> Table:
@@ -27,6 +27,6 @@ def counts(vocab_size, seed=3) -> Counts:
         tokens_BL[:, i] = np.minimum((next_BK < rng.random((1000, 1))).sum(1), size - 1)
     any_BL = rng.integers(vocab_size, size=tokens_BL.shape)
     tokens_BL = np.where(rng.random(tokens_BL.shape) < 0.2, any_BL, tokens_BL)
-    found = neighbours.count(tokens_BL, vocab_size)
+    found = ngrams.count(tokens_BL, vocab_size)
     assert len(found.keys_N) > size**2
     return found

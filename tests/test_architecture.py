@@ -12,7 +12,10 @@ PACKAGE = ROOT / "fsdfm_jax"
 # Every file of the package with its floor; a file imports from its own floor and those below. A new
 # file has to be given a place here.
 FLOORS = {
-    0: ("schedules", "sources", "budgets", "draws", "loops", "logits", "attention", "layout"),
+    0: (
+        *("schedules", "sources", "budgets", "draws", "loops", "logits", "attention", "layout"),
+        "ngrams",
+    ),
     1: ("paths", "jumps", "neighbours"),
     2: ("losses", "models"),
     3: ("teacher", "sampler"),

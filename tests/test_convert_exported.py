@@ -17,9 +17,10 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+import tables
 from jax import export
 
-from fsdfm_jax import inference, logits, models, sampler, tokenizer
+from fsdfm_jax import inference, logits, models, ngrams, sampler, tokenizer
 from fsdfm_jax.convert import bundle as bundles
 from fsdfm_jax.convert import exported
 from fsdfm_jax.convert.bundle import BadFile
@@ -28,6 +29,7 @@ LENGTH, STEPS = 12, 3
 TEXT = "the cat sat on the mat and the dog sat on the log by the fog "
 MASK_PATH = bundles.DEFAULT_PATH | {"source": "mask", "schedule": "cosine"}
 UNEVEN = np.array([0.0, 0.1, 0.75, 1.0], np.float32)
+PLAIN = np.float32(0), np.float32(0)  # cooling, look_ahead
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,28 @@ def folder(tmp_path_factory, words):
     folder = tmp_path_factory.mktemp("exported") / "sampler"
     model = _model(vocab_size=words.vocab_size + 1, conditioning="additive")
     exported.write(folder, _bundle(model, tokenizer=words, path=MASK_PATH), steps=STEPS)
+    return folder
+
+
+HEEDING = {
+    **{"few_step_jump": "dispersed", "grid": "power:0.7", "temperature": 0.9, "top_p": 0.8},
+    **{"cooling": 0.6, "look_ahead": 0.4, "neighbours": 1.5},
+}
+
+
+def _heeding(words, counts=None, **changes):
+    """A model whose configuration says all of how it is sampled."""
+    model = _model(vocab_size=words.vocab_size + 1, conditioning="additive")
+    counts = tables.counts(model.vocab_size) if counts is None else counts
+    said = {"stage": "distill", "config": {"eval": HEEDING | changes}}
+    bundle = _bundle(model, tokenizer=words, path=MASK_PATH, provenance=said)
+    return dataclasses.replace(bundle, counts=lambda: counts)
+
+
+@pytest.fixture(scope="module")
+def heeding_folder(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp("heeding") / "sampler"
+    exported.write(folder, _heeding(words), steps=STEPS)
     return folder
 
 
@@ -87,7 +111,8 @@ def _inputs(batch, length, vocab_size, prompt_length, seed):
 
 
 def _library(bundle, jump_rule="cumulative"):
-    return jax.jit(inference.make_generator(bundle.model, bundle.process(), jump_rule))
+    run = jax.jit(inference.make_generator(bundle.model, bundle.process(), jump_rule))
+    return lambda *inputs: run(*inputs[:-2], cooling=inputs[-2], look_ahead=inputs[-1])
 
 
 # ------------------------------------------------------------------------------------ same tokens
@@ -110,7 +135,7 @@ def test_program_gives_the_tokens_of_the_library(tmp_path, conditioning, path):
     ]
     for batch, prompt_length, grid, temperature, seed in cases:
         inputs = _inputs(batch, LENGTH, model.vocab_size - 1, prompt_length, seed)
-        inputs += (grid, np.float32(temperature))
+        inputs += (grid, np.float32(temperature), *PLAIN)
         got = np.asarray(program(weights, *inputs))
         want = np.asarray(library(bundle.params(), *inputs))
         assert got.dtype == np.int32
@@ -121,7 +146,7 @@ def test_program_gives_the_tokens_of_the_library(tmp_path, conditioning, path):
 def test_a_batch_that_is_a_symbol_is_cut_into_chunks(tmp_path, monkeypatch):
     bundle = _bundle(_model(logits_mib=1))
     whole = _library(bundle)
-    inputs = (*_inputs(3, LENGTH, 20, 0, 5), sampler.uniform_grid(STEPS), np.float32(1.0))
+    inputs = (*_inputs(3, LENGTH, 20, 0, 5), sampler.uniform_grid(STEPS), np.float32(1.0), *PLAIN)
     want = whole(bundle.params(), *inputs)
     monkeypatch.setattr(logits, "_MAP_FRACTION", 2**18 // 40)  # two positions of 20 tokens
     exported.write(tmp_path / "a", bundle, steps=STEPS)
@@ -135,19 +160,105 @@ def test_a_batch_that_is_a_symbol_is_cut_into_chunks(tmp_path, monkeypatch):
 def test_jump_rule_and_bfloat16_are_kept(tmp_path, rule):
     bundle = _bundle(_model(dtype="bfloat16"), path=MASK_PATH | {"revealed": "jump"})
     exported.write(tmp_path / "a", bundle, steps=2, length=9, jump_rule=rule)
-    inputs = (*_inputs(4, 9, 19, 2, 5), sampler.uniform_grid(2), np.float32(0.9))
+    inputs = (*_inputs(4, 9, 19, 2, 5), sampler.uniform_grid(2), np.float32(0.9), *PLAIN)
     got = exported.load_program(tmp_path / "a").call(dict(bundle.arrays()), *inputs)
     np.testing.assert_array_equal(got, _library(bundle, rule)(bundle.params(), *inputs))
 
 
-def test_program_lists_inputs_as_the_signature_does(folder):
+def _generated(bundle, inputs, steps=STEPS, **changes):
+    """Tokens of the library by what the configuration of a bundle says."""
+    seed, given, frozen = inputs
+    how = bundle.provenance["config"]["eval"] | changes
+    return inference.generate(
+        bundle.params(),
+        bundle.model,
+        bundle.process(),
+        given_BL=given,
+        frozen_BL=frozen,
+        steps=steps,
+        seed=int(seed),
+        jump_rule=how.pop("few_step_jump"),
+        table=ngrams.table(bundle.counts(), bundle.model.vocab_size),
+        **how,
+    )
+
+
+def _called(folder, inputs, **changes):
+    """Tokens of an exported program, its inputs by their names."""
+    signature = _signature(folder)
+    values = dict(zip(("seed", "given", "frozen"), inputs, strict=True))
+    values |= {key: np.float32(value) for key, value in (signature["defaults"] | changes).items()}
+    bundle = exported.read(folder)
+    values["weights"] = dict(bundle.arrays())
+    if bundle.counts is not None:
+        values["table"] = ngrams.table(bundle.counts(), bundle.model.vocab_size)._asdict()
+    program = exported.load_program(folder)
+    return program.call(*(values[entry["name"]] for entry in signature["inputs"]))
+
+
+def test_a_model_is_exported_as_it_is_sampled(heeding_folder, words):
+    bundle = _heeding(words)
+    inputs = _inputs(4, LENGTH, words.vocab_size, 4, 3)
+    want = _generated(bundle, inputs)
+    np.testing.assert_array_equal(_called(heeding_folder, inputs), want)
+    # All of it makes a difference, and all but the jump rule is an input.
+    changes = {"temperature": 1.4, "cooling": 0.0, "look_ahead": 0.0, "top_p": 0.3}
+    for change in [*({key: value} for key, value in changes.items()), {"neighbours": 0.2}]:
+        other = _generated(bundle, inputs, **change)
+        assert not np.array_equal(other, want), change
+        np.testing.assert_array_equal(_called(heeding_folder, inputs, **change), other)
+    other = _generated(bundle, inputs, grid="uniform")
+    found = _called(heeding_folder, inputs, grid=sampler.uniform_grid(STEPS))
+    np.testing.assert_array_equal(found, other)
+
+
+@pytest.mark.parametrize(
+    ("strength", "rule"), [(0.0, None), (0.0, "euler"), (3.0, "mixture")], ids=str
+)
+def test_another_rule_or_strength_can_be_asked_for(tmp_path, words, strength, rule):
+    bundle = _heeding(words, top_p=1.0)
+    exported.write(tmp_path / "a", bundle, steps=2, jump_rule=rule, neighbours=strength)
+    inputs = _inputs(4, LENGTH, words.vocab_size, 4, 3)
+    changes = {"neighbours": strength, "few_step_jump": rule or HEEDING["few_step_jump"]}
+    want = _generated(bundle, inputs, steps=2, **changes)
+    np.testing.assert_array_equal(_called(tmp_path / "a", inputs), want)
+    signature = _signature(tmp_path / "a")
+    names = [entry["name"] for entry in signature["inputs"]]
+    assert "top_p" not in names
+    assert (tmp_path / "a" / "neighbours.npz").exists() == ("table" in names) == bool(strength)
+    assert (exported.read(tmp_path / "a").counts is not None) == bool(strength)
+
+
+def test_counts_come_along(heeding_folder, words):
+    bundle = exported.read(heeding_folder)
+    assert bundle.heeds_neighbours
+    assert bundle.sampling() == HEEDING
+    for found, want in zip(bundle.counts(), _heeding(words).counts(), strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
+def test_neighbours_that_can_not_be_heeded_are_refused(tmp_path, words):
+    bundle = _heeding(words)
+    with pytest.raises(ValueError, match="needs to know which tokens follow which"):
+        exported.write(tmp_path / "a", dataclasses.replace(bundle, counts=None), steps=2)
+    with pytest.raises(ValueError, match="the rule 'euler' leaves out the current token"):
+        exported.write(tmp_path / "a", bundle, steps=2, jump_rule="euler")
+    with pytest.raises(ValueError, match="cooling must lie in"):
+        exported.write(tmp_path / "a", _heeding(words, cooling=1.5), steps=2)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "heeding_folder"])
+def test_program_lists_inputs_as_the_signature_does(request, name):
+    folder = request.getfixturevalue(name)
     program = exported.load_program(folder)
     tree, _ = jax.tree.unflatten(program.in_tree, program.in_avals)
     signature = _signature(folder)
     for entry, aval in zip(signature["inputs"], tree, strict=True):
         found = jax.tree.map(lambda a: [n if isinstance(n, int) else str(n) for n in a.shape], aval)
         assert entry["shape"] == found, entry["name"]
-        assert {str(a.dtype) for a in jax.tree.leaves(aval)} == {entry["dtype"]}
+        types = jax.tree.map(lambda a: str(a.dtype), aval)
+        assert entry["dtype"] == types or set(jax.tree.leaves(types)) == {entry["dtype"]}
     (output,) = signature["outputs"]
     (aval,) = program.out_avals
     assert [str(aval.dtype), [str(n) for n in aval.shape]] == ["int32", ["b", str(LENGTH)]]
@@ -300,7 +411,8 @@ def _expected_tokens(folder, prompt, *, num_samples, seed, temperature):
     given = np.zeros((num_samples, LENGTH), np.int32)
     given[:, : len(prompt)] = prompt
     frozen = np.broadcast_to(np.arange(LENGTH) < len(prompt), given.shape)
-    inputs = (np.uint32(seed), given, frozen, sampler.uniform_grid(STEPS), np.float32(temperature))
+    inputs = np.uint32(seed), given, frozen, sampler.uniform_grid(STEPS), np.float32(temperature)
+    inputs += PLAIN
     return np.asarray(_library(bundle)(bundle.params(), *inputs))
 
 
@@ -313,6 +425,18 @@ def test_run_writes_the_librarys_text_without_the_library(folder, tmp_path, word
     tokens = _expected_tokens(folder, prompt, num_samples=2, seed=4, temperature=0.8)
     assert output == "\n----\n".join(words.decode(row) for row in tokens) + "\n"
     assert output.startswith("the cat")
+
+
+def test_run_heeds_neighbours_without_the_library(heeding_folder, tmp_path, words):
+    output = _run(
+        *(heeding_folder, tmp_path, "--prompt", "the cat", "--num_samples", "3", "--seed", "4")
+    )
+    prompt = words.encode("the cat")
+    given = np.zeros((3, LENGTH), np.int32)
+    given[:, : len(prompt)] = prompt
+    frozen = np.broadcast_to(np.arange(LENGTH) < len(prompt), given.shape)
+    tokens = _generated(_heeding(words), (np.uint32(4), given, frozen))
+    assert output == "\n----\n".join(words.decode(row) for row in tokens) + "\n"
 
 
 def test_run_prints_ids_without_a_tokenizer(tmp_path):
@@ -357,7 +481,7 @@ def test_run_is_a_short_read_and_imports_little(folder):
     }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     third = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert third == {"jax", "numpy", "tokenizers"}
+    assert third == {"jax", "numpy", "tokenizers", "ngrams"}  # the last one lies beside it
     docstrings = {
         line
         for node in ast.walk(tree)
@@ -370,7 +494,7 @@ def test_run_is_a_short_read_and_imports_little(folder):
         if line.strip() and number not in docstrings and not line.lstrip().startswith("#")
     ]
     code = [line for line in code if not line.startswith(("import ", "from ", "def ", "if __name"))]
-    assert len(code) <= 30
+    assert len(code) <= 40
 
 
 @pytest.mark.slow
@@ -393,9 +517,14 @@ def test_run_in_a_fresh_environment(folder, tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["sampler.jaxexport", "weights.npz", "flatbuffers.zip", "run.py", "tokenizer.json"]
+    "name",
+    [
+        *("sampler.jaxexport", "weights.npz", "flatbuffers.zip", "run.py", "tokenizer.json"),
+        *("neighbours.npz", "ngrams.py"),
+    ],
 )
-def test_names_the_missing_or_changed_file(copy, name):
+def test_names_the_missing_or_changed_file(heeding_folder, tmp_path, name):
+    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-30] + b"x" * 30)
     with pytest.raises(BadFile, match=name):
@@ -403,6 +532,45 @@ def test_names_the_missing_or_changed_file(copy, name):
     (copy / name).unlink()
     with pytest.raises(BadFile, match=name):
         exported.read(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neighbours": 0.0}, "doesn't heed them"),
+        ({"neighbours": -1.0}, "neighbours must be at least 0"),
+        ({"neighbours": 1}, "'neighbours' must be float"),
+        ({"cooling": 1.0}, "cooling must lie in"),
+        ({"top_p": None}, "'top_p' must be float"),
+        ({"more": 1.0}, "'more' is unexpected"),
+        ({"grid": [0.0, 0.5, 1.0]}, "isn't one of 3 steps"),
+        ({"grid": [0.0, 0.6, 0.5, 1.0]}, "must increase"),
+        ({"grid": [0.0, 0.6, "x", 1.0]}, "other things than times"),
+    ],
+    ids=str,
+)
+def test_defaults_that_nothing_can_be_drawn_with_are_refused(
+    heeding_folder, tmp_path, changes, message
+):
+    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
+    signature = _signature(copy)
+    signature["defaults"] |= changes
+    _sign(copy, signature)
+    with pytest.raises(BadFile, match=message):
+        exported.read(copy)
+
+
+def test_counts_of_another_table_are_refused(heeding_folder, tmp_path, words):
+    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
+    size = words.vocab_size + 1
+    bundles.write_counts(copy / "neighbours.npz", ngrams.count([np.arange(9)], size))
+    _sign(copy, _signature(copy))
+    with pytest.raises(BadFile, match=f"has {size} contexts, the program takes"):
+        exported.read(copy).counts()
+    (copy / "neighbours.npz").write_bytes(b"no zip")
+    _sign(copy, _signature(copy))
+    with pytest.raises(BadFile, match="neighbours.npz is damaged"):
+        exported.read(copy).counts()
 
 
 def test_names_a_changed_parameter(copy):
@@ -457,7 +625,7 @@ def test_program_is_checked(copy):
         (("eos_id",), 5, "contradicts itself in 'eos_id'"),
         (("platforms",), [], "contradicts itself in 'platforms'"),
         (("block_length",), 0, "whole number"),
-        (("version",), 1, "version 1, expected 2"),
+        (("version",), 1, "version 1, expected 3"),
         (("format",), "x", "no exported sampler"),
         (("provenance",), None, "'provenance' must be dict"),
         (("sha256", "../run.py"), "0", "'../run.py' is unexpected"),
@@ -487,7 +655,7 @@ def test_refuses_what_a_signature_may_not_say(copy, keys, value, message):
         ("1" * 5000, "can't be read as JSON"),
         ("[1]", "expected a JSON object"),
         ("\ufeff{}", "can't be read as JSON"),
-        (" " * (1 << 24) + "{}", "more than 16777216 bytes"),
+        (" " * (1 << 26) + "{}", "more than 67108864 bytes"),
     ],
 )
 def test_refuses_what_is_no_plain_json(copy, text, message):

@@ -19,7 +19,7 @@ import safetensors.numpy
 import tokenizers
 
 from configs import base
-from fsdfm_jax import checkpoint, data, generate, models, neighbours, stages, workdir
+from fsdfm_jax import checkpoint, data, generate, models, ngrams, stages, workdir
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.convert import __main__ as program
 from fsdfm_jax.convert import bundle as bundle_lib
@@ -946,11 +946,11 @@ def heeding(tmp_path_factory):
 
 
 def _counts(prepared):
-    return neighbours.count(prepared.source("train"), 270)
+    return ngrams.count(prepared.source("train"), 270)
 
 
 def _same_counts(found, wanted):
-    for name in neighbours.Counts._fields:
+    for name in ngrams.Counts._fields:
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
         assert getattr(found, name).dtype == np.int32
 
@@ -1042,7 +1042,7 @@ def test_only_models_that_heed_neighbours_carry_counts(heeding, tmp_path):
 
 def test_a_vocabulary_too_large_has_no_table(heeding, tmp_path, monkeypatch):
     folder, _ = heeding
-    monkeypatch.setattr(neighbours, "MAX_VOCAB", 269)
+    monkeypatch.setattr(ngrams, "MAX_VOCAB", 269)
     bundle = formats.open_bundle(folder)
     assert bundle.counts is None
     formats.write(bundle, Target(tmp_path / "m.safetensors"))

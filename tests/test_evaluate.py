@@ -19,8 +19,7 @@ import tables
 from chance import assert_frequencies
 
 from configs import base
-from fsdfm_jax import inference, models, tokenizer, workdir
-from fsdfm_jax import neighbours as neighbours_lib
+from fsdfm_jax import inference, models, ngrams, tokenizer, workdir
 from fsdfm_jax.convert import bundle, formats
 from fsdfm_jax.evaluate import draw, judges, points, reading, stamps, subjects
 from fsdfm_jax.evaluate.draw import Given
@@ -39,7 +38,7 @@ L = 6
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
 V = TOKENIZER.vocab_size
 COUNTS, OTHER_COUNTS = tables.counts(V), tables.counts(V, seed=4)
-TABLE = neighbours_lib.table(COUNTS, V)
+TABLE = ngrams.table(COUNTS, V)
 PROCESS = Process(Polynomial(), Source(V), TOKENIZER.eos_id)
 
 
@@ -75,7 +74,7 @@ class Models:
         return SUBJECTS[label].facts | self._facts
 
     def open(self, label, weights):
-        return SUBJECTS[label]._replace(read_table=lambda: neighbours_lib.table(self._counts, V))
+        return SUBJECTS[label]._replace(read_table=lambda: ngrams.table(self._counts, V))
 
     def follow_sha256(self, label):
         return bundle.counts_hash(self._counts)
@@ -599,7 +598,7 @@ def test_controls():
 
 def test_ngrams_alone_follow_their_counts():
     """Each token is drawn from what follows the longest context before it; the given are kept."""
-    table = neighbours_lib.table(tables.counts(5), 5)
+    table = ngrams.table(tables.counts(5), 5)
     rng = np.random.default_rng(0)
     real_NL, frozen_NL = rng.integers(5, size=(4000, 6)).astype(np.int32), np.zeros((4000, 6), bool)
     make = lambda: draw.control(

@@ -21,7 +21,7 @@ from fsdfm_jax import (
     generate,
     inference,
     models,
-    neighbours,
+    ngrams,
     prompts,
     tokenizer,
     workdir,
@@ -59,7 +59,7 @@ def _bundle(*, source="uniform", causal=False, seed=0, **fields):
 
 UNIFORM, MASK, CAUSAL = _bundle(), _bundle(source="mask"), _bundle(causal=True)
 COUNTS = tables.counts(V)
-TABLE = neighbours.table(COUNTS, V)
+TABLE = ngrams.table(COUNTS, V)
 NETWORKS = pytest.mark.parametrize("bundle", [UNIFORM, MASK], ids=["uniform", "mask"])
 
 

@@ -16,8 +16,7 @@ import tables
 from benchmarks import meshes
 from benchmarks.meshes import Case
 from configs import base
-from fsdfm_jax import inference, models, sampler, sharding
-from fsdfm_jax import neighbours as neighbours_lib
+from fsdfm_jax import inference, models, ngrams, sampler, sharding
 from fsdfm_jax.evaluate import draw
 from fsdfm_jax.evaluate.points import Point
 from fsdfm_jax.evaluate.subjects import Subject
@@ -102,7 +101,7 @@ def few_steps(vocab_size=11, jump="cumulative", strength=0.0):
     noise_key, key = jax.random.split(jax.random.key(3))
     x0_BL = process.source.sample(noise_key, (ROWS, LENGTH))
     frozen_BL = jnp.zeros(x0_BL.shape, bool).at[:, 0].set(True)
-    table = neighbours_lib.table(tables.counts(vocab_size), vocab_size) if strength else None
+    table = ngrams.table(tables.counts(vocab_size), vocab_size) if strength else None
     heeded = inference.make_neighbours(strength, table, jump)
     how = (jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95, None, 0.0, 0.0, heeded)
     return run, params, (key, x0_BL, frozen_BL, *how)
@@ -185,7 +184,7 @@ def test_evaluation_draws_the_same_on_a_mesh(sizes, neighbours):
     point = Point("model", "distill", "distill", stage="distill", steps=2, jump=jump)
     point = dataclasses.replace(point, grid="uniform", temperature=1.0, top_p=1.0, seed=4)
     point = dataclasses.replace(point, cooling=0.0, look_ahead=0.0, neighbours=neighbours)
-    table = neighbours_lib.table(tables.counts(11), 11)
+    table = ngrams.table(tables.counts(11), 11)
     found = []
     for where in ((1, 1, 1), sizes):
         draw._compile.cache_clear()

@@ -11,9 +11,10 @@ import pytest
 import tables
 from chance import assert_frequencies
 
-from fsdfm_jax import draws, jumps, neighbours, sampler
+from fsdfm_jax import draws, jumps, neighbours, ngrams, sampler
 from fsdfm_jax.logits import Factored, dense, rows
-from fsdfm_jax.neighbours import Counts, Neighbours, Table
+from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.ngrams import Counts, Table
 from fsdfm_jax.schedules import Polynomial
 from fsdfm_jax.sources import Source
 
@@ -99,14 +100,14 @@ def _assert_same(found, wanted):
     ids=["blocks", "short", "one token", "empty", "no block"],
 )
 def test_counts_are_those_of_a_loop_over_blocks(monkeypatch, lengths, most, least):
-    monkeypatch.setattr(neighbours, "_MOST_ENTRIES", most * 6 + 5)
-    monkeypatch.setattr(neighbours, "_LEAST_SEEN", least)
+    monkeypatch.setattr(ngrams, "_MOST_ENTRIES", most * 6 + 5)
+    monkeypatch.setattr(ngrams, "_LEAST_SEEN", least)
     blocks = _blocks(lengths)
-    found = neighbours.count(blocks, 6)  # two ids more than the text has
+    found = ngrams.count(blocks, 6)  # two ids more than the text has
     follow = _followed(list(blocks))
     wanted = _taken(follow, 6, most, least)
     _assert_same(found, _counts(wanted, 6))
-    neighbours.check_counts(found, 6)
+    ngrams.check_counts(found, 6)
     longer = [context for context in wanted if len(context) > 1]
     assert {*(c[1:] for c in longer), *(c[:-1] for c in longer)} <= {*wanted}
     if sum(lengths) > 100:
@@ -118,19 +119,19 @@ def test_counts_are_those_of_a_loop_over_blocks(monkeypatch, lengths, most, leas
 
 def test_contexts_are_as_frequent_and_as_many_as_promised():
     enough, too_few = [np.int32([0, 1, 2])] * 32, [np.int32([3, 1, 2])] * 31
-    assert neighbours.count([*enough, *too_few], 4).keys_N.tolist() == [1]  # (0, 1) alone
+    assert ngrams.count([*enough, *too_few], 4).keys_N.tolist() == [1]  # (0, 1) alone
     # Here all are as frequent: then those of two tokens are taken first, of which there are 1498.
     for vocab_size, most in ((8192, 1024), (4096, 2048)):
-        keys_N = neighbours.count([np.arange(1500)] * 32, vocab_size).keys_N
+        keys_N = ngrams.count([np.arange(1500)] * 32, vocab_size).keys_N
         assert len(keys_N) == most
         assert np.sum(keys_N < vocab_size**2) == min(most, 1498)
 
 
 @pytest.mark.parametrize(("most", "read"), [(100, range(7)), (3, [0, 3, 6]), (1, [0])])
 def test_blocks_are_read_spread_evenly(monkeypatch, most, read):
-    monkeypatch.setattr(neighbours, "_MOST_BLOCKS", most)
+    monkeypatch.setattr(ngrams, "_MOST_BLOCKS", most)
     text = _blocks([20] * 7)
-    found = neighbours.count(text, 6)
+    found = ngrams.count(text, 6)
     assert text.read == list(read)
     _assert_same(found, _counts(_taken(_followed([list(text)[i] for i in read]), 6, 9, 32), 6))
 
@@ -145,7 +146,7 @@ def test_no_more_blocks_are_read_than_change_the_table():
             return np.zeros(2, np.int32)
 
     asked = []
-    assert neighbours.count(Long(), 1).counts_Z.tolist() == [len(asked)] == [2**15]
+    assert ngrams.count(Long(), 1).counts_Z.tolist() == [len(asked)] == [2**15]
     assert (asked[0], asked[-1]) == (0, 10**9 - 1)
     assert np.ptp(np.diff(asked)) <= 1
 
@@ -154,13 +155,13 @@ def test_no_more_blocks_are_read_than_change_the_table():
 def test_ids_outside_of_the_vocabulary_are_refused(wrong):
     blocks = [np.int32([1, 2, 3]), np.int32([4, wrong, 5])]
     with pytest.raises(ValueError, match=rf"Token ids must lie in \[0, 7\), got {wrong}\."):
-        neighbours.count(blocks, 7)
+        ngrams.count(blocks, 7)
 
 
 def test_a_vocabulary_without_a_table_is_refused_before_any_text_is_read():
-    neighbours.check_vocab(8192)
+    ngrams.check_vocab(8192)
     text = _blocks([20] * 2)
-    for refuse in (neighbours.check_vocab, functools.partial(neighbours.count, text)):
+    for refuse in (ngrams.check_vocab, functools.partial(ngrams.count, text)):
         with pytest.raises(ValueError, match="table of 8193 x 8193 tokens.*up to 8192 only"):
             refuse(8193)
     assert not text.read
@@ -176,9 +177,9 @@ SMALL = Counts(
 
 
 def test_counts_written_out_by_hand(monkeypatch):
-    monkeypatch.setattr(neighbours, "_LEAST_SEEN", 1)
-    _assert_same(neighbours.count([[0, 1, 1, 0], [0, 1, 1, 1]], 3), SMALL)
-    neighbours.check_counts(SMALL, 3)
+    monkeypatch.setattr(ngrams, "_LEAST_SEEN", 1)
+    _assert_same(ngrams.count([[0, 1, 1, 0], [0, 1, 1, 1]], 3), SMALL)
+    ngrams.check_counts(SMALL, 3)
 
 
 @pytest.mark.parametrize(
@@ -210,14 +211,14 @@ def test_counts_written_out_by_hand(monkeypatch):
 def test_damaged_counts_are_refused(message, damage):
     arrays = {name: np.int32(a) if isinstance(a, list) else a for name, a in damage.items()}
     with pytest.raises(ValueError, match=message):
-        neighbours.check_counts(SMALL._replace(**arrays), 3)
+        ngrams.check_counts(SMALL._replace(**arrays), 3)
 
 
 # ---------------------------------------------------------------------------------------- the table
 def test_a_table_of_pairs_written_out_by_hand():
     # The right tokens' shares are (1 + 1/2) / 4 and (2 + 1/2) / 4. Of token 0 a pair was seen
     # twice: it keeps 5/4 of 2, and 3/8 go to the shares; of token 1 one: 1/4 of 1, and 3/4.
-    found = neighbours.table(_counts({(0,): {1: 2}, (1,): {0: 1}}, 2), 2)
+    found = ngrams.table(_counts({(0,): {1: 2}, (1,): {0: 1}}, 2), 2)
     share_V = np.float64([0.375, 0.625])
     wanted_VV = [[0.0, 0.625] + 0.375 * share_V, [0.25, 0.0] + 0.75 * share_V]
     np.testing.assert_allclose(found.follow_CV, wanted_VV, rtol=1e-6)
@@ -229,7 +230,7 @@ def test_a_table_with_a_longer_context_written_out_by_hand():
     # Of 010, 010, 011 and 11. After token 1 two tokens were seen twice each: 6/4 of 4 are given
     # up; after 01 two tokens, 2 and 1 times: 6/4 of 3, to the row of token 1.
     follow = {(0,): {1: 3}, (1,): {0: 2, 1: 2}, (0, 1): {0: 2, 1: 1}}
-    found = neighbours.table(_counts(follow, 2), 2)
+    found = ngrams.table(_counts(follow, 2), 2)
     share_V = np.float64([2.5, 5.5]) / 8
     one_V = [1.25 / 4, 1.25 / 4] + 0.375 * share_V
     wanted_CV = [[0.0, 0.75] + 0.25 * share_V, one_V, [1.25 / 3, 0.25 / 3] + 0.5 * one_V]
@@ -258,11 +259,11 @@ def test_a_table_is_smoothed_by_the_shorter_contexts(gap):
     # A file may lack the end of a context: then the next shorter one is taken.
     follow = {c: after for c, after in follow.items() if c not in gap and c[:-1] not in gap}
     counts = _counts(follow, 6)
-    neighbours.check_counts(counts, 6)
+    ngrams.check_counts(counts, 6)
     contexts = _ordered(follow)
     assert any(c[1:] in gap for c in contexts) == bool(gap)
     assert {*map(len, contexts)} == {1, 2, 3}
-    found = neighbours.table(counts, 6)
+    found = ngrams.table(counts, 6)
     wanted_CV = [_row(follow, context, 6) for context in contexts]
     np.testing.assert_allclose(found.follow_CV, wanted_CV, rtol=1e-6)
     assert np.all(found.follow_CV > 0)
@@ -277,7 +278,7 @@ def test_a_table_is_smoothed_by_the_shorter_contexts(gap):
 
 
 def test_no_text_gives_flat_rows():
-    found = neighbours.table(neighbours.count([], 4), 4)
+    found = ngrams.table(ngrams.count([], 4), 4)
     np.testing.assert_allclose(found.follow_CV, np.full((4, 4), 0.25))
 
 
@@ -447,9 +448,9 @@ def test_draws_heed_the_longest_context_of_sure_tokens(x_L, drawn_L, given_L, ot
 
 
 def test_draws_heed_what_was_counted(monkeypatch):
-    monkeypatch.setattr(neighbours, "_MOST_ENTRIES", 12 * V)
+    monkeypatch.setattr(ngrams, "_MOST_ENTRIES", 12 * V)
     text = [block % V for block in _blocks([40] * 30)]
-    table = neighbours.table(neighbours.count(text, V), V)
+    table = ngrams.table(ngrams.count(text, V), V)
     counts = _taken(_followed(text), V, 12, 32)
     assert {*map(len, counts)} == {1, 2, 3}
     where = {"x_L": (1, 0, 0, 0, 2), "drawn_L": (0, 1, 1, 1, 0), "given_L": (1, 0, 0, 0, 1)}

@@ -39,7 +39,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", None, "Network calls of an exported sampler; 8.", lower_bound=1)
     flags.DEFINE_integer("length", None, "Tokens of an exported sampler.", lower_bound=1)
     flags.DEFINE_enum(
-        "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; cumulative."
+        "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; the model's."
+    )
+    flags.DEFINE_float(
+        "neighbours", None, "Strength in an exported sampler, 0 for none; the model's.", 0.0
     )
     flags.DEFINE_bool("check", False, "Compare SOURCE and TARGET: parameters and logits.")
     flags.DEFINE_float(
@@ -114,7 +117,8 @@ def convert(
         )
         parity.check(found, bound)
         if target.format == "sampler":
-            parity.check_program(source, path, jump_rule=target.jump or jumps.CUMULATIVE.name)
+            how = {"jump_rule": target.jump, "neighbours": target.neighbours}
+            parity.check_program(source, path, **how)
             lines.append("The exported program draws the library's tokens.")
 
     total = _megabytes(source.num_params())
@@ -160,6 +164,7 @@ def main(argv: list[str]) -> None:
         steps=values.steps,
         length=values.length,
         jump=values.jump,
+        neighbours=values.neighbours,
     )
     for line in convert(
         source,

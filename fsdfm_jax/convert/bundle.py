@@ -18,10 +18,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from fsdfm_jax import models, neighbours, stages
+from fsdfm_jax import inference, models, ngrams, stages, writer
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import Counts
+from fsdfm_jax.ngrams import Counts
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class Bundle:
       path: the noising process, the keys of `config.path`.
       tokenizer: None where the file holds none and none was named.
       block_length: tokens of the blocks it was trained on, None if unknown.
-      counts: reads what follows what in its text, for `neighbours.table`; None where the file
+      counts: reads what follows what in its text, for `ngrams.table`; None where the file
         doesn't have it.
       provenance: JSON dict: "stage", "weights" (which of the file's), "step", "ema_decay", "data"
         and "tokenizer" (fingerprints), "code_version", "config", "recipe", "source" (file and
@@ -101,9 +101,12 @@ class Bundle:
     @property
     def heeds_neighbours(self) -> bool:
         """Whether its draws heed their neighbours unless it is told otherwise."""
-        config = self.provenance.get("config") or {}
-        asked = bool((config.get("eval") or {}).get("neighbours"))
+        asked = bool(self.sampling()["neighbours"])
         return asked and self.counts is not None and not self.model.causal
+
+    def sampling(self) -> dict[str, Any]:
+        """How it is sampled unless it is told otherwise, see `inference.sampling`."""
+        return inference.sampling((self.provenance.get("config") or {}).get("eval"))
 
     def process(self) -> Process:
         """Its noising process, over the network's vocabulary."""
@@ -236,13 +239,30 @@ def from_parts(
         )
     if counts is None:
         return bundle
-    checked = lambda: _checked(counts(), model.vocab_size, name)
+    checked = lambda: checked_counts(counts(), model.vocab_size, name)
     return dataclasses.replace(bundle, counts=checked)
 
 
-def _checked(counts: Counts, vocab_size: int, name: str) -> Counts:
+def write_counts(path: pathlib.Path, counts: Counts) -> None:
+    """What follows what as a file of its own, for `read_counts`."""
+    writer.write_arrays(path, counts._asdict())
+
+
+def read_counts(path: pathlib.Path) -> Counts:
+    """What `write_counts` wrote, unchecked; BadFile if the file isn't of its form."""
     try:
-        neighbours.check_counts(counts, vocab_size)
+        with np.load(path, allow_pickle=False) as arrays:
+            return Counts(**arrays)
+    except Exception as error:  # whatever damage makes the readers of zip and npy say
+        raise BadFile(
+            f"{path} is damaged: {first_line(error)}; convert the model again."
+        ) from error
+
+
+def checked_counts(counts: Counts, vocab_size: int, name: str) -> Counts:
+    """The counts of a file; BadFile, naming it, unless they are those of a vocabulary."""
+    try:
+        ngrams.check_counts(counts, vocab_size)
     except ValueError as error:
         raise BadFile(
             f"The counts of neighbours in {name} are damaged: {error}; convert the model again."
@@ -301,6 +321,12 @@ def check_leaves(leaves: Mapping[str, Leaf], model: ModelConfig, name: str) -> N
     ]
     if problems:
         raise BadFile(f"{name} doesn't fit its network: " + listed(problems))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as part of a message of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 def listed(problems: list[str]) -> str:

@@ -1,16 +1,22 @@
 """A sampler as a folder that runs without this package: program, weights, example.
 
     sampler.jaxexport  the S-step sampler as `jax.export` serialises it, for all of `PLATFORMS`:
-                       (weights, seed, given_BL, frozen_BL, grid_S1, temperature) -> tokens_BL;
-                       weights are an argument, the batch is free, S and L are fixed
+                       (weights, seed, given_BL, frozen_BL, grid_S1, temperature, cooling,
+                       look_ahead, ..) -> tokens_BL; weights are an argument, the batch is free,
+                       S and L are fixed
     weights.npz        path -> float32 array
     tokenizer.json     if there is one
-    signature.json     inputs, outputs, network, noising process, provenance, sha256 of all files
+    neighbours.npz     counts of the training text, of a sampler whose draws heed their neighbours
+    ngrams.py          makes them the table that its program takes (fsdfm_jax/ngrams.py)
+    signature.json     inputs with their defaults, outputs, network, noising process, provenance,
+                       sha256 of all files
     flatbuffers.zip    the package flatbuffers, with which `jax.export` reads programs and which
                        `pip install jax` doesn't bring
     run.py             how to call it all (convert/run_exported.py)
 
-The same seed gives the same tokens as `inference.make_generator`. The program holds attention
+The same seed gives the same tokens as `inference.generate`. How it samples is what the model is
+sampled with unless one says otherwise (`Bundle.sampling`); all of it but the jump rule can be given
+otherwise when the program is called. The program holds attention
 "manual" and remat "none" whatever the network was trained with: fused kernels belong to one kind of
 device. bfloat16 activations stay.
 
@@ -28,29 +34,113 @@ import json
 import math
 import pathlib
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fsdfm_jax import inference, jumps, tokenizer, writer
+from fsdfm_jax import inference, jumps, ngrams, sampler, tokenizer, writer
 from fsdfm_jax.convert import bundle as bundles
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
 from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.ngrams import Counts, Table
+from fsdfm_jax.stages import Process
 
 FORMAT = "fsdfm_jax.exported_sampler"
-VERSION = 2
+VERSION = 3
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 _SIGNATURE, _WEIGHTS, _PROGRAM = "signature.json", "weights.npz", "sampler.jaxexport"
 _TOKENIZER, _RUN, _FLATBUFFERS = "tokenizer.json", "run.py", "flatbuffers.zip"
-_MAX_SIGNATURE = 1 << 24  # bytes; real ones have some thousands
+_COUNTS, _NGRAMS = "neighbours.npz", "ngrams.py"
+_MAX_SIGNATURE = 1 << 26  # bytes; real ones have some thousands
 _MAX_STEPS = _MAX_LENGTH = 1 << 20
 _CHUNK = 1 << 20  # bytes
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
+
+
+# -------------------------------------------------------------------------------- how it is sampled
+
+
+class How(NamedTuple):
+    """How an exported sampler draws.
+
+    Attributes:
+      jump_rule: of the first S-1 steps.
+      defaults: of the inputs that have one, JSON: "grid" (S+1 times), "temperature", "cooling",
+        "look_ahead"; "top_p" if that isn't 1, or else the program draws from all tokens;
+        "neighbours" if it heeds them.
+      contexts: C of the table of neighbours, None without one.
+    """
+
+    jump_rule: str
+    defaults: dict[str, Any]
+    contexts: int | None
+
+
+def how_of(
+    bundle: Bundle, steps: int, *, jump_rule: str | None = None, neighbours: float | None = None
+) -> How:
+    """How a model is exported: as it is sampled, but for what is given.
+
+    Raises:
+      ValueError: for values outside their range, or neighbours that can't be heeded
+        (`inference.check_neighbours`).
+    """
+    trained = bundle.sampling()
+    jump_rule = jump_rule or trained["few_step_jump"]
+    numbers = {key: trained[key] for key in ("temperature", "cooling", "look_ahead", "top_p")}
+    numbers["neighbours"] = trained["neighbours"] if neighbours is None else neighbours
+    inference.check_settings(steps=steps, **numbers)
+    inference.check_neighbours(
+        numbers["neighbours"], jump_rule, has_table=bundle.counts is not None
+    )
+    jumps.get_rule(jump_rule)
+    left_out = {"top_p": 1, "neighbours": 0}
+    # In the order of the inputs.
+    used = {key: float(x) for key, x in numbers.items() if x != left_out.get(key)}
+    grid = [float(time) for time in sampler.make_grid(trained["grid"], steps)]
+    contexts = len(bundle.counts().sizes_C) if "neighbours" in used else None
+    return How(jump_rule, {"grid": grid} | used, contexts)
+
+
+def _check_how(how: How, steps: int) -> None:
+    """ValueError unless `how_of` can have given it, out of a file."""
+    numbers = {key: value for key, value in how.defaults.items() if key != "grid"}
+    if any(type(time) is not float for time in how.defaults["grid"]):
+        raise ValueError("its default grid holds other things than times")
+    inference.check_settings(**numbers)
+    jumps.get_rule(how.jump_rule)
+    if len(sampler.check_grid(how.defaults["grid"])) != steps + 1:
+        raise ValueError(f"the default grid isn't one of {steps} steps")
+    strength = numbers.get("neighbours", 0.0)
+    inference.check_neighbours(strength, how.jump_rule, has_table=how.contexts is not None)
+    if (how.contexts is not None) != bool(strength):
+        raise ValueError("it has a table of neighbours and doesn't heed them")
+
+
+def defaults(how: How) -> list[np.ndarray]:
+    """The inputs that have a default, as arrays in their order."""
+    return [np.asarray(value, np.float32) for value in how.defaults.values()]
+
+
+def make_sampler(model: ModelConfig, process: Process, how: How) -> Callable[..., jax.Array]:
+    """What is exported: the arguments are the inputs of the signature, in their order."""
+    generate = inference.make_generator(model, process, how.jump_rule)
+    names = [name for name, *_ in _rows(model, how, steps=1, length=1)]
+
+    def sample(*arguments):
+        given = dict(zip(names, arguments, strict=True))
+        if "table" in given:
+            given["neighbours"] = Neighbours(Table(**given.pop("table")), given["neighbours"])
+        params = bundles.unflatten(given.pop("weights"))
+        first = (given.pop(name) for name in ("seed", "given", "frozen", "grid", "temperature"))
+        return generate(params, *first, **given)
+
+    return sample
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -62,7 +152,8 @@ def write(
     *,
     steps: int,
     length: int | None = None,
-    jump_rule: str = "cumulative",
+    jump_rule: str | None = None,
+    neighbours: float | None = None,
 ) -> None:
     """Exports a few-step sampler. Parameters are written one by one, none is held twice.
 
@@ -71,23 +162,30 @@ def write(
       bundle: the model; not autoregressive.
       steps: S, network calls of a sample.
       length: L, tokens of a sample; None for the block length it was trained on.
-      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed", of the first S-1 steps.
+      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed", of the first S-1 steps; None for
+        that of the model.
+      neighbours: strength by which draws heed their neighbours unless the caller says otherwise, 0
+        for a program that can't; None for that of the model.
 
     Raises:
       ValueError: for an autoregressive network, parameters that aren't the network's, a tokenizer
-        larger than its vocabulary, an unknown length, or values outside their range.
+        larger than its vocabulary, an unknown length, or what `how_of` refuses.
       FileExistsError: there is such a folder.
     """
     length = _check_request(bundle, steps, length)
     bundle = dataclasses.replace(bundle, model=portable(bundle.model))
-    description = _describe(bundle, steps=steps, length=length, jump_rule=jump_rule)
+    how = how_of(bundle, steps, jump_rule=jump_rule, neighbours=neighbours)
+    description = _describe(bundle, how, steps=steps, length=length)
     folder.mkdir(parents=True)
-    program = _export(bundle, steps=steps, length=length, jump_rule=jump_rule)
+    program = _export(bundle, how, steps=steps, length=length)
     (folder / _PROGRAM).write_bytes(program.serialize())
     _write_weights(folder / _WEIGHTS, bundle)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(folder / _TOKENIZER)
     _write_flatbuffers(folder / _FLATBUFFERS)
+    if how.contexts is not None:
+        bundles.write_counts(folder / _COUNTS, bundle.counts())
+        (folder / _NGRAMS).write_bytes(pathlib.Path(ngrams.__file__).read_bytes())
     example = pathlib.Path(__file__).with_name("run_exported.py")
     (folder / _RUN).write_bytes(example.read_bytes())
     signature = description | {
@@ -95,7 +193,7 @@ def write(
         "provenance": dict(bundle.provenance),
         "jax": jax.__version__,
         "calling_convention": program.calling_convention_version,
-        "sha256": {name: _sha256(folder / name) for name in _files(bundle)},
+        "sha256": {name: _sha256(folder / name) for name in _files(bundle, how)},
     }
     writer.write_json(folder / _SIGNATURE, signature)
     signature = writer.read_json(folder / _SIGNATURE)  # as plain JSON, as a reader has it
@@ -140,25 +238,21 @@ def _check_tokenizer(bundle: Bundle) -> None:
         )
 
 
-def _export(bundle: Bundle, *, steps: int, length: int, jump_rule: str) -> export.Exported:
+def _export(bundle: Bundle, how: How, *, steps: int, length: int) -> export.Exported:
     """The program. Only shapes of the parameters are needed."""
-    generate = inference.make_generator(bundle.model, bundle.process(), jump_rule)
-
-    def sample(weights, seed, given_BL, frozen_BL, grid_S1, temperature):
-        params = bundles.unflatten(weights)
-        return generate(params, seed, given_BL, frozen_BL, grid_S1, temperature)
-
     (batch,) = export.symbolic_shape("b")
-    weights = {
-        path: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for path, shape in bundles.expected_shapes(bundle.model).items()
-    }
-    rest = [
-        jax.ShapeDtypeStruct([batch if n == "b" else n for n in entry["shape"]], entry["dtype"])
-        for entry in _inputs(bundle.model, steps, length)[1:]
-    ]
+
+    def argument(shape, dtype):
+        if isinstance(shape, Mapping):
+            types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shape, dtype)
+            return {name: argument(shape[name], types[name]) for name in shape}
+        return jax.ShapeDtypeStruct([batch if n == "b" else n for n in shape], dtype)
+
+    inputs = _inputs(bundle.model, how, steps, length)
+    arguments = [argument(entry["shape"], entry["dtype"]) for entry in inputs]
+    sample = make_sampler(bundle.model, bundle.process(), how)
     with _no_locations():
-        return export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *rest)
+        return export.export(jax.jit(sample), platforms=PLATFORMS)(*arguments)
 
 
 @contextlib.contextmanager
@@ -221,7 +315,12 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
 # -------------------------------------------------------------------------------------- signature
 
 
-def _inputs(model: ModelConfig, steps: int, length: int) -> list[dict[str, Any]]:
+def _inputs(model: ModelConfig, how: How, steps: int, length: int) -> list[dict[str, Any]]:
+    names = ("name", "dtype", "shape", "what")
+    return [dict(zip(names, row, strict=True)) for row in _rows(model, how, steps, length)]
+
+
+def _rows(model: ModelConfig, how: How, steps: int, length: int) -> list[tuple]:
     shapes = {path: list(shape) for path, shape in bundles.expected_shapes(model).items()}
     rows = [
         ("weights", "float32", shapes, "the arrays of weights.npz, as a dict"),
@@ -230,22 +329,34 @@ def _inputs(model: ModelConfig, steps: int, length: int) -> list[dict[str, Any]]
         ("frozen", "bool", ["b", length], "positions that keep the given token"),
         ("grid", "float32", [steps + 1], "times, increasing from 0 (noise) to 1 (text)"),
         ("temperature", "float32", [], "divides the logits, > 0"),
+        ("cooling", "float32", [], "the temperature falls to 1 - cooling of itself, in [0, 1)"),
+        ("look_ahead", "float32", [], "share of a step by which the network is asked ahead"),
     ]
-    return [dict(zip(("name", "dtype", "shape", "what"), row, strict=True)) for row in rows]
+    if "top_p" in how.defaults:
+        rows.append(("top_p", "float32", [], "share of the mass that is drawn from, in (0, 1]"))
+    if how.contexts is not None:
+        longer = how.contexts - model.vocab_size
+        sizes = [[how.contexts, model.vocab_size], [longer], [how.contexts]]
+        table = dict(zip(Table._fields, sizes, strict=True))
+        types = dict(zip(Table._fields, ("float32", "int32", "int32"), strict=True))
+        rows += [
+            ("neighbours", "float32", [], "strength by which draws heed their neighbours, >= 0"),
+            ("table", types, table, "of ngrams.table of the counts in neighbours.npz, as a dict"),
+        ]
+    return rows
 
 
-def _describe(bundle: Bundle, *, steps: int, length: int, jump_rule: str) -> dict[str, Any]:
+def _describe(bundle: Bundle, how: How, *, steps: int, length: int) -> dict[str, Any]:
     """The part of a signature that follows from a model and how it is sampled; JSON."""
-    jumps.get_rule(jump_rule)
     tokens = {"name": "tokens", "dtype": "int32", "shape": ["b", length]}
     return {
         "format": FORMAT,
         "version": VERSION,
-        "inputs": _inputs(bundle.model, steps, length),
+        "inputs": _inputs(bundle.model, how, steps, length),
         "outputs": [tokens],
         "steps": steps,
         "length": length,
-        "jump_rule": jump_rule,
+        **how._asdict(),
         "platforms": list(PLATFORMS),
         "model": dataclasses.asdict(bundle.model),
         "path": dict(bundle.path),
@@ -254,9 +365,10 @@ def _describe(bundle: Bundle, *, steps: int, length: int, jump_rule: str) -> dic
     }
 
 
-def _files(bundle: Bundle) -> list[str]:
+def _files(bundle: Bundle, how: How) -> list[str]:
     named = [] if bundle.tokenizer is None else [_TOKENIZER]
-    return [_PROGRAM, _WEIGHTS, _FLATBUFFERS, _RUN, *named]
+    heeded = [] if how.contexts is None else [_COUNTS, _NGRAMS]
+    return [_PROGRAM, _WEIGHTS, _FLATBUFFERS, _RUN, *named, *heeded]
 
 
 def _own_sha256(signature: Mapping[str, Any]) -> str:
@@ -295,13 +407,11 @@ def read(folder: pathlib.Path) -> Bundle:
     folder = pathlib.Path(folder)
     signature = _read_signature(folder)
     try:
-        bundle = _make_bundle(folder, signature)
-        expected = _describe(
-            bundle,
-            steps=_whole(signature["steps"], _MAX_STEPS),
-            length=_whole(signature["length"], _MAX_LENGTH),
-            jump_rule=signature["jump_rule"],
-        )
+        steps = _whole(signature["steps"], _MAX_STEPS)
+        how = _read_how(folder, signature, steps)
+        bundle = _make_bundle(folder, signature, how)
+        length = _whole(signature["length"], _MAX_LENGTH)
+        expected = _describe(bundle, how, steps=steps, length=length)
     except BadFile:
         raise
     except Exception as error:
@@ -348,6 +458,8 @@ _KEYS = {
     "steps": int,
     "length": int,
     "jump_rule": str,
+    "defaults": dict,
+    "contexts": int | None,
     "platforms": list,
     "model": dict,
     "path": dict,
@@ -359,6 +471,7 @@ _KEYS = {
     "calling_convention": int,
     "sha256": dict,
 }
+_DEFAULTS = {"grid": list, "temperature": float, "cooling": float, "look_ahead": float}
 _PATH_KEYS = {"schedule": str, "power": int | float, "source": str, "revealed": str}
 
 
@@ -379,6 +492,7 @@ def _read_signature(folder: pathlib.Path) -> dict[str, Any]:
     _check_types(signature, _KEYS, f"{path}")
     sums = signature["sha256"]
     optional = {_TOKENIZER} & sums.keys()
+    optional |= set() if signature["contexts"] is None else {_COUNTS, _NGRAMS}
     expected = dict.fromkeys({_PROGRAM, _WEIGHTS, _FLATBUFFERS, _RUN, _SIGNATURE} | optional, str)
     _check_types(sums, expected, f"{path}, sha256")
     for name in expected.keys() - {_WEIGHTS}:  # of gigabytes each array's CRC is checked instead
@@ -439,7 +553,18 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str
             )
 
 
-def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any]) -> Bundle:
+def _read_how(folder: pathlib.Path, signature: Mapping[str, Any], steps: int) -> How:
+    how = How(*(signature[name] for name in How._fields))
+    optional = {"top_p", "neighbours"} & how.defaults.keys()
+    types = _DEFAULTS | dict.fromkeys(optional, float)
+    _check_types(how.defaults, types, f"{folder / _SIGNATURE}, defaults")
+    if how.contexts is not None:
+        _whole(how.contexts, 1 << 30)
+    _check_how(how, steps)
+    return how
+
+
+def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any], how: How) -> Bundle:
     model = _make_model(folder, signature["model"])
     _check_types(signature["path"], _PATH_KEYS, f"{folder / _SIGNATURE}, path")
     if signature["block_length"] is not None:
@@ -453,9 +578,21 @@ def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any]) -> Bundle:
         else None,
         block_length=signature["block_length"],
         provenance=signature["provenance"],
+        counts=None if how.contexts is None else functools.partial(_counts, folder, model, how),
     )
     _check_tokenizer(bundle)
     return bundle
+
+
+def _counts(folder: pathlib.Path, model: ModelConfig, how: How) -> Counts:
+    path = folder / _COUNTS
+    counts = bundles.checked_counts(bundles.read_counts(path), model.vocab_size, str(path))
+    if len(counts.sizes_C) != how.contexts:
+        raise BadFile(
+            f"{path} has {len(counts.sizes_C)} contexts, the program takes {how.contexts}; export "
+            "the model again."
+        )
+    return counts
 
 
 def _make_model(folder: pathlib.Path, fields: Mapping[str, Any]) -> ModelConfig:

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from fsdfm_jax import jumps
 from fsdfm_jax import tokenizer as tokenizer_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import exported, official, run_folder, safetensors_file
@@ -225,8 +224,8 @@ class Target:
       to: one of `FORMATS`, "" tells it by the suffix.
       layout: names in safetensors, "ours" | "official".
       dtype: of the weights in official and safetensors files, "float32" | "bfloat16".
-      steps, length, jump: of an exported sampler; None is 8, the model's block length and
-        "cumulative".
+      steps, length, jump, neighbours: of an exported sampler; None is 8, the model's block length,
+        and what the model is sampled with.
     """
 
     path: pathlib.Path
@@ -236,6 +235,7 @@ class Target:
     steps: int | None = None
     length: int | None = None
     jump: str | None = None
+    neighbours: float | None = None
 
     @property
     def format(self) -> str:
@@ -284,8 +284,8 @@ def check_target(
         )
     if target.format != "safetensors" and target.layout != "ours":
         raise ValueError("layout is a choice of safetensors; the other formats have one each.")
-    options = {"steps": target.steps, "length": target.length, "jump": target.jump}
-    given = [name for name, value in options.items() if value is not None]
+    options = ("steps", "length", "jump", "neighbours")
+    given = [name for name in options if getattr(target, name) is not None]
     if given and target.format != "sampler":
         raise ValueError(f"{', '.join(given)}: choices of an exported sampler (--to=sampler) only.")
     if target.format == "official" or target.layout == "official":
@@ -400,7 +400,8 @@ def _write(bundle: Bundle, target: Target) -> None:
             bundle,
             steps=DEFAULT_STEPS if target.steps is None else target.steps,
             length=target.length,
-            jump_rule=target.jump or jumps.CUMULATIVE.name,
+            jump_rule=target.jump,
+            neighbours=target.neighbours,
         )
 
 

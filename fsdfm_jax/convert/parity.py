@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference, models, sampler
+from fsdfm_jax import inference, models, ngrams
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import exported
 from fsdfm_jax.convert.bundle import Bundle
@@ -86,22 +86,33 @@ def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
         )
 
 
-def check_program(source: Bundle, folder: pathlib.Path, *, jump_rule: str, rows: int = 1) -> None:
-    """ValueError unless an exported sampler draws the library's tokens, half of a row given."""
+def check_program(
+    source: Bundle,
+    folder: pathlib.Path,
+    *,
+    jump_rule: str | None = None,
+    neighbours: float | None = None,
+    rows: int = 1,
+) -> None:
+    """ValueError unless an exported sampler draws the library's tokens, half of a row given.
+
+    jump_rule, neighbours: those of `exported.write`.
+    """
     program = exported.load_program(folder)
-    *_, tokens, _, grid, _ = program.in_avals  # weights, seed, given, frozen, grid, temperature
+    (_, _, tokens, _, grid, *_), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
     length, steps = tokens.shape[1], grid.shape[0] - 1
+    how = exported.how_of(source, steps, jump_rule=jump_rule, neighbours=neighbours)
     rng = np.random.default_rng(0)
     shape = (rows, length)
     given_BL = rng.integers(0, source.process().source.vocab_size, shape).astype(np.int32)
     frozen_BL = (np.arange(length) < length // 2) & (np.arange(rows) == 0)[:, None]
-    numbers = np.uint32(7), given_BL, frozen_BL, sampler.uniform_grid(steps), np.float32(0.8)
-    params = source.device_params()
-    generate = inference.make_generator(
-        exported.portable(source.model), source.process(), jump_rule
-    )
-    expected_BL = jax.jit(generate)(params, *numbers)
-    found_BL = program.call(bundle_lib.flatten(params), *numbers)
+    weights = bundle_lib.flatten(source.device_params())
+    arguments = [weights, np.uint32(7), given_BL, frozen_BL, *exported.defaults(how)]
+    if how.contexts is not None:
+        arguments.append(ngrams.table(source.counts(), source.model.vocab_size)._asdict())
+    sample = exported.make_sampler(exported.portable(source.model), source.process(), how)
+    expected_BL = jax.jit(sample)(*arguments)
+    found_BL = program.call(*arguments)
     if not np.array_equal(expected_BL, found_BL):
         share = float(np.mean(np.asarray(expected_BL) != np.asarray(found_BL)))
         raise ValueError(

@@ -12,16 +12,16 @@ it has no optimiser state.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from fsdfm_jax import checkpoint, neighbours, workdir, writer
+from fsdfm_jax import checkpoint, ngrams, workdir
 from fsdfm_jax import data as data_lib
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.neighbours import Counts
+from fsdfm_jax.ngrams import Counts
 
 # Part of the checkpoint that holds whose weights; "ema" falls back on what a stage without average
 # has.
@@ -80,7 +80,7 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
     except Exception as error:  # Orbax and TensorStore raise all kinds on damage
         raise BadFile(
             f"The checkpoint in {path} can't be read; it is damaged or not one of this project: "
-            f"{_first_line(error)}"
+            f"{bundle_lib.first_line(error)}"
         ) from error
 
 
@@ -104,17 +104,18 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
                 f"There is no checkpoint in {folder}; train that run first "
                 "(python -m fsdfm_jax.main)."
             )
-    metadata = checkpoint.read_metadata(folder, step)
+    record = checkpoint.read_record(folder, step)
+    metadata = record.metadata
     part = metadata["weights"] if which == "ema" else _PARTS[which]
     kept = metadata.get("provenance", {}).get("weights")
     if kept and which not in ("ema", kept):
         raise ValueError(
             f"{directory} is a converted model that kept the weights {kept!r} only, got {which=}."
         )
-    checksums = metadata.get("checksums", {}) if part == "params" else {}
+    sums = metadata.get("checksums", {}) if part == "params" else {}
     leaves = {
-        name: Leaf(tuple(leaf.shape), lambda name=name: _read(folder, part, name, step, checksums))
-        for name, leaf in checkpoint.leaf_shapes(folder, part, step).items()
+        name: Leaf(tuple(leaf.shape), functools.partial(_read, folder, part, name, record, sums))
+        for name, leaf in checkpoint.leaf_shapes(folder, part, record).items()
     }
     config, recipe = metadata["config"], metadata["recipe"]
     provenance = {
@@ -149,25 +150,15 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
 def _find_counts(directory: pathlib.Path, config, metadata) -> Callable[[], Counts] | None:
     """What follows what: beside a converted model, or counted in the text of a run."""
     vocab_size = metadata["model"]["vocab_size"]
-    if vocab_size > neighbours.MAX_VOCAB:
+    if vocab_size > ngrams.MAX_VOCAB:
         return None
     if (directory / _COUNTS).is_file():
-        return lambda: _read_counts(directory / _COUNTS)
+        return lambda: bundle_lib.read_counts(directory / _COUNTS)
     places = (place.resolve() for place in _data_places(directory, config))
     place = next((place for place in places if (place / data_lib.MANIFEST).is_file()), None)
     if place is None:
         return None
     return lambda: _count(place, metadata["data"], vocab_size)
-
-
-def _read_counts(path: pathlib.Path) -> Counts:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Counts(**arrays)
-    except Exception as error:  # whatever damage makes the readers of zip and npy say
-        raise BadFile(
-            f"{path} is damaged: {_first_line(error)}; convert the model again."
-        ) from error
 
 
 # Most programs open several models of one text.
@@ -179,28 +170,25 @@ def _count(place: pathlib.Path, fingerprint: str, vocab_size: int) -> Counts:
             f"{place} holds other text than the model was trained on, which neighbours counts; "
             "prepare that again, or set neighbours to 0."
         )
-    return neighbours.count(data.source("train"), vocab_size)
+    return ngrams.count(data.source("train"), vocab_size)
 
 
-def _read(folder: pathlib.Path, part: str, name: str, step: int, checksums) -> np.ndarray:
+def _read(
+    folder: pathlib.Path, part: str, name: str, record: checkpoint.Record, sums: Mapping[str, str]
+) -> np.ndarray:
     whole = f"{part}/{name}"
     try:
-        array = np.asarray(checkpoint.restore_part(folder, (whole,), step)[whole], np.float32)
+        array = np.asarray(checkpoint.restore_part(folder, (whole,), record)[whole], np.float32)
     except Exception as error:
         raise BadFile(
-            f"{whole} of the checkpoint in {folder} can't be read: {_first_line(error)}"
+            f"{whole} of the checkpoint in {folder} can't be read: {bundle_lib.first_line(error)}"
         ) from error
-    if name in checksums and bundle_lib.checksum(array) != checksums[name]:
+    if name in sums and bundle_lib.checksum(array) != sums[name]:
         raise BadFile(
             f"{whole} of the checkpoint in {folder} is damaged (its checksum differs); convert "
             "it again."
         )
     return array
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def _tokenizer_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
@@ -252,4 +240,4 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(directory / _TOKENIZER)
     if bundle.heeds_neighbours:
-        writer.write_arrays(directory / _COUNTS, bundle.counts()._asdict())
+        bundle_lib.write_counts(directory / _COUNTS, bundle.counts())

@@ -31,7 +31,7 @@ from fsdfm_jax import writer
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import official
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.neighbours import Counts
+from fsdfm_jax.ngrams import Counts
 
 LAYOUTS = ("ours", "official")
 MAX_SHARD_BYTES = 5 * 10**9

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference, models, sampler, sharding
+from fsdfm_jax import inference, models, ngrams, sampler, sharding
 from fsdfm_jax import logits as logits_lib
 from fsdfm_jax import neighbours as neighbours_lib
 from fsdfm_jax.evaluate.points import Point
 from fsdfm_jax.evaluate.subjects import Subject
 from fsdfm_jax.logits import Factored
-from fsdfm_jax.neighbours import Counts, Neighbours, Table
+from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax.ngrams import Counts, Table
 from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.trajectory import Trajectory
 from fsdfm_jax.writer import Progress
@@ -300,7 +301,7 @@ def control(
       count: counts what follows what in the training text; for "ngram" only.
 
     Raises:
-      ValueError: "ngram" of a vocabulary that is too large (`neighbours.check_vocab`).
+      ValueError: "ngram" of a vocabulary that is too large (`ngrams.check_vocab`).
     """
     rng = np.random.default_rng(seed)
     if name == "unigram":
@@ -324,7 +325,7 @@ def _write_ngrams(real_NL, frozen_NL, unigram_V, seed, counts) -> np.ndarray:
     before a given token, that is heeded too.
     """
     vocab_size = len(unigram_V)
-    table = neighbours_lib.table(counts, vocab_size)
+    table = ngrams.table(counts, vocab_size)
     share_V, follow_VV = np.asarray(unigram_V), table.follow_CV[:vocab_size].astype(np.float64)
     for _ in range(100):
         share_V = share_V @ follow_VV

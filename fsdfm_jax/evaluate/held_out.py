@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fsdfm_jax import data as data_lib
-from fsdfm_jax import neighbours
+from fsdfm_jax import ngrams
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import tasks
 from fsdfm_jax.evaluate.points import Settings
-from fsdfm_jax.neighbours import Counts
+from fsdfm_jax.ngrams import Counts
 
 # Training blocks that the unigram control's frequencies come from.
 _UNIGRAM_BLOCKS = 1024
@@ -28,7 +28,7 @@ class HeldOut(NamedTuple):
       unigram_V: frequencies of tokens in the training text, they add up to 1.
       sentence: ids of a stretch of held-out text.
       fingerprint: of the prepared data.
-      count: counts what follows what in the training text, see `neighbours.count`.
+      count: counts what follows what in the training text, see `ngrams.count`.
     """
 
     real_NL: np.ndarray
@@ -66,7 +66,7 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
         counts_V / counts_V.sum(),
         real_NL[0, : min(_SENTENCE, prepared.block_length)],
         prepared.fingerprint,
-        functools.cache(lambda: neighbours.count(train, vocab_size)),
+        functools.cache(lambda: ngrams.count(train, vocab_size)),
     )
 
 

@@ -16,7 +16,7 @@ from fsdfm_jax.evaluate.points import Point
 # Modules that decide which tokens are drawn.
 SAMPLING_CODE = (
     *("attention", "data", "draws", "inference", "jumps", "layout", "logits", "loops", "models"),
-    *("neighbours", "sampler", "schedules", "sources", "stages", "stages.autoregressive"),
+    *("neighbours", "ngrams", "sampler", "schedules", "sources", "stages", "stages.autoregressive"),
     "teacher",
     *("evaluate.draw", "evaluate.held_out", "evaluate.tasks"),
 )

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 
 from fsdfm_jax import data as data_lib
-from fsdfm_jax import inference, neighbours, sharding, stages, workdir
+from fsdfm_jax import inference, ngrams, sharding, stages, workdir
 from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.bundle import Bundle
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import Table
+from fsdfm_jax.ngrams import Table
 from fsdfm_jax.stages import Process
 from fsdfm_jax.tokenizer import Tokenizer
 
@@ -200,7 +200,7 @@ class Catalogue:
         """The table of a model's text, once for all models of one text."""
         sha256 = self.follow_sha256(label)
         if sha256 not in self._tables:
-            table = neighbours.table(self._counts[label](), vocab_size)
+            table = ngrams.table(self._counts[label](), vocab_size)
             self._tables[sha256] = jax.device_put(table)
         return self._tables[sha256]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import logging
 
-from fsdfm_jax import inference, neighbours, workdir
+from fsdfm_jax import inference, ngrams, workdir
 from fsdfm_jax.data import PreparedData
 from fsdfm_jax.evaluate import (
     draw,
@@ -92,7 +92,7 @@ def evaluate(
         raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
     for point in plan:
         if (point.kind, point.source) == ("control", "ngram"):
-            neighbours.check_vocab(catalogue.tokenizer.vocab_size)
+            ngrams.check_vocab(catalogue.tokenizer.vocab_size)
         if point.neighbours:
             has_table = catalogue.has_table(point.source)
             try:
