@@ -519,7 +519,7 @@ def restore_part(
       directory: Folder that a `Checkpoints` wrote.
       names: Subtrees or leaves: "ema", "step", "params/embed".
       step: Which checkpoint; None is the newest. Its record in place of its number spares reading
-        that anew, which takes longer than a small leaf; not with `together`.
+        that anew, which takes longer than a small leaf; `together` reads it anew.
       sharding: Of all leaves, or a function (leaf name, abstract leaf) -> sharding; None puts all
         on this process's first device.
       together: All processes of a job call, with the same step, as they must where the sharding has
@@ -539,11 +539,13 @@ def restore_part(
         raise ValueError(f"names is a tuple of subtree names, got the string {names!r}")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    number = step.step if isinstance(step, Record) else step
     if together:
-        step = _together(lambda: _existing(directory, step))
-        record = _read_record_together(directory, step)
+        number = _together(lambda: _existing(directory, number))
+        record = _read_record_together(directory, number)
     else:
-        record = read_record(directory, step)
+        number = _existing(directory, number)
+        record = step if isinstance(step, Record) else _read_record(directory, number)
     wanted = {}
     for part in names:
         wanted |= _part(record.leaves, part, directory)

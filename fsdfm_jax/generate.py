@@ -260,7 +260,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     rows = [Row(request, i) for request in requests for i in range(options.num_samples)]
     params = bundle.device_params()
     how = bundle.sampling()
-    strength = 0.0 if model.causal else _first(options.neighbours, how["neighbours"])
+    strength = 0.0 if model.causal else _or(options.neighbours, how["neighbours"])
     jump = options.jump or how["few_step_jump"]
     inference.check_neighbours(strength, jump, has_table=bundle.counts is not None)
     table = ngrams.table(bundle.counts(), model.vocab_size) if strength else None
@@ -277,10 +277,10 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         jump=jump,
         grid=options.grid or how["grid"],
         seed=options.seed,
-        temperature=_first(options.temperature, how["temperature"]),
-        top_p=_first(options.top_p, how["top_p"]),
-        cooling=_first(options.cooling, how["cooling"]),
-        look_ahead=_first(options.look_ahead, how["look_ahead"]),
+        temperature=_or(options.temperature, how["temperature"]),
+        top_p=_or(options.top_p, how["top_p"]),
+        cooling=_or(options.cooling, how["cooling"]),
+        look_ahead=_or(options.look_ahead, how["look_ahead"]),
         neighbours=strength,
         # On the device once, not with each batch.
         table=jax.device_put(table),
@@ -291,8 +291,8 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     return dataclasses.replace(job, stamp=_stamp(job, bundle, params))
 
 
-def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
+def _or(given: float | None, otherwise: float) -> float:
+    return otherwise if given is None else given
 
 
 def _stamp(job: Job, bundle: Bundle, params: Params) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from fsdfm_jax.stages import Process
 PUBLISHED = {
     "few_step_jump": jumps.CUMULATIVE.name,
     "grid": "uniform",
+    "temperature": 1.0,
+    "top_p": 1.0,
     "cooling": 0.0,
     "look_ahead": 0.0,
     "neighbours": 0.0,
@@ -35,11 +37,10 @@ def sampling(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
       evaluation: the section `eval` of its configuration, None where nothing is known of it.
 
     Returns:
-      Values of the keys of `PUBLISHED`, "temperature" and "top_p": what is said, or as published.
+      Values of the keys of `PUBLISHED`: what is said, or as published.
     """
-    said = {key: value for key, value in (evaluation or {}).items() if value is not None}
-    unsaid = PUBLISHED | {"temperature": 1.0, "top_p": 1.0}
-    return {key: said.get(key, value) for key, value in unsaid.items()}
+    said = {key: value for key, value in (evaluation or {}).items() if value not in (None, "")}
+    return {key: said.get(key, value) for key, value in PUBLISHED.items()}
 
 
 @functools.lru_cache(maxsize=64)

@@ -72,6 +72,11 @@ def check_vocab(vocab_size: int) -> None:
         )
 
 
+def most_contexts(vocab_size: int) -> int:
+    """The largest number of contexts C that a vocabulary's counts have."""
+    return vocab_size + _MOST_ENTRIES // vocab_size
+
+
 def count(source: Sequence[np.ndarray], vocab_size: int) -> Counts:
     """Counts what follows each token, and the most frequent contexts of two and three.
 
@@ -166,7 +171,7 @@ def check_counts(counts: Counts, vocab_size: int) -> None:
     check_vocab(vocab_size)
     if any(getattr(a, "dtype", None) != np.int32 or a.ndim != 1 for a in counts):
         raise ValueError("expected four arrays of int32 in one dimension")
-    num_longer, most = len(counts.keys_N), _MOST_ENTRIES // vocab_size
+    num_longer, most = len(counts.keys_N), most_contexts(vocab_size) - vocab_size
     if len(counts.sizes_C) != vocab_size + num_longer:
         raise ValueError(
             f"expected the sizes of {vocab_size} + {num_longer} contexts, got {len(counts.sizes_C)}"

@@ -210,8 +210,8 @@ class StopRequest:
         return self._any(self._place(np.full(self._mesh.size, self._asked, np.int32)))
 
     def granted(self, agreed: bool | jax.Array) -> bool:
-        """The answer to an `ask`, waited for."""
-        return bool(agreed)
+        """The answer to an `ask`, waited for on all devices, see `_everyones`."""
+        return bool(jax.block_until_ready(agreed))
 
 
 def _listen(receiver: int) -> None:

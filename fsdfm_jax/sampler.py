@@ -114,7 +114,10 @@ def check_options(
       ValueError: a temperature that isn't above 0 and finite, a cooling outside [0, 1), a top_p
         outside (0, 1], a look_ahead outside [0, 1], or neighbours (their strength) below 0.
     """
-    # What float32 rounds to 0 would divide by it.
+    # As they are computed with: what float32 rounds to 0 would divide by it.
+    with np.errstate(over="ignore"):
+        rounded = map(np.float32, (temperature, cooling, top_p, look_ahead, neighbours))
+        temperature, cooling, top_p, look_ahead, neighbours = rounded
     if not np.finfo(np.float32).tiny <= temperature < np.inf:
         raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}.")
     if not 0 < top_p <= 1:

@@ -29,8 +29,8 @@ for _name, _value in (
     os.environ[_name.upper()] = str(_value)
 
 # Most of the time of these small programs is LLVM's optimising them. Tests marked `optimised` run
-# what users run: those of recorded numbers, and those of results that are the same bit for bit
-# over rows and devices. All do, or none, where the variable is set.
+# what users run: those of recorded numbers, those in which vectors of other lengths must give the
+# same bits, and those that draw so much that it pays. All do, or none, where the variable is set.
 _QUICK = "jax_disable_most_optimizations"
 _CHOSEN = os.environ.get(_QUICK.upper())
 

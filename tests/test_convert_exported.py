@@ -196,6 +196,7 @@ def _called(folder, inputs, **changes):
     return program.call(*(values[entry["name"]] for entry in signature["inputs"]))
 
 
+@pytest.mark.optimised
 def test_a_model_is_exported_as_it_is_sampled(heeding_folder, words):
     bundle = _heeding(words)
     inputs = _inputs(4, LENGTH, words.vocab_size, 4, 3)
@@ -226,7 +227,10 @@ def test_another_rule_or_strength_can_be_asked_for(tmp_path, words, strength, ru
     names = [entry["name"] for entry in signature["inputs"]]
     assert "top_p" not in names
     assert (tmp_path / "a" / "neighbours.npz").exists() == ("table" in names) == bool(strength)
-    assert (exported.read(tmp_path / "a").counts is not None) == bool(strength)
+    found = exported.read(tmp_path / "a")
+    assert (found.counts is not None) == found.heeds_neighbours == bool(strength)
+    # Who goes on from the folder samples as its program does.
+    assert found.sampling() == bundle.sampling() | changes
 
 
 def test_counts_come_along(heeding_folder, words):
@@ -297,9 +301,14 @@ def test_signature_records_the_network_that_was_exported(tmp_path):
     assert recorded == dataclasses.replace(model, attention="auto", remat="none")
 
 
-def test_same_bytes_every_time_and_no_folder_of_this_machine(folder, tmp_path, words):
-    model = exported.read(folder).model
-    exported.write(tmp_path / "again", _bundle(model, tokenizer=words, path=MASK_PATH), steps=STEPS)
+@pytest.mark.parametrize("heeds", [False, True])
+def test_same_bytes_every_time_and_no_folder_of_this_machine(
+    folder, heeding_folder, tmp_path, words, heeds
+):
+    bundle = _bundle(exported.read(folder).model, tokenizer=words, path=MASK_PATH)
+    if heeds:
+        folder, bundle = heeding_folder, _heeding(words)
+    exported.write(tmp_path / "again", bundle, steps=STEPS)
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted([*_signature(folder)["sha256"]])
     for name in names:
@@ -482,6 +491,10 @@ def test_run_is_a_short_read_and_imports_little(folder):
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     third = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
     assert third == {"jax", "numpy", "tokenizers", "ngrams"}  # the last one lies beside it
+    beside = ast.parse(pathlib.Path(ngrams.__file__).read_text())
+    names = {n.module for n in ast.walk(beside) if isinstance(n, ast.ImportFrom)}
+    names |= {a.name for n in ast.walk(beside) if isinstance(n, ast.Import) for a in n.names}
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"numpy"}
     docstrings = {
         line
         for node in ast.walk(tree)
@@ -494,7 +507,7 @@ def test_run_is_a_short_read_and_imports_little(folder):
         if line.strip() and number not in docstrings and not line.lstrip().startswith("#")
     ]
     code = [line for line in code if not line.startswith(("import ", "from ", "def ", "if __name"))]
-    assert len(code) <= 40
+    assert len(code) <= 45
 
 
 @pytest.mark.slow
@@ -558,6 +571,49 @@ def test_defaults_that_nothing_can_be_drawn_with_are_refused(
     _sign(copy, signature)
     with pytest.raises(BadFile, match=message):
         exported.read(copy)
+
+
+@pytest.mark.parametrize("contexts", [None, 0, True, 10, 2**40])
+def test_a_number_of_contexts_that_no_table_has_is_refused(heeding_folder, tmp_path, contexts):
+    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
+    signature = _signature(copy)
+    table = {"follow_CV": [contexts, 271], "keys_N": [(contexts or 0) - 271]}
+    signature["inputs"][-1]["shape"] = table | {"shorter_C": [contexts]}
+    signature["contexts"] = contexts
+    _sign(copy, signature)
+    with pytest.raises(BadFile, match="signature.json"):
+        exported.read(copy)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("x", [], {"eval": 3}),
+        *({"eval": {key: value}} for key, value in (("temperature", "hot"), ("cooling", [0.1]))),
+        *({"eval": {key: value}} for key, value in (("grid", 3), ("few_step_jump", ["a"]))),
+        *({"eval": {"neighbours": value}} for value in ("NaN", True)),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_says_no_sampler_is_refused(copy, config):
+    signature = _signature(copy)
+    signature["provenance"]["config"] = config
+    _sign(copy, signature)
+    with pytest.raises(BadFile, match="provenance.config"):
+        exported.read(copy)
+
+
+def test_counts_larger_than_any_table_are_not_read(heeding_folder, tmp_path, words, monkeypatch):
+    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
+    size = words.vocab_size + 1
+    most = ngrams.most_contexts(size)
+    huge = np.zeros(2 * most * size + 2 * most + 2**14 + 1, np.int32)
+    arrays = exported.read(copy).counts()._asdict()
+    np.savez_compressed(copy / "neighbours.npz", **(arrays | {"counts_Z": huge}))
+    _sign(copy, _signature(copy))
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(BadFile, match="bytes of counts for 271 tokens"):
+        exported.read(copy).counts()
 
 
 def test_counts_of_another_table_are_refused(heeding_folder, tmp_path, words):

@@ -100,6 +100,7 @@ def _golden(name):
         return dict(file)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("suffix", ["pth", "npz"])
 @pytest.mark.parametrize("name", ["dfm", "fs"])
 def test_recorded_files_have_the_recorded_logits(name, suffix):
@@ -990,6 +991,28 @@ def test_counts_come_along_from_format_to_format(heeding, tmp_path):
     assert "neighbours.npz" in _listing(path)
 
 
+def test_an_exported_sampler_heeds_neighbours(heeding, tmp_path):
+    folder, prepared = heeding
+    target = Target(tmp_path / "a", to="sampler", steps=2)
+    lines = list(program.convert(formats.open_bundle(folder), target, check=True))
+    assert "The exported program draws the library's tokens." in lines
+    found = formats.open_bundle(target.path)
+    _same_counts(found.counts(), _counts(prepared))
+    assert _generated(target.path) == _generated(folder)
+    formats.write(found, Target(tmp_path / "m.safetensors"))
+    _same_counts(formats.open_bundle(tmp_path / "m.safetensors").counts(), _counts(prepared))
+    without = Target(tmp_path / "b", to="sampler", steps=2, jump="euler", neighbours=0.0)
+    list(program.convert(found, without, check=True))
+    other = formats.open_bundle(without.path)
+    assert (other.counts, other.sampling()["few_step_jump"]) == (None, "euler")
+    with pytest.raises(ValueError, match="draws other tokens than the library"):
+        parity.check_program(found, target.path, neighbours=3.0, rows=4)
+    official_file = _target(tmp_path, OFFICIAL_FORMS[0])
+    formats.write(formats.open_bundle(folder), official_file)
+    with pytest.raises(ValueError, match="came without its text's table.*set neighbours to 0"):
+        formats.write(formats.open_bundle(official_file.path), Target(tmp_path / "c", to="sampler"))
+
+
 def test_counts_are_exact_beside_weights_in_bfloat16(heeding, tmp_path):
     folder, prepared = heeding
     path = tmp_path / "m.safetensors"
@@ -1380,7 +1403,7 @@ def test_links_are_followed(tmp_path):
 
 def test_choices_without_effect_are_refused(tmp_path, written):
     _, folder = written
-    for choice in ({"steps": 4}, {"length": 3}, {"jump": "euler"}):
+    for choice in ({"steps": 4}, {"length": 3}, {"jump": "euler"}, {"neighbours": 0.0}):
         target = Target(tmp_path / "m.pth", **choice)
         with pytest.raises(ValueError, match="choices of an exported sampler"):
             formats.write(_bundle(), target)

@@ -42,7 +42,10 @@ def define_flags() -> None:
         "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; the model's."
     )
     flags.DEFINE_float(
-        "neighbours", None, "Strength in an exported sampler, 0 for none; the model's.", 0.0
+        "neighbours",
+        None,
+        "Strength in an exported sampler, 0 for none; the model's.",
+        lower_bound=0.0,
     )
     flags.DEFINE_bool("check", False, "Compare SOURCE and TARGET: parameters and logits.")
     flags.DEFINE_float(
@@ -117,8 +120,7 @@ def convert(
         )
         parity.check(found, bound)
         if target.format == "sampler":
-            how = {"jump_rule": target.jump, "neighbours": target.neighbours}
-            parity.check_program(source, path, **how)
+            parity.check_program(source, path, jump_rule=target.jump, neighbours=target.neighbours)
             lines.append("The exported program draws the library's tokens.")
 
     total = _megabytes(source.num_params())

@@ -11,6 +11,7 @@ import hashlib
 import json
 import pathlib
 import types
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -179,6 +180,7 @@ def content_hash(params: Params) -> str:
 
 # ---------------------------------------------------------------------------------- descriptions
 
+_MOST_HEADERS = 2**16  # bytes, of the arrays of a small .npz
 _MOST_JSON = 2**26  # bytes; tokenizers of large vocabularies take a few MB
 FORMAT = 1
 
@@ -223,7 +225,7 @@ def from_parts(
         path, provenance = dict(description["path"]), dict(description["provenance"])
         if set(path) != set(DEFAULT_PATH):
             raise ValueError(f"path has the keys {', '.join(map(str, path))[:200]}")
-        _check_provenance(provenance)
+        check_provenance(provenance)
         bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
         bundle.process()
     except BadFile:
@@ -240,7 +242,7 @@ def from_parts(
     if counts is None:
         return bundle
     checked = lambda: checked_counts(counts(), model.vocab_size, name)
-    return dataclasses.replace(bundle, counts=checked)
+    return dataclasses.replace(bundle, counts=functools.cache(checked))
 
 
 def write_counts(path: pathlib.Path, counts: Counts) -> None:
@@ -248,9 +250,17 @@ def write_counts(path: pathlib.Path, counts: Counts) -> None:
     writer.write_arrays(path, counts._asdict())
 
 
-def read_counts(path: pathlib.Path) -> Counts:
-    """What `write_counts` wrote, unchecked; BadFile if the file isn't of its form."""
+def read_counts(path: pathlib.Path, vocab_size: int) -> Counts:
+    """What `write_counts` wrote; BadFile if the file isn't of its form, or too large.
+
+    For a vocabulary, whose counts `checked_counts` checks.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        contexts = ngrams.most_contexts(vocab_size)
+        if size > 4 * (2 * contexts * vocab_size + 2 * contexts) + _MOST_HEADERS:
+            raise ValueError(f"{size} bytes of counts for {vocab_size} tokens")
         with np.load(path, allow_pickle=False) as arrays:
             return Counts(**arrays)
     except Exception as error:  # whatever damage makes the readers of zip and npy say
@@ -270,7 +280,7 @@ def checked_counts(counts: Counts, vocab_size: int, name: str) -> Counts:
     return counts
 
 
-def _check_provenance(provenance: Mapping[str, Any]) -> None:
+def check_provenance(provenance: Mapping[str, Any]) -> None:
     """ValueError unless what programs read of it has its type."""
     step, config = provenance.get("step"), provenance.get("config")
     if step is not None and (type(step) is not int or not 0 <= step < 2**53):
@@ -278,9 +288,15 @@ def _check_provenance(provenance: Mapping[str, Any]) -> None:
     for name in ("run", "stage", "weights", "tokenizer", "data", "code_version"):
         if not isinstance(provenance.get(name), str | None):
             raise ValueError(f"provenance.{name} is {str(provenance[name])[:40]!r}")
-    sections = [config, *((config or {}).get(key) for key in ("data", "eval"))] if config else []
+    is_dict = isinstance(config, dict)
+    sections = [config, *(config.get(key) for key in ("data", "eval") if is_dict)]
     if not all(isinstance(section, dict | None) for section in sections):
         raise ValueError("provenance.config is no configuration")
+    said = (config or {}).get("eval") or {}
+    for name, unsaid in inference.PUBLISHED.items():
+        wanted = (str,) if isinstance(unsaid, str) else (int, float)
+        if said.get(name) is not None and type(said[name]) not in wanted:
+            raise ValueError(f"provenance.config.eval.{name} is {str(said[name])[:40]!r}")
 
 
 # Fields that files of earlier versions don't have; they change no result.

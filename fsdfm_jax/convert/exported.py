@@ -14,9 +14,9 @@
                        `pip install jax` doesn't bring
     run.py             how to call it all (convert/run_exported.py)
 
-The same seed gives the same tokens as `inference.generate`. How it samples is what the model is
-sampled with unless one says otherwise (`Bundle.sampling`); all of it but the jump rule can be given
-otherwise when the program is called. The program holds attention
+It samples as the model is sampled unless one says otherwise (`Bundle.sampling`), and the same seed
+gives the tokens of `inference.generate`. All of it but the jump rule are inputs, nucleus and
+neighbours only where the model has them. The program holds attention
 "manual" and remat "none" whatever the network was trained with: fused kernels belong to one kind of
 device. bfloat16 activations stay.
 
@@ -56,7 +56,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _SIGNATURE, _WEIGHTS, _PROGRAM = "signature.json", "weights.npz", "sampler.jaxexport"
 _TOKENIZER, _RUN, _FLATBUFFERS = "tokenizer.json", "run.py", "flatbuffers.zip"
 _COUNTS, _NGRAMS = "neighbours.npz", "ngrams.py"
-_MAX_SIGNATURE = 1 << 26  # bytes; real ones have some thousands
+_MAX_SIGNATURE = 1 << 26  # bytes, of a grid of the most steps; usual ones have some thousands
 _MAX_STEPS = _MAX_LENGTH = 1 << 20
 _CHUNK = 1 << 20  # bytes
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -81,34 +81,43 @@ class How(NamedTuple):
     contexts: int | None
 
 
-def how_of(
-    bundle: Bundle, steps: int, *, jump_rule: str | None = None, neighbours: float | None = None
-) -> How:
-    """How a model is exported: as it is sampled, but for what is given.
+def sampled_by(bundle: Bundle, **changes: Any) -> Bundle:
+    """A model whose configuration says otherwise how it is sampled.
+
+    Args:
+      **changes: keys of `inference.PUBLISHED`; None leaves what it says.
+    """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
+        return bundle
+    config = dict(bundle.provenance.get("config") or {})
+    config["eval"] = dict(config.get("eval") or {}) | changes
+    return dataclasses.replace(bundle, provenance=dict(bundle.provenance) | {"config": config})
+
+
+def how_of(bundle: Bundle, steps: int) -> How:
+    """How a model is exported: as it is sampled.
 
     Raises:
       ValueError: for values outside their range, or neighbours that can't be heeded
         (`inference.check_neighbours`).
     """
-    trained = bundle.sampling()
-    jump_rule = jump_rule or trained["few_step_jump"]
-    numbers = {key: trained[key] for key in ("temperature", "cooling", "look_ahead", "top_p")}
-    numbers["neighbours"] = trained["neighbours"] if neighbours is None else neighbours
+    numbers = bundle.sampling()
+    jump_rule, shape = numbers.pop("few_step_jump"), numbers.pop("grid")
     inference.check_settings(steps=steps, **numbers)
+    jumps.get_rule(jump_rule)
     inference.check_neighbours(
         numbers["neighbours"], jump_rule, has_table=bundle.counts is not None
     )
-    jumps.get_rule(jump_rule)
     left_out = {"top_p": 1, "neighbours": 0}
-    # In the order of the inputs.
     used = {key: float(x) for key, x in numbers.items() if x != left_out.get(key)}
-    grid = [float(time) for time in sampler.make_grid(trained["grid"], steps)]
+    grid = [float(time) for time in sampler.make_grid(shape, steps)]
     contexts = len(bundle.counts().sizes_C) if "neighbours" in used else None
     return How(jump_rule, {"grid": grid} | used, contexts)
 
 
 def _check_how(how: How, steps: int) -> None:
-    """ValueError unless `how_of` can have given it, out of a file."""
+    """ValueError for a `How` out of a file by which nothing can be drawn."""
     numbers = {key: value for key, value in how.defaults.items() if key != "grid"}
     if any(type(time) is not float for time in how.defaults["grid"]):
         raise ValueError("its default grid holds other things than times")
@@ -117,14 +126,9 @@ def _check_how(how: How, steps: int) -> None:
     if len(sampler.check_grid(how.defaults["grid"])) != steps + 1:
         raise ValueError(f"the default grid isn't one of {steps} steps")
     strength = numbers.get("neighbours", 0.0)
-    inference.check_neighbours(strength, how.jump_rule, has_table=how.contexts is not None)
     if (how.contexts is not None) != bool(strength):
-        raise ValueError("it has a table of neighbours and doesn't heed them")
-
-
-def defaults(how: How) -> list[np.ndarray]:
-    """The inputs that have a default, as arrays in their order."""
-    return [np.asarray(value, np.float32) for value in how.defaults.values()]
+        raise ValueError("it has a table of neighbours and doesn't heed them, or the reverse")
+    inference.check_neighbours(strength, how.jump_rule, has_table=True)
 
 
 def make_sampler(model: ModelConfig, process: Process, how: How) -> Callable[..., jax.Array]:
@@ -137,7 +141,7 @@ def make_sampler(model: ModelConfig, process: Process, how: How) -> Callable[...
         if "table" in given:
             given["neighbours"] = Neighbours(Table(**given.pop("table")), given["neighbours"])
         params = bundles.unflatten(given.pop("weights"))
-        first = (given.pop(name) for name in ("seed", "given", "frozen", "grid", "temperature"))
+        first = [given.pop(name) for name in ("seed", "given", "frozen", "grid", "temperature")]
         return generate(params, *first, **given)
 
     return sample
@@ -174,7 +178,9 @@ def write(
     """
     length = _check_request(bundle, steps, length)
     bundle = dataclasses.replace(bundle, model=portable(bundle.model))
-    how = how_of(bundle, steps, jump_rule=jump_rule, neighbours=neighbours)
+    # Whoever reads the folder samples as its program does.
+    bundle = sampled_by(bundle, few_step_jump=jump_rule, neighbours=neighbours)
+    how = how_of(bundle, steps)
     description = _describe(bundle, how, steps=steps, length=length)
     folder.mkdir(parents=True)
     program = _export(bundle, how, steps=steps, length=length)
@@ -330,7 +336,12 @@ def _rows(model: ModelConfig, how: How, steps: int, length: int) -> list[tuple]:
         ("grid", "float32", [steps + 1], "times, increasing from 0 (noise) to 1 (text)"),
         ("temperature", "float32", [], "divides the logits, > 0"),
         ("cooling", "float32", [], "the temperature falls to 1 - cooling of itself, in [0, 1)"),
-        ("look_ahead", "float32", [], "share of a step by which the network is asked ahead"),
+        (
+            "look_ahead",
+            "float32",
+            [],
+            "share of a step by which it asks ahead, in [0, 1]",
+        ),
     ]
     if "top_p" in how.defaults:
         rows.append(("top_p", "float32", [], "share of the mass that is drawn from, in (0, 1]"))
@@ -426,6 +437,38 @@ def read(folder: pathlib.Path) -> Bundle:
             )
     # How the program attends is no property of the network that goes on from here.
     return dataclasses.replace(bundle, model=dataclasses.replace(bundle.model, attention="auto"))
+
+
+def sizes(folder: pathlib.Path) -> tuple[int, int]:
+    """(S, L) of an exported sampler; BadFile if the folder isn't one."""
+    signature = _read_signature(folder)
+    return signature["steps"], signature["length"]
+
+
+def call(
+    folder: pathlib.Path, bundle: Bundle, *, seed: int, given_BL: np.ndarray, frozen_BL: np.ndarray
+) -> np.ndarray:
+    """Tokens of the program in a folder, as run.py draws them, from a model's own parameters.
+
+    Args:
+      folder: of an exported sampler.
+      bundle: the model it was made of.
+      seed, given_BL, frozen_BL: as in `inference.generate`.
+
+    Returns:
+      int32 [B, L].
+
+    Raises:
+      BadFile: see `load_program`.
+    """
+    signature = _read_signature(folder)
+    values = {name: np.float32(value) for name, value in signature["defaults"].items()}
+    values |= {"seed": np.uint32(seed), "given": given_BL, "frozen": frozen_BL}
+    values["weights"] = bundles.flatten(bundle.device_params())
+    if signature["contexts"] is not None:
+        values["table"] = ngrams.table(bundle.counts(), bundle.model.vocab_size)._asdict()
+    arguments = [values[entry["name"]] for entry in signature["inputs"]]
+    return np.asarray(load_program(folder).call(*arguments))
 
 
 def load_program(folder: pathlib.Path) -> export.Exported:
@@ -569,6 +612,10 @@ def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any], how: How) -
     _check_types(signature["path"], _PATH_KEYS, f"{folder / _SIGNATURE}, path")
     if signature["block_length"] is not None:
         _whole(signature["block_length"], _MAX_LENGTH)
+    bundles.check_provenance(signature["provenance"])
+    if how.contexts is not None and how.contexts < model.vocab_size:
+        raise ValueError(f"a table of {how.contexts} contexts for {model.vocab_size} tokens")
+    read_counts = functools.cache(functools.partial(_counts, folder, model, how))
     bundle = Bundle(
         model=model,
         leaves=_leaves(folder / _WEIGHTS, model),
@@ -578,7 +625,7 @@ def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any], how: How) -
         else None,
         block_length=signature["block_length"],
         provenance=signature["provenance"],
-        counts=None if how.contexts is None else functools.partial(_counts, folder, model, how),
+        counts=None if how.contexts is None else read_counts,
     )
     _check_tokenizer(bundle)
     return bundle
@@ -586,7 +633,8 @@ def _make_bundle(folder: pathlib.Path, signature: Mapping[str, Any], how: How) -
 
 def _counts(folder: pathlib.Path, model: ModelConfig, how: How) -> Counts:
     path = folder / _COUNTS
-    counts = bundles.checked_counts(bundles.read_counts(path), model.vocab_size, str(path))
+    counts = bundles.read_counts(path, model.vocab_size)
+    counts = bundles.checked_counts(counts, model.vocab_size, str(path))
     if len(counts.sizes_C) != how.contexts:
         raise BadFile(
             f"{path} has {len(counts.sizes_C)} contexts, the program takes {how.contexts}; export "

@@ -98,23 +98,29 @@ def check_program(
 
     jump_rule, neighbours: those of `exported.write`.
     """
-    program = exported.load_program(folder)
-    (_, _, tokens, _, grid, *_), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-    length, steps = tokens.shape[1], grid.shape[0] - 1
-    how = exported.how_of(source, steps, jump_rule=jump_rule, neighbours=neighbours)
+    steps, length = exported.sizes(folder)
     rng = np.random.default_rng(0)
-    shape = (rows, length)
-    given_BL = rng.integers(0, source.process().source.vocab_size, shape).astype(np.int32)
+    given_BL = rng.integers(0, source.num_tokens, (rows, length)).astype(np.int32)
     frozen_BL = (np.arange(length) < length // 2) & (np.arange(rows) == 0)[:, None]
-    weights = bundle_lib.flatten(source.device_params())
-    arguments = [weights, np.uint32(7), given_BL, frozen_BL, *exported.defaults(how)]
-    if how.contexts is not None:
-        arguments.append(ngrams.table(source.counts(), source.model.vocab_size)._asdict())
-    sample = exported.make_sampler(exported.portable(source.model), source.process(), how)
-    expected_BL = jax.jit(sample)(*arguments)
-    found_BL = program.call(*arguments)
+    inputs = {"seed": 7, "given_BL": given_BL, "frozen_BL": frozen_BL}
+    found_BL = exported.call(folder, source, **inputs)
+    asked = exported.sampled_by(source, few_step_jump=jump_rule, neighbours=neighbours)
+    how = asked.sampling()
+    table = None
+    if how["neighbours"] and source.counts is not None:
+        table = ngrams.table(source.counts(), source.model.vocab_size)
+    expected_BL = inference.generate(
+        source.device_params(),
+        exported.portable(source.model),
+        source.process(),
+        steps=steps,
+        jump_rule=how.pop("few_step_jump"),
+        table=table,
+        **how,
+        **inputs,
+    )
     if not np.array_equal(expected_BL, found_BL):
-        share = float(np.mean(np.asarray(expected_BL) != np.asarray(found_BL)))
+        share = float(np.mean(expected_BL != found_BL))
         raise ValueError(
             f"The exported program draws other tokens than the library ({share:.1%} of them)."
         )

@@ -21,7 +21,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 # jax.export reads programs with flatbuffers, which `pip install jax` doesn't bring; at the end of
 # the path, so that one that is installed goes first.
 sys.path.append(str(FOLDER / "flatbuffers.zip"))
-sys.path.insert(0, str(FOLDER))  # ngrams.py
+sys.path.insert(0, str(FOLDER))  # ngrams.py, of which nothing is to be left here
+sys.dont_write_bytecode = True
 
 
 def sample(

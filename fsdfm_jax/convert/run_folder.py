@@ -153,7 +153,7 @@ def _find_counts(directory: pathlib.Path, config, metadata) -> Callable[[], Coun
     if vocab_size > ngrams.MAX_VOCAB:
         return None
     if (directory / _COUNTS).is_file():
-        return lambda: bundle_lib.read_counts(directory / _COUNTS)
+        return lambda: bundle_lib.read_counts(directory / _COUNTS, vocab_size)
     places = (place.resolve() for place in _data_places(directory, config))
     place = next((place for place in places if (place / data_lib.MANIFEST).is_file()), None)
     if place is None:
