@@ -16,9 +16,9 @@
 
 It samples as the model is sampled unless one says otherwise (`Bundle.sampling`), and the same seed
 gives the tokens of `inference.generate`. All of it but the jump rule are inputs, nucleus and
-neighbours only where the model has them. The program holds attention
-"manual" and remat "none" whatever the network was trained with: fused kernels belong to one kind of
-device. bfloat16 activations stay.
+neighbours only where the model has them. The program holds attention "manual" and remat "none"
+whatever the network was trained with: fused kernels belong to one kind of device. bfloat16
+activations stay.
 
 Reading checks sizes and checksums before anything is allocated or trusted. What no checksum can
 tell is who made the folder: a program is code, so run only what comes from where you trust.
