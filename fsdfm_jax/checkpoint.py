@@ -539,13 +539,11 @@ def restore_part(
         raise ValueError(f"names is a tuple of subtree names, got the string {names!r}")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    number = step.step if isinstance(step, Record) else step
     if together:
-        number = _together(lambda: _existing(directory, number))
+        number = _together(lambda: _existing(directory, step))
         record = _read_record_together(directory, number)
     else:
-        number = _existing(directory, number)
-        record = step if isinstance(step, Record) else _read_record(directory, number)
+        record = read_record(directory, step)
     wanted = {}
     for part in names:
         wanted |= _part(record.leaves, part, directory)
@@ -563,16 +561,15 @@ def read_record(directory: str | os.PathLike, step: int | Record | None = None) 
 
     Args:
       directory: Folder that a `Checkpoints` wrote.
-      step: Which checkpoint; None is the newest; a record is given back as it is.
+      step: Which checkpoint; None is the newest; a record of it is given back as it is.
 
     Raises:
       DamagedCheckpoint: It is not what was saved.
       NotACheckpoint: There is no such checkpoint.
     """
-    if isinstance(step, Record):
-        return step
     directory = _absolute(directory)
-    return _read_record(directory, _existing(directory, step))
+    number = _existing(directory, step)
+    return step if isinstance(step, Record) else _read_record(directory, number)
 
 
 def leaf_shapes(
@@ -858,9 +855,11 @@ def _steps(directory: epath.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
-def _existing(directory: epath.Path, step: int | None) -> int:
+def _existing(directory: epath.Path, step: int | Record | None) -> int:
     if not directory.is_dir():
         raise NotACheckpoint(f"there is no directory {directory}; give the one a run saved into")
+    if isinstance(step, Record):
+        step = step.step
     return _chosen(_steps(directory), step, directory)
 
 

@@ -66,10 +66,10 @@ HEEDING = {
 }
 
 
-def _heeding(words, counts=None, **changes):
+def _heeding(words, **changes):
     """A model whose configuration says all of how it is sampled."""
     model = _model(vocab_size=words.vocab_size + 1, conditioning="additive")
-    counts = tables.counts(model.vocab_size) if counts is None else counts
+    counts = tables.counts(model.vocab_size)
     said = {"stage": "distill", "config": {"eval": HEEDING | changes}}
     bundle = _bundle(model, tokenizer=words, path=MASK_PATH, provenance=said)
     return dataclasses.replace(bundle, counts=lambda: counts)
@@ -85,6 +85,11 @@ def heeding_folder(tmp_path_factory, words):
 @pytest.fixture
 def copy(folder, tmp_path):
     return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def heeding_copy(heeding_folder, tmp_path):
+    return pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
 
 
 def _signature(folder):
@@ -415,13 +420,17 @@ def _run(folder, tmp_path, *arguments):
     return done.stdout
 
 
-def _expected_tokens(folder, prompt, *, num_samples, seed, temperature):
-    bundle = exported.read(folder)
+def _prompted(prompt, num_samples, seed):
     given = np.zeros((num_samples, LENGTH), np.int32)
     given[:, : len(prompt)] = prompt
     frozen = np.broadcast_to(np.arange(LENGTH) < len(prompt), given.shape)
-    inputs = np.uint32(seed), given, frozen, sampler.uniform_grid(STEPS), np.float32(temperature)
-    inputs += PLAIN
+    return np.uint32(seed), given, frozen
+
+
+def _expected_tokens(folder, prompt, *, num_samples, seed, temperature):
+    bundle = exported.read(folder)
+    inputs = _prompted(prompt, num_samples, seed)
+    inputs += (sampler.uniform_grid(STEPS), np.float32(temperature), *PLAIN)
     return np.asarray(_library(bundle)(bundle.params(), *inputs))
 
 
@@ -440,11 +449,7 @@ def test_run_heeds_neighbours_without_the_library(heeding_folder, tmp_path, word
     output = _run(
         *(heeding_folder, tmp_path, "--prompt", "the cat", "--num_samples", "3", "--seed", "4")
     )
-    prompt = words.encode("the cat")
-    given = np.zeros((3, LENGTH), np.int32)
-    given[:, : len(prompt)] = prompt
-    frozen = np.broadcast_to(np.arange(LENGTH) < len(prompt), given.shape)
-    tokens = _generated(_heeding(words), (np.uint32(4), given, frozen))
+    tokens = _generated(_heeding(words), _prompted(words.encode("the cat"), 3, 4))
     assert output == "\n----\n".join(words.decode(row) for row in tokens) + "\n"
 
 
@@ -536,15 +541,14 @@ def test_run_in_a_fresh_environment(folder, tmp_path, words):
         *("neighbours.npz", "ngrams.py"),
     ],
 )
-def test_names_the_missing_or_changed_file(heeding_folder, tmp_path, name):
-    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
-    content = (copy / name).read_bytes()
-    (copy / name).write_bytes(content[:-30] + b"x" * 30)
+def test_names_the_missing_or_changed_file(heeding_copy, name):
+    content = (heeding_copy / name).read_bytes()
+    (heeding_copy / name).write_bytes(content[:-30] + b"x" * 30)
     with pytest.raises(BadFile, match=name):
-        exported.read(copy)
-    (copy / name).unlink()
+        exported.read(heeding_copy)
+    (heeding_copy / name).unlink()
     with pytest.raises(BadFile, match=name):
-        exported.read(copy)
+        exported.read(heeding_copy)
 
 
 @pytest.mark.parametrize(
@@ -562,27 +566,23 @@ def test_names_the_missing_or_changed_file(heeding_folder, tmp_path, name):
     ],
     ids=str,
 )
-def test_defaults_that_nothing_can_be_drawn_with_are_refused(
-    heeding_folder, tmp_path, changes, message
-):
-    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
-    signature = _signature(copy)
+def test_defaults_that_nothing_can_be_drawn_with_are_refused(heeding_copy, changes, message):
+    signature = _signature(heeding_copy)
     signature["defaults"] |= changes
-    _sign(copy, signature)
+    _sign(heeding_copy, signature)
     with pytest.raises(BadFile, match=message):
-        exported.read(copy)
+        exported.read(heeding_copy)
 
 
 @pytest.mark.parametrize("contexts", [None, 0, True, 10, 2**40])
-def test_a_number_of_contexts_that_no_table_has_is_refused(heeding_folder, tmp_path, contexts):
-    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
-    signature = _signature(copy)
+def test_a_number_of_contexts_that_no_table_has_is_refused(heeding_copy, contexts):
+    signature = _signature(heeding_copy)
     table = {"follow_CV": [contexts, 271], "keys_N": [(contexts or 0) - 271]}
     signature["inputs"][-1]["shape"] = table | {"shorter_C": [contexts]}
     signature["contexts"] = contexts
-    _sign(copy, signature)
+    _sign(heeding_copy, signature)
     with pytest.raises(BadFile, match="signature.json"):
-        exported.read(copy)
+        exported.read(heeding_copy)
 
 
 @pytest.mark.parametrize(
@@ -603,30 +603,28 @@ def test_a_configuration_that_says_no_sampler_is_refused(copy, config):
         exported.read(copy)
 
 
-def test_counts_larger_than_any_table_are_not_read(heeding_folder, tmp_path, words, monkeypatch):
-    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
+def test_counts_larger_than_any_table_are_not_read(heeding_copy, words, monkeypatch):
     size = words.vocab_size + 1
     most = ngrams.most_contexts(size)
     huge = np.zeros(2 * most * size + 2 * most + 2**14 + 1, np.int32)
-    arrays = exported.read(copy).counts()._asdict()
-    np.savez_compressed(copy / "neighbours.npz", **(arrays | {"counts_Z": huge}))
-    _sign(copy, _signature(copy))
+    arrays = exported.read(heeding_copy).counts()._asdict()
+    np.savez_compressed(heeding_copy / "neighbours.npz", **(arrays | {"counts_Z": huge}))
+    _sign(heeding_copy, _signature(heeding_copy))
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("was read"))
     with pytest.raises(BadFile, match="bytes of counts for 271 tokens"):
-        exported.read(copy).counts()
+        exported.read(heeding_copy).counts()
 
 
-def test_counts_of_another_table_are_refused(heeding_folder, tmp_path, words):
-    copy = pathlib.Path(shutil.copytree(heeding_folder, tmp_path / "copy"))
+def test_counts_of_another_table_are_refused(heeding_copy, words):
     size = words.vocab_size + 1
-    bundles.write_counts(copy / "neighbours.npz", ngrams.count([np.arange(9)], size))
-    _sign(copy, _signature(copy))
+    bundles.write_counts(heeding_copy / "neighbours.npz", ngrams.count([np.arange(9)], size))
+    _sign(heeding_copy, _signature(heeding_copy))
     with pytest.raises(BadFile, match=f"has {size} contexts, the program takes"):
-        exported.read(copy).counts()
-    (copy / "neighbours.npz").write_bytes(b"no zip")
-    _sign(copy, _signature(copy))
+        exported.read(heeding_copy).counts()
+    (heeding_copy / "neighbours.npz").write_bytes(b"no zip")
+    _sign(heeding_copy, _signature(heeding_copy))
     with pytest.raises(BadFile, match="neighbours.npz is damaged"):
-        exported.read(copy).counts()
+        exported.read(heeding_copy).counts()
 
 
 def test_names_a_changed_parameter(copy):

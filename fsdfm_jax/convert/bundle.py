@@ -288,9 +288,8 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
     for name in ("run", "stage", "weights", "tokenizer", "data", "code_version"):
         if not isinstance(provenance.get(name), str | None):
             raise ValueError(f"provenance.{name} is {str(provenance[name])[:40]!r}")
-    is_dict = isinstance(config, dict)
-    sections = [config, *(config.get(key) for key in ("data", "eval") if is_dict)]
-    if not all(isinstance(section, dict | None) for section in sections):
+    sections = [config.get(key) for key in ("data", "eval")] if isinstance(config, dict) else []
+    if not all(isinstance(section, dict | None) for section in (config, *sections)):
         raise ValueError("provenance.config is no configuration")
     said = (config or {}).get("eval") or {}
     for name, unsaid in inference.PUBLISHED.items():

@@ -44,7 +44,7 @@ from jax import export
 from fsdfm_jax import inference, jumps, ngrams, sampler, tokenizer, writer
 from fsdfm_jax.convert import bundle as bundles
 from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.models import ModelConfig, Params
 from fsdfm_jax.neighbours import Neighbours
 from fsdfm_jax.ngrams import Counts, Table
 from fsdfm_jax.stages import Process
@@ -446,13 +446,20 @@ def sizes(folder: pathlib.Path) -> tuple[int, int]:
 
 
 def call(
-    folder: pathlib.Path, bundle: Bundle, *, seed: int, given_BL: np.ndarray, frozen_BL: np.ndarray
+    folder: pathlib.Path,
+    params: Params,
+    table: Table | None,
+    *,
+    seed: int,
+    given_BL: np.ndarray,
+    frozen_BL: np.ndarray,
 ) -> np.ndarray:
-    """Tokens of the program in a folder, as run.py draws them, from a model's own parameters.
+    """Tokens of the program in a folder, as run.py draws them.
 
     Args:
       folder: of an exported sampler.
-      bundle: the model it was made of.
+      params: of the model it was made of.
+      table: of its text, None for a program without neighbours.
       seed, given_BL, frozen_BL: as in `inference.generate`.
 
     Returns:
@@ -464,9 +471,9 @@ def call(
     signature = _read_signature(folder)
     values = {name: np.float32(value) for name, value in signature["defaults"].items()}
     values |= {"seed": np.uint32(seed), "given": given_BL, "frozen": frozen_BL}
-    values["weights"] = bundles.flatten(bundle.device_params())
-    if signature["contexts"] is not None:
-        values["table"] = ngrams.table(bundle.counts(), bundle.model.vocab_size)._asdict()
+    values["weights"] = bundles.flatten(params)
+    if table is not None:
+        values["table"] = table._asdict()
     arguments = [values[entry["name"]] for entry in signature["inputs"]]
     return np.asarray(load_program(folder).call(*arguments))
 

@@ -103,14 +103,14 @@ def check_program(
     given_BL = rng.integers(0, source.num_tokens, (rows, length)).astype(np.int32)
     frozen_BL = (np.arange(length) < length // 2) & (np.arange(rows) == 0)[:, None]
     inputs = {"seed": 7, "given_BL": given_BL, "frozen_BL": frozen_BL}
-    found_BL = exported.call(folder, source, **inputs)
     asked = exported.sampled_by(source, few_step_jump=jump_rule, neighbours=neighbours)
     how = asked.sampling()
-    table = None
-    if how["neighbours"] and source.counts is not None:
-        table = ngrams.table(source.counts(), source.model.vocab_size)
+    heeds = bool(how["neighbours"])
+    table = ngrams.table(source.counts(), source.model.vocab_size) if heeds else None
+    params = source.device_params()
+    found_BL = exported.call(folder, params, table, **inputs)
     expected_BL = inference.generate(
-        source.device_params(),
+        params,
         exported.portable(source.model),
         source.process(),
         steps=steps,
