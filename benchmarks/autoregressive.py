@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import measure
-from fsdfm_jax import inference, models, sampler, stages
+from fsdfm_jax import stages
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.network import model as model_lib
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Samples at once, comma-separated.")
 # Of the causal network: case -> what it keeps of the tokens so far.
@@ -34,7 +37,7 @@ def make_cases(
     for name in names:
         if name in CAUSAL:
             model = stages.model_config("autoregressive", config.model, vocab_size=vocab_size)
-            draw = inference.make_autoregressive_sampler(model, length, memory=CAUSAL[name])
+            draw = generate_lib.make_autoregressive_sampler(model, length, memory=CAUSAL[name])
             cases[name, length] = jax.jit(_left_to_right(draw, process, batch)), model
             continue
         model = stages.model_config("distill", config.model, vocab_size=vocab_size)
@@ -49,7 +52,7 @@ def _left_to_right(draw, process, batch):
 
 
 def _few_step(model, process, batch, length, steps):
-    draw = inference.make_sampler(model, process, "cumulative")
+    draw = generate_lib.make_sampler(model, process, "cumulative")
     grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
     nothing_BL = jnp.zeros((batch, length), bool)
 
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> None:
         found = make_cases(config, vocab_size, batch=batch, length=length, steps=steps, names=names)
         for (name, calls), (run, model) in found.items():
             if model not in weights:
-                init = functools.partial(models.init_params, cfg=model)
+                init = functools.partial(model_lib.init_params, cfg=model)
                 weights[model] = jax.jit(lambda k, init=init: measure.filled(init(k)))(key)
             compiled, compile_s = measure.compile_timed(run, weights[model], key)
             cases[name, calls, batch] = functools.partial(compiled, weights[model], key)
@@ -104,7 +107,7 @@ def main(argv: list[str]) -> None:
         )
     print(
         f"{size}, blocks of {length} tokens, {dtype}, parameters "
-        f"{' / '.join(str(models.count_params(p)) for p in weights.values())}"
+        f"{' / '.join(str(model_lib.count_params(p)) for p in weights.values())}"
     )
     measure.print_table(table)
     named = {" ".join(map(str, case)): values for case, values in seconds.items()}

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import draws, jumps, schedules
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax.jumps import JumpRule
-from fsdfm_jax.stages import Process
+from fsdfm_jax.flow import jumps, schedules
+from fsdfm_jax.flow.jumps import JumpRule
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.ops import categorical
+from fsdfm_jax.ops import logits as logits_lib
 
 # (t, h) -> p(x1 | x_t) at every state, float64 [N, L, V]: a network, as a table.
 Posterior = Callable[[float, float], np.ndarray]
@@ -203,10 +204,10 @@ def jump(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) ->
 
 
 def _dispersed(moves_NL):
-    """(probability [N], the positions that move [N, L]) for all outcomes of `draws.dispersed`."""
+    """(probability [N], moving positions [N, L]) of all outcomes of `categorical.dispersed`."""
     # One number settles which positions move. Between the numbers at which one of them changes its
     # mind they are the same.
-    shift_L = np.arange(moves_NL.shape[1]) * draws.GOLDEN / 2**32
+    shift_L = np.arange(moves_NL.shape[1]) * categorical.GOLDEN / 2**32
     changes = np.concatenate([np.broadcast_to(-shift_L, moves_NL.shape), moves_NL - shift_L], 1) % 1
     ends = np.pad(np.sort(changes), [(0, 0), (1, 1)], constant_values=(0, 1))
     for low_N, high_N in itertools.pairwise(ends.T):

@@ -21,10 +21,10 @@ import numpy as np
 from absl import app, flags, logging
 
 from configs import base
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert import official, torch_file
-from fsdfm_jax.convert.bundle import Leaf
-from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.convert import official, torch_pickle
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference.bundle import Leaf
+from fsdfm_jax.network.model import ModelConfig
 
 _SIZE = flags.DEFINE_enum("size", "1.3B", list(base.SIZES), "The paper's network.")
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to work.")
@@ -65,7 +65,7 @@ def make_source(path: pathlib.Path, size: str) -> int:
     groups = ("student_model", "student_ema_model")
     tree = {
         group: {
-            _PREFIX + name: torch_file.Pending(f"{group}/{name}", np.dtype(np.float32), shape)
+            _PREFIX + name: torch_pickle.Pending(f"{group}/{name}", np.dtype(np.float32), shape)
             for name, shape in shapes.items()
         }
         for group in groups
@@ -73,7 +73,7 @@ def make_source(path: pathlib.Path, size: str) -> int:
     stream = (
         (f"{group}/{name}", array) for group in groups for name, array in official.stream(bundle)
     )
-    torch_file.write(path, tree | {"step": 190_000}, stream)
+    torch_pickle.write(path, tree | {"step": 190_000}, stream)
     return bundle.num_params()
 
 

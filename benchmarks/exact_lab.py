@@ -31,8 +31,10 @@ from absl import app, flags
 from benchmarks import chains, measure
 from benchmarks.chains import Chain, Posterior, Target, Taught
 from configs import base, quality
-from fsdfm_jax import jumps, losses, sampler, schedules, sources, stages, teacher
-from fsdfm_jax.jumps import JumpRule
+from fsdfm_jax.flow import jumps, losses, sampler, schedules, sources, teacher
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.jumps import JumpRule
+from fsdfm_jax.flow.process import Process
 from fsdfm_jax.stages import few_step, refine
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Data sets, comma-separated numbers.")
@@ -270,7 +272,7 @@ def _target(name: str, rule: str, schedule: schedules.Schedule) -> Target:
     return lambda key, *args: teacher.teacher_logits(key, quadrature, *args)
 
 
-def read_taught(config, name: str, process: stages.Process, recipe: Recipe) -> Taught | None:
+def read_taught(config, name: str, process: Process, recipe: Recipe) -> Taught | None:
     """The teacher of a stage as chains take it; None if all widths learn from data."""
     section = config[name]
     below, above = few_step.split_budgets(section, name)
@@ -387,7 +389,7 @@ def study(
             began = time.perf_counter()
             recipe = RECIPES[name]
             config = lab_config(recipe, source)
-            process = stages.make_process(config.path, num_tokens=NUM_TOKENS, eos_id=0)
+            process = process_lib.make_process(config.path, num_tokens=NUM_TOKENS, eos_id=0)
             if process not in memos:
                 memos[process] = chains.make_chain(process, make_data(kind, seed)), {}
             chain, memo = memos[process]

@@ -7,11 +7,12 @@ logits down, and so does the target; jumps hold rates and draws of size [B, L, V
 import jax
 import jax.numpy as jnp
 
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import losses, models, paths, schedules, teacher
-from fsdfm_jax.budgets import sample_budgets
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import Process
+from fsdfm_jax.flow import losses, paths, schedules, teacher
+from fsdfm_jax.flow.budgets import sample_budgets
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.stages.few_step import PathTerm, TeacherTerm
 
 
@@ -81,10 +82,10 @@ def make_loss(
         t_B, h_B = (jnp.concatenate(parts) for parts in zip(*drawn, strict=True))
         x0_BL = process.source.sample(keys[2], x1_BL.shape)
         xt_BL = paths.sample_path(keys[3], process.schedule, x0_BL, x1_BL, t_B)
-        logits = models.predict(params, model, xt_BL, t_B, h_B, key=keys[4])
+        logits = model_lib.predict(params, model, xt_BL, t_B, h_B, key=keys[4])
 
         def denoise(x, t, h):
-            logits = models.predict(frozen, model, x, t, h)
+            logits = model_lib.predict(frozen, model, x, t, h)
             return logits if average == "features" else logits_lib.dense(logits)
 
         def match(student_BLV, teacher_BLV, counts_BL):

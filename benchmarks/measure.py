@@ -20,9 +20,12 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import base
-from fsdfm_jax import models, optim, stages, state
-from fsdfm_jax.models import Params
-from fsdfm_jax.stages import Process, Stage
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import Params
+from fsdfm_jax.stages.base import Stage
+from fsdfm_jax.training import optim, state
 
 VOCAB_SIZE = 50_257
 SIZES = ("tiny", *base.SIZES)
@@ -30,7 +33,7 @@ SIZES = ("tiny", *base.SIZES)
 SIZE = flags.DEFINE_enum("size", "0.17B", SIZES, "Network.")
 BATCH = flags.DEFINE_integer("batch", None, "Rows; 2 in training and 1 in sampling.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", models.DTYPES, "Of activations.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", model_lib.DTYPES, "Of activations.")
 STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps of samples, comma-separated.")
 LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of a chunk of logits.", lower_bound=0)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count.", lower_bound=1)
@@ -95,7 +98,7 @@ def make_training(config, stage: Stage, loss=None):
     optimizer = optim.make_optimizer(config.optim, section)
 
     def init(key):
-        params = filled(models.init_params(key, stage.model))
+        params = filled(model_lib.init_params(key, stage.model))
         return state.init_state(params, optimizer, ema_decay=section.ema_decay)
 
     step = functools.partial(
@@ -114,7 +117,7 @@ def vocab_size(size: str) -> int:
 
 def make_process(config, vocab_size: int) -> Process:
     """The noising process of a config over so many tokens, the last of which ends documents."""
-    return stages.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    return process_lib.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
 
 
 def matmul_ceiling(dtype: str, *, seconds: float = 2.0) -> float:

@@ -31,18 +31,15 @@ from ml_collections import ConfigDict
 
 from benchmarks import measure
 from configs import base as base_config
-from fsdfm_jax import (
-    checkpoint,
-    layout,
-    models,
-    optim,
-    processes,
-    sharding,
-    stages,
-    train,
-    writer,
-)
-from fsdfm_jax.stages import Process, Stage
+from fsdfm_jax import io, stages
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import processes, rules
+from fsdfm_jax.stages.base import Stage
+from fsdfm_jax.training import checkpoint, optim
+from fsdfm_jax.training import loop as loop_lib
 
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "Steps of each case.", lower_bound=1)
 _STAGES = flags.DEFINE_list("stages", list(stages.NAMES), "Stages, comma-separated.")
@@ -92,7 +89,7 @@ class Trained(NamedTuple):
 
     losses: np.ndarray
     grad_norms: np.ndarray
-    params: models.Params
+    params: model_lib.Params
 
 
 def make_config(case: Case) -> ConfigDict:
@@ -117,11 +114,11 @@ def make_stage(case: Case) -> tuple[Stage, Process, ConfigDict]:
     """The stage of a case, its noising process and configuration."""
     config = make_config(case)
     eos_id, num_tokens = 2, case.vocab_size - (case.source == "mask")
-    process = stages.make_process(config.path, num_tokens=num_tokens, eos_id=eos_id)
+    process = process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=eos_id)
     return stages.make_stage(case.stage, config, process), process, config
 
 
-def base_params(case: Case) -> models.Params:
+def base_params(case: Case) -> model_lib.Params:
     """Weights to start from: fresh ones with noise, behind whose zeros all stages look alike."""
     name = "autoregressive" if case.stage == "autoregressive" else "pretrain"
     stage, _, _ = make_stage(case._replace(stage=name))
@@ -143,12 +140,12 @@ def batches(case: Case, rows: Sequence[int], start: int) -> Iterator[dict[str, n
 
 def make_mesh(sizes: Sequence[int]) -> Mesh:
     """A mesh over all devices, or over the first where it needs one."""
-    config = ConfigDict(dict(zip(layout.AXES, sizes, strict=True)) | {"slices": 1})
-    return sharding.make_mesh(config, jax.devices()[:1] if max(sizes) == 1 else None)
+    config = ConfigDict(dict(zip(rules.AXES, sizes, strict=True)) | {"slices": 1})
+    return mesh_lib.make_mesh(config, jax.devices()[:1] if max(sizes) == 1 else None)
 
 
-def _settings(case: Case, num_steps: int) -> train.Settings:
-    return train.Settings(
+def _settings(case: Case, num_steps: int) -> loop_lib.Settings:
+    return loop_lib.Settings(
         num_steps=num_steps,
         batch_size=case.rows,
         log_every=1,
@@ -167,15 +164,15 @@ def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
     init_key, step_key = jax.random.split(jax.random.key(0))
     with jax.set_mesh(mesh):
         base = base_params(case)
-        init = train.make_init(stage, optimizer, settings)
-        places = sharding.state_shardings(mesh, jax.eval_shape(init, init_key, base))
-        base = jax.device_put(base, sharding.state_shardings(mesh, base))
+        init = loop_lib.make_init(stage, optimizer, settings)
+        places = mesh_lib.state_shardings(mesh, jax.eval_shape(init, init_key, base))
+        base = jax.device_put(base, mesh_lib.state_shardings(mesh, base))
         state = jax.jit(init, out_shardings=places)(init_key, base)
-        step = train.make_step(stage, optimizer, settings, mesh, places)
-        stream = batches(case, sharding.local_rows(mesh, case.rows), 0)
+        step = loop_lib.make_step(stage, optimizer, settings, mesh, places)
+        stream = batches(case, mesh_lib.local_rows(mesh, case.rows), 0)
         seen = []
         for _ in range(num_steps):
-            rows = sharding.place_rows(mesh, case.rows, next(stream))
+            rows = mesh_lib.place_rows(mesh, case.rows, next(stream))
             state, metrics = step(state, rows, step_key)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     losses, grad_norms = np.asarray(seen).T
@@ -189,12 +186,12 @@ def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Pat
     """
     stage, _, config = make_stage(case)
     mesh = make_mesh(sizes)
-    train.train(
+    loop_lib.train(
         stage,
         _settings(case, num_steps),
         name=str(case),
         optimizer=optim.make_optimizer(config.optim, config[case.stage]),
-        batches=functools.partial(batches, case, sharding.local_rows(mesh, case.rows)),
+        batches=functools.partial(batches, case, mesh_lib.local_rows(mesh, case.rows)),
         base=base_params(case),
         key=jax.random.key(0),
         mesh=mesh,
@@ -205,7 +202,7 @@ def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Pat
 
 def read(directory: pathlib.Path) -> Trained:
     """What `run` left in a folder."""
-    lines = writer.read_jsonl(directory / "metrics.jsonl")
+    lines = io.read_jsonl(directory / "metrics.jsonl")
     saved = checkpoint.restore_part(directory / "checkpoints", ("params",))
     losses, norms = (np.asarray([line[name] for line in lines]) for name in ("loss", "grad_norm"))
     return Trained(losses, norms, jax.device_get(saved["params"]))

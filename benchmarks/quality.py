@@ -35,13 +35,18 @@ from absl import app, flags, logging
 
 from benchmarks import measure
 from configs import quality as recipes
-from fsdfm_jax import cli, sharding, workdir, writer
-from fsdfm_jax.evaluate import draw, metrics, reading, stamps, subjects, suite
+from fsdfm_jax import cli, io
+from fsdfm_jax.evaluate import draw, metrics, stamps
+from fsdfm_jax.evaluate import models as models_lib
+from fsdfm_jax.evaluate import run as run_lib
 from fsdfm_jax.evaluate.draw import Given
 from fsdfm_jax.evaluate.engine import Evaluation
-from fsdfm_jax.evaluate.points import Point, Settings
-from fsdfm_jax.evaluate.store import Row, Store
-from fsdfm_jax.evaluate.subjects import Catalogue
+from fsdfm_jax.evaluate.models import Catalogue
+from fsdfm_jax.evaluate.plan import Point, Settings
+from fsdfm_jax.evaluate.report import reading
+from fsdfm_jax.evaluate.results import Row, Store
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import recipe as recipe_lib
 
 _STUDY = flags.DEFINE_string("study", None, "Folder for data, runs and results.")
 _SCALE = flags.DEFINE_enum("scale", "cpu", list(recipes.SIZES), "Size of configs/quality.py.")
@@ -85,14 +90,14 @@ def train_all(folder: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) 
     for seed in seeds:
         for name in names:
             config = recipes.get_config(f"{name},{_SCALE.value}")
-            first, _ = workdir.runs(config)[0]
+            first, _ = recipe_lib.runs(config)[0]
             place = folder / f"{name}.{seed}"
             changes = {
                 "data.directory": base / "data",
                 f"{first}.init_from": base / "stages" / BASE,
             }
             train(place, name, seed, changes)
-            last, _ = workdir.runs(config)[-1]
+            last, _ = recipe_lib.runs(config)[-1]
             places[f"{name}.{seed}"] = f"{place}#{last}"
     return places
 
@@ -142,11 +147,11 @@ def match(
 
 def matched(path: pathlib.Path, find: Callable[[], float | None], depends_on: Any) -> float | None:
     """A temperature out of the file of those that were found, or else found now and kept there."""
-    known = writer.read_json(path) if path.exists() else {}
-    key = workdir.digest(depends_on)
+    known = io.read_json(path) if path.exists() else {}
+    key = recipe_lib.digest(depends_on)
     if key not in known:
         known[key] = find()
-        writer.write_json(path, known)
+        io.write_json(path, known)
     return known[key]
 
 
@@ -179,14 +184,14 @@ class Study:
         config.eval.bound_samples = 0
         self._settings = Settings.from_config(config.eval)
         self._folder, self._seeds, self._labels = folder, seeds, list(places)
-        self._catalogue = subjects.open_workdir(folder / "base", self._settings.models)
-        self._text = subjects.prepared_text(folder / "base")
+        self._catalogue = models_lib.open_workdir(folder / "base", self._settings.models)
+        self._text = models_lib.prepared_text(folder / "base")
 
     def run(self) -> list[dict[str, Any]]:
         """The figures of all points, see `figures`, with recipe, steps and seed."""
         settings, length = self._settings, self._text.block_length
-        suite.check_inputs(settings, length)
-        evaluation = suite.make_evaluation(
+        run_lib.check_inputs(settings, length)
+        evaluation = run_lib.make_evaluation(
             settings,
             self._catalogue,
             self._text,
@@ -236,7 +241,7 @@ class Study:
     def _drawing(self, point: Point) -> list[str | None]:
         """What else the samples of a point hang on: the code, and what their draws heed."""
         heeded = self._catalogue.follow_sha256(point.source) if point.neighbours else None
-        return [workdir.code_digest(stamps.SAMPLING_CODE), heeded]
+        return [stamps.PROTOCOL_VERSION, heeded]
 
     @property
     def _room(self) -> int:
@@ -375,7 +380,7 @@ def write_samples(
             lines += ["", f"## {record['recipe']}{steps}{sampler}", ""]
             for i, text in enumerate(decode(tokens_NL), 1):
                 lines.append(f"{i}. " + " ".join(text.split()))
-    writer.write_text(folder / "samples.md", "\n".join(lines) + "\n")
+    io.write_text(folder / "samples.md", "\n".join(lines) + "\n")
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -399,14 +404,14 @@ def main(argv: list[str]) -> None:
     seeds, steps = measure.numbers(_SEEDS, least=0), measure.numbers(_STEPS, least=1)
     result = folder / _RESULT.value
     places = train_all(folder, names, seeds)
-    with sharding.use(sharding.local_mesh()):
+    with mesh_lib.use(mesh_lib.local_mesh()):
         study = Study(folder, places, seeds, steps)
         records = study.run()
     rows = summarise(records)
     measure.print_table(rows)
     everything = {"machine": measure.machine(), "table": rows, "records": records}
-    writer.write_json(result / "quality.json", everything)
-    writer.write_text(result / "quality.md", markdown(rows))
+    io.write_json(result / "quality.json", everything)
+    io.write_text(result / "quality.md", markdown(rows))
     plot(rows, result / "quality.png")
     write_samples(records, result, study.decode)
     print(f"\nResults: {result}")

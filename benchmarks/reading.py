@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import measure
-from fsdfm_jax import data
+from fsdfm_jax.data import prepared as prepared_lib
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Prepared folder.", required=True)
 _SPLIT = flags.DEFINE_string("split", "train", "Split.")
@@ -29,7 +29,7 @@ _CONSUMED = flags.DEFINE_float(
 )
 
 
-def files_of(prepared: data.PreparedData, split: str) -> list[str]:
+def files_of(prepared: prepared_lib.PreparedData, split: str) -> list[str]:
     """Paths of the shards of a split, those of a mixture's members included."""
     folders = prepared.members or (prepared,)
     return [
@@ -82,7 +82,9 @@ def cached_share(paths: list[str]) -> float | None:
     return present / pages
 
 
-def blocks_per_second(batches: data.Batches, *, threads: int, rows: int, seconds: float) -> float:
+def blocks_per_second(
+    batches: prepared_lib.Batches, *, threads: int, rows: int, seconds: float
+) -> float:
     """Blocks a second over so many seconds, after the threads have started."""
     stream = batches.iterate(num_threads=threads, prefetch=2 * threads)
     next(stream)
@@ -119,7 +121,7 @@ def table_of(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    prepared = data.load(_DIRECTORY.value)
+    prepared = prepared_lib.load(_DIRECTORY.value)
     paths, rows = files_of(prepared, _SPLIT.value), _BATCH_SIZE.value
     cases = [(int(threads), cache) for threads in _THREADS.value for cache in ("cold", "warm")]
     found: dict[tuple[int, str], list[dict[str, Any]]] = {case: [] for case in cases}
@@ -129,7 +131,7 @@ def main(argv):
             share = cached_share(paths)
             # Opened anew, so that no reader holds anything; a seed for each round.
             source = prepared.source(_SPLIT.value)
-            batches = data.Batches(source, batch_size=rows, seed=number)
+            batches = prepared_lib.Batches(source, batch_size=rows, seed=number)
             blocks = blocks_per_second(batches, threads=threads, rows=rows, seconds=_SECONDS.value)
             if number:  # the first round isn't counted
                 found[threads, cache].append({"blocks": blocks, "cached": share})

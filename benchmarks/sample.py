@@ -18,7 +18,10 @@ import jax.numpy as jnp
 from absl import app
 
 from benchmarks import literal, measure
-from fsdfm_jax import inference, jumps, models, sampler, stages
+from fsdfm_jax import stages
+from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.network import model as model_lib
 from launch import model_flops
 
 _UNIT = "forward of one row"
@@ -44,7 +47,7 @@ def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
     process = measure.make_process(config, vocab_size)
     model = stages.model_config("distill", config.model, vocab_size=vocab_size)
     if how == "library":
-        sampler_ = inference.make_sampler(model, process, "cumulative")
+        sampler_ = generate_lib.make_sampler(model, process, "cumulative")
 
         def run(params, key, x0_BL, grid_S1):
             nothing_BL = jnp.zeros(x0_BL.shape, bool)
@@ -58,7 +61,7 @@ def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
         finalize = jumps.make_finalize(process.source)
 
     def run(params, key, x0_BL, grid_S1):
-        denoise = lambda x, t, h: models.predict(params, model, x, t, h)
+        denoise = lambda x, t, h: model_lib.predict(params, model, x, t, h)
         return sampler.sample(key, denoise, jump, finalize, x0_BL, grid_S1)
 
     return run, model
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> None:
     for name in names:
         run, model = make_case(name, size=size, length=length, dtype=dtype, mib=mib)
         if params is None:
-            init = functools.partial(models.init_params, cfg=model)
+            init = functools.partial(model_lib.init_params, cfg=model)
             params = jax.jit(lambda key, init=init: measure.filled(init(key)))(key)
         for steps in all_steps:
             grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
@@ -91,7 +94,7 @@ def main(argv: list[str]) -> None:
 
     plain = dataclasses.replace(model, attention="auto")
     t_B = jnp.full((1,), 0.5)
-    forward = jax.jit(models.apply, static_argnums=1)
+    forward = jax.jit(model_lib.apply, static_argnums=1)
     unit = lambda: forward(params, plain, x0_BL[:1], t_B, t_B)
     # The unit second: a case that gives back much memory would make it pay for page faults.
     first = next(iter(cases))

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from absl import app
 
 from benchmarks import measure
-from fsdfm_jax import inference, sampler, stages
+from fsdfm_jax import stages
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.inference import generate as generate_lib
 
 START = {"batch": 4, "length": 256, "vocabulary": 16_384, "depth": 4, "steps": 4}
 AXES = {
@@ -34,7 +37,7 @@ def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
     overrides = {"width": _WIDTH, "num_heads": _HEADS, "cond_width": _COND_WIDTH}
     overrides |= {"num_blocks": values["depth"], "remat": "dots", "logits_mib": 32}
     config = measure.make_config("tiny", dtype=dtype, overrides=overrides)
-    process = stages.make_process(
+    process = process_lib.make_process(
         config.path, num_tokens=values["vocabulary"], eos_id=values["vocabulary"] - 1
     )
     stage = stages.make_stage("distill", config, process)
@@ -46,7 +49,7 @@ def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
     held = {"state": jax.jit(init)(key)}
     grid_S1 = jnp.asarray(sampler.uniform_grid(values["steps"]))
     inputs = (key, tokens_BL, jnp.zeros(shape, bool), grid_S1, jnp.float32(1.0))
-    sample = inference.make_sampler(stage.model, process, "cumulative")
+    sample = generate_lib.make_sampler(stage.model, process, "cumulative")
     drawn = sample.lower(held["state"].params, *inputs).compile()
     made = {"sample": (lambda: drawn(held["state"].params, *inputs), drawn)}
     if not train:

@@ -34,7 +34,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import measure
-from fsdfm_jax import checkpoint, writer
+from fsdfm_jax import io
+from fsdfm_jax.training import checkpoint
 
 _KILLS = flags.DEFINE_integer("kills", 100, "In all.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -112,7 +113,7 @@ def steps_of(directory: pathlib.Path) -> list[int]:
 def lines_of(directory: pathlib.Path) -> list[dict]:
     """The lines of metrics of a stage, without what differs from run to run."""
     path = directory / "metrics.jsonl"
-    kept = writer.read_jsonl(path) if path.exists() else []
+    kept = io.read_jsonl(path) if path.exists() else []
     return [{k: v for k, v in line.items() if k not in ("time", "timing")} for line in kept]
 
 

@@ -27,14 +27,16 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import literal, measure
 from configs import base
-from fsdfm_jax import models, sharding, stages
+from fsdfm_jax import stages
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import few_step
 from launch import ahead, model_flops
 
 _STAGE = flags.DEFINE_enum(
     "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
 )
-_REMAT = flags.DEFINE_enum("remat", "dots", list(models.REMATS), "What is computed again.")
+_REMAT = flags.DEFINE_enum("remat", "dots", list(model_lib.REMATS), "What is computed again.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x4; nothing is run.")
 _UNIT = "forward of one row"
 
@@ -85,8 +87,8 @@ def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, over
 def compile_ahead(names: list[str], topology: str, *, batch: int, length: int, **shape):
     """What the TPU compiler sets aside on each chip of a topology for a step of each case, GB."""
     target = ahead.find_target(topology)
-    mesh = sharding.make_mesh(base.get_config().mesh, devices=target.devices)
-    everywhere, spread = NamedSharding(mesh, P()), sharding.batch_sharding(mesh)
+    mesh = mesh_lib.make_mesh(base.get_config().mesh, devices=target.devices)
+    everywhere, spread = NamedSharding(mesh, P()), mesh_lib.batch_sharding(mesh)
 
     def placed(tree, place):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
@@ -165,7 +167,7 @@ def main(argv: list[str]) -> None:
 
     params = jax.tree.map(jnp.copy, held["state"].params)
     t_B = jnp.full((1,), 0.5)
-    forward = jax.jit(models.apply, static_argnums=1)
+    forward = jax.jit(model_lib.apply, static_argnums=1)
     plain = dataclasses.replace(model, attention="auto")
     unit = lambda: forward(params, plain, tokens_BL[:1], t_B, t_B)
     # The unit second: a case that gives back much memory would make it pay for page faults.

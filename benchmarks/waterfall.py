@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from absl import app
 
 from benchmarks import measure, train
-from fsdfm_jax import jumps, losses, models, schedules
-from fsdfm_jax import logits as logits_lib
+from fsdfm_jax.flow import jumps, losses, schedules
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.ops import logits as logits_lib
 from launch import model_flops
 
 STEP = "whole step"
@@ -44,13 +45,13 @@ def parts_of(model, params, *, batch: int, length: int) -> dict[str, tuple[Any, 
     taught, fine = batch - batch // 2, batch // 2
     tokens_BL = jax.random.randint(key, (batch, length), 0, model.vocab_size)
     t_B = jnp.full((batch,), 0.5)
-    features = jax.jit(lambda p, x, t: models.predict(p, model, x, t, t).features_BLD)
+    features = jax.jit(lambda p, x, t: model_lib.predict(p, model, x, t, t).features_BLD)
 
     def trunk_loss(p, x, t):
-        return jnp.sum(jnp.sin(models.predict(p, model, x, t, t, key=key).features_BLD))
+        return jnp.sum(jnp.sin(model_lib.predict(p, model, x, t, t, key=key).features_BLD))
 
-    trained = jax.jit(lambda p, x, t: models.predict(p, model, x, t, t, key=key).features_BLD)
-    logits = models.predict(params, model, tokens_BL, t_B, t_B)
+    trained = jax.jit(lambda p, x, t: model_lib.predict(p, model, x, t, t, key=key).features_BLD)
+    logits = model_lib.predict(params, model, tokens_BL, t_B, t_B)
     jump = jax.jit(
         jumps.make_jump(jumps.CUMULATIVE, schedules.make_schedule("polynomial", power=1))
     )
@@ -189,7 +190,7 @@ def main(argv: list[str]) -> None:
     cases["optimiser and average"] = lambda: stepping(update, gradients)
     seconds = measure.in_turn(cases, rounds=measure.ROUNDS.value)
     # Reads parameters, average, two moments and gradients, writes all but the last: 9 x 4 bytes.
-    optimiser_floor = 36 * models.count_params(params) / bytes_per_s
+    optimiser_floor = 36 * model_lib.count_params(params) / bytes_per_s
     rows = table_of(seconds, parts, ceiling=ceiling, optimiser_floor=optimiser_floor)
     print(
         f"distillation step, {size}, batch {batch} x {length}, {dtype}: matmul ceiling "

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import processes
+from fsdfm_jax.parallel import processes
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
 USER_ERRORS = (ValueError, FloatingPointError, OSError)

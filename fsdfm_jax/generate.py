@@ -8,7 +8,7 @@
 
 Without --workdir or --checkpoint it is the model that comes with the package.
 
-The syntax of gaps and of batch files is that of fsdfm_jax/prompts.py. With a batch file or an
+The syntax of gaps and of batch files is that of inference/prompts.py. With a batch file or an
 output, each sample is one line of JSON. The rows of all requests are drawn in batches of one shape;
 the same arguments, --batch_size included, give the same tokens. An interrupted --output goes on
 where it ended.
@@ -33,16 +33,20 @@ import rich.panel
 import rich.text
 from absl import app, flags, logging
 
-from fsdfm_jax import cli, inference, jumps, ngrams, prompts, sampler, workdir, writer
-from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax import cli, io
 from fsdfm_jax.convert import formats
-from fsdfm_jax.convert.bundle import Bundle
-from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.ngrams import Table
-from fsdfm_jax.prompts import Request
-from fsdfm_jax.stages import Process
-from fsdfm_jax.tokenizer import Tokenizer
-from fsdfm_jax.trajectory import Piece, pieces, printable
+from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams, prompts
+from fsdfm_jax.inference.bundle import Bundle
+from fsdfm_jax.inference.ngrams import Table
+from fsdfm_jax.inference.prompts import Request
+from fsdfm_jax.inference.stream import Piece, pieces, printable
+from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.training import metrics, recipe
 
 # The model that came with the package, made by `python -m launch.ship`.
 SHIPPED = pathlib.Path(__file__).parent / "shipped" / "model.safetensors"
@@ -193,7 +197,7 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not 1 <= value <= _MOST:
             raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
-    inference.check_settings(
+    generate_lib.check_settings(
         steps=options.steps,
         seed=options.seed,
         temperature=1.0 if options.temperature is None else options.temperature,
@@ -221,7 +225,7 @@ def open_model(options: Options) -> Bundle:
       ValueError: if there is no tokenizer, or one of another vocabulary; see `formats.open_bundle`.
     """
     if options.workdir is not None:
-        workdir.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
+        recipe.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
     path = pathlib.Path(options.workdir or options.checkpoint or SHIPPED).expanduser()
     passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
     bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})
@@ -239,7 +243,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     Raises:
       ValueError: for a prompt that can't be used, by its line if it is one of a file.
     """
-    process, model = bundle.process(), inference.portable(bundle.model)
+    process, model = bundle.process(), generate_lib.portable(bundle.model)
     length = options.length or bundle.block_length or _DEFAULT_LENGTH
     if options.stream and model.causal:
         raise ValueError(
@@ -248,7 +252,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
         )
 
     def check(template):
-        inference.check_given(model, process, template.given_L[None], template.frozen_L[None])
+        generate_lib.check_given(model, process, template.given_L[None], template.frozen_L[None])
 
     if options.batch_file:
         requests = prompts.read_requests(options.batch_file, bundle.tokenizer, length, check)
@@ -262,7 +266,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
     how = bundle.sampling()
     strength = 0.0 if model.causal else _or(options.neighbours, how["neighbours"])
     jump = options.jump or how["few_step_jump"]
-    inference.check_neighbours(strength, jump, has_table=bundle.counts is not None)
+    generate_lib.check_neighbours(strength, jump, has_table=bundle.counts is not None)
     table = ngrams.table(bundle.counts(), model.vocab_size) if strength else None
     job = Job(
         name=bundle.provenance.get("run") or bundle.provenance.get("stage") or "model",
@@ -339,9 +343,9 @@ def draw(
         padded = rows + rows[-1:] * (job.batch_size - len(rows))
         given_BL = np.stack([row.request.template.given_L for row in padded])
         frozen_BL = np.stack([row.request.template.frozen_L for row in padded])
-        seed = inference.batch_seed(job.seed, index)
+        seed = generate_lib.batch_seed(job.seed, index)
         with view.batch(rows, frozen_BL, _start(job, seed, given_BL, frozen_BL)) if view else _NONE:
-            tokens_BL = inference.generate(
+            tokens_BL = generate_lib.generate(
                 job.params,
                 job.model,
                 job.process,
@@ -367,7 +371,7 @@ _NONE = contextlib.nullcontext()
 
 
 def _start(job: Job, seed: int, given_BL: np.ndarray, frozen_BL: np.ndarray) -> np.ndarray:
-    x0_BL, _ = inference.draw_noise(
+    x0_BL, _ = generate_lib.draw_noise(
         job.process, jnp.uint32(seed), jnp.asarray(given_BL), jnp.asarray(frozen_BL)
     )
     return np.asarray(x0_BL)
@@ -387,7 +391,7 @@ def rows_written(path: pathlib.Path, job: Job) -> int:
     head = b'{"id": '
     if not (torn.startswith(head) or head.startswith(torn)):
         raise ValueError(f"{path} was not written by this program; {remedy}.")
-    lines = writer.read_jsonl(path)
+    lines = io.read_jsonl(path)
     if len(lines) > len(job.rows):
         raise ValueError(
             f"{path} has {len(lines)} samples, more than the {len(job.rows)} asked for; {remedy}."
@@ -412,7 +416,7 @@ def write_lines(job: Job, emit: Callable[[dict], None], *, start: int, progress:
     total = len(job.rows) - start
     if not total:
         return
-    with writer.Progress("sampling", total=total) if progress else _NONE as counter:
+    with metrics.Progress("sampling", total=total) if progress else _NONE as counter:
         for batch in draw(job, start=start):
             for _, row, tokens_L in batch:
                 emit(job.line(row, tokens_L))
@@ -558,7 +562,7 @@ def run(options: Options, out: TextIO) -> None:
         start = rows_written(path, job)
         if start:
             print(f"{path} holds {start} of {len(job.rows)} samples already.", file=sys.stderr)
-        emit = functools.partial(writer.append_jsonl, path)
+        emit = functools.partial(io.append_jsonl, path)
         write_lines(job, emit, start=start, progress=True)
     elif options.batch_file:
         # A bar on stderr and lines on one terminal would overwrite each other. `out` is held

@@ -18,27 +18,27 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import (
-    checkpoint,
-    cli,
-    data,
-    models,
-    ngrams,
-    optim,
-    processes,
-    sharding,
-    stages,
-    workdir,
-    writer,
-)
-from fsdfm_jax.checkpoint import Retention
-from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import held_out, points, subjects, suite
-from fsdfm_jax.stages import Process, refine
-from fsdfm_jax.state import TrainState
-from fsdfm_jax.train import Settings, check_settings, make_init, train
-from fsdfm_jax.workdir import Entry
-from fsdfm_jax.writer import Progress
+from fsdfm_jax import cli, io, stages
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data.prepared import PreparedData
+from fsdfm_jax.evaluate import models as models_lib
+from fsdfm_jax.evaluate import plan as plan_lib
+from fsdfm_jax.evaluate import references
+from fsdfm_jax.evaluate import run as run_lib
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import processes
+from fsdfm_jax.stages import refine
+from fsdfm_jax.training import checkpoint, optim
+from fsdfm_jax.training import recipe as recipe_lib
+from fsdfm_jax.training.checkpoint import Retention
+from fsdfm_jax.training.loop import Settings, check_settings, make_init, train
+from fsdfm_jax.training.metrics import Progress
+from fsdfm_jax.training.recipe import Entry
+from fsdfm_jax.training.state import TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for data, checkpoints and report.")
@@ -76,9 +76,9 @@ def batch_stream(
     """
     own = config[entry.stage]
     seed = run_seed(config, entry.run)
-    rows = sharding.local_rows(mesh, own.batch_size)
+    rows = mesh_lib.local_rows(mesh, own.batch_size)
     coupled = entry.stage == "refine"
-    real = data.Batches(
+    real = prepared_lib.Batches(
         prepared.source("train"),
         batch_size=own.batch_size,
         seed=seed,
@@ -116,33 +116,33 @@ def make_pairs(
     weights or settings are made anew.
     """
     settings = refine.read_pair_settings(config.refine)
-    place = workdir.stage_directory(folder, entry.run) / "pairs"
-    step, metadata = workdir.weights_metadata(entry.base, together=True)
+    place = recipe_lib.stage_directory(folder, entry.run) / "pairs"
+    step, metadata = recipe_lib.weights_metadata(entry.base, together=True)
     made_from = {
         "seed": config.seed,
         "settings": {**settings._asdict(), "jump": settings.jump.name},
-        "generator": [workdir.digest(metadata["recipe"]), step],
+        "generator": [recipe_lib.digest(metadata["recipe"]), step],
         "data": prepared.fingerprint,
     }
     stamp = place / "made_from.json"
     parts = [place / f"{part:05d}.npy" for part in range(settings.num_pairs // settings.batch_size)]
 
     def look() -> list[int]:
-        if not (stamp.is_file() and writer.read_json(stamp) == made_from):
+        if not (stamp.is_file() and io.read_json(stamp) == made_from):
             if place.exists():
                 shutil.rmtree(place)  # all of it, or it would pass for what is made now
-            writer.write_json(stamp, made_from)
+            io.write_json(stamp, made_from)
         return [number for number, part in enumerate(parts) if not part.is_file()]
 
     if missing := processes.from_first(look):
         fingerprint = prepared.tokenizer.fingerprint
-        generator = workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh, step=step)
+        generator = recipe_lib.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh, step=step)
         run = refine.make_pair_sampler(
             generator.model,
             process,
             settings,
             length=prepared.block_length,
-            sharding=sharding.whole(mesh),
+            sharding=mesh_lib.whole(mesh),
         )
         key = jax.random.key(run_seed(config, f"{entry.run}/pairs"))
         with (
@@ -156,7 +156,7 @@ def make_pairs(
             for part in missing:
                 pair = run(generator.params, jax.random.fold_in(key, part))
                 if progress:
-                    writer.write_array(parts[part], np.stack(pair).astype(np.int32))
+                    io.write_array(parts[part], np.stack(pair).astype(np.int32))
                     progress.advance(settings.batch_size)
     processes.barrier(f"{entry.run}/pairs")
     made = [np.load(part) for part in parts]
@@ -204,8 +204,8 @@ def train_run(
 ) -> None:
     """Trains one entry of the pipeline, or finds that it is finished."""
     own = config[entry.stage]
-    directory = workdir.stage_directory(folder, entry.run)
-    workdir.check_data(
+    directory = recipe_lib.stage_directory(folder, entry.run)
+    recipe_lib.check_data(
         directory, tokenizer=prepared.tokenizer.fingerprint, data=prepared.fingerprint
     )
     stage = stages.make_stage(entry.stage, config, process)
@@ -220,20 +220,20 @@ def train_run(
         if entry.base is None:
             return None
         if saved:  # its weights hold all that mattered of the base; don't read it again
-            return workdir.weight_shapes(entry.base)
+            return recipe_lib.weight_shapes(entry.base)
         fingerprint = prepared.tokenizer.fingerprint
-        return workdir.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh).params
+        return recipe_lib.load_weights(entry.base, tokenizer=fingerprint, mesh=mesh).params
 
     def load_guide():
         if not stage.guided or saved >= own.num_steps:
             return None
-        guide, guide_config = workdir.guide_run(entry, config)
-        guide_recipe = workdir.recipe(guide_config, guide, None)
+        guide, guide_config = recipe_lib.guide_run(entry, config)
+        guide_recipe = recipe_lib.recipe(guide_config, guide, None)
         train_run(guide, guide_recipe, guide_config, process, prepared, mesh, folder)
         load = functools.partial(
-            workdir.load_weights, tokenizer=prepared.tokenizer.fingerprint, mesh=mesh
+            recipe_lib.load_weights, tokenizer=prepared.tokenizer.fingerprint, mesh=mesh
         )
-        weak = load(workdir.stage_directory(folder, guide.run)).params
+        weak = load(recipe_lib.stage_directory(folder, guide.run)).params
         return stages.Guide(load(entry.base).params, weak)
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
@@ -250,7 +250,7 @@ def train_run(
         key=jax.random.key(run_seed(config, entry.run)),
         mesh=mesh,
         directory=directory,
-        metadata=workdir.make_metadata(
+        metadata=recipe_lib.make_metadata(
             config,
             entry,
             stage.model,
@@ -271,24 +271,24 @@ def check_batch(mesh: Mesh, config: ConfigDict, stage: str) -> None:
         )
     part = "" if own.accumulate == 1 else f" / {stage}.accumulate ({own.accumulate})"
     rows = own.batch_size // own.accumulate
-    sharding.check_batch_size(mesh, rows, f"{stage}.batch_size{part}")
+    mesh_lib.check_batch_size(mesh, rows, f"{stage}.batch_size{part}")
 
 
 def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainState:
     """Shapes of the training state of a stage."""
-    process = stages.make_process(config.path, num_tokens=num_tokens, eos_id=0)
+    process = process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=0)
     made = stages.make_stage(stage, config, process)
     optimizer = optim.make_optimizer(config.optim, config[stage])
     init = make_init(made, optimizer, train_settings(config, stage))
-    base = jax.eval_shape(lambda: models.init_params(jax.random.key(0), made.model))
+    base = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), made.model))
     return jax.eval_shape(init, jax.random.key(0), base)
 
 
 def print_sharding(config: ConfigDict, pipeline: list[Entry], mesh: Mesh) -> None:
     """Prints where the state of each stage would lie on the mesh."""
-    num_tokens = data.vocab_size(data.DataSpec.from_config(config.data))
+    num_tokens = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
     for entry in pipeline:
-        report = sharding.report(mesh, abstract_state(config, entry.stage, num_tokens))
+        report = mesh_lib.report(mesh, abstract_state(config, entry.stage, num_tokens))
         print(f"{entry.run}: {report}\n")
 
 
@@ -308,33 +308,35 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
-    pipeline = workdir.entries(config, folder)
-    settings = points.Settings.from_config(config.eval)
-    suite.check_inputs(settings, config.data.block_length)
+    pipeline = recipe_lib.entries(config, folder)
+    settings = plan_lib.Settings.from_config(config.eval)
+    run_lib.check_inputs(settings, config.data.block_length)
     if settings.neighbours or "ngram" in settings.controls:
-        spec = data.DataSpec.from_config(config.data)
-        ngrams.check_vocab(data.vocab_size(spec) + (config.path.source == "mask"))
-    subjects.join({entry.run: entry for entry in pipeline}, subjects.parse_models(settings.models))
-    mesh = sharding.make_mesh(config.mesh)
-    process = stages.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)
+        spec = prepared_lib.DataSpec.from_config(config.data)
+        ngrams.check_vocab(prepared_lib.vocab_size(spec) + (config.path.source == "mask"))
+    models_lib.join(
+        {entry.run: entry for entry in pipeline}, models_lib.parse_models(settings.models)
+    )
+    mesh = mesh_lib.make_mesh(config.mesh)
+    process = process_lib.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)
     recipes: dict[pathlib.Path, dict] = {}
-    trained_here = {workdir.stage_directory(folder, e.run): e.stage for e in pipeline}
+    trained_here = {recipe_lib.stage_directory(folder, e.run): e.stage for e in pipeline}
     for entry in pipeline:
         check_run(entry, config, mesh)
         stage = stages.make_stage(entry.stage, config, process)
-        sharding.check_heads(mesh, stage.model.num_heads)
+        mesh_lib.check_heads(mesh, stage.model.num_heads)
         if mesh.size > 1:
-            sharding.state_shardings(mesh, abstract_state(config, entry.stage, _ANY_VOCABULARY))
+            mesh_lib.state_shardings(mesh, abstract_state(config, entry.stage, _ANY_VOCABULARY))
         base = None
         if entry.base is not None:
-            base = recipes.get(entry.base) or workdir.saved_metadata(entry.base)["recipe"]
-            workdir.check_base(entry.base, stage.model, config)
+            base = recipes.get(entry.base) or recipe_lib.saved_metadata(entry.base)["recipe"]
+            recipe_lib.check_base(entry.base, stage.model, config)
         if stage.guided:
-            workdir.check_guided(entry, trained_here.get(entry.base))
+            recipe_lib.check_guided(entry, trained_here.get(entry.base))
             check_guide(entry, config, mesh, folder)
-        directory = workdir.stage_directory(folder, entry.run)
-        recipes[directory] = workdir.recipe(config, entry, base)
-        workdir.check_recipe(directory, recipes[directory])
+        directory = recipe_lib.stage_directory(folder, entry.run)
+        recipes[directory] = recipe_lib.recipe(config, entry, base)
+        recipe_lib.check_recipe(directory, recipes[directory])
     return pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh
 
 
@@ -347,10 +349,10 @@ def check_run(entry: Entry, config: ConfigDict, mesh: Mesh) -> None:
 
 def check_guide(entry: Entry, config: ConfigDict, mesh: Mesh, folder: pathlib.Path) -> None:
     """As `check`, of the run that a guided one needs besides its base."""
-    guide, own = workdir.guide_run(entry, config)
+    guide, own = recipe_lib.guide_run(entry, config)
     check_run(guide, own, mesh)
-    workdir.check_recipe(
-        workdir.stage_directory(folder, guide.run), workdir.recipe(own, guide, None)
+    recipe_lib.check_recipe(
+        recipe_lib.stage_directory(folder, guide.run), recipe_lib.recipe(own, guide, None)
     )
 
 
@@ -361,24 +363,24 @@ def evaluate(
     prepared: PreparedData,
 ) -> str:
     """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
-    settings = points.Settings.from_config(config.eval)
+    settings = plan_lib.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in pipeline}
-    catalogue = subjects.catalogue(folder, trained, settings.models)
+    catalogue = models_lib.catalogue(folder, trained, settings.models)
     header = {"config": config.to_dict(), "data": prepared.manifest}
-    with sharding.use(sharding.local_mesh()):
-        return suite.evaluate(settings, catalogue, prepared, folder / "report", header=header)
+    with mesh_lib.use(mesh_lib.local_mesh()):
+        return run_lib.evaluate(settings, catalogue, prepared, folder / "report", header=header)
 
 
 def prepare(config: ConfigDict, folder: pathlib.Path) -> PreparedData:
     """The prepared text, made by the first process and read by all."""
-    spec = data.DataSpec.from_config(config.data)
-    place = workdir.data_directory(folder, config)
+    spec = prepared_lib.DataSpec.from_config(config.data)
+    place = recipe_lib.data_directory(folder, config)
     if processes.is_first():
-        prepared = data.prepare(spec, place)
+        prepared = prepared_lib.prepare(spec, place)
         processes.barrier("data")
         return prepared
     processes.barrier("data")
-    return data.load(place)
+    return prepared_lib.load(place)
 
 
 def main(argv: list[str]) -> None:
@@ -401,10 +403,12 @@ def main(argv: list[str]) -> None:
     )
     prepared = prepare(config, folder)
     if _EVALUATE.value:
-        held_out.check(prepared.num_blocks("validation"), points.Settings.from_config(config.eval))
+        references.check(
+            prepared.num_blocks("validation"), plan_lib.Settings.from_config(config.eval)
+        )
     if processes.is_first():
-        workdir.save_config(folder, config)
-    process = stages.make_process(
+        recipe_lib.save_config(folder, config)
+    process = process_lib.make_process(
         config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id
     )
     for entry in pipeline:

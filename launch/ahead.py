@@ -17,8 +17,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fsdfm_jax import cli, data, inference, models, optim, sampler, sharding, stages, train
-from fsdfm_jax.stages import Process
+from fsdfm_jax import cli, stages
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import loop as loop_lib
+from fsdfm_jax.training import optim
 from launch import hlo_cost, model_flops, roofline
 from launch.roofline import GIB, Chip
 
@@ -154,15 +162,15 @@ def variations(config: ConfigDict, asked: list[str]) -> Iterator[tuple[str, Conf
 
 def make_mesh(config: ConfigDict, target: Target) -> Mesh:
     """The mesh that a config asks for, of the target's devices; ValueError where there is none."""
-    mesh = sharding.make_mesh(config.mesh, devices=target.devices)
-    sharding.check_heads(mesh, config.model.num_heads)
+    mesh = mesh_lib.make_mesh(config.mesh, devices=target.devices)
+    mesh_lib.check_heads(mesh, config.model.num_heads)
     return mesh
 
 
 def make_process(config: ConfigDict) -> Process:
     """The noising process of a config; which id ends documents doesn't matter to a program."""
-    count = data.vocab_size(data.DataSpec.from_config(config.data))
-    return stages.make_process(config.path, num_tokens=count, eos_id=count - 1)
+    count = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
+    return process_lib.make_process(config.path, num_tokens=count, eos_id=count - 1)
 
 
 def train_program(name: str, config: ConfigDict, process: Process, mesh: Mesh) -> Program:
@@ -179,9 +187,9 @@ def train_program(name: str, config: ConfigDict, process: Process, mesh: Mesh) -
         with jax.set_mesh(mesh):
             key = _key()
             base = _base_shapes(name, config, process, key)
-            abstract = jax.eval_shape(train.make_init(stage, optimizer, settings), key, base)
-            shardings = sharding.state_shardings(mesh, abstract)
-            step = train.make_step(stage, optimizer, settings, mesh, shardings)
+            abstract = jax.eval_shape(loop_lib.make_init(stage, optimizer, settings), key, base)
+            shardings = mesh_lib.state_shardings(mesh, abstract)
+            step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
             tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
             batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
             guide = (stages.Guide(base, base),) if stage.guided else ()
@@ -195,8 +203,8 @@ def train_program(name: str, config: ConfigDict, process: Process, mesh: Mesh) -
     )
 
 
-def _settings(config: ConfigDict, own: ConfigDict, rows: int) -> train.Settings:
-    settings = train.Settings(
+def _settings(config: ConfigDict, own: ConfigDict, rows: int) -> loop_lib.Settings:
+    settings = loop_lib.Settings(
         num_steps=own.num_steps,
         batch_size=rows,
         log_every=config.train.log_every,
@@ -205,7 +213,7 @@ def _settings(config: ConfigDict, own: ConfigDict, rows: int) -> train.Settings:
         accumulate=own.accumulate,
         max_skipped=config.optim.max_skipped,
     )
-    train.check_settings(settings)
+    loop_lib.check_settings(settings)
     return settings
 
 
@@ -214,7 +222,7 @@ def _base_shapes(name: str, config: ConfigDict, process: Process, key):
     if name not in stages.FEW_STEP:
         return None
     model = stages.model_config("pretrain", config.model, vocab_size=process.source.vocab_size)
-    return jax.eval_shape(lambda key: models.init_params(key, model), key)
+    return jax.eval_shape(lambda key: model_lib.init_params(key, model), key)
 
 
 def sampler_program(
@@ -232,13 +240,13 @@ def sampler_program(
     length = config.data.block_length
 
     def lower(rows: int):
-        run = inference.make_sampler(model, process, config.eval.few_step_jump)
+        run = generate_lib.make_sampler(model, process, config.eval.few_step_jump)
         whole = NamedSharding(mesh, P())
-        spread = sharding.batch_sharding(mesh)
+        spread = mesh_lib.batch_sharding(mesh)
         with jax.set_mesh(mesh):
             key = _key()
-            shapes = jax.eval_shape(lambda key: models.init_params(key, model), key)
-            places = sharding.state_shardings(mesh, shapes)
+            shapes = jax.eval_shape(lambda key: model_lib.init_params(key, model), key)
+            places = mesh_lib.state_shardings(mesh, shapes)
             params = jax.tree.map(_placed, shapes, places)
             return run.lower(
                 params,
@@ -382,17 +390,17 @@ def _text(compiled) -> str:
 
 def check_rows(kind: str, name: str, config: ConfigDict, mesh: Mesh, rows: int, key: str) -> None:
     """ValueError naming `key` unless each device gets as many rows in each part of the batch."""
-    sharding.check_batch_size(mesh, rows, key)
+    mesh_lib.check_batch_size(mesh, rows, key)
     if rows % unit_of_rows(kind, name, config, mesh):
         raise ValueError(
             f"{key}={rows} must be a multiple of {name}.accumulate={config[name].accumulate} times "
-            f"the {sharding.row_shards(mesh)} data shard(s) of the mesh."
+            f"the {mesh_lib.row_shards(mesh)} data shard(s) of the mesh."
         )
 
 
 def unit_of_rows(kind: str, name: str, config: ConfigDict, mesh: Mesh) -> int:
     """Rows that a batch of a program has a multiple of, see `KINDS`."""
-    return sharding.row_shards(mesh) * (config[name].accumulate if kind == "train" else 1)
+    return mesh_lib.row_shards(mesh) * (config[name].accumulate if kind == "train" else 1)
 
 
 def search_largest(fits: Callable[[int], bool], *, smallest: int = 1) -> int | None:

@@ -24,7 +24,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import cli, stages, writer
+from fsdfm_jax import cli, io, stages
 from launch import ahead, ahead_table
 from launch.ahead import Target
 
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
             for row in rows_of_target(target, changed, name, label):
                 result["rows"].append(row)
                 if _OUTPUT.value:  # at once: what is compiled is not lost
-                    writer.write_json(_OUTPUT.value, result)
+                    io.write_json(_OUTPUT.value, result)
     print(f"stage {name}, blocks of {config.data.block_length} tokens")
     print(ahead_table.tables(result["rows"]))
     if _OUTPUT.value:

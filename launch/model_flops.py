@@ -2,9 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import FEW_STEP, few_step
-from fsdfm_jax.teacher import get_rule
+from fsdfm_jax.flow.teacher import get_rule
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.stages import few_step
+from fsdfm_jax.stages.base import FEW_STEP
 
 
 def trunk_flops(model: ModelConfig, batch: int, length: int) -> float:

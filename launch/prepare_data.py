@@ -15,7 +15,9 @@ import shlex
 from absl import app, flags
 from ml_collections import config_flags
 
-from fsdfm_jax import beam_prepare, cli, data
+from fsdfm_jax import cli
+from fsdfm_jax.data import beam
+from fsdfm_jax.data import prepared as prepared_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Configuration file.")
 _DIRECTORY = flags.DEFINE_string(
@@ -51,22 +53,22 @@ def beam_options() -> list[str]:
     return options + shlex.split(_BEAM_OPTIONS.value)
 
 
-def prepare(directory: str) -> data.PreparedData:
+def prepare(directory: str) -> prepared_lib.PreparedData:
     """Makes what the configuration says."""
-    spec = data.DataSpec.from_config(_CONFIG.value.data)
+    spec = prepared_lib.DataSpec.from_config(_CONFIG.value.data)
     if _ENGINE.value == "local":
-        return data.prepare(spec, directory)
+        return prepared_lib.prepare(spec, directory)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)  # else hundreds of lines
-    return beam_prepare.prepare(
+    return beam.prepare(
         spec,
         directory,
-        functools.partial(beam_prepare.run_on_beam, options=beam_options()),
+        functools.partial(beam.run_on_beam, options=beam_options()),
         group_bytes=_GROUP_MIB.value << 20,
         sample_characters=_SAMPLE_MIB.value << 20,
     )
 
 
-def describe(prepared: data.PreparedData) -> None:
+def describe(prepared: prepared_lib.PreparedData) -> None:
     """Prints what a folder holds."""
     facts = prepared.manifest["tokenizer"]
     print(f"tokenizer: {facts['vocab_size']} tokens, fingerprint {facts['fingerprint']}")
@@ -87,7 +89,7 @@ def main(argv):
     if not directory:
         raise ValueError("give --directory=DIR (the configuration has no data.directory)")
     if _VERIFY.value:
-        prepared = data.load(directory)
+        prepared = prepared_lib.load(directory)
         print(f"verified {prepared.directory}: {prepared.verify()} files are as they were written")
     elif config is None:
         raise ValueError("give --config=FILE, or --verify to check a folder")

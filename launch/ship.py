@@ -22,13 +22,16 @@ import numpy as np
 from absl import app, flags
 
 import fsdfm_jax
-from fsdfm_jax import cli, data, generate, stages, workdir, writer
+from fsdfm_jax import cli, generate, io, stages
 from fsdfm_jax.convert import formats
-from fsdfm_jax.convert.bundle import Bundle
 from fsdfm_jax.convert.formats import Target
-from fsdfm_jax.data import PreparedData
-from fsdfm_jax.evaluate import reading, subjects
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data.prepared import PreparedData
+from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate.memorised import Ngrams
+from fsdfm_jax.evaluate.report import reading
+from fsdfm_jax.inference.bundle import Bundle
+from fsdfm_jax.training import recipe
 
 _TARGET = flags.DEFINE_string(
     "target", str(generate.SHIPPED.parent), "Folder; by default the package's own."
@@ -56,7 +59,7 @@ class Row(NamedTuple):
 def training_ngrams(prepared: PreparedData) -> Ngrams:
     """The 20-grams of the training text, across the borders of blocks too."""
     train = prepared.source("train")
-    blocks = data.validation_blocks(train, len(train))  # all of them, in order
+    blocks = prepared_lib.validation_blocks(train, len(train))  # all of them, in order
     return Ngrams(blocks.ravel(), NGRAM, vocab_size=prepared.tokenizer.vocab_size)
 
 
@@ -66,7 +69,7 @@ def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> li
     Raises:
       ValueError: if there is no held-out text or a run isn't there.
     """
-    stored = writer.read_jsonl(report / "points.jsonl") if report.is_dir() else []
+    stored = io.read_jsonl(report / "points.jsonl") if report.is_dir() else []
     latest = {row["slug"]: row for row in stored}  # of a point computed again the last one counts
     beside = lambda row: row["kind"] == "real" or reading.is_ngrams(row)
     kept = [row for row in latest.values() if beside(row) or row["run"] in wanted]
@@ -128,7 +131,7 @@ def trained(
     for run, stage in runs:
         own = config[stage]
         if own.get("guidance"):
-            away = f"`{workdir.guide_name(own['guide_steps'])}`, which `{run}` is led away from"
+            away = f"`{recipe.guide_name(own['guide_steps'])}`, which `{run}` is led away from"
             result.append((away, own["guide_steps"], config["pretrain"]["batch_size"]))
         if stage != "autoregressive":
             result.append((f"`{run}`", own["num_steps"], own["batch_size"]))
@@ -218,11 +221,11 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
       ValueError: for a folder without a few-step run or report, a model that is too large, or one
         that repeats its training text. Then nothing is written.
     """
-    runs = workdir.runs(workdir.load_config(folder))
+    runs = recipe.runs(recipe.load_config(folder))
     few_step = [run for run, stage in runs if stage in stages.FEW_STEP]
     if not few_step:
         raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")
-    prepared = subjects.prepared_text(folder)
+    prepared = models_lib.prepared_text(folder)
     bundle = formats.open_bundle(folder, stage=few_step[-1])
     counts = bundle.counts() if bundle.heeds_neighbours else ()
     size = 2 * bundle.num_params() + sum(part.nbytes for part in counts)
@@ -237,7 +240,7 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
     model = target / generate.SHIPPED.name
     formats.write(bundle, Target(model, dtype="bfloat16"), source=folder, overwrite=True)
     text = card(bundle, runs, prepared, rows, model.stat().st_size)
-    writer.write_text(target / "README.md", text)
+    io.write_text(target / "README.md", text)
 
 
 def main(argv: list[str]) -> None:

@@ -14,8 +14,11 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
-from fsdfm_jax import cli, sharding
-from fsdfm_jax.evaluate import points, subjects, suite
+from fsdfm_jax import cli
+from fsdfm_jax.evaluate import models as models_lib
+from fsdfm_jax.evaluate import plan as plan_lib
+from fsdfm_jax.evaluate import run as run_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/sweep.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of trained runs.")
@@ -39,18 +42,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
     index, count = parse_host(_HOST.value)
-    axes = points.Axes.from_config(config.axes)
-    settings = points.Settings.from_config(config.eval)
-    catalogue = subjects.open_workdir(folder, settings.models)
-    prepared = subjects.prepared_text(folder)
+    axes = plan_lib.Axes.from_config(config.axes)
+    settings = plan_lib.Settings.from_config(config.eval)
+    catalogue = models_lib.open_workdir(folder, settings.models)
+    prepared = models_lib.prepared_text(folder)
     directory = folder / "sweeps" / config.name
-    with sharding.use(sharding.local_mesh()):
-        table = suite.evaluate(
+    with mesh_lib.use(mesh_lib.local_mesh()):
+        table = run_lib.evaluate(
             settings,
             catalogue,
             prepared,
             directory,
-            make_plan=lambda *rest: points.sweep(axes, *rest),
+            make_plan=lambda *rest: plan_lib.sweep(axes, *rest),
             header={"config": config.to_dict(), "data": prepared.manifest},
             index=index,
             count=count,

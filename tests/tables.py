@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import ngrams
-from fsdfm_jax.ngrams import Counts, Table
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.ngrams import Counts, Table
 
 
 def pairs(follow_VV) -> Table:

@@ -16,7 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base, tiny
-from fsdfm_jax import sharding, stages
+from fsdfm_jax import stages
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import few_step
 from launch import ahead, hlo_cost, model_flops, roofline
 from launch.hlo_cost import Cost, Exchange, Kernel
@@ -195,7 +197,7 @@ def test_useful_operations_count_student_and_teacher():
     config = base.get_config()
     base.use_paper_values(config, "0.17B")
     base.use_paper_recipe(config)
-    process = stages.make_process(config.path, num_tokens=50_257, eos_id=0)
+    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=0)
     model = stages.make_stage("distill", config, process).model
     forward = model_flops.forward_flops(model, 1, 1024)
     dense = 12 * (4 + 8) * 768**2 + 768 * 50_257
@@ -511,7 +513,7 @@ def test_the_programs_of_a_run_on_a_mesh():
     process = ahead.make_process(config)
     stage = stages.make_stage("pretrain", config, process)
     abstract = jax.eval_shape(lambda key: stage.init_params(key, None), jax.random.key(0))
-    held = sum(leaf.device_bytes for leaf in sharding.describe(mesh, abstract))
+    held = sum(leaf.device_bytes for leaf in mesh_lib.describe(mesh, abstract))
     # Parameters and two moments, spread by the rules; in addition the tokens and the key.
     assert row["arguments"] == pytest.approx(3 * held, rel=0.02)
     assert row["total"] >= row["arguments"] + row["temporaries"]

@@ -9,105 +9,33 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "fsdfm_jax"
 
-# Every file of the package with its floor; a file imports from its own floor and those below. A new
-# file has to be given a place here.
-FLOORS = {
-    0: (
-        *("schedules", "sources", "budgets", "draws", "loops", "logits", "attention", "layout"),
-        "ngrams",
-    ),
-    1: ("paths", "jumps", "neighbours"),
-    2: ("losses", "models"),
-    3: ("teacher", "sampler"),
-    4: (
-        "stages",
-        "stages.few_step",
-        "stages.pretrain",
-        "stages.step_aware",
-        "stages.distill",
-        "stages.refine",
-        "stages.autoregressive",
-    ),
-    5: (
-        "inference",
-        "prompts",
-        "trajectory",
-        "workdir",
-        "evaluate",
-        "evaluate.judges",
-        "evaluate.scoring",
-        "evaluate.huggingface_judge",
-        "evaluate.ngram_judge",
-        "evaluate.metrics",
-        "evaluate.mauve",
-        "evaluate.memorised",
-        "evaluate.bound",
-        "evaluate.pictures",
-        "evaluate.html",
-        "evaluate.page",
-        "evaluate.reading",
-        "evaluate.report",
-        "evaluate.draw",
-        "evaluate.engine",
-        "evaluate.held_out",
-        "evaluate.points",
-        "evaluate.stamps",
-        "evaluate.store",
-        "evaluate.subjects",
-        "evaluate.suite",
-        "evaluate.summary",
-        "evaluate.tasks",
-        "convert",
-        "convert.bundle",
-        "convert.formats",
-        "convert.parity",
-        "convert.run_folder",
-        "convert.safetensors_file",
-        "convert.exported",
-        "convert.run_exported",
-        "convert.official",
-        "convert.torch_file",
-    ),
-    6: ("train", "main", "generate", "cli", "convert.__main__", "evaluate.__main__"),
-}
-# Arrays only: these know nothing of flow matching. Value: what of the package each may import.
-TOWER = {
-    "sharding": ("layout",),  # the tables
-    "optim": (),
-    "processes": (),
-    "state": ("models", "layout", "loops"),  # the type of parameters
-    "checkpoint": ("checksums", "processes"),
-    "checksums": (),
-    "tokenizer": (),
-    "corpus": ("tokenizer",),
-    "packing": ("corpus", "tokenizer"),
-    "shards": (),
-    "mixture": (),
-    "tfds_builder": ("corpus", "packing", "tokenizer"),
-    "data": ("corpus", "mixture", "shards", "tfds_builder", "tokenizer"),
-    "beam_prepare": ("corpus", "data", "packing", "shards", "tokenizer"),
-    "writer": (),
-}
-FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+# A folder, or a module at the top, imports from itself and from those before it.
+ORDER = (
+    *("io", "parallel", "ops", "flow", "network", "stages"),
+    *("data", "training", "inference", "convert", "evaluate"),
+    *("cli", "generate", "main"),
+)
+# Arrays only: these folders know nothing of flow matching.
+NEUTRAL = {"io": set(), "parallel": set(), "data": {"io"}}
 
 # Who may import a library at all, and who at module level. Missing: anyone.
 ONLY = {
-    "flax": {"models"},
-    "orbax": {"checkpoint"},
-    "etils": {"checkpoint"},
-    "tensorflow_datasets": {"tfds_builder"},
-    "tokenizers": {"tokenizer", "convert.run_exported"},
-    "grain": {"data"},
-    "array_record": {"shards"},
-    "apache_beam": {"beam_prepare"},
-    "tensorboardX": {"writer"},
-    "matplotlib": {"evaluate.pictures"},
-    "optax": {"optim", "state", "train"},
-    "safetensors": {"convert.safetensors_file"},
+    "flax": {"network.model"},
+    "orbax": {"training.checkpoint"},
+    "etils": {"training.checkpoint"},
+    "tensorflow_datasets": {"data.tfds"},
+    "tokenizers": {"data.tokenizer", "convert.run_exported"},
+    "grain": {"data.prepared"},
+    "array_record": {"data.shards"},
+    "apache_beam": {"data.beam"},
+    "tensorboardX": {"training.metrics"},
+    "matplotlib": {"evaluate.report.pictures"},
+    "optax": {"training.optim", "training.state", "training.loop"},
+    "safetensors": {"convert.safetensors"},
     "tensorflow": set(),
-    "torch": {"evaluate.huggingface_judge"},
-    "transformers": {"evaluate.huggingface_judge"},
-    "pocketsphinx": {"evaluate.ngram_judge"},
+    "torch": {"evaluate.judges.huggingface"},
+    "transformers": {"evaluate.judges.huggingface"},
+    "pocketsphinx": {"evaluate.judges.ngram"},
     "mauve": {"evaluate.mauve"},
     "threadpoolctl": {"evaluate.mauve"},
     "clu": set(),
@@ -115,11 +43,11 @@ ONLY = {
 CONFIG_READERS = {
     "main",
     "cli",
-    "optim",
-    "sharding",
-    "workdir",
+    "training.optim",
+    "training.recipe",
+    "parallel.mesh",
     "evaluate.__main__",
-    "stages",
+    "stages.base",
     "stages.few_step",
     "stages.pretrain",
     "stages.step_aware",
@@ -128,9 +56,9 @@ CONFIG_READERS = {
     "stages.autoregressive",
 }
 # Who may say "categorical": the draws themselves and who draws with them.
-DRAWERS = {"draws", "sampler"}
+DRAWERS = {"ops.categorical", "flow.sampler"}
 LATE_ONLY = {
-    "tensorflow_datasets": {"tfds_builder"},
+    "tensorflow_datasets": {"data.tfds"},
     "grain": set(),
     "array_record": set(),
     "apache_beam": set(),
@@ -148,7 +76,7 @@ ABSOLUTE = re.compile(r"(/|~/)\w+/|/(home|root|tmp|work|usr|opt|mnt|data|etc|var
 ATTENTION_NAMES = {"auto", "manual", "blocked", "xla", "cudnn"}
 # The kinds of device that an exported program is lowered for.
 EXPORT_PLATFORMS = {("convert.exported", device) for device in ("cpu", "cuda", "tpu")}
-EXPORT_PLATFORMS |= {("attention", "cpu")}  # what "auto" goes by
+EXPORT_PLATFORMS |= {("ops.attention", "cpu")}  # what "auto" goes by
 
 
 def _name(path):
@@ -202,22 +130,17 @@ def _strings(tree):
             yield node.lineno, node.value
 
 
-def test_every_file_has_one_place():
-    names = [name for names in FLOORS.values() for name in names] + list(TOWER)
-    assert sorted(names) == sorted(name for name in FILES if name)
+def test_every_folder_has_a_place_in_the_order():
+    assert {name.split(".")[0] for name in FILES if name} == set(ORDER)
 
 
 @EACH
 def test_imports_point_downwards(name):
-    imported = set(_own(TREES[name])) - {name}
-    if name in TOWER:
-        assert imported <= set(TOWER[name])
-        return
-    floor = FLOOR_OF[name]
-    higher = {other for other in imported if FLOOR_OF.get(other, -1) > floor}
-    assert not higher, f"{name} (floor {floor}) imports {higher}"
-    if floor < 4:
-        assert not imported & set(TOWER), "the lower floors are pure"
+    place = name.split(".")[0]
+    imported = {other.split(".")[0] for other in _own(TREES[name])} - {place}
+    later = {other for other in imported if ORDER.index(other) > ORDER.index(place)}
+    assert not later, f"{name} imports {later}, which come after {place}"
+    assert imported <= NEUTRAL.get(place, set(ORDER)), f"{place} knows nothing of {imported}"
 
 
 def test_imports_have_no_circle():
@@ -230,8 +153,9 @@ def test_imports_have_no_circle():
 
 
 def test_composition_takes_the_network_as_an_argument():
-    for name in ("teacher", "sampler", "jumps", "paths", "losses"):
-        assert "models" not in set(_own(TREES[name])), name
+    for name in FILES:
+        if name.startswith("flow."):
+            assert not any("network" in other for other in _own(TREES[name])), name
 
 
 @pytest.mark.parametrize("library", list(ONLY))
@@ -270,7 +194,7 @@ def test_no_paths_and_no_devices(name):
 
 @EACH
 def test_draws_are_the_projects_own(name):
-    """JAX's float32 Gumbel noise is cut off at 15.94, which flatters perplexity: see draws.py."""
+    """JAX's float32 Gumbel noise is cut off at 15.94, which flatters perplexity."""
     used = {getattr(node, "attr", None) for node in ast.walk(TREES[name])}
     imported = {target.split(".")[-1] for target in _imports(TREES[name])}
     assert not (used | imported) & {"categorical", "gumbel"} or name in DRAWERS, name

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsdfm_jax import attention
-from fsdfm_jax.attention import attend
+from fsdfm_jax.ops import attention
+from fsdfm_jax.ops.attention import attend
 
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 

@@ -17,10 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fsdfm_jax import beam_prepare, shards
-from fsdfm_jax import corpus as corpus_lib
-from fsdfm_jax import data as data_lib
-from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.data import beam, shards
+from fsdfm_jax.data import corpus as corpus_lib
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
 
 LENGTH = 16
 GROUP = 2048  # bytes
@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 
 
 def _spec(root, **changes):
-    spec = data_lib.DataSpec(
+    spec = prepared_lib.DataSpec(
         corpus=f"{root}/texts/*",
         text_field="text",
         tokenizer=f"{root}/tokenizer.json",
@@ -73,7 +73,7 @@ def _spec(root, **changes):
 
 def _prepare(spec, directory, run=in_turn, **changes):
     options = {"group_bytes": GROUP, "sample_characters": 5000} | changes
-    return beam_prepare.prepare(spec, directory, run, **options)
+    return beam.prepare(spec, directory, run, **options)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def _all(source):
 def test_blocks_equal_a_literal_reimplementation(root, prepared):
     groups = corpus_lib.groups(f"{root}/texts/*", "record", GROUP)
     assert len(groups) == prepared.manifest["groups"]["count"] > 10
-    for split in data_lib.SPLITS:
+    for split in prepared_lib.SPLITS:
         expected, documents, tokens = [], 0, 0
         for pieces in groups:
             stream = []
@@ -143,13 +143,16 @@ def test_the_folder_is_as_documented(prepared):
     } == {name for name in names if "/" in name}
     assert all(file["blocks"] > 0 for file in manifest["files"])
     assert prepared.verify() == len(manifest["files"])
-    again = data_lib.load(prepared.directory)
+    again = prepared_lib.load(prepared.directory)
     assert again.manifest == prepared.manifest
-    assert data_lib.prepare(_spec_of(again), prepared.directory).fingerprint == prepared.fingerprint
+    assert (
+        prepared_lib.prepare(_spec_of(again), prepared.directory).fingerprint
+        == prepared.fingerprint
+    )
 
 
 def _spec_of(data):
-    return data_lib.DataSpec(**data.manifest["spec"])
+    return prepared_lib.DataSpec(**data.manifest["spec"])
 
 
 def test_order_and_repetition_of_the_work_change_nothing(root, prepared, tmp_path):
@@ -207,7 +210,7 @@ def test_validation_files_of_its_own(root, tmp_path):
     assert spec.holdout == 0
     for name, data in (
         ("a", _prepare(spec, tmp_path / "a")),
-        ("b", data_lib.prepare(spec, tmp_path / "b")),
+        ("b", prepared_lib.prepare(spec, tmp_path / "b")),
     ):
         blocks = [data.tokenizer.decode(block) for block in _all(data.source("validation"))]
         assert "held out by the " in blocks, name
@@ -272,10 +275,10 @@ def test_killed_and_resumed(root, prepared, tmp_path, place, countdown):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     with pytest.raises(FileNotFoundError, match="no prepared data"):
-        data_lib.load(target)
+        prepared_lib.load(target)
     if (target / "plan.json").exists():
         with pytest.raises(ValueError, match="if --engine=beam was stopped in it, run that"):
-            data_lib.prepare(_spec(root), target)
+            prepared_lib.prepare(_spec(root), target)
     finished = {p.stem for p in (target / "shards").glob("*.json") if not p.name.startswith(".")}
     before = _inodes(target)
     made = []
@@ -302,7 +305,7 @@ def test_only_damaged_groups_are_made_again(root, prepared, tmp_path):
     cut = tmp_path / "data" / "shards" / "train-00004.array_record"
     cut.write_bytes(cut.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"train-00002\S* is missing, \S*train-00004\S* has") as e:
-        data_lib.load(tmp_path / "data")
+        prepared_lib.load(tmp_path / "data")
     assert "remove these files and manifest.json" in str(e.value)
     cut.unlink()
     (tmp_path / "data" / "manifest.json").unlink()
@@ -408,7 +411,7 @@ def test_a_folder_with_other_things_is_refused(root, tmp_path):
 def test_without_beam_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(ValueError, match=r"needs apache-beam .*pip install fsdfm_jax\[beam\]"):
-        beam_prepare.run_on_beam(print, [1], [])
+        beam.run_on_beam(print, [1], [])
 
 
 # Reading while files go bad.
@@ -416,7 +419,7 @@ def test_without_beam_it_says_what_to_install(monkeypatch):
 
 def test_a_shard_that_goes_bad_while_training_is_named(root, prepared, tmp_path):
     data = _prepare(_spec(root), tmp_path / "data")
-    stream = data_lib.Batches(data.source("train"), batch_size=4, seed=0).iterate()
+    stream = prepared_lib.Batches(data.source("train"), batch_size=4, seed=0).iterate()
     next(stream)
     (bad,) = [file for file in data.files if file.name == "shards/train-00005.array_record"]
     path = data.directory / bad.name
@@ -429,7 +432,7 @@ def test_a_shard_that_goes_bad_while_training_is_named(root, prepared, tmp_path)
     with pytest.raises(ValueError, match=r"train-00005\.array_record has sha256 \w+ instead of"):
         data.verify()
     path.unlink()
-    stream = data_lib.Batches(_unchecked(data), batch_size=4, seed=0).iterate()
+    stream = prepared_lib.Batches(_unchecked(data), batch_size=4, seed=0).iterate()
     with pytest.raises(FileNotFoundError, match=r"train-00005\.array_record has vanished"):
         collections.deque(stream, maxlen=0)
 
@@ -477,7 +480,7 @@ def large(root, tmp_path_factory):
 
 def _run(arguments):
     return subprocess.run(
-        arguments, cwd=beam_prepare.__file__.rsplit("/", 2)[0], capture_output=True, text=True
+        arguments, cwd=beam.__file__.rsplit("/", 2)[0], capture_output=True, text=True
     )
 
 
@@ -495,7 +498,7 @@ def test_two_workers_on_beam_are_killed_and_go_on(root, large, tmp_path):
     target = tmp_path / "data"
     process = subprocess.Popen(
         _arguments(root, target, 2),
-        cwd=beam_prepare.__file__.rsplit("/", 2)[0],
+        cwd=beam.__file__.rsplit("/", 2)[0],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

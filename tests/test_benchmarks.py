@@ -9,8 +9,9 @@ import pytest
 from chance import assert_frequencies
 
 from benchmarks import autoregressive, literal, measure, sample, scaling, train, waterfall
-from fsdfm_jax import models, schedules
-from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.flow import schedules
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
 from launch import model_flops
 
 MODEL = ModelConfig(vocab_size=11, width=8, num_blocks=3, num_heads=2, cond_width=4)
@@ -22,9 +23,9 @@ def test_operations_of_a_forward_pass_are_those_of_its_program():
     # in one piece has no loop either; the rest of the program (norms, softmax) is not counted.
     model = ModelConfig(256, 64, 1, 2, 4, attention="manual")
     batch, length = 2, 128
-    params = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+    params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
     arguments = (params, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch,)))
-    run = jax.jit(lambda p, x, t: models.apply(p, model, x, t))
+    run = jax.jit(lambda p, x, t: model_lib.apply(p, model, x, t))
     counted = run.lower(*arguments).compile().cost_analysis()["flops"]
     ours = model_flops.forward_flops(model, batch, length)
     assert ours == model_flops.trunk_flops(model, batch, length) + model_flops.head_flops(
@@ -108,7 +109,7 @@ def test_all_forms_of_the_loss_are_one_loss():
     names = [name for name, (how, _) in train.CASES.items() if how is not None]
     assert len(names) == 3
     cases = {name: small_case(name) for name in names}
-    params = models.init_params(jax.random.key(0), cases["literal"][2])
+    params = model_lib.init_params(jax.random.key(0), cases["literal"][2])
     size = len(params["head"]["bias"])
     noise = jax.random.normal(jax.random.key(1), (2, size))
     student, teacher = (params | {"head": params["head"] | {"bias": bias}} for bias in noise)
@@ -140,7 +141,7 @@ def test_sampler_cases_draw_the_same_tokens():
     library, model = sample.make_case("ours", size="tiny", length=8, dtype="float32")
     name = "times embedded in each step"
     run, _ = sample.make_case(name, size="tiny", length=8, dtype="float32")
-    params = models.init_params(jax.random.key(0), model)
+    params = model_lib.init_params(jax.random.key(0), model)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
     x0_BL = jnp.zeros((2, 8), jnp.int32)
     grid_S1 = jnp.array([0.0, 0.4, 1.0])
@@ -163,7 +164,7 @@ def test_left_to_right_draws_the_same_with_and_without_cache():
     tokens = {}
     for name, (run, model) in cases.items():
         assert model.causal == (name[0] != "few-step")
-        params = measure.filled(models.init_params(jax.random.key(1), model))
+        params = measure.filled(model_lib.init_params(jax.random.key(1), model))
         tokens[name] = run(params, jax.random.key(0))
         assert tokens[name].shape == (3, 6)
     np.testing.assert_array_equal(*list(tokens.values())[2:])

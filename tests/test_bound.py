@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from chance import assert_mean
 
-from fsdfm_jax import models, schedules
 from fsdfm_jax.evaluate import bound
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.sources import Source
-from fsdfm_jax.stages import Process
+from fsdfm_jax.flow import schedules
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
 
 L, TOKENS = 3, 3
 MASK = TOKENS
@@ -418,7 +419,7 @@ def _model(vocab_size, **changes):
     model = ModelConfig(
         vocab_size=vocab_size, width=16, num_blocks=1, num_heads=2, cond_width=4, **changes
     )
-    return jax.jit(models.init_params, static_argnums=1)(jax.random.key(0), model), model
+    return jax.jit(model_lib.init_params, static_argnums=1)(jax.random.key(0), model), model
 
 
 V = 7

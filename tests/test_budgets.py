@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from chance import assert_frequencies
 
-from fsdfm_jax.budgets import make_budgets, sample_budgets
+from fsdfm_jax.flow.budgets import make_budgets, sample_budgets
 
 OFFICIAL = make_budgets(max_log2_steps=10, weights="official", time_eps=1e-3)
 LOG_UNIFORM = make_budgets(max_log2_steps=10, weights="log_uniform", time_eps=1e-3)

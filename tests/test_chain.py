@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from chance import assert_frequencies, assert_mean
 
-from fsdfm_jax import jumps, sampler, teacher
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.sources import Source
+from fsdfm_jax.flow import jumps, sampler, teacher
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.sources import Source
 
 V, L, ROWS = 5, 3, 100_000
 MASK = V - 1

@@ -24,8 +24,8 @@ from absl import logging as absl_logging
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import checkpoint
-from fsdfm_jax.checkpoint import (
+from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     NotACheckpoint,

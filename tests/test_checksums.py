@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import checksums as module
-from fsdfm_jax.checksums import checksums
+from fsdfm_jax.training import checksums as module
+from fsdfm_jax.training.checksums import checksums
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool", "complex64")
 

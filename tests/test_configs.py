@@ -12,8 +12,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, quality
-from fsdfm_jax import cli, data, main, models, stages, tokenizer, train, workdir
-from fsdfm_jax.evaluate import points, subjects, suite
+from fsdfm_jax import cli, main, stages
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
+from fsdfm_jax.evaluate import models as models_lib
+from fsdfm_jax.evaluate import plan as plan_lib
+from fsdfm_jax.evaluate import run as run_lib
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.training import loop as loop_lib
+from fsdfm_jax.training import recipe as recipe_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
@@ -66,15 +74,15 @@ def test_every_file_makes_its_stages(name, arg, tmp_path):
     if first in stages.FEW_STEP:  # starts from weights trained elsewhere
         with pytest.raises(ValueError, match=f"{first}.init_from"):
             main.check(config, tmp_path)
-        process = stages.make_process(config.path, num_tokens=2, eos_id=0)
+        process = process_lib.make_process(config.path, num_tokens=2, eos_id=0)
         stages.make_stage(first, config, process)
         return
     pipeline, _, _ = main.check(config, tmp_path)
     assert ",".join(entry.stage for entry in pipeline) == config.pipeline
-    data.DataSpec.from_config(config.data)
-    settings = points.Settings.from_config(config.eval)
+    prepared_lib.DataSpec.from_config(config.data)
+    settings = plan_lib.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in pipeline}
-    assert points.plan(settings, trained, config.data.block_length)
+    assert plan_lib.plan(settings, trained, config.data.block_length)
 
 
 def _get(config, dotted):
@@ -149,21 +157,21 @@ def test_paper_values(name):
 )
 def test_paper_sizes_are_their_names(name, low, high):
     config = _load(name, "")
-    process = stages.make_process(config.path, num_tokens=50_257, eos_id=50_256)
+    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=50_256)
     stage = stages.make_stage("distill", config, process)
-    params = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
-    assert low < models.count_params(params) < high
+    params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
+    assert low < model_lib.count_params(params) < high
 
 
 # -------------------------------------------------------------------------------------------- sweep
 @pytest.mark.parametrize("arg", ["", "smoke"])
 def test_the_sweep_has_the_axes_and_settings_that_are_read(arg):
     config = importlib.import_module("configs.sweep").get_config(arg)
-    assert set(config.axes) == set(points.Axes._fields)
+    assert set(config.axes) == set(plan_lib.Axes._fields)
     assert cli.keys(config.eval) == cli.keys(base.get_config().eval)
     assert set(config) == {"name", "axes", "eval"}
-    points.Axes.from_config(config.axes)
-    points.Settings.from_config(config.eval)
+    plan_lib.Axes.from_config(config.axes)
+    plan_lib.Settings.from_config(config.eval)
 
 
 def test_the_sweep_refuses_another_argument():
@@ -214,7 +222,7 @@ class _Prepared:
 
     def __init__(self, folder):
         texts = [f"the people of the united states number {i}" for i in range(40)]
-        self.tokenizer = tokenizer.train_bpe(texts, 260)
+        self.tokenizer = tokenizer_lib.train_bpe(texts, 260)
         self.block_length, self.fingerprint, self.manifest = 4, "data", {}
         self.directory = folder
 
@@ -248,32 +256,32 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
     networks = {}
 
     def fake_train(stage, settings, *, batches, name, metadata, **others):
-        assert isinstance(settings, train.Settings)
+        assert isinstance(settings, loop_lib.Settings)
         assert next(batches(0))["x1"].shape == (8, 4)
         networks[name] = stage.model, metadata
 
     def fake_weights(directory, *, tokenizer, mesh, step=1):
         model, metadata = networks[directory.name]
-        shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+        shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        return workdir.Weights(params, model, metadata, 1)
+        return recipe_lib.Weights(params, model, metadata, 1)
 
     def fake_catalogue(folder, trained, further):
         assert list(trained) == list(networks)
         return further
 
     def fake_evaluate(settings, catalogue, prepared, directory, *, header):
-        assert isinstance(settings, points.Settings)
+        assert isinstance(settings, plan_lib.Settings)
         assert header["config"] == config.to_dict()
         return "the table"
 
     monkeypatch.setattr(main.data, "prepare", lambda spec, directory: prepared)
     monkeypatch.setattr(main, "train", fake_train)
-    monkeypatch.setattr(workdir, "load_weights", fake_weights)
+    monkeypatch.setattr(recipe_lib, "load_weights", fake_weights)
     fake_metadata = lambda directory, together: (1, networks[directory.name][1])
-    monkeypatch.setattr(workdir, "weights_metadata", fake_metadata)
-    monkeypatch.setattr(subjects, "catalogue", fake_catalogue)
-    monkeypatch.setattr(suite, "evaluate", fake_evaluate)
+    monkeypatch.setattr(recipe_lib, "weights_metadata", fake_metadata)
+    monkeypatch.setattr(models_lib, "catalogue", fake_catalogue)
+    monkeypatch.setattr(run_lib, "evaluate", fake_evaluate)
     given = {"_CONFIG": config, "_WORKDIR": str(tmp_path), "_EVALUATE": True}
     given |= {"_DISTRIBUTED": False, "_PRINT_SHARDING": False}
     for name, value in given.items():
@@ -293,7 +301,7 @@ def test_the_record_sees_what_it_should(monkeypatch):
     config = base.get_config()
     with monkeypatch.context() as patch:
         record = _Record(config, patch)
-        stages.make_process(config.path, num_tokens=5, eos_id=0)
+        process_lib.make_process(config.path, num_tokens=5, eos_id=0)
         config.to_dict()
         _ = config.seed  # read by a test, not by the package
         with pytest.raises(AttributeError):

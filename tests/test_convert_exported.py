@@ -20,10 +20,15 @@ import pytest
 import tables
 from jax import export
 
-from fsdfm_jax import inference, logits, models, ngrams, sampler, tokenizer
-from fsdfm_jax.convert import bundle as bundles
 from fsdfm_jax.convert import exported
-from fsdfm_jax.convert.bundle import BadFile
+from fsdfm_jax.data import tokenizer
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.inference import bundle as bundles
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.bundle import BadFile
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.ops import logits
 
 LENGTH, STEPS = 12, 3
 TEXT = "the cat sat on the mat and the dog sat on the log by the fog "
@@ -39,7 +44,7 @@ def words():
 
 def _model(**changes):
     fields = {"vocab_size": 20, "width": 4, "num_blocks": 2, "num_heads": 1, "cond_width": 4}
-    return models.ModelConfig(**(fields | changes))
+    return model_lib.ModelConfig(**(fields | changes))
 
 
 def _bundle(model, **fields):
@@ -116,7 +121,7 @@ def _inputs(batch, length, vocab_size, prompt_length, seed):
 
 
 def _library(bundle, jump_rule="cumulative"):
-    run = jax.jit(inference.make_generator(bundle.model, bundle.process(), jump_rule))
+    run = jax.jit(generate_lib.make_generator(bundle.model, bundle.process(), jump_rule))
     return lambda *inputs: run(*inputs[:-2], cooling=inputs[-2], look_ahead=inputs[-1])
 
 
@@ -124,7 +129,7 @@ def _library(bundle, jump_rule="cumulative"):
 
 
 @pytest.mark.parametrize("path", [bundles.DEFAULT_PATH, MASK_PATH], ids=["uniform", "mask"])
-@pytest.mark.parametrize("conditioning", models.CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", model_lib.CONDITIONINGS)
 def test_program_gives_the_tokens_of_the_library(tmp_path, conditioning, path):
     model = _model(conditioning=conditioning, attention="xla", remat="full", dropout=0.1)
     bundle = _bundle(model, path=path)
@@ -174,7 +179,7 @@ def _generated(bundle, inputs, steps=STEPS, **changes):
     """Tokens of the library by what the configuration of a bundle says."""
     seed, given, frozen = inputs
     how = bundle.provenance["config"]["eval"] | changes
-    return inference.generate(
+    return generate_lib.generate(
         bundle.params(),
         bundle.model,
         bundle.process(),

@@ -19,14 +19,21 @@ import safetensors.numpy
 import tokenizers
 
 from configs import base
-from fsdfm_jax import checkpoint, data, generate, models, ngrams, stages, workdir
-from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax import generate
 from fsdfm_jax.convert import __main__ as program
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert import formats, official, parity, safetensors_file, torch_file
-from fsdfm_jax.convert.bundle import BadFile
+from fsdfm_jax.convert import formats, official, parity, torch_pickle
+from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.convert.formats import Target
-from fsdfm_jax.workdir import Entry
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.bundle import BadFile
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import recipe as recipe_lib
+from fsdfm_jax.training.recipe import Entry
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -43,7 +50,9 @@ def _words(size):
 
 def _model(**changes):
     fields = {"vocab_size": 12, "width": 8, "num_blocks": 2, "num_heads": 2, "cond_width": 4}
-    return models.ModelConfig(**(fields | {"mlp_ratio": 1, "conditioning": "official"} | changes))
+    return model_lib.ModelConfig(
+        **(fields | {"mlp_ratio": 1, "conditioning": "official"} | changes)
+    )
 
 
 def _params(model, seed=0):
@@ -76,10 +85,10 @@ def _write_pth(path, **groups):
             continue
         pending[group] = {}
         for name, array in state.items():
-            where = torch_file.Pending(f"{group} {name}", array.dtype, array.shape)
+            where = torch_pickle.Pending(f"{group} {name}", array.dtype, array.shape)
             pending[group][name] = where
             content.append((where.name, np.ascontiguousarray(array)))
-    torch_file.write(path, pending, content)
+    torch_pickle.write(path, pending, content)
     return path
 
 
@@ -109,7 +118,7 @@ def test_recorded_files_have_the_recorded_logits(name, suffix):
     assert cfg.num_heads == recorded["heads"]
     assert cfg.vocab_size == recorded["vocab"]
     assert cfg.conditioning == ("official" if recorded["dt_conditioned"] else "none")
-    run = jax.jit(models.apply, static_argnums=1)
+    run = jax.jit(model_lib.apply, static_argnums=1)
     logits_BLV = run(params, cfg, recorded["x"].astype(np.int32), recorded["t"], recorded["dt"])
     np.testing.assert_allclose(logits_BLV, recorded["logits"], atol=1e-4, rtol=0)
 
@@ -182,8 +191,8 @@ def test_wrappers_leave_their_prefixes(tmp_path, prefix):
     inner = {name.replace("blocks.1.", "blocks.1._orig_mod."): a for name, a in state.items()}
     assert inner.keys() != state.keys()
     inner = {prefix + name: array for name, array in inner.items()}
-    pending = {name: torch_file.Pending(name, a.dtype, a.shape) for name, a in inner.items()}
-    torch_file.write(tmp_path / "b.pth", pending, inner.items())
+    pending = {name: torch_pickle.Pending(name, a.dtype, a.shape) for name, a in inner.items()}
+    torch_pickle.write(tmp_path / "b.pth", pending, inner.items())
     _same(official.load(tmp_path / "b.pth")[0], _params(_model()))
 
 
@@ -259,7 +268,7 @@ def test_saved_is_loaded_bit_by_bit(tmp_path, name):
     found, found_cfg = official.load(path)
     assert found_cfg == cfg
     _same(found, params)
-    with torch_file.TorchFile(path) as file:
+    with torch_pickle.TorchFile(path) as file:
         base_run = cfg.conditioning == "none"
         groups = ["model"] if base_run else ["student_ema_model", "student_model"]
         assert [*file.tree] == [*groups, "step", "note"]
@@ -448,7 +457,7 @@ def test_bfloat16_weights(tmp_path, form):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", 4000)
+    monkeypatch.setattr(safetensors_lib, "MAX_SHARD_BYTES", 4000)
 
 
 @pytest.mark.parametrize("form", ["folder", "folder_official"])
@@ -736,8 +745,8 @@ def _config():
 def _metadata(config, run, model, tokenizer, data):
     """Of a checkpoint of a run that is named after its stage; fingerprints."""
     entry = Entry(run, run, None)
-    recipe = workdir.recipe(config, entry, None)
-    return workdir.make_metadata(
+    recipe = recipe_lib.recipe(config, entry, None)
+    return recipe_lib.make_metadata(
         config, entry, model, the_recipe=recipe, tokenizer=tokenizer, data=data
     )
 
@@ -747,7 +756,7 @@ def working(tmp_path_factory):
     """A working directory with two trained stages; {run: {part: parameters}}."""
     folder = tmp_path_factory.mktemp("working")
     config, words = _config(), _words(16)
-    workdir.save_config(folder, config)
+    recipe_lib.save_config(folder, config)
     (folder / "data").mkdir()
     words.save(folder / "data" / "tokenizer.json")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -830,7 +839,7 @@ def test_stages_steps_and_weights_of_a_run(working):
 
 
 def test_a_working_directory_without_a_trained_stage(tmp_path):
-    workdir.save_config(tmp_path, _config())
+    recipe_lib.save_config(tmp_path, _config())
     (tmp_path / "stages").mkdir()
     with pytest.raises(ValueError, match="No stage of .* has been trained yet .*pretrain, distill"):
         formats.open_bundle(tmp_path)
@@ -851,9 +860,9 @@ def test_other_text_in_its_place_is_no_tokenizer(working, tmp_path):
 def test_metadata_from_before_path_revealed(tmp_path):
     config, entry = _config(), Entry("pretrain", "pretrain", None)
     model = dataclasses.replace(RUN_MODEL, conditioning="none")
-    recipe = workdir.recipe(config, entry, None)
+    recipe = recipe_lib.recipe(config, entry, None)
     del recipe["path"]["revealed"]
-    metadata = workdir.make_metadata(
+    metadata = recipe_lib.make_metadata(
         config, entry, model, the_recipe=recipe, tokenizer="", data="d"
     )
     with checkpoint.Checkpoints(
@@ -874,35 +883,35 @@ def test_a_converted_run_is_one_to_start_from(working, tmp_path):
     config = _config()
     config.pipeline = "distill"
     config.distill.init_from = str(run)
-    (entry,) = workdir.entries(config, tmp_path / "new")
+    (entry,) = recipe_lib.entries(config, tmp_path / "new")
     assert entry.base == run
     model = dataclasses.replace(RUN_MODEL, conditioning="additive")
-    workdir.check_base(run, model, config)
+    recipe_lib.check_base(run, model, config)
     for change, message in (({"num_heads": 1}, "model.num_heads: 2 there, 1 here"),):
         with pytest.raises(ValueError, match=message):
-            workdir.check_base(run, dataclasses.replace(model, **change), config)
+            recipe_lib.check_base(run, dataclasses.replace(model, **change), config)
     config.path.schedule = "polynomial"
     with pytest.raises(ValueError, match="path.schedule: 'cosine' there"):
-        workdir.check_base(run, model, config)
-    weights = workdir.load_weights(run, tokenizer=words.fingerprint)
+        recipe_lib.check_base(run, model, config)
+    weights = recipe_lib.load_weights(run, tokenizer=words.fingerprint)
     assert weights.step == 20
     assert weights.model == dataclasses.replace(RUN_MODEL, conditioning="none")
     _same(jax.tree.map(np.asarray, weights.params), params["pretrain"]["params", 20])
     with pytest.raises(ValueError, match="was trained with tokenizer"):
-        workdir.load_weights(run, tokenizer="other")
+        recipe_lib.load_weights(run, tokenizer="other")
 
 
 def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
     source = formats.open_bundle(GOLDENS / "shared_dfm_uniform.pth")
     run = tmp_path / "published"
     formats.write(source, Target(run, to="orbax"))
-    _same(jax.tree.map(np.asarray, workdir.load_weights(run).params), source.params())
+    _same(jax.tree.map(np.asarray, recipe_lib.load_weights(run).params), source.params())
     found = formats.open_bundle(run)
     assert found.model == source.model
     assert found.provenance["step"] == 1000
     assert found.provenance["source"] == {"file": "shared_dfm_uniform.pth", "format": "official"}
     assert found.block_length is None
-    process = stages.make_process(_config().path, num_tokens=61, eos_id=0)
+    process = process_lib.make_process(_config().path, num_tokens=61, eos_id=0)
     assert type(found.process().source) is type(process.source)
 
 
@@ -916,8 +925,8 @@ def _prepare(folder, seed=0):
     (folder / "texts").mkdir(parents=True)
     for i in range(40):
         (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choice(words, 30)) + f" {i}.")
-    spec = data.DataSpec(f"{folder}/texts/*.txt", "text", "bpe", 270, 16, 0.2)
-    return data.prepare(spec, folder / "data")
+    spec = prepared_lib.DataSpec(f"{folder}/texts/*.txt", "text", "bpe", 270, 16, 0.2)
+    return prepared_lib.prepare(spec, folder / "data")
 
 
 def _save_run(folder, config, run, model, prepared):
@@ -938,7 +947,7 @@ def heeding(tmp_path_factory):
     config.pipeline = "autoregressive,pretrain,distill"
     config.data.block_length = 16
     config.eval.neighbours, config.eval.few_step_jump = 0.75, "mixture"
-    workdir.save_config(folder, config)
+    recipe_lib.save_config(folder, config)
     model = _model(vocab_size=270, num_blocks=1)
     causal = dataclasses.replace(model, causal=True, conditioning="none")
     _save_run(folder, config, "distill", model, prepared)
@@ -1025,7 +1034,7 @@ def test_shards_hold_the_counts(heeding, tmp_path, monkeypatch):
     folder, prepared = heeding
     bundle, path = formats.open_bundle(folder), tmp_path / "m"
     size = 4 * bundle.num_params() + sum(part.nbytes for part in bundle.counts())
-    monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", size * 2 // 3)
+    monkeypatch.setattr(safetensors_lib, "MAX_SHARD_BYTES", size * 2 // 3)
     with pytest.raises(ValueError, match="more than one file"):
         formats.write(bundle, Target(tmp_path / "m.safetensors"))
     formats.write(bundle, Target(path, to="safetensors"))
@@ -1162,7 +1171,7 @@ def test_damaged_counts_of_a_file_are_refused(heeding, tmp_path):
         arrays = {f"neighbours/{k}": v for k, v in _counts(prepared)._asdict().items()}
         arrays = dict(list(arrays.items())[:keep])
         arrays = {k: v.astype(change.get(k, np.int32)) for k, v in arrays.items()}
-        safetensors_file._write_shard(
+        safetensors_lib._write_shard(
             file, iter(arrays.items()), json.dumps(bundle_lib.describe(bundle))
         )
         with pytest.raises(BadFile, match=wrong):

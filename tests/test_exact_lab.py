@@ -18,14 +18,17 @@ from tables import pairs
 
 from benchmarks import chains, exact_lab
 from benchmarks.chains import Taught
-from fsdfm_jax import jumps, losses, paths, sampler, schedules, sources, stages, teacher
-from fsdfm_jax.neighbours import Neighbours
+from fsdfm_jax import stages
+from fsdfm_jax.flow import jumps, losses, paths, sampler, schedules, sources, teacher
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.inference.neighbours import Neighbours
 
 ROWS = 50_000
 
 
 def make_process(source="uniform", num_tokens=3, revealed="stay", schedule="polynomial"):
-    return stages.Process(
+    return Process(
         schedules.make_schedule(schedule),
         sources.make_source(source, num_tokens=num_tokens),
         eos_id=0,
@@ -447,7 +450,7 @@ def test_the_temperature_of_an_entropy():
 def test_each_recipe_is_one_that_stages_read(source):
     for name, recipe in exact_lab.RECIPES.items():
         config = exact_lab.lab_config(recipe, source)
-        process = stages.make_process(config.path, num_tokens=3, eos_id=0)
+        process = process_lib.make_process(config.path, num_tokens=3, eos_id=0)
         for stage in config.pipeline.split(","):
             if source == "uniform" or exact_lab._possible(name, source):
                 stages.make_stage(stage, config, process)

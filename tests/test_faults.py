@@ -37,7 +37,12 @@ from test_train import (
 
 from benchmarks import torture
 from configs import base as base_config
-from fsdfm_jax import checkpoint, data, main, models, shards, train, workdir
+from fsdfm_jax import main
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import shards
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.training import checkpoint, recipe
+from fsdfm_jax.training import loop as loop_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROCESSES = []  # of the test that runs
@@ -303,9 +308,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, small_disk, whole):
 def go(directory, num_steps, *, stage=None, batches=None, optimizer=None, **values):
     """The loop in this process, around a stage of two numbers."""
     defaults = {"log_every": 1, "checkpoint_every": 2, "ema_decay": 0.5, "batch_size": B}
-    train.train(
+    loop_lib.train(
         stage or toy_stage(),
-        train.Settings(num_steps=num_steps, **(defaults | values)),
+        loop_lib.Settings(num_steps=num_steps, **(defaults | values)),
         name="toy",
         optimizer=optimizer or optax.adam(0.1),
         batches=batches or Stream(),
@@ -330,7 +335,7 @@ def shard_folder(tmp_path):
 
     def stream(start, after=None, happens=None):
         source = shards.Shards(folder, files, 5, np.dtype("<u2"))
-        blocks = data.Batches(source, batch_size=B, seed=0)
+        blocks = prepared_lib.Batches(source, batch_size=B, seed=0)
         for step, x1_BL in enumerate(blocks.iterate(start, prefetch=2), start + 1):
             if step == after:
                 happens()
@@ -417,14 +422,14 @@ def test_a_run_stops_after_too_many_skipped_steps_in_a_row(tmp_path):
     text = (
         r"loss is nan.* at step 6 \(3 steps in a row, optim\.max_skipped=2\)\. .* step 5 are kept"
     )
-    with pytest.raises(train.Diverged, match=text):
+    with pytest.raises(loop_lib.Diverged, match=text):
         go(tmp_path / "whole", 12, batches=Poisoned(4, 5, 6), **given)
     assert checkpoint.latest_step(tmp_path / "whole" / "checkpoints") == 5
     # Two of them are in the checkpoint: the count goes on.
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", 12, batches=Poisoned(4, 5, 6, killed_at=5), **given)
     assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") == 5
-    with pytest.raises(train.Diverged, match=text):
+    with pytest.raises(loop_lib.Diverged, match=text):
         go(tmp_path / "run", 12, batches=Poisoned(4, 5, 6), **given)
 
 
@@ -509,11 +514,11 @@ def begun(tmp_path):
     config.model.width, config.model.num_blocks, config.model.num_heads = 16, 1, 2
     config.pretrain.batch_size = 32
     (entry,), recipes, _ = main.check(config, tmp_path)
-    model = models.ModelConfig(vocab_size=300, width=16, num_blocks=1, num_heads=2, cond_width=8)
-    metadata = workdir.make_metadata(
+    model = model_lib.ModelConfig(vocab_size=300, width=16, num_blocks=1, num_heads=2, cond_width=8)
+    metadata = recipe.make_metadata(
         config, entry, model, the_recipe=recipes["pretrain"], tokenizer="t", data="d"
     )
-    directory = workdir.stage_directory(tmp_path, "pretrain") / "checkpoints"
+    directory = recipe.stage_directory(tmp_path, "pretrain") / "checkpoints"
     with checkpoint.Checkpoints(directory, retention=checkpoint.Retention()) as checkpoints:
         checkpoints.save(2, {"w": np.ones(2)}, metadata)
     return config, tmp_path

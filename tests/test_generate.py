@@ -16,20 +16,16 @@ import pytest
 import tables
 
 from configs import base
-from fsdfm_jax import (
-    checkpoint,
-    generate,
-    inference,
-    models,
-    ngrams,
-    prompts,
-    tokenizer,
-    workdir,
-)
-from fsdfm_jax.convert import bundle as bundle_lib
+from fsdfm_jax import generate
 from fsdfm_jax.convert import formats
+from fsdfm_jax.data import tokenizer
 from fsdfm_jax.generate import Options
-from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams, prompts
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.training import checkpoint, recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One shape for all that is drawn: compiling is what costs time here.
@@ -42,7 +38,7 @@ PROVENANCE = {"stage": "distill", "weights": "ema", "step": 7, "data": None}
 def _params(model, seed=0):
     """Random everywhere: fresh weights have a head of zeros, which hides every mistake."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+    shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
     draw = lambda leaf: rng.normal(size=leaf.shape) * 0.3  # more would make one token sure
     return jax.tree.map(lambda leaf: draw(leaf).astype(np.float32), shapes)
 
@@ -154,7 +150,7 @@ def test_a_working_directory_has_a_config(monkeypatch, tmp_path):
     options = Options(workdir=str(tmp_path))
     with pytest.raises(ValueError, match="is not a working directory"):
         generate.open_model(options)
-    workdir.save_config(tmp_path, base.get_config())
+    recipe.save_config(tmp_path, base.get_config())
     assert generate.open_model(options) is UNIFORM
 
 
@@ -179,7 +175,7 @@ def test_lengths_and_jumps_by_default():
 # ------------------------------------------------------------------------------------ what is drawn
 def _call(bundle, templates, *, seed, steps=STEPS, **how):
     """The library's answer for one batch."""
-    return inference.generate(
+    return generate_lib.generate(
         bundle.params(),
         bundle.model,
         bundle.process(),
@@ -200,7 +196,7 @@ def test_lines_are_the_librarys_calls_in_order(monkeypatch, batch_file, bundle):
     templates = [request.template for request in requests]
     first = _call(bundle, templates[:B], seed=9)
     # What the last batch is filled up with doesn't matter.
-    second = _call(bundle, [*templates[B:], prompts.blank(L)], seed=inference.batch_seed(9, 1))
+    second = _call(bundle, [*templates[B:], prompts.blank(L)], seed=generate_lib.batch_seed(9, 1))
     for line, request, tokens_L in zip(lines, requests, [*first, *second[:2]], strict=True):
         template = request.template
         shown = tokens_L[: template.shown]
@@ -268,8 +264,8 @@ def test_samples_are_drawn_as_the_model_says_unless_told_otherwise(monkeypatch, 
     job = generate.make_job(_options(prompt="The state", **flags), bundle)
     expected = trained | {"jump": "mixture"} | flags
     assert {key: getattr(job, key) for key in expected} == expected
-    asked, draw = [], inference.generate
-    monkeypatch.setattr(inference, "generate", lambda *a, **k: asked.append(k) or draw(*a, **k))
+    asked, draw = [], generate_lib.generate
+    monkeypatch.setattr(generate_lib, "generate", lambda *a, **k: asked.append(k) or draw(*a, **k))
     list(generate.draw(job))
     expected["jump_rule"] = expected.pop("jump")
     assert [{key: k[key] for key in expected} for k in asked] == [expected] * len(asked)
@@ -311,7 +307,7 @@ def test_neighbours_are_heeded_as_the_library_does(monkeypatch, batch_file):
 
 
 def test_neighbours_that_cannot_be_heeded_are_refused(monkeypatch):
-    monkeypatch.setattr(inference, "generate", None)
+    monkeypatch.setattr(generate_lib, "generate", None)
     with pytest.raises(ValueError, match="neighbours=0.5 .*came without its text's table.*data/"):
         _run(monkeypatch, UNIFORM, neighbours=0.5, jump="mixture")
     for flags in ({"neighbours": 0.5}, {"neighbours": 0.5, "jump": "euler"}):
@@ -356,7 +352,7 @@ def test_a_small_nucleus_leaves_the_likeliest(monkeypatch, bundle):
     options = {"given_BL": rows[0], "frozen_BL": rows[1], "steps": 1}
     params = bundle.device_params()
     run = functools.partial(
-        inference.generate, params, bundle.model, bundle.process(), **options, seed=3
+        generate_lib.generate, params, bundle.model, bundle.process(), **options, seed=3
     )
     sure = run(top_p=1e-6)
     np.testing.assert_array_equal(sure, run(temperature=1e-4))
@@ -389,7 +385,7 @@ def test_left_to_right(monkeypatch, batch_file, tmp_path):
     line = _lines(_run(monkeypatch, CAUSAL, batch_file=str(prompt_file), num_samples=1))[2]
     assert (line["steps"], line["jump"]) == (L, None)
     assert line["text"].startswith("the")
-    monkeypatch.setattr(inference, "generate", None)
+    monkeypatch.setattr(generate_lib, "generate", None)
     for changes, message in (
         ({"infill": "The [2] of"}, "can't see text that stands after a gap"),
         ({"batch_file": str(batch_file)}, "prompts.jsonl line 2: .*after a gap"),
@@ -432,7 +428,7 @@ def test_an_interrupted_output_goes_on_to_the_same_bytes(monkeypatch, complete):
 def test_a_complete_output_is_left_alone(monkeypatch, complete, capsys):
     flags, path = complete
     whole = path.read_bytes()
-    monkeypatch.setattr(inference, "generate", None)
+    monkeypatch.setattr(generate_lib, "generate", None)
     _run(monkeypatch, UNIFORM, **flags)
     assert path.read_bytes() == whole
     assert "holds 5 of 5 samples" in capsys.readouterr().err
@@ -441,12 +437,12 @@ def test_a_complete_output_is_left_alone(monkeypatch, complete, capsys):
 def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
     flags, path = complete
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    seeds, draw = [], inference.generate
+    seeds, draw = [], generate_lib.generate
     monkeypatch.setattr(
-        inference, "generate", lambda *args, **k: seeds.append(k["seed"]) or draw(*args, **k)
+        generate_lib, "generate", lambda *args, **k: seeds.append(k["seed"]) or draw(*args, **k)
     )
     _run(monkeypatch, UNIFORM, **flags)
-    assert seeds == [inference.batch_seed(0, 1)]
+    assert seeds == [generate_lib.batch_seed(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +470,7 @@ def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, cha
     changes = dict(changes)
     bundle = changes.pop("bundle", UNIFORM)
     bundle = _with_counts(bundle) if changes.pop("table", False) else bundle
-    monkeypatch.setattr(inference, "generate", None)
+    monkeypatch.setattr(generate_lib, "generate", None)
     with pytest.raises(ValueError, match=message) as error:
         _run(monkeypatch, bundle, **(flags | changes))
     assert "remove" in str(error.value)
@@ -506,7 +502,7 @@ def test_another_file_is_refused_and_kept(monkeypatch, complete, content, messag
 
 def test_a_bad_line_stops_it_before_anything_is_drawn(monkeypatch, batch_file, tmp_path):
     batch_file.write_text(batch_file.read_text() + '{"infill": "no gap"}\n')
-    monkeypatch.setattr(inference, "generate", None)
+    monkeypatch.setattr(generate_lib, "generate", None)
     out = io.StringIO()
     for output in (None, str(tmp_path / "new" / "a.jsonl")):
         with pytest.raises(ValueError, match="prompts.jsonl line 6: .*has no gap"):
@@ -543,7 +539,7 @@ def _always(text, monkeypatch, length=64):
     """Makes the library answer `text` to everything; returns its tokens."""
     ids = BPE.encode(text)
     row = np.asarray(ids + BPE.encode("q") * (length - len(ids)), np.int32)
-    monkeypatch.setattr(inference, "generate", lambda *_, given_BL, **__: row[None].repeat(B, 0))
+    monkeypatch.setattr(generate_lib, "generate", lambda *_, given_BL, **__: row[None].repeat(B, 0))
     return row
 
 
@@ -665,12 +661,12 @@ def trained(tmp_path_factory):
     config.update_from_flattened_dict({f"model.{key}": value for key, value in NETWORK.items()})
     config.path.source = "mask"
     config.distill.ema_decay = 0.9
-    entry = workdir.entries(config, folder)[1]
-    metadata = workdir.make_metadata(
+    entry = recipe.entries(config, folder)[1]
+    metadata = recipe.make_metadata(
         config,
         entry,
         model,
-        the_recipe=workdir.recipe(config, entry, None),
+        the_recipe=recipe.recipe(config, entry, None),
         tokenizer=BPE.fingerprint,
         data="d" * 16,
     )

@@ -9,13 +9,15 @@ import pytest
 import tables
 from chance import assert_frequencies
 
-from fsdfm_jax import inference, models, sampler
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.sources import Source
-from fsdfm_jax.stages import Process
-from fsdfm_jax.workdir import Weights
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.training.recipe import Weights
 
 # One shape and three steps almost everywhere: what costs time here is compiling.
 B, V, L = 16, 6, 5
@@ -28,7 +30,7 @@ def _weights(*, vocab_size=V, seed=0, scale=0.7, **changes):
     """Random weights everywhere: fresh ones have a head of zeros, which hides every mistake."""
     fields = {"width": 8, "num_blocks": 1, "num_heads": 2, "cond_width": 4, "mlp_ratio": 2}
     model = ModelConfig(vocab_size=vocab_size, **(fields | changes))
-    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+    shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype), shapes
@@ -52,7 +54,7 @@ def _given(tokens=(), num_samples=B, length=L):
 def _generate(weights=FEW_STEP, process=UNIFORM_PROCESS, *, given=(), num_samples=B, **changes):
     given_BL, frozen_BL = _given(given, num_samples)
     wanted = {"given_BL": given_BL, "frozen_BL": frozen_BL, "steps": 3, "seed": 0} | changes
-    return inference.generate(weights.params, weights.model, process, **wanted)
+    return generate_lib.generate(weights.params, weights.model, process, **wanted)
 
 
 # Each token is followed by the next one.
@@ -125,7 +127,7 @@ def test_given_tokens_are_seen():
 
 def test_the_tokens_are_those_of_the_generator_that_is_exported():
     given_BL, frozen_BL = _given((1, None, 2))
-    run = inference.make_generator(FEW_STEP.model, MASK_PROCESS, "cumulative")
+    run = generate_lib.make_generator(FEW_STEP.model, MASK_PROCESS, "cumulative")
     grid = sampler.uniform_grid(3)
     wanted = run(FEW_STEP.params, np.uint32(5), given_BL, frozen_BL, grid, np.float32(0.8))
     tokens = _generate(process=MASK_PROCESS, given=(1, None, 2), seed=5, temperature=0.8)
@@ -141,16 +143,18 @@ def test_what_stands_where_nothing_is_frozen_has_no_meaning():
 
 
 def test_batches_have_seeds_of_their_own():
-    seeds = [inference.batch_seed(seed, index) for seed in (0, 1, 2**32 - 1) for index in range(50)]
+    seeds = [
+        generate_lib.batch_seed(seed, index) for seed in (0, 1, 2**32 - 1) for index in range(50)
+    ]
     assert seeds[::50] == [0, 1, 2**32 - 1]  # the first batch is the plain call
     assert len(set(seeds)) == len(seeds)
     assert all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    assert inference.batch_seed(1, 3) == seeds[53]
+    assert generate_lib.batch_seed(1, 3) == seeds[53]
 
 
 # -------------------------------------------------------------------------------- sizes of batches
 def test_buckets():
-    sizes = [inference.bucket(rows) for rows in range(1, 1001)]
+    sizes = [generate_lib.bucket(rows) for rows in range(1, 1001)]
     first = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert sorted(set(sizes)) == first
     for rows, size in enumerate(sizes, start=1):
@@ -180,7 +184,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows(weights, process, how):
 
 
 def test_sizes_of_one_bucket_share_a_program():
-    run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "mixture", None)
+    run = generate_lib.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "mixture", None)
     for rows in (6, 5):
         _generate(num_samples=rows, jump_rule="mixture")
         assert run._cache_size() == 1
@@ -221,7 +225,7 @@ def test_neighbours_lead_to_pairs_of_the_text_around_what_is_given(process):
 
 
 def test_tables_and_strengths_are_data():
-    run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "dispersed", None)
+    run = generate_lib.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "dispersed", None)
     one = _generate(**HEEDING)
     compiled = run._cache_size()
     changes = ({"table": tables.pairs(CYCLE.T)}, {"neighbours": 3})
@@ -236,12 +240,12 @@ def test_modulations_ahead_change_no_token(monkeypatch):
     tokens = (np.full((B, L), MASK, np.int32), np.zeros((B, L), bool))
     rest = (*tokens, sampler.uniform_grid(3), np.float32(1))
     calls = []
-    predict = models.predict
-    monkeypatch.setattr(models, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
+    predict = model_lib.predict
+    monkeypatch.setattr(model_lib, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
     results = []
     for mib in (256, 0):
-        monkeypatch.setattr(models, "_AHEAD_MIB", mib)
-        run = jax.jit(inference._make_steps(FEW_STEP.model, MASK_PROCESS, "cumulative", None))
+        monkeypatch.setattr(model_lib, "_AHEAD_MIB", mib)
+        run = jax.jit(generate_lib._make_steps(FEW_STEP.model, MASK_PROCESS, "cumulative", None))
         results.append(run(FEW_STEP.params, jax.random.key(0), *rest))
         assert bool(calls) == (mib == 0)
     np.testing.assert_array_equal(*results)
@@ -258,7 +262,7 @@ def test_watching_sees_each_step_in_order_and_changes_nothing(process):
     np.testing.assert_array_equal(_generate(process=process, given=(1, None, 2)), tokens)
     for _, x_BL in seen:
         np.testing.assert_array_equal(x_BL[:, [0, 2]], [[1, 2]] * B)
-    noise_BL, _ = inference.draw_noise(process, np.uint32(0), *_given((1, None, 2)))
+    noise_BL, _ = generate_lib.draw_noise(process, np.uint32(0), *_given((1, None, 2)))
     np.testing.assert_array_equal(noise_BL[:, [0, 2]], [[1, 2]] * B)
     if process is MASK_PROCESS:  # the states are in between: masks go, step by step
         masks = [int((x == MASK).sum()) for x in (np.asarray(noise_BL), *(x for _, x in seen))]
@@ -276,7 +280,7 @@ def test_mask_source_never_emits_the_mask(steps, rule):
 
 @pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
 def test_revealed_tokens_stay_with_a_mask_source_only(process):
-    run = inference.make_sampler(FEW_STEP.model, process, "cumulative")
+    run = generate_lib.make_sampler(FEW_STEP.model, process, "cumulative")
     x0_BL = np.full((B, L), MASK, np.int32)
     x0_BL[:, ::2] = 2  # shown, not frozen
     frozen_BL = np.zeros((B, L), bool)
@@ -300,10 +304,10 @@ def test_low_temperature_is_the_mode(weights):
 
 # --------------------------------------------------------------------------------------- compiling
 def test_one_program_for_all_grids_of_a_length_and_all_temperatures():
-    run = inference.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
-    assert inference.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture") is run
-    assert inference.make_sampler(FEW_STEP.model, MASK_PROCESS, "mixture") is not run
-    assert inference.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "euler") is not run
+    run = generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
+    assert generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture") is run
+    assert generate_lib.make_sampler(FEW_STEP.model, MASK_PROCESS, "mixture") is not run
+    assert generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "euler") is not run
     x0_BL, frozen_BL = np.ones((B, L), np.int32), np.zeros((B, L), bool)
     results = [
         np.asarray(run(FEW_STEP.params, jax.random.key(0), x0_BL, frozen_BL, grid, temperature))
@@ -315,7 +319,7 @@ def test_one_program_for_all_grids_of_a_length_and_all_temperatures():
 
 
 def test_generate_compiles_once_for_seeds_templates_and_temperatures():
-    run = inference.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "cumulative", None)
+    run = generate_lib.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "cumulative", None)
     _generate()
     compiled = run._cache_size()
     for seed, given, temperature in ((1, (2,), 0.5), (2**32 - 1, (2, None, 3), 0.7)):
@@ -335,7 +339,7 @@ def test_autoregressive_samples_have_the_networks_distribution(given):
     texts = np.asarray(list(itertools.product(range(3), repeat=3)), np.int32)
     inputs = np.concatenate([np.full((27, 1), 2, np.int32), texts[:, :-1]], axis=1)
     # Without the cache: the whole text at once.
-    apply = jax.jit(models.apply, static_argnums=1)
+    apply = jax.jit(model_lib.apply, static_argnums=1)
     logits = np.asarray(apply(weights.params, weights.model, inputs), np.float64)
     logits = logits / temperature
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -361,9 +365,9 @@ def test_autoregressive_samples_never_hold_the_mask():
 def test_the_cache_gives_the_logits_of_the_whole_text():
     weights = _weights(causal=True, num_blocks=2)
     tokens_BL = np.random.default_rng(0).integers(V, size=(3, L)).astype(np.int32)
-    whole = jax.jit(models.apply, static_argnums=1)(weights.params, weights.model, tokens_BL)
-    decode = jax.jit(models.decode_step, static_argnums=1)
-    cache = models.empty_cache(weights.model, 3, L)
+    whole = jax.jit(model_lib.apply, static_argnums=1)(weights.params, weights.model, tokens_BL)
+    decode = jax.jit(model_lib.decode_step, static_argnums=1)
+    cache = model_lib.empty_cache(weights.model, 3, L)
     for position in range(L):
         logits_BV, cache = decode(
             weights.params, weights.model, tokens_BL[:, position], jnp.int32(position), cache
@@ -373,7 +377,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text():
 
 
 def test_autoregressive_tokens_of_a_seed_are_those_of_its_sampler():
-    run = inference.make_autoregressive_sampler(CAUSAL.model, L)
+    run = generate_lib.make_autoregressive_sampler(CAUSAL.model, L)
     _, key = jax.random.split(jax.random.key(5))  # the first is that of the noise
     first_B = jnp.full((B,), UNIFORM_PROCESS.eos_id)
     wanted = run(CAUSAL.params, key, first_B, jnp.float32(1))
@@ -381,7 +385,7 @@ def test_autoregressive_tokens_of_a_seed_are_those_of_its_sampler():
 
 
 def test_autoregressive_sampler_takes_the_token_before_the_text():
-    run = inference.make_autoregressive_sampler(CAUSAL.model, L)
+    run = generate_lib.make_autoregressive_sampler(CAUSAL.model, L)
     temperature = jnp.float32(1)
     first, other = (
         np.asarray(run(CAUSAL.params, jax.random.key(0), jnp.full((B,), token), temperature))
@@ -395,22 +399,22 @@ def test_autoregressive_sampler_takes_the_token_before_the_text():
 def test_the_observer_draws_the_same_and_says_how_sure_it_was(process):
     steps, temperature, top_p = 3, 0.7, 0.9
     given_BL, frozen_BL = _given([2], num_samples=4)
-    x0_BL, key = inference.draw_noise(process, jnp.uint32(3), given_BL, frozen_BL)
+    x0_BL, key = generate_lib.draw_noise(process, jnp.uint32(3), given_BL, frozen_BL)
     grid_S1 = sampler.uniform_grid(steps)
 
     def run(make):
         arguments = (jax.random.clone(key), x0_BL, frozen_BL, grid_S1, temperature, top_p)
         return make(FEW_STEP.model, process, "cumulative")(FEW_STEP.params, *arguments)
 
-    plain_BL = run(inference.make_sampler)
-    x_BL, seen = run(inference.make_observer)
+    plain_BL = run(generate_lib.make_sampler)
+    x_BL, seen = run(generate_lib.make_observer)
     np.testing.assert_array_equal(x_BL, plain_BL)
     np.testing.assert_array_equal(seen.tokens_SBL[-1], plain_BL)
 
     before_BL = np.asarray(x0_BL)
     for i in range(steps):
         t_B, h_B = np.full(4, grid_S1[i]), np.full(4, 1 / 3, np.float32)
-        logits = np.array(models.apply(FEW_STEP.params, FEW_STEP.model, before_BL, t_B, h_B))
+        logits = np.array(model_lib.apply(FEW_STEP.params, FEW_STEP.model, before_BL, t_B, h_B))
         if process is MASK_PROCESS:  # no step draws it
             logits[..., MASK] = -np.inf
         cut = np.asarray(logits_lib.nucleus(jnp.asarray(logits / temperature), top_p), np.float64)
@@ -431,8 +435,8 @@ def test_the_observer_draws_the_same_and_says_how_sure_it_was(process):
 
 def test_a_program_for_any_number_of_steps_draws_the_same():
     given_BL, frozen_BL = _given([], num_samples=4)
-    x0_BL, key = inference.draw_noise(UNIFORM_PROCESS, jnp.uint32(5), given_BL, frozen_BL)
-    run = inference.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
+    x0_BL, key = generate_lib.draw_noise(UNIFORM_PROCESS, jnp.uint32(5), given_BL, frozen_BL)
+    run = generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
     compiled = run._cache_size()
     for steps in (1, 3, 4):
         grid = sampler.uniform_grid(steps)
@@ -450,11 +454,11 @@ def test_without_cache_the_same_tokens_are_drawn():
     given_BL, frozen_BL = _given([3, 1], num_samples=4)
 
     def run(memory):
-        draw = inference.make_autoregressive_sampler(CAUSAL.model, L, memory=memory)
+        draw = generate_lib.make_autoregressive_sampler(CAUSAL.model, L, memory=memory)
         return draw(CAUSAL.params, jax.random.key(1), first_B, 0.8, given_BL, frozen_BL)
 
     cached, anew = run("cache"), run("none")
     np.testing.assert_array_equal(cached, anew)
     assert (np.asarray(cached)[:, :2] == [3, 1]).all()
     with pytest.raises(ValueError, match="Unknown memory='some'"):
-        inference.make_autoregressive_sampler(CAUSAL.model, L, memory="some")
+        generate_lib.make_autoregressive_sampler(CAUSAL.model, L, memory="some")

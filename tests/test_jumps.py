@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from chance import assert_frequencies
 
-from fsdfm_jax import draws, jumps, schedules
-from fsdfm_jax.jumps import CUMULATIVE, DISPERSED, EULER, MIXTURE, make_finalize, make_jump
-from fsdfm_jax.logits import Factored, dense, rows
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.sources import Source
+from fsdfm_jax.flow import jumps, schedules
+from fsdfm_jax.flow.jumps import CUMULATIVE, DISPERSED, EULER, MIXTURE, make_finalize, make_jump
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.ops import categorical
+from fsdfm_jax.ops.logits import Factored, dense, rows
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "losses.npz")
 N = 50_000
@@ -23,8 +24,8 @@ RULES = [CUMULATIVE, EULER, MIXTURE]
 
 def jump_probability(rule, schedule, logits_BLV, xt_BL, t_B, h_B):
     """P(jump) per position, from the mass that `make_jump` takes; its frequencies are below."""
-    u_BLU = jnp.zeros((*xt_BL.shape, draws.NUMBERS))
-    _, m_BL = draws.pick_other(u_BLU, jnp.asarray(logits_BLV), xt_BL)
+    u_BLU = jnp.zeros((*xt_BL.shape, categorical.NUMBERS))
+    _, m_BL = categorical.pick_other(u_BLU, jnp.asarray(logits_BLV), xt_BL)
     t_B1, h_B1 = (jnp.reshape(jnp.float32(x), (-1, 1)) for x in (t_B, h_B))
     return rule.probability(schedule, t_B1, h_B1, m_BL)
 

@@ -12,16 +12,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fsdfm_jax import layout, losses, sharding
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax.logits import Factored
+from fsdfm_jax.flow import losses
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.ops.logits import Factored
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import rules
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
 def mesh_of(sizes):
-    sizes = dict(zip(layout.AXES, sizes, strict=True))
-    return sharding.make_mesh(ConfigDict(sizes | {"slices": 1}))
+    sizes = dict(zip(rules.AXES, sizes, strict=True))
+    return mesh_lib.make_mesh(ConfigDict(sizes | {"slices": 1}))
 
 
 def laid_out(fn, sizes, *args):
@@ -36,14 +38,14 @@ def laid_out(fn, sizes, *args):
 def test_without_a_mesh_nothing_happens():
     x = jnp.ones((3, 5))
     for result in (
-        layout.constrain(x, "rows", "hidden"),
-        layout.pad_rows(x),
-        layout.gather(x, "head/kernel"),
-        layout.stored(x, "head/kernel"),
+        rules.constrain(x, "rows", "hidden"),
+        rules.pad_rows(x),
+        rules.gather(x, "head/kernel"),
+        rules.stored(x, "head/kernel"),
     ):
         assert result is x
-    assert layout.shards("rows") == layout.shards("positions") == layout.shards(None) == 1
-    text = jax.make_jaxpr(lambda x: layout.gather(layout.pad_rows(x), "head/kernel"))(x)
+    assert rules.shards("rows") == rules.shards("positions") == rules.shards(None) == 1
+    text = jax.make_jaxpr(lambda x: rules.gather(rules.pad_rows(x), "head/kernel"))(x)
     assert "constraint" not in str(text)
 
 
@@ -51,7 +53,7 @@ def test_without_a_mesh_nothing_happens():
 def test_shards(sizes):
     data, fsdp, tensor = sizes
     with jax.set_mesh(mesh_of(sizes)):
-        got = {name: layout.shards(name) for name in layout.ACTIVATIONS}
+        got = {name: rules.shards(name) for name in rules.ACTIVATIONS}
     assert got == {
         "rows": data * fsdp,
         "heads": tensor,
@@ -66,7 +68,7 @@ def test_shards(sizes):
 
 def test_activations_lie_where_their_names_say():
     x = jnp.arange(8.0 * 4 * 6 * 5).reshape(8, 4, 6, 5)
-    double = lambda *names: lambda x: layout.constrain(x, *names) * 2
+    double = lambda *names: lambda x: rules.constrain(x, *names) * 2
     for names, want in [
         (("rows",), (("data", "fsdp"), None, None, None)),
         (("rows", "heads"), (("data", "fsdp"), "tensor", None, None)),
@@ -80,17 +82,17 @@ def test_activations_lie_where_their_names_say():
 
 def test_a_dimension_that_does_not_divide_is_left_to_the_compiler():
     x = jnp.ones((3, 4))
-    got, spec = laid_out(lambda x: layout.constrain(x, "rows", "heads") * 2, (2, 2, 2), x)
+    got, spec = laid_out(lambda x: rules.constrain(x, "rows", "heads") * 2, (2, 2, 2), x)
     assert spec[1] == "tensor"
     np.testing.assert_array_equal(got, 2 * x)
 
 
 def test_padding_repeats_the_last_row():
     x = jnp.arange(12).reshape(6, 2)
-    got, spec = laid_out(layout.pad_rows, (2, 2, 2), x)
+    got, spec = laid_out(rules.pad_rows, (2, 2, 2), x)
     assert spec[0] == ("data", "fsdp")
     np.testing.assert_array_equal(got, [*x.tolist(), [10, 11], [10, 11]])
-    got, _ = laid_out(layout.pad_rows, (2, 2, 2), x[:4])
+    got, _ = laid_out(rules.pad_rows, (2, 2, 2), x[:4])
     np.testing.assert_array_equal(got, x[:4])
 
 
@@ -111,10 +113,10 @@ def test_a_weight_is_gathered_and_its_gradient_goes_back(path, shape, stored, us
         rng.standard_normal(shape).astype(np.float32), NamedSharding(mesh, stored)
     )
     with jax.set_mesh(mesh):
-        whole = jax.jit(lambda w: layout.gather(w, path))(weight)
+        whole = jax.jit(lambda w: rules.gather(w, path))(weight)
         # The loss sums over rows that are spread: so must the gradient.
-        rows = jax.device_put(np.arange(8.0, dtype=np.float32), sharding.batch_sharding(mesh))
-        loss = lambda w, x: jnp.sum(jax.vmap(lambda a: a * jnp.sin(layout.gather(w, path)))(x))
+        rows = jax.device_put(np.arange(8.0, dtype=np.float32), mesh_lib.batch_sharding(mesh))
+        loss = lambda w, x: jnp.sum(jax.vmap(lambda a: a * jnp.sin(rules.gather(w, path)))(x))
         gradient = jax.jit(jax.grad(loss))(weight, rows)
     assert whole.sharding.is_equivalent_to(NamedSharding(mesh, P(*used)), len(shape))
     np.testing.assert_array_equal(whole, weight)
@@ -126,8 +128,8 @@ def test_one_block_out_of_a_stack_lies_as_the_stack_does():
     mesh, path = mesh_of((2, 2, 2)), "blocks/q_proj/kernel"
     stack = jax.device_put(np.ones((2, 16, 24), np.float32), NamedSharding(mesh, P(None, "fsdp")))
     with jax.set_mesh(mesh):
-        block = jax.jit(lambda w: layout.gather(w[0], path))(stack)
-        gradient = jax.jit(jax.grad(lambda w: jnp.sum(layout.gather(w, path) ** 2)))(stack[0])
+        block = jax.jit(lambda w: rules.gather(w[0], path))(stack)
+        gradient = jax.jit(jax.grad(lambda w: jnp.sum(rules.gather(w, path) ** 2)))(stack[0])
     assert block.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "tensor")), 2)
     assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", "tensor")), 2)
 
@@ -136,8 +138,8 @@ def test_gradients_lie_as_parameters_do():
     mesh = mesh_of((2, 2, 2))
     tree = {"head": {"kernel": jnp.ones((16, 11))}, "final_norm": {"scale": jnp.ones(16)}}
     with jax.set_mesh(mesh):
-        placed = jax.jit(lambda tree: layout.like_parameters(jax.tree.map(jnp.sin, tree)))(tree)
-    want = sharding.state_shardings(mesh, tree)
+        placed = jax.jit(lambda tree: rules.like_parameters(jax.tree.map(jnp.sin, tree)))(tree)
+    want = mesh_lib.state_shardings(mesh, tree)
     same = lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert jax.tree.all(jax.tree.map(same, placed, want))
 
@@ -149,7 +151,7 @@ def head_loss(logits, xt_BL, x1_BL, weight_BL, *, num_rows):
     return logits_lib.mean_loss(
         losses.path_loss,
         logits_lib.pad_rows(logits),
-        *(layout.pad_rows(x) for x in (xt_BL, x1_BL, weight_BL)),
+        *(rules.pad_rows(x) for x in (xt_BL, x1_BL, weight_BL)),
         num_rows=num_rows,
     )
 
@@ -182,12 +184,12 @@ def test_the_loss_of_the_head_on_a_mesh(sizes, rows):
     mesh = mesh_of(sizes)
 
     def spread(logits, *others):
-        rule = layout.spec_for("head/kernel")
+        rule = rules.spec_for("head/kernel")
         kernel = jax.device_put(logits.kernel_DV, NamedSharding(mesh, rule))
-        is_even = rows % sharding.row_shards(mesh) == 0
-        even = sharding.batch_sharding(mesh) if is_even else sharding.whole(mesh)
+        is_even = rows % mesh_lib.row_shards(mesh) == 0
+        even = mesh_lib.batch_sharding(mesh) if is_even else mesh_lib.whole(mesh)
         others = [jax.device_put(x, even) for x in (logits.features_BLD, *others)]
-        bias = jax.device_put(logits.bias_V, sharding.whole(mesh))
+        bias = jax.device_put(logits.bias_V, mesh_lib.whole(mesh))
         placed = Factored(others[0], kernel, bias, chunk_size=logits.chunk_size)
         return placed, *others[1:]
 
@@ -210,6 +212,6 @@ def test_chunks_go_by_what_a_device_holds(sizes, rounds):
     """Half a position of all 16 rows fits one device: four positions fit eight of them."""
     inputs = head_inputs(16, 96, chunk=8)
     loss = functools.partial(head_loss, num_rows=16)
-    with sharding.use(mesh_of(sizes)) if sizes else contextlib.nullcontext():
+    with mesh_lib.use(mesh_of(sizes)) if sizes else contextlib.nullcontext():
         jaxpr = str(jax.make_jaxpr(loss)(*inputs))
     assert re.findall(r"length=(\d+)", jaxpr) == [str(rounds)]

@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fsdfm_jax import beam_prepare
-from fsdfm_jax import corpus as corpus_lib
-from fsdfm_jax import data as data_lib
-from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.data import beam
+from fsdfm_jax.data import corpus as corpus_lib
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
 
 FINEWEB = pyarrow.schema(
     [
@@ -146,7 +146,7 @@ def test_unknown_layout(tmp_path):
 
 def _spec(root, corpus, **changes):
     tokenizer_lib.train_bpe([], 257).save(root / "tokenizer.json")
-    spec = data_lib.DataSpec(
+    spec = prepared_lib.DataSpec(
         corpus=str(corpus),
         text_field="text",
         tokenizer=f"{root}/tokenizer.json",
@@ -170,7 +170,7 @@ def _text(data, split):
 def test_fineweb_is_prepared(tmp_path):
     _fineweb(tmp_path / "sample" / "10BT")
     spec = _spec(tmp_path, tmp_path / "sample" / "10BT" / "*.parquet")
-    data = beam_prepare.prepare(spec, tmp_path / "data", _in_turn, group_bytes=3000)
+    data = beam.prepare(spec, tmp_path / "data", _in_turn, group_bytes=3000)
     counts = data.manifest["splits"]
     assert counts["train"]["documents"] + counts["validation"]["documents"] == 150
     assert counts["validation"]["documents"] > 0
@@ -187,9 +187,9 @@ def test_wikitext_is_prepared_with_its_own_validation(tmp_path, engine):
         validation=f"{tmp_path}/raw/wiki.valid.tokens",
     )
     if engine == "local":
-        data = data_lib.prepare(spec, tmp_path / "data")
+        data = prepared_lib.prepare(spec, tmp_path / "data")
     else:
-        data = beam_prepare.prepare(spec, tmp_path / "data", _in_turn)
+        data = beam.prepare(spec, tmp_path / "data", _in_turn)
     counts = data.manifest["splits"]
     assert (counts["train"]["documents"], counts["validation"]["documents"]) == (3, 1)
     assert counts["train"]["tokens"] == sum(len(text.encode()) + 1 for text in TEXTS)

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import jumps, losses
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax.logits import Factored, average, dense, divide, map_positions, mean_loss
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.sources import Source
+from fsdfm_jax.flow import jumps, losses
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.ops.logits import Factored, average, dense, divide, map_positions, mean_loss
 
 D = 6
 

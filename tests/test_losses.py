@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsdfm_jax import losses, schedules
-from fsdfm_jax.losses import distillation_loss, forward_kl, jensen_shannon, path_loss
-from fsdfm_jax.schedules import Polynomial
+from fsdfm_jax.flow import losses, schedules
+from fsdfm_jax.flow.losses import distillation_loss, forward_kl, jensen_shannon, path_loss
+from fsdfm_jax.flow.schedules import Polynomial
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "losses.npz")
 XT, X1 = GOLDEN["xt"].astype(np.int32), GOLDEN["x1"].astype(np.int32)

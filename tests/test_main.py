@@ -20,8 +20,13 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import checkpoint, data, main, models, sharding, stages, workdir
+from fsdfm_jax import main, stages
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import autoregressive
+from fsdfm_jax.training import checkpoint, recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
@@ -240,8 +245,8 @@ def test_check_gives_each_run_its_recipe(tmp_path):
     assert [entry.run for entry in pipeline] == ["pretrain", "refine", "refine_2"]
     assert list(recipes) == ["pretrain", "refine", "refine_2"]
     assert recipes["pretrain"]["base"] is None
-    assert recipes["refine"]["base"] == workdir.digest(recipes["pretrain"])
-    assert recipes["refine_2"]["base"] == workdir.digest(recipes["refine"])
+    assert recipes["refine"]["base"] == recipe.digest(recipes["pretrain"])
+    assert recipes["refine_2"]["base"] == recipe.digest(recipes["refine"])
     assert mesh.shape["data"] == 8
 
 
@@ -307,13 +312,13 @@ def test_stages_are_trained_to_their_end(finished):
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)
-    assert workdir.load_config(folder).model.width == 16
+    assert recipe.load_config(folder).model.width == 16
 
 
 def test_base_weights_reach_the_next_stage(finished):
     """One Adam step of learning rate 1e-2 moves no weight by more than 1e-2 (1 + decay)."""
     folder, _ = finished
-    base_params = workdir.load_weights(folder / "stages" / "pretrain").params
+    base_params = recipe.load_weights(folder / "stages" / "pretrain").params
     params = checkpoint.restore_part(folder / "stages" / "step_aware" / "checkpoints", ("params",))
     kernel, then = params["params"]["head"]["kernel"], base_params["head"]["kernel"]
     distance = float(np.abs(np.asarray(kernel) - np.asarray(then)).max())
@@ -340,8 +345,8 @@ def test_running_again_changes_nothing(world, finished):
 def test_figures_can_be_recomputed_from_the_saved_samples(finished):
     """Aggregation A and entropy, by the judge's own token losses and NumPy."""
     folder, _ = finished
-    judge = workdir.load_weights(folder / "stages" / "autoregressive")
-    eos_id = data.load(folder / "data").tokenizer.eos_id
+    judge = recipe.load_weights(folder / "stages" / "autoregressive")
+    eos_id = prepared_lib.load(folder / "data").tokenizer.eos_id
     losses = jax.jit(lambda x1: autoregressive.token_losses(judge.params, judge.model, eos_id, x1))
     for row in _results(folder)["rows"]:
         tokens_NL = _samples(folder, row)
@@ -476,11 +481,11 @@ def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp
     shutil.copytree(finished[0] / "data", tmp_path / "run" / "data")
     config = _config(world.corpus, pipeline="pretrain")
     (entry,), recipes, _ = main.check(config, tmp_path / "run")
-    model = workdir.load_weights(finished[0] / "stages" / "pretrain").model
-    metadata = workdir.make_metadata(
+    model = recipe.load_weights(finished[0] / "stages" / "pretrain").model
+    metadata = recipe.make_metadata(
         config, entry, model, the_recipe=recipes["pretrain"], tokenizer="another", data="another"
     )
-    directory = workdir.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
+    directory = recipe.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
     with checkpoint.Checkpoints(directory, retention=checkpoint.Retention()) as checkpoints:
         checkpoints.save(2, {"params": {"w": np.zeros(2)}}, metadata)
     # Whatever else is wrong with that checkpoint, this is what has to be said.
@@ -521,7 +526,7 @@ def test_a_guided_run_trains_its_guide_once(world, tmp_path, monkeypatch):
     *others, guide = guides  # of pretrain, of the guide itself, of distill
     assert others == [None, None]
     for weights, run in ((guide.strong, "pretrain"), (guide.weak, "guide_2")):
-        saved = workdir.load_weights(runs / run).params
+        saved = recipe.load_weights(runs / run).params
         jax.tree.map(np.testing.assert_array_equal, weights, saved)
     made = _files(runs / "guide_2")
     _run_here(monkeypatch, config, tmp_path)
@@ -535,24 +540,24 @@ def test_a_guided_run_trains_its_guide_once(world, tmp_path, monkeypatch):
 def _pairs(folder, monkeypatch, step=3, **changes):
     """The pairs of a refine run."""
     config = _config("texts", pipeline="pretrain,refine", **changes)
-    process = stages.make_process(config.path, num_tokens=11, eos_id=0)
+    process = process_lib.make_process(config.path, num_tokens=11, eos_id=0)
     model = stages.model_config("pretrain", config.model, vocab_size=11)
-    params = jax.jit(lambda key: models.init_params(key, model))(jax.random.key(0))
+    params = jax.jit(lambda key: model_lib.init_params(key, model))(jax.random.key(0))
     params = jax.device_put(params, jax.devices()[0])
-    weights = workdir.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
+    weights = recipe.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
 
     def load_weights(directory, *, mesh, **_):
-        places = sharding.state_shardings(mesh, weights.params)
+        places = mesh_lib.state_shardings(mesh, weights.params)
         return weights._replace(params=jax.device_put(weights.params, places))
 
-    monkeypatch.setattr(workdir, "load_weights", load_weights)
-    monkeypatch.setattr(workdir, "weights_metadata", lambda *_, **__: (step, weights.metadata))
+    monkeypatch.setattr(recipe, "load_weights", load_weights)
+    monkeypatch.setattr(recipe, "weights_metadata", lambda *_, **__: (step, weights.metadata))
     prepared = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(fingerprint="tokens"), fingerprint="text", block_length=8
     )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = mesh_lib.make_mesh(config.mesh)
     assert mesh.size == 8
-    entry = workdir.Entry("refine", "refine", folder / "stages" / "pretrain")
+    entry = recipe.Entry("refine", "refine", folder / "stages" / "pretrain")
     with jax.set_mesh(mesh):
         return main.make_pairs(entry, config, process, prepared, mesh, folder)
 

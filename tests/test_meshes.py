@@ -16,10 +16,14 @@ import tables
 from benchmarks import meshes
 from benchmarks.meshes import Case
 from configs import base
-from fsdfm_jax import inference, models, ngrams, sampler, sharding
 from fsdfm_jax.evaluate import draw
-from fsdfm_jax.evaluate.points import Point
-from fsdfm_jax.evaluate.subjects import Subject
+from fsdfm_jax.evaluate.models import Subject
+from fsdfm_jax.evaluate.plan import Point
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import refine
 
 TOLERANCE = 1e-5
@@ -90,26 +94,26 @@ def a_network(name, vocab_size=11):
     """(network, process, parameters) of a stage, with sharp predictions."""
     stage, process, _ = meshes.make_stage(Case(name, vocab_size=vocab_size))
     rng = np.random.default_rng(1)
-    fresh = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    fresh = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
     noise = lambda leaf: 0.4 * rng.standard_normal(leaf.shape).astype(np.float32)
     return stage.model, process, jax.tree.map(noise, fresh)
 
 
 def few_steps(vocab_size=11, jump="cumulative", strength=0.0):
     model, process, params = a_network("distill", vocab_size)
-    run = inference.make_sampler(model, process, jump)
+    run = generate_lib.make_sampler(model, process, jump)
     noise_key, key = jax.random.split(jax.random.key(3))
     x0_BL = process.source.sample(noise_key, (ROWS, LENGTH))
     frozen_BL = jnp.zeros(x0_BL.shape, bool).at[:, 0].set(True)
     table = ngrams.table(tables.counts(vocab_size), vocab_size) if strength else None
-    heeded = inference.make_neighbours(strength, table, jump)
+    heeded = generate_lib.make_neighbours(strength, table, jump)
     how = (jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95, None, 0.0, 0.0, heeded)
     return run, params, (key, x0_BL, frozen_BL, *how)
 
 
 def left_to_right(memory="cache"):
     model, process, params = a_network("autoregressive")
-    run = inference.make_autoregressive_sampler(model, LENGTH, memory=memory)
+    run = generate_lib.make_autoregressive_sampler(model, LENGTH, memory=memory)
     first_B = jnp.full((ROWS,), process.eos_id, jnp.int32)
     return run, params, (jax.random.key(3), first_B, jnp.float32(1.0))
 
@@ -135,9 +139,9 @@ KINDS = {
 
 def drawn(sizes, kind):
     run, params, inputs = KINDS[kind]()
-    with sharding.use(meshes.make_mesh(sizes)):
+    with mesh_lib.use(meshes.make_mesh(sizes)):
         if max(sizes) > 1:
-            params = sharding.spread(params)
+            params = mesh_lib.spread(params)
             assert len(params["head"]["kernel"].sharding.device_set) == 8
         return np.asarray(run(params, *inputs))
 
@@ -188,8 +192,8 @@ def test_evaluation_draws_the_same_on_a_mesh(sizes, neighbours):
     found = []
     for where in ((1, 1, 1), sizes):
         draw._compile.cache_clear()
-        with sharding.use(meshes.make_mesh(where)):
-            spread = sharding.spread(params)
+        with mesh_lib.use(meshes.make_mesh(where)):
+            spread = mesh_lib.spread(params)
             subject = Subject("distill", "distill", spread, model, process, None, {})
             subject = subject._replace(read_table=lambda: table)
             done = draw.draw(point, subject, given, batch_size=3, room=2)
@@ -203,7 +207,7 @@ def test_fresh_parameters_do_not_depend_on_the_mesh():
     make = lambda key: stage.init_params(key, None)
     want = jax.jit(make)(jax.random.key(0))
     mesh = meshes.make_mesh((1, 2, 4))
-    places = sharding.state_shardings(mesh, want)
+    places = mesh_lib.state_shardings(mesh, want)
     with jax.set_mesh(mesh):
         got = jax.jit(make, out_shardings=places)(jax.random.key(0))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)

@@ -10,9 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fsdfm_jax import data as data_lib
-from fsdfm_jax import mixture as mixture_lib
-from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.data import mixture as mixture_lib
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
 
 LENGTH = 8
 
@@ -102,7 +102,7 @@ def test_as_a_sequence_it_has_at_least_one_block_and_none_twice(weights, sizes):
 
 
 def _batches(mixed, **changes):
-    return data_lib.Batches(mixed, **({"batch_size": 10, "seed": 4} | changes))
+    return prepared_lib.Batches(mixed, **({"batch_size": 10, "seed": 4} | changes))
 
 
 def test_batches_are_pure_and_have_the_shares_of_the_weights():
@@ -132,7 +132,7 @@ def test_sources_of_one_size_are_shuffled_apart():
 
 
 def _spec(corpus, **changes):
-    spec = data_lib.DataSpec(
+    spec = prepared_lib.DataSpec(
         corpus=str(corpus),
         text_field="text",
         tokenizer=str(pathlib.Path(corpus).with_name("tokenizer.json")),
@@ -152,7 +152,7 @@ def folders(tmp_path_factory):
         texts = [f"this text has the number {i}" for i in range(count)]
         lines = [json.dumps({"text": text if name == "a" else text.upper()}) for text in texts]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
-        data_lib.prepare(_spec(root / f"{name}.jsonl"), root / name)
+        prepared_lib.prepare(_spec(root / f"{name}.jsonl"), root / name)
     return root
 
 
@@ -163,11 +163,11 @@ def _mixed_spec(folders, weights="a=3,b=1", **changes):
 
 def test_a_mixture_is_a_prepared_folder(folders, tmp_path):
     spec = _mixed_spec(folders)
-    data = data_lib.prepare(spec, tmp_path / "mixed")
-    members = [data_lib.load(folders / name) for name in "ab"]
+    data = prepared_lib.prepare(spec, tmp_path / "mixed")
+    members = [prepared_lib.load(folders / name) for name in "ab"]
     assert data.tokenizer.fingerprint == members[0].tokenizer.fingerprint
     assert data.block_length == LENGTH
-    for split in data_lib.SPLITS:
+    for split in prepared_lib.SPLITS:
         source = data.source(split)
         assert len(source) == data.num_blocks(split) > 0
         # Three of four blocks are of the first folder, up to what is there.
@@ -176,9 +176,11 @@ def test_a_mixture_is_a_prepared_folder(folders, tmp_path):
         from_a = sum(row in rows[0] for row in found)
         assert from_a == len(source) * 3 // 4
         assert sum(row in rows[1] for row in found) >= len(found) - from_a
-    again = data_lib.load(tmp_path / "mixed")
+    again = prepared_lib.load(tmp_path / "mixed")
     assert (
-        again.fingerprint == data.fingerprint == data_lib.prepare(spec, again.directory).fingerprint
+        again.fingerprint
+        == data.fingerprint
+        == prepared_lib.prepare(spec, again.directory).fingerprint
     )
     assert again.verify() == sum(member.verify() for member in members) == 4
     np.testing.assert_array_equal(_all(again.source("train")), _all(data.source("train")))
@@ -192,7 +194,7 @@ def test_fingerprint_of_a_mixture(folders, tmp_path):
     names = (f"m{i}" for i in itertools.count())
 
     def fingerprint(root, weights):
-        return data_lib.prepare(_mixed_spec(root, weights), tmp_path / next(names)).fingerprint
+        return prepared_lib.prepare(_mixed_spec(root, weights), tmp_path / next(names)).fingerprint
 
     first = fingerprint(folders, "a=3,b=1")
     assert fingerprint(folders, "a=3,b=2") != first
@@ -204,38 +206,38 @@ def test_fingerprint_of_a_mixture(folders, tmp_path):
 
 def test_a_mixture_follows_folders_that_were_moved(folders, tmp_path):
     shutil.copytree(folders, tmp_path / "old")
-    first = data_lib.prepare(_mixed_spec(tmp_path / "old"), tmp_path / "mixed")
+    first = prepared_lib.prepare(_mixed_spec(tmp_path / "old"), tmp_path / "mixed")
     (tmp_path / "old").rename(tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="old/a .* or name its new place in data.mixture"):
-        data_lib.load(tmp_path / "mixed")
-    moved = data_lib.prepare(_mixed_spec(tmp_path / "new"), tmp_path / "mixed")
+        prepared_lib.load(tmp_path / "mixed")
+    moved = prepared_lib.prepare(_mixed_spec(tmp_path / "new"), tmp_path / "mixed")
     assert moved.fingerprint == first.fingerprint
     assert [member.directory.parent.name for member in moved.members] == ["new", "new"]
-    assert data_lib.vocab_size(_mixed_spec(tmp_path / "new")) == moved.tokenizer.vocab_size
+    assert prepared_lib.vocab_size(_mixed_spec(tmp_path / "new")) == moved.tokenizer.vocab_size
     with pytest.raises(ValueError, match=r"data\.mixture is .*a=1.* but the folder has .*a=3"):
-        data_lib.prepare(_mixed_spec(tmp_path / "old", "a=1,b=1"), tmp_path / "mixed")
+        prepared_lib.prepare(_mixed_spec(tmp_path / "old", "a=1,b=1"), tmp_path / "mixed")
 
 
 def test_a_mixture_of_relative_folders_follows_them(folders, tmp_path, monkeypatch):
     shutil.copytree(folders, tmp_path / "old" / "folders")
     monkeypatch.chdir(tmp_path / "old")
     spec = _mixed_spec("folders")
-    first = data_lib.prepare(spec, "mixed")
+    first = prepared_lib.prepare(spec, "mixed")
     (tmp_path / "old").rename(tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
-    assert data_lib.prepare(spec, "mixed").fingerprint == first.fingerprint
+    assert prepared_lib.prepare(spec, "mixed").fingerprint == first.fingerprint
 
 
 def test_mixtures_that_are_refused(folders, tmp_path):
     def prepare(spec, name="mixed"):
-        return data_lib.prepare(spec, tmp_path / name)
+        return prepared_lib.prepare(spec, tmp_path / name)
 
     with pytest.raises(FileNotFoundError, match="no prepared data in .*nowhere"):
         prepare(_mixed_spec(folders, "a=1,nowhere=1"))
     with pytest.raises(ValueError, match="a has blocks of 8 tokens, but data.block_length is 16"):
         prepare(_mixed_spec(folders, block_length=16))
     other = _spec(folders / "b.jsonl", tokenizer="bpe", vocab_size=258)
-    data_lib.prepare(other, folders / "c")
+    prepared_lib.prepare(other, folders / "c")
     with pytest.raises(ValueError, match=r"c has tokenizer \w+, but .*a has \w+; prepare it with"):
         prepare(_mixed_spec(folders, "a=1,c=1"))
     data = prepare(_mixed_spec(folders))
@@ -249,17 +251,17 @@ def test_mixtures_that_are_refused(folders, tmp_path):
 def test_a_member_that_changed_or_lost_a_file(folders, tmp_path):
     shutil.copytree(folders, tmp_path / "own")
     spec = _mixed_spec(tmp_path / "own")
-    data_lib.prepare(spec, tmp_path / "mixed")
+    prepared_lib.prepare(spec, tmp_path / "mixed")
     shard = next((tmp_path / "own" / "b").rglob("*train.array_record*"))
     shard.rename(tmp_path / "away")
     with pytest.raises(
         ValueError, match=rf"b is damaged: .*{shard.name} is missing; put the files"
     ):
-        data_lib.load(tmp_path / "mixed")
+        prepared_lib.load(tmp_path / "mixed")
     shutil.rmtree(tmp_path / "own" / "b")
-    data_lib.prepare(_spec(tmp_path / "own" / "b.jsonl", holdout=0.4), tmp_path / "own" / "b")
+    prepared_lib.prepare(_spec(tmp_path / "own" / "b.jsonl", holdout=0.4), tmp_path / "own" / "b")
     with pytest.raises(ValueError, match=r"mixture with data \w+, but .*b has \w+ now; put back"):
-        data_lib.load(tmp_path / "mixed")
+        prepared_lib.load(tmp_path / "mixed")
 
 
 def test_keys_without_effect_make_no_difference(folders):

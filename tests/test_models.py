@@ -12,16 +12,16 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import models
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.ops import logits as logits_lib
 
-SMALL = models.ModelConfig(vocab_size=19, width=16, num_blocks=2, num_heads=2, cond_width=8)
+SMALL = model_lib.ModelConfig(vocab_size=19, width=16, num_blocks=2, num_heads=2, cond_width=8)
 # Nothing divides anything else by accident: a wrong reshape or split order cannot cancel.
-ODD = models.ModelConfig(vocab_size=29, width=24, num_blocks=3, num_heads=4, cond_width=10)
+ODD = model_lib.ModelConfig(vocab_size=29, width=24, num_blocks=3, num_heads=4, cond_width=10)
 CONDITIONINGS = ("none", "official", "additive")
 
-run = jax.jit(models.apply, static_argnums=1)
-init = jax.jit(models.init_params, static_argnums=1)
+run = jax.jit(model_lib.apply, static_argnums=1)
+init = jax.jit(model_lib.init_params, static_argnums=1)
 
 
 def causal(cfg):
@@ -33,7 +33,7 @@ def conditioned(cfg, conditioning):
 
 
 def shapes(cfg):
-    return jax.eval_shape(lambda: models.init_params(jax.random.key(0), cfg))
+    return jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), cfg))
 
 
 def noise_params(cfg, seed=0):
@@ -183,8 +183,8 @@ def test_scan_is_a_loop_over_blocks(kind):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     cond = None if cfg.causal else np_condition(p, kind, t_B, h_B)
     adaln = p["blocks"].get("adaln")
-    rotary = models._rotary(jnp.arange(13), cfg.head_width)
-    block = jax.jit(models._Block(cfg, train=False).apply)
+    rotary = model_lib._rotary(jnp.arange(13), cfg.head_width)
+    block = jax.jit(model_lib._Block(cfg, train=False).apply)
     x = params["vocab_embed"]["embedding"][x_BL]
     for n in range(cfg.num_blocks):
         one = jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"])
@@ -211,8 +211,10 @@ def test_scan_is_a_loop_over_blocks(kind):
     ids=["0.17B", "1.3B", "1.7B"],
 )
 def test_parameter_counts_of_the_paper(width, num_blocks, num_heads, cond_width, base, official):
-    cfg = models.ModelConfig(50_257, width, num_blocks, num_heads, cond_width)
-    counts = {kind: models.count_params(shapes(conditioned(cfg, kind))) for kind in CONDITIONINGS}
+    cfg = model_lib.ModelConfig(50_257, width, num_blocks, num_heads, cond_width)
+    counts = {
+        kind: model_lib.count_params(shapes(conditioned(cfg, kind))) for kind in CONDITIONINGS
+    }
     assert f"{counts['none'] / 1e6:.2f}" == base
     assert f"{counts['official'] / 1e6:.2f}" == official
     # One embedder of 256 sinusoids and P, nothing per block.
@@ -273,16 +275,16 @@ def test_additive_tells_small_widths_apart_and_takes_zero():
     separation = np.abs(at(2.0**-10) - at(2.0**-9)).mean()
     assert separation > 0.1 * np.abs(at(1.0) - at(0.5)).mean()
     assert jnp.isfinite(at(0.0)).all()
-    np.testing.assert_array_equal(at(0.0), at(models.SMALLEST_WIDTH))
+    np.testing.assert_array_equal(at(0.0), at(model_lib.SMALLEST_WIDTH))
 
 
-@pytest.mark.parametrize("dtype", models.DTYPES)
+@pytest.mark.parametrize("dtype", model_lib.DTYPES)
 def test_added_conditioning_starts_as_the_base_model_bitwise(dtype):
     base_cfg = dataclasses.replace(SMALL, dtype=dtype)
     cfg = conditioned(base_cfg, "additive")
     base = noise_params(base_cfg)
     fresh = init(jax.random.key(0), cfg)
-    params = models.add_conditioning(base, fresh)
+    params = model_lib.add_conditioning(base, fresh)
     assert jax.tree.structure(params) == jax.tree.structure(fresh)
     x_BL, t_B, h_B = inputs(cfg)
     want = run(base, base_cfg, x_BL, t_B)
@@ -294,9 +296,9 @@ def test_added_conditioning_starts_as_the_base_model_bitwise(dtype):
 def test_gradient_reaches_dt_proj_at_the_start():
     cfg = conditioned(SMALL, "additive")
     fresh = init(jax.random.key(0), cfg)
-    params = models.add_conditioning(noise_params(SMALL), fresh)
+    params = model_lib.add_conditioning(noise_params(SMALL), fresh)
     x_BL, t_B, h_B = inputs(cfg)
-    loss = lambda p: jnp.sum(jnp.sin(models.apply(p, cfg, x_BL, t_B, h_B)))
+    loss = lambda p: jnp.sum(jnp.sin(model_lib.apply(p, cfg, x_BL, t_B, h_B)))
     grads = jax.jit(jax.grad(loss))(params)
     assert jnp.linalg.norm(grads["dt_proj"]["kernel"]) > 1e-2
     assert (grads["dt_proj"]["kernel"] != 0).mean() > 0.9
@@ -307,7 +309,7 @@ def test_gradient_reaches_dt_proj_at_the_start():
 def test_add_conditioning_names_what_does_not_fit():
     fresh = shapes(conditioned(SMALL, "additive"))
     with pytest.raises(ValueError, match="same model config") as error:
-        models.add_conditioning(shapes(dataclasses.replace(SMALL, vocab_size=20)), fresh)
+        model_lib.add_conditioning(shapes(dataclasses.replace(SMALL, vocab_size=20)), fresh)
     text = str(error.value)
     assert "/vocab_embed/embedding: (20, 16) in the base, (19, 16) expected" in text
     assert "/head/bias" in text
@@ -316,7 +318,7 @@ def test_add_conditioning_names_what_does_not_fit():
 
     official = shapes(conditioned(SMALL, "official"))
     with pytest.raises(ValueError, match="only in the base") as error:
-        models.add_conditioning(official, fresh)
+        model_lib.add_conditioning(official, fresh)
     text = str(error.value)
     assert "/time_condition_fuser: only in the base" in text
     assert "/blocks/adaln/condition_fuser: only in the base" in text
@@ -324,22 +326,22 @@ def test_add_conditioning_names_what_does_not_fit():
     base = shapes(SMALL)
     base["head"] = base["head"]["kernel"]
     with pytest.raises(ValueError, match=r"/head: a group of parameters in one, an array"):
-        models.add_conditioning(base, fresh)
+        model_lib.add_conditioning(base, fresh)
     base = shapes(SMALL)
     base["final_norm"]["LayerNorm_0"]["scale"] = {"deeper": base["head"]["bias"]}
     with pytest.raises(ValueError, match=r"/final_norm/LayerNorm_0/scale: a group"):
-        models.add_conditioning(base, fresh)
+        model_lib.add_conditioning(base, fresh)
 
 
 @pytest.mark.parametrize("conditioning", ["additive", "official"])
 def test_add_conditioning_takes_complete_diffusion_networks_only(conditioning):
     fresh = shapes(conditioned(SMALL, conditioning))
     with pytest.raises(ValueError, match="/time_embedding: missing in the base"):
-        models.add_conditioning(shapes(dataclasses.replace(SMALL, causal=True)), fresh)
+        model_lib.add_conditioning(shapes(dataclasses.replace(SMALL, causal=True)), fresh)
     headless = shapes(SMALL)
     del headless["head"]
     with pytest.raises(ValueError, match="/head: missing in the base"):
-        models.add_conditioning(headless, fresh)
+        model_lib.add_conditioning(headless, fresh)
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -373,8 +375,8 @@ def test_rotary_scores_depend_on_distance_only():
     length, head = 300, 16
     rng = np.random.default_rng(0)
     same = lambda: jnp.broadcast_to(rng.standard_normal(head).astype(np.float32), (length, head))
-    rotary = models._rotary(jnp.arange(length), head)
-    q, k = (models._rotate(same()[None, None], rotary)[0, 0] for _ in range(2))
+    rotary = model_lib._rotary(jnp.arange(length), head)
+    q, k = (model_lib._rotate(same()[None, None], rotary)[0, 0] for _ in range(2))
     scores = np.asarray(q @ k.T)
     for distance in (-250, -7, 0, 1, 60):
         diagonal = np.diagonal(scores, distance)
@@ -382,8 +384,8 @@ def test_rotary_scores_depend_on_distance_only():
         np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-3)
     assert np.std(scores[0]) > 0.3  # and on distance it does depend
     np.testing.assert_allclose(np.linalg.norm(q, axis=1), np.linalg.norm(q[0]), rtol=1e-5)
-    shifted = models._rotary(jnp.arange(length) + 40, head)
-    for table, part in zip(shifted, models._rotary(jnp.arange(40, 340), head), strict=True):
+    shifted = model_lib._rotary(jnp.arange(length) + 40, head)
+    for table, part in zip(shifted, model_lib._rotary(jnp.arange(40, 340), head), strict=True):
         np.testing.assert_array_equal(table, part)
 
 
@@ -403,11 +405,11 @@ def test_remat_changes_nothing_but_memory(attention):
     params, args = noise_params(cfg), inputs(cfg, batch=2, length=6)
 
     def traced(cfg):
-        loss = lambda p, key: jnp.sum(jnp.sin(models.apply(p, cfg, *args, key=key)))
+        loss = lambda p, key: jnp.sum(jnp.sin(model_lib.apply(p, cfg, *args, key=key)))
         return jax.jit(jax.value_and_grad(loss)).trace(params, jax.random.key(3))
 
     results, dots = {}, {}
-    for remat in models.REMATS:
+    for remat in model_lib.REMATS:
         program = traced(dataclasses.replace(cfg, remat=remat))
         dots[remat] = count_dots(program.jaxpr.jaxpr)
         results[remat] = program.lower().compile()(params, jax.random.key(3))
@@ -426,7 +428,9 @@ def test_remat_changes_nothing_but_memory(attention):
 
 def test_the_share_dropped_is_exact():
     rate, size = 0.1, 2**22
-    drop = jax.jit(lambda key, x: models._Dropout(rate, True).apply({}, x, rngs={"dropout": key}))
+    drop = jax.jit(
+        lambda key, x: model_lib._Dropout(rate, True).apply({}, x, rngs={"dropout": key})
+    )
     for dtype in (jnp.float32, jnp.bfloat16):
         out = np.asarray(drop(jax.random.key(0), jnp.ones(size, dtype)), np.float64)
         kept = jnp.ones((), dtype) / (1 - rate)  # in the dtype of the activations
@@ -459,7 +463,7 @@ def test_dropout_masks_are_independent_and_keep_the_mean(num_blocks, branches):
     Two channels are never written and hold 0 and 1: they undo the final LayerNorm.
     """
     rate, width, batch, length = 0.25, 64, 32, 8
-    cfg = models.ModelConfig(width, width, num_blocks, 2, 4, dropout=rate)
+    cfg = model_lib.ModelConfig(width, width, num_blocks, 2, 4, dropout=rate)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(cfg))
     norms = (params["blocks"]["norm1"], params["blocks"]["norm2"], params["final_norm"])
     for norm in norms:
@@ -513,10 +517,10 @@ def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype):
     params, (x_BL, _, _) = noise_params(cfg), inputs(cfg, batch=2, length=9)
     full_BLV = run(params, cfg, x_BL)
     # Longer than the text, as in generation: the empty tail must not be attended to.
-    cache = models.empty_cache(cfg, 2, 12)
+    cache = model_lib.empty_cache(cfg, 2, 12)
     assert cache.keys.shape == cache.values.shape == (3, 2, 4, 12, 6)
     assert cache.keys.dtype == jnp.dtype(dtype)
-    step = jax.jit(models.decode_step, static_argnums=1)
+    step = jax.jit(model_lib.decode_step, static_argnums=1)
     steps = []
     for position in range(9):
         logits_BV, cache = step(params, cfg, x_BL[:, position], jnp.int32(position), cache)
@@ -537,11 +541,11 @@ def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype):
 def test_modulations_made_ahead_give_the_same_features(kind):
     cfg = causal(ODD) if kind == "causal" else conditioned(ODD, kind)
     params, (x_BL, t_B, h_B) = noise_params(cfg), inputs(cfg)
-    logits = jax.jit(models.predict, static_argnums=1)(params, cfg, x_BL, t_B, h_B)
+    logits = jax.jit(model_lib.predict, static_argnums=1)(params, cfg, x_BL, t_B, h_B)
     assert logits.shape == (5, 13, 29)
     assert logits.features_BLD.shape == (5, 13, 24)
-    modulation = jax.jit(models.modulate, static_argnums=1)(params, cfg, t_B, h_B)
-    modulated = jax.jit(models.predict_modulated, static_argnums=1)
+    modulation = jax.jit(model_lib.modulate, static_argnums=1)(params, cfg, t_B, h_B)
+    modulated = jax.jit(model_lib.predict_modulated, static_argnums=1)
     ahead = modulated(params, cfg, x_BL, modulation)
     # The same sums; fused otherwise, they may round otherwise.
     np.testing.assert_allclose(ahead.features_BLD, logits.features_BLD, atol=2e-6, rtol=2e-6)
@@ -554,9 +558,9 @@ def test_modulations_made_ahead_give_the_same_features(kind):
     assert modulation.final_B2D.shape == (5, 2 * 24)
     row = jax.tree.map(lambda leaf: leaf[..., :1, :], modulation)
     # A step's modulations are kept ahead as long as all of them fit.
-    most = models._AHEAD_MIB * 2**18 // sum(leaf.size for leaf in row)
-    assert models.denoiser(params, cfg, most)[1] is not None
-    assert models.denoiser(params, cfg, most + 1)[1] is None
+    most = model_lib._AHEAD_MIB * 2**18 // sum(leaf.size for leaf in row)
+    assert model_lib.denoiser(params, cfg, most)[1] is not None
+    assert model_lib.denoiser(params, cfg, most + 1)[1] is None
     # One row of modulations stands for all rows.
     same = modulated(params, cfg, x_BL, row)
     np.testing.assert_allclose(same.features_BLD[0], logits.features_BLD[0], atol=2e-6, rtol=2e-6)
@@ -567,7 +571,7 @@ def test_modulations_made_ahead_give_the_same_features(kind):
 
 def test_logits_held_at_once():
     params, args = noise_params(ODD), inputs(ODD)
-    predict = jax.jit(models.predict, static_argnums=1)
+    predict = jax.jit(model_lib.predict, static_argnums=1)
     logits = predict(params, dataclasses.replace(ODD, logits_mib=3), *args)
     assert logits.chunk_size == 3 * 2**20 // 4  # float32
     # None: they are written down at once.
@@ -617,7 +621,7 @@ def test_batch_over_eight_devices_is_one_device(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     sharded = jax.jit(
-        lambda params, *args: models.apply(params, cfg, *args),
+        lambda params, *args: model_lib.apply(params, cfg, *args),
         in_shardings=(everywhere, rows, rows, rows),
         out_shardings=rows,
     )
@@ -669,11 +673,11 @@ def test_missing_time_or_width():
     for kind in CONDITIONINGS:
         cfg = conditioned(SMALL, kind)
         with pytest.raises(ValueError, match="needs the time t_B"):
-            models.apply(shapes(cfg), cfg, x_BL, None, h_B)
+            model_lib.apply(shapes(cfg), cfg, x_BL, None, h_B)
     for kind in ("official", "additive"):
         cfg = conditioned(SMALL, kind)
         with pytest.raises(ValueError, match=f"conditioning='{kind}' needs the step width h_B"):
-            models.apply(shapes(cfg), cfg, x_BL, t_B)
+            model_lib.apply(shapes(cfg), cfg, x_BL, t_B)
 
 
 def test_causal_network_ignores_time_and_has_no_conditioning():

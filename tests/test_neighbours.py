@@ -11,12 +11,14 @@ import pytest
 import tables
 from chance import assert_frequencies
 
-from fsdfm_jax import draws, jumps, neighbours, ngrams, sampler
-from fsdfm_jax.logits import Factored, dense, rows
-from fsdfm_jax.neighbours import Neighbours
-from fsdfm_jax.ngrams import Counts, Table
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.sources import Source
+from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.inference import neighbours, ngrams
+from fsdfm_jax.inference.neighbours import Neighbours
+from fsdfm_jax.inference.ngrams import Counts, Table
+from fsdfm_jax.ops import categorical
+from fsdfm_jax.ops.logits import Factored, dense, rows
 
 L, V = 3, 3
 TEXTS = np.asarray(list(itertools.product(range(V), repeat=L)))
@@ -371,7 +373,7 @@ def _draw(
 
 def _draw_alone(logits_LV):
     """The same noise without neighbours."""
-    return np.asarray(draws.categorical(jax.random.key(5), _every(logits_LV, jnp.float32)))
+    return np.asarray(categorical.draw(jax.random.key(5), _every(logits_LV, jnp.float32)))
 
 
 def _assert_drawn_by_the_formula(x_L, drawn_L, given_L, follow, temperature, others):

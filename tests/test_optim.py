@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import base as base_config
-from fsdfm_jax import optim
+from fsdfm_jax.training import optim
 
 
 def make(*, optimizer=None, **stage):

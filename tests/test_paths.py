@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsdfm_jax.paths import sample_path
-from fsdfm_jax.schedules import Cosine, Polynomial
+from fsdfm_jax.flow.paths import sample_path
+from fsdfm_jax.flow.schedules import Cosine, Polynomial
 
 SCHEDULES = [Polynomial(1.0), Polynomial(2.0), Cosine()]
 L = 20_000

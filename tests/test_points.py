@@ -3,8 +3,8 @@
 import pytest
 
 from configs import base, sweep
-from fsdfm_jax.evaluate import points
-from fsdfm_jax.evaluate.points import Axes, Point, Settings
+from fsdfm_jax.evaluate import plan as plan_lib
+from fsdfm_jax.evaluate.plan import Axes, Point, Settings
 
 STAGES = {
     "autoregressive": "autoregressive",
@@ -36,7 +36,7 @@ def test_plan_in_full():
         temperature=0.5,
         seed=3,
     )
-    plan = points.plan(settings, STAGES, 128)
+    plan = plan_lib.plan(settings, STAGES, 128)
     assert [(p.kind, p.group, p.source, p.steps, p.jump) for p in plan] == [
         ("real", "held-out text", "real", None, None),
         ("control", "shuffled control", "shuffled", None, None),
@@ -66,7 +66,7 @@ def test_plan_in_full():
 
 def test_only_the_few_step_sampler_has_its_options():
     options = {"grid": "power:0.5", "cooling": 0.25, "look_ahead": 0.75, "neighbours": 1.5}
-    plan = points.plan(_settings(few_step_jump="mixture", **options), STAGES, 9)
+    plan = plan_lib.plan(_settings(few_step_jump="mixture", **options), STAGES, 9)
     for point in [p for p in plan if p.jump]:
         few_step = point.source != "pretrain" or "few-step" in point.group
         expected = options if few_step else dict.fromkeys(options, 0.0) | {"grid": "uniform"}
@@ -78,12 +78,12 @@ def test_a_base_model_is_not_sampled_twice_in_one_way():
     base.use_plain_sampler(config)
     for jump, has_own in (("mixture", False), ("dispersed", True)):  # among eval.jumps or not
         config.eval.few_step_jump = jump
-        groups = {p.group for p in points.plan(Settings.from_config(config.eval), STAGES, 9)}
+        groups = {p.group for p in plan_lib.plan(Settings.from_config(config.eval), STAGES, 9)}
         assert any("few-step" in group for group in groups) == has_own
 
 
 def test_an_autoregressive_model_with_and_without_memory():
-    plan = points.plan(_settings(memories=("cache", "none")), {"ar": "autoregressive"}, 9)
+    plan = plan_lib.plan(_settings(memories=("cache", "none")), {"ar": "autoregressive"}, 9)
     models = [(p.group, p.memory, p.steps, p.slug) for p in plan if p.kind == "model"]
     assert models == [
         ("ar", "cache", 9, "ar-9steps-T1-s1"),
@@ -92,12 +92,12 @@ def test_an_autoregressive_model_with_and_without_memory():
 
 
 def test_the_reference_row_goes_by_the_first_rule():
-    plan = points.plan(_settings(jumps=("mixture", "euler"), many_steps=99), STAGES, 9)
+    plan = plan_lib.plan(_settings(jumps=("mixture", "euler"), many_steps=99), STAGES, 9)
     assert [p.jump for p in plan if p.steps == 99] == ["mixture"]
 
 
 def test_equal_points_are_one():
-    plan = points.plan(_settings(steps=(1, 8, 1), many_steps=8, jumps=("cumulative",)), STAGES, 9)
+    plan = plan_lib.plan(_settings(steps=(1, 8, 1), many_steps=8, jumps=("cumulative",)), STAGES, 9)
     models = [(p.steps, p.jump) for p in plan if p.source == "pretrain"]
     few_step = [(1, "dispersed"), (8, "dispersed")]
     assert models == [(8, "cumulative"), (1, "cumulative"), *few_step]
@@ -106,8 +106,8 @@ def test_equal_points_are_one():
 @pytest.mark.parametrize("task", ["random:0.5", "infill:2x3"])
 def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
     for plan in (
-        points.plan(_settings(task=task), STAGES, 128),
-        points.sweep(_axes(models=()), _settings(task=task), STAGES, 128),
+        plan_lib.plan(_settings(task=task), STAGES, 128),
+        plan_lib.sweep(_axes(models=()), _settings(task=task), STAGES, 128),
     ):
         assert "autoregressive" not in {p.source for p in plan}
         assert {p.task for p in plan} == {task}
@@ -161,7 +161,7 @@ def test_judges_are_a_list_in_order():
 
 # -------------------------------------------------------------------------------------------- sweep
 def test_the_sweep_of_the_config_file_is_165_points_and_what_they_are_compared_with():
-    plan = points.sweep(_axes(), _settings(), STAGES, 128)
+    plan = plan_lib.sweep(_axes(), _settings(), STAGES, 128)
     models = [p for p in plan if p.kind == "model"]
     assert len(models) == 11 * 5 * 3 == len(set(models)) == len({p.slug for p in models})
     assert len({p.setting for p in models}) == 11 * 5
@@ -180,7 +180,7 @@ def test_axes_that_vary_are_named_in_the_group():
         weights=("ema", "student"),
         seeds=(0,),
     )
-    plan = [p for p in points.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
+    plan = [p for p in plan_lib.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
     assert len(plan) == 2 * 2 * 2 * 2 * 2
     assert len({p.group for p in plan}) == len(plan)
     point = next(p for p in plan if (p.source, p.jump, p.grid) == ("distill", "euler", "cosine"))
@@ -197,14 +197,14 @@ def test_neighbours_are_an_axis_and_a_setting_of_all_but_left_to_right_models():
         temperatures=(1.0,),
         seeds=(0,),
     )
-    swept = [p for p in points.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
+    swept = [p for p in plan_lib.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
     assert [(p.neighbours, p.group, p.slug) for p in swept] == [
         (0.0, "distill (neighbours 0)", "distill-2steps-dispersed-uniform-T1-s0"),
         (0.5, "distill (neighbours 0.5)", "distill-2steps-dispersed-uniform-T1-n0.5-s0"),
         (None, "autoregressive", "autoregressive-128steps-T1-s0"),
     ]
     settings = _settings(neighbours=0.5, jumps=("mixture",), few_step_jump="dispersed")
-    plan = points.plan(settings, STAGES, 128)
+    plan = plan_lib.plan(settings, STAGES, 128)
     found = {(p.stage, p.neighbours) for p in plan}
     assert found == {(None, None), ("autoregressive", None), ("pretrain", 0.0)} | {
         (stage, 0.5) for stage in ("pretrain", "distill", "refine")
@@ -215,7 +215,7 @@ def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
     axes = _axes(
         models=("autoregressive",), jumps=("euler", "mixture"), grids=("uniform", "cosine")
     )
-    plan = [p for p in points.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
+    plan = [p for p in plan_lib.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
     assert len(plan) == 5 * 3  # temperatures and seeds
     assert {(p.steps, p.jump, p.grid, p.group) for p in plan} == {
         (128, None, None, "autoregressive")
@@ -223,10 +223,10 @@ def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
 
 
 def test_no_models_named_is_all_of_them():
-    plan = points.sweep(_axes(models=()), _settings(), STAGES, 128)
+    plan = plan_lib.sweep(_axes(models=()), _settings(), STAGES, 128)
     assert {p.source for p in plan if p.kind == "model"} == set(STAGES)
     with pytest.raises(ValueError, match=r"axes\.models names the unknown 'refine'"):
-        points.sweep(_axes(models=("refine",)), _settings(), STAGES, 128)
+        plan_lib.sweep(_axes(models=("refine",)), _settings(), STAGES, 128)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_axes_are_refused(changes, message):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_machines_share_all_points(count):
-    plan = points.sweep(_axes(), _settings(), STAGES, 128)
-    shares = [points.share(plan, i, count) for i in range(count)]
+    plan = plan_lib.sweep(_axes(), _settings(), STAGES, 128)
+    shares = [plan_lib.share(plan, i, count) for i in range(count)]
     assert sorted(repr(p) for part in shares for p in part) == sorted(map(repr, plan))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

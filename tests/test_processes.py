@@ -24,7 +24,11 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from fsdfm_jax import checkpoint, cli, layout, processes, sharding, stages, train, writer
+from fsdfm_jax import cli, io, stages
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import processes, rules
+from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import loop as loop_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = 16
@@ -48,8 +52,8 @@ def toy_stage():
 
 
 def make_mesh(*sizes, slices=1):
-    sizes = dict(zip(layout.AXES, sizes, strict=True))
-    return sharding.make_mesh(ConfigDict(sizes | {"slices": slices}))
+    sizes = dict(zip(rules.AXES, sizes, strict=True))
+    return mesh_lib.make_mesh(ConfigDict(sizes | {"slices": slices}))
 
 
 def toy_batches(rows, start, on_step=lambda step: None):
@@ -61,10 +65,10 @@ def toy_batches(rows, start, on_step=lambda step: None):
 
 def train_toy(directory, num_steps, sizes=(1, 8, 1), *, on_step=lambda step: None, **values):
     mesh = make_mesh(*sizes)
-    rows = sharding.local_rows(mesh, ROWS)
-    train.train(
+    rows = mesh_lib.local_rows(mesh, ROWS)
+    loop_lib.train(
         toy_stage(),
-        train.Settings(num_steps, ROWS, 1, 3, 0.5, **values),
+        loop_lib.Settings(num_steps, ROWS, 1, 3, 0.5, **values),
         name="toy",
         optimizer=optax.adam(0.1),
         batches=functools.partial(toy_batches, rows, on_step=on_step),
@@ -104,7 +108,7 @@ def work(argv):
 
 def _work_together(folder, second):
     # Devices of a process lie together, so that half of the rows are this process's.
-    rows = {sizes: sharding.local_rows(make_mesh(*sizes), ROWS) for sizes in SIZES}
+    rows = {sizes: mesh_lib.local_rows(make_mesh(*sizes), ROWS) for sizes in SIZES}
     try:
         slices = [d.process_index for d in make_mesh(4, 2, 1, slices=2).devices.flat]
     except ValueError as error:
@@ -123,7 +127,7 @@ def _work_together(folder, second):
     facts["waited"] = (folder / "late").exists()
     train_toy(folder / "two", 5)
     train_toy(folder / "of_one", 7)
-    writer.write_json(folder / f"facts-{int(second)}.json", facts)
+    io.write_json(folder / f"facts-{int(second)}.json", facts)
 
 
 SIZES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8))
@@ -171,7 +175,7 @@ def finish(started, timeout=240):
 
 
 def lines(folder):
-    return writer.read_jsonl(folder / "metrics.jsonl")
+    return io.read_jsonl(folder / "metrics.jsonl")
 
 
 def losses(folder):
@@ -269,7 +273,7 @@ def test_processes_that_cannot_join_are_told_what_to_give():
 
 
 def test_a_signal_after_the_last_question_is_not_forgotten():
-    got, mesh = [], sharding.local_mesh()
+    got, mesh = [], mesh_lib.local_mesh()
     before = signal.signal(signal.SIGTERM, lambda *_: got.append("as always"))
     try:
         with processes.StopRequest(mesh) as stop:

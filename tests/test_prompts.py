@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fsdfm_jax import prompts, tokenizer
+from fsdfm_jax.data import tokenizer
+from fsdfm_jax.inference import prompts
 
 L = 16
 # Merges of whole words, with their spaces, so that a lost or doubled space changes the ids.

@@ -13,7 +13,9 @@ from absl.testing import flagsaver
 
 from benchmarks import measure, quality
 from configs import quality as recipes
-from fsdfm_jax import models, stages
+from fsdfm_jax import stages
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.network import model as model_lib
 
 TRAINED = [name for name in recipes.RECIPES if name != "base"]
 
@@ -32,18 +34,18 @@ def test_a_recipe_spends_its_budget_and_no_more(recipe, size):
 def test_evaluations_of_a_training_step_are_those_that_are_made(recipe, monkeypatch):
     config = recipes.get_config(f"{recipe},smoke")
     stage_name = config.pipeline.split(",")[-1]
-    process = stages.make_process(config.path, num_tokens=512, eos_id=0)
+    process = process_lib.make_process(config.path, num_tokens=512, eos_id=0)
     stage = stages.make_stage(stage_name, config, process)
     own = config[stage_name]
     trained, frozen_rows = [], []
-    predict = models.predict
+    predict = model_lib.predict
 
     def counting(params, cfg, x_BL, t_B, h_B=None, *, key=None):
         (frozen_rows if key is None else trained).append(len(x_BL))
         return predict(params, cfg, x_BL, t_B, h_B, key=key)
 
-    monkeypatch.setattr(models, "predict", counting)
-    params = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    monkeypatch.setattr(model_lib, "predict", counting)
+    params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
     x1 = jax.ShapeDtypeStruct((own.batch_size, 64), np.int32)
     guide = (stages.Guide(params, params),) if stage.guided else ()
     jax.eval_shape(stage.loss, params, params, jax.random.key(0), {"x1": x1}, *guide)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import reading
-from fsdfm_jax import data
+from fsdfm_jax.data import prepared as prepared_lib
 
 
 class Slow:
@@ -59,8 +59,8 @@ def test_the_program(tmp_path):
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(200))
     )
-    spec = data.DataSpec(f"{tmp_path}/x.jsonl", "text", "bpe", 257, 8, 0.2)
-    prepared = data.prepare(spec, tmp_path / "data")
+    spec = prepared_lib.DataSpec(f"{tmp_path}/x.jsonl", "text", "bpe", 257, 8, 0.2)
+    prepared = prepared_lib.prepare(spec, tmp_path / "data")
     assert len(reading.files_of(prepared, "train")) == 1
     command = [sys.executable, "-m", "benchmarks.reading", f"--directory={prepared.directory}"]
     command += ["--threads=1,2", "--seconds=0.05", "--rounds=1", "--tokens_per_second=1"]

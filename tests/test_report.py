@@ -13,10 +13,12 @@ import re
 import numpy as np
 import pytest
 
-from fsdfm_jax import tokenizer, trajectory
-from fsdfm_jax.evaluate import page as page_lib
-from fsdfm_jax.evaluate import pictures, reading, report
-from fsdfm_jax.trajectory import Piece, Trajectory
+from fsdfm_jax.data import tokenizer
+from fsdfm_jax.evaluate.report import page as page_lib
+from fsdfm_jax.evaluate.report import pictures, reading
+from fsdfm_jax.evaluate.report import write as report
+from fsdfm_jax.inference import stream
+from fsdfm_jax.inference.stream import Piece, Trajectory
 
 L = 6
 TOKENIZER = tokenizer.train_bpe(["the people of the united states </script><img>"] * 9, 280)
@@ -147,15 +149,15 @@ def _trajectory(text="the people of the united states", masked=True):
 # ------------------------------------------------------------------------------------ trajectories
 def test_frames_show_exactly_what_changed():
     one = _trajectory()
-    cut = trajectory.frames(one, MASK, TOKENIZER)
+    cut = stream.frames(one, MASK, TOKENIZER)
     end_L = one.tokens_TL[-1]
     word = lambda part: TOKENIZER.decode(end_L[part].tolist())
     first = Piece(word(slice(0, 1)), "given")
-    assert cut[0] == [first, Piece(trajectory.MASKED * 5, "masked")]
+    assert cut[0] == [first, Piece(stream.MASKED * 5, "masked")]
     assert cut[1] == [
         first,
         Piece(word(slice(1, 3)), "changed"),
-        Piece(trajectory.MASKED * 3, "masked"),
+        Piece(stream.MASKED * 3, "masked"),
     ]
     assert cut[2] == [
         first,
@@ -166,7 +168,7 @@ def test_frames_show_exactly_what_changed():
 
 
 def test_lines_of_a_trajectory_survive_a_log():
-    lines = trajectory.text_lines(_trajectory(), MASK, TOKENIZER)
+    lines = stream.text_lines(_trajectory(), MASK, TOKENIZER)
     assert lines[0] == "step 0 of 4, t=0, noise"
     assert lines[2] == "step 1 of 4, t=0.25, 2 tokens changed"
     assert lines[4] == "step 4 of 4, t=1, 3 tokens differ from step 1"
@@ -183,21 +185,21 @@ def test_a_long_trajectory_is_thinned_evenly():
     tokens_TL = np.where(end_L < np.arange(65)[:, None], end_L, 999)
     tokens_TL[20:40, 64] = 7  # changes and changes back between two frames
     whole = Trajectory(tokens_TL, tuple(range(65)), tuple(np.arange(65) / 64), end_L < 0)
-    one = trajectory.thin(whole, 3)
+    one = stream.thin(whole, 3)
     assert (one.steps, one.times) == ((0, 32, 64), (0.0, 0.5, 1.0))
     np.testing.assert_array_equal(one.tokens_TL, tokens_TL[[0, 32, 64]])
-    assert trajectory.captions(one) == [
+    assert stream.captions(one) == [
         "step 0 of 64, t=0, noise",
         "step 32 of 64, t=0.5, 33 tokens differ from the noise",
         "step 64 of 64, t=1, 33 tokens differ from step 32",
     ]
-    assert trajectory.thin(whole, 65) is whole
-    assert len(set(trajectory.thin(whole, 17).steps)) == 17
+    assert stream.thin(whole, 65) is whole
+    assert len(set(stream.thin(whole, 17).steps)) == 17
 
 
 def test_a_trajectory_of_other_lengths_is_refused():
     with pytest.raises(ValueError, match="T steps, T times"):
-        trajectory.frames(_trajectory()._replace(steps=(0, 4)), MASK, TOKENIZER)
+        stream.frames(_trajectory()._replace(steps=(0, 4)), MASK, TOKENIZER)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -658,7 +660,7 @@ def test_the_data_of_the_page_parse_back(tmp_path):
         {"title": reading.title(row), "texts": [[[shown, 0]]] * 3} for row in rows
     ]
     assert data["kinds"][0] == "kept"
-    cut = trajectory.frames(_trajectory(HOSTILE, masked=False), None, TOKENIZER)
+    cut = stream.frames(_trajectory(HOSTILE, masked=False), None, TOKENIZER)
     assert [frame["pieces"] for frame in data["paths"][0]["frames"]] == [
         [[text, data["kinds"].index(kind)] for text, kind in frame] for frame in cut
     ]

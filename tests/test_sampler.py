@@ -9,10 +9,8 @@ import pytest
 from chance import assert_frequencies
 from tables import pairs
 
-from fsdfm_jax import draws, jumps
-from fsdfm_jax.logits import Factored
-from fsdfm_jax.neighbours import Neighbours
-from fsdfm_jax.sampler import (
+from fsdfm_jax.flow import jumps
+from fsdfm_jax.flow.sampler import (
     check_grid,
     make_grid,
     pad_grid,
@@ -21,8 +19,11 @@ from fsdfm_jax.sampler import (
     sample_trajectory,
     uniform_grid,
 )
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.sources import Source
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.inference.neighbours import Neighbours
+from fsdfm_jax.ops import categorical
+from fsdfm_jax.ops.logits import Factored
 
 B, L, V = 64, 5, 7
 UNIFORM, MASK = Source(V), Source(V, mask_id=V - 1)
@@ -86,7 +87,7 @@ def test_one_step_is_one_posterior_draw():
     result_BL = sample(jax.random.key(1), denoise, never, finalize, x0_BL, uniform_grid(1))
     logits_BLV = denoise(x0_BL, jnp.zeros(B), jnp.ones(B))
     key = jax.random.split(jax.random.key(1), 1)[0]
-    np.testing.assert_array_equal(result_BL, draws.categorical(key, logits_BLV))
+    np.testing.assert_array_equal(result_BL, categorical.draw(key, logits_BLV))
 
 
 @pytest.mark.parametrize("grid", [uniform_grid(1), UNEVEN], ids=["1", "uneven"])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsdfm_jax import schedules
-from fsdfm_jax.schedules import Cosine, Polynomial, make_schedule
+from fsdfm_jax.flow import schedules
+from fsdfm_jax.flow.schedules import Cosine, Polynomial, make_schedule
 
 ALL = [Polynomial(1.0), Polynomial(2.0), Polynomial(0.5), Polynomial(3.0), Cosine()]
 KAPPA64 = {

@@ -15,12 +15,18 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs import base as base_config
-from fsdfm_jax import layout, main, models, optim, sharding, stages, state, train, workdir
+from fsdfm_jax import main, stages
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import rules as rules_lib
+from fsdfm_jax.training import loop as loop_lib
+from fsdfm_jax.training import optim, recipe, state
 
 
 def mesh_of(data=-1, fsdp=1, tensor=1, *, slices=1, devices=None):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices}
-    return sharding.make_mesh(ConfigDict(sizes), devices)
+    return mesh_lib.make_mesh(ConfigDict(sizes), devices)
 
 
 # ------------------------------------------------------------------------------------------ meshes
@@ -38,7 +44,7 @@ def mesh_of(data=-1, fsdp=1, tensor=1, *, slices=1, devices=None):
 )
 def test_one_axis_may_be_left_open(asked, got):
     mesh = mesh_of(*asked)
-    assert tuple(mesh.shape.items()) == tuple(zip(layout.AXES, got, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(rules_lib.AXES, got, strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
     # Linen's modules don't run under explicit sharding types.
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -46,8 +52,8 @@ def test_one_axis_may_be_left_open(asked, got):
 
 def test_the_default_config_makes_a_mesh():
     config = base_config.get_config().mesh
-    assert set(config) == {*layout.AXES, "slices"}
-    assert dict(sharding.make_mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert set(config) == {*rules_lib.AXES, "slices"}
+    assert dict(mesh_lib.make_mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,9 @@ def test_the_default_config_makes_a_mesh():
     [(4, 1, 1), (16, 1, 1), (3, -1, 1), (0, 1, 1), (-2, 1, 1), (-1, -1, 1), (2, 2, 1), (-1, 0, 8)],
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
-    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(layout.AXES, sizes, strict=True))
+    asked = ", ".join(
+        f"mesh.{axis}={size}" for axis, size in zip(rules_lib.AXES, sizes, strict=True)
+    )
     with pytest.raises(ValueError, match=rf"\({asked}\) must multiply to the 8 device.*one axis"):
         mesh_of(*sizes)
 
@@ -117,26 +125,26 @@ def test_slices_that_are_not_named_are_refused():
 
 
 def test_sampling_in_one_process_spreads_rows_and_parameters():
-    assert dict(sharding.local_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(mesh_lib.local_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 def test_a_mesh_is_only_used_where_there_is_something_to_spread():
-    with sharding.use(mesh_of(devices=jax.devices()[:1])):
+    with mesh_lib.use(mesh_of(devices=jax.devices()[:1])):
         assert jax.sharding.get_mesh().empty
-    with sharding.use(mesh_of()):
+    with mesh_lib.use(mesh_of()):
         assert jax.sharding.get_mesh().size == 8
 
 
 # ------------------------------------------------------------------------------------------- state
 
 
-MODEL = models.ModelConfig(
+MODEL = model_lib.ModelConfig(
     vocab_size=11, width=16, num_blocks=2, num_heads=4, cond_width=8, conditioning="official"
 )
 
 
 def init_small(key, ema_decay=0.9, model=MODEL):
-    params = models.init_params(key, model)
+    params = model_lib.init_params(key, model)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1)))
     return state.init_state(params, optimizer, ema_decay=ema_decay)
 
@@ -158,11 +166,11 @@ MIRRORS = ("params", "ema", "opt_state/1/0/mu", "opt_state/1/0/nu")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_what_mirrors_the_parameters_lies_where_they_lie(ema_decay):
     mesh, abstract = mesh_of(2, 2, 2), abstract_state(ema_decay)
-    placed = sharding.state_shardings(mesh, abstract)
+    placed = mesh_lib.state_shardings(mesh, abstract)
     assert jax.tree.structure(placed) == jax.tree.structure(abstract)
     assert all(leaf.mesh == mesh for leaf in jax.tree.leaves(placed))
     found = specs(placed)
-    weights = specs(sharding.state_shardings(mesh, abstract.params))
+    weights = specs(mesh_lib.state_shardings(mesh, abstract.params))
     mirrors = [mirror for mirror in MIRRORS if ema_decay or mirror != "ema"]
     # And counts: of steps, of steps skipped in a row, of Adam and of the schedule.
     assert len(found) == len(mirrors) * len(weights) + 4
@@ -192,7 +200,7 @@ SPREAD = {
 def test_what_a_device_holds():
     mesh = mesh_of(1, 2, 4)
     shapes = abstract_state().params
-    placed = jax.tree.leaves(sharding.state_shardings(mesh, shapes))
+    placed = jax.tree.leaves(mesh_lib.state_shardings(mesh, shapes))
     found = {}
     for (path, leaf), place in zip(
         jax.tree_util.tree_leaves_with_path(shapes), placed, strict=True
@@ -206,8 +214,8 @@ def test_what_a_device_holds():
 
 def test_the_first_rule_that_matches_counts(monkeypatch):
     rules = ((r"vocab_embed/embedding", P(None, "data")), (r"vocab_embed", P("data")), (r".*", P()))
-    monkeypatch.setattr(layout, "RULES", rules)
-    found = specs(sharding.state_shardings(mesh_of(), abstract_state()))
+    monkeypatch.setattr(rules_lib, "RULES", rules)
+    found = specs(mesh_lib.state_shardings(mesh_of(), abstract_state()))
     split = {path: spec for path, spec in found.items() if spec != P()}
     assert split == {f"{mirror}/vocab_embed/embedding": P(None, "data") for mirror in MIRRORS}
 
@@ -240,7 +248,7 @@ def test_a_width_that_does_not_divide_is_named(sizes, changes, name, dimension, 
         rf"Choose a smaller {axes} and a larger mesh.data, or another model.width"
     )
     with pytest.raises(ValueError, match=match):
-        sharding.state_shardings(mesh_of(*sizes), {"params": shapes})
+        mesh_lib.state_shardings(mesh_of(*sizes), {"params": shapes})
 
 
 @pytest.mark.parametrize(
@@ -253,9 +261,9 @@ def test_a_width_that_does_not_divide_is_named(sizes, changes, name, dimension, 
     ],
 )
 def test_a_rule_that_cannot_be_is_named(monkeypatch, spec, message):
-    monkeypatch.setattr(layout, "RULES", ((r"head/kernel$", spec), (r".*", P())))
+    monkeypatch.setattr(rules_lib, "RULES", ((r"head/kernel$", spec), (r".*", P())))
     with pytest.raises(ValueError, match=rf"params/head/kernel.*{message}.*mend layout.RULES"):
-        sharding.state_shardings(mesh_of(), abstract_state())
+        mesh_lib.state_shardings(mesh_of(), abstract_state())
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -265,13 +273,13 @@ def test_a_rule_that_cannot_be_is_named(monkeypatch, spec, message):
 def test_rows_are_spread_over_data_and_fsdp(sizes):
     mesh = mesh_of(*sizes)
     rows = np.arange(48).reshape(16, 3)
-    assert sharding.local_rows(mesh, 16) == list(range(16))
-    placed = sharding.place_rows(mesh, 16, {"x1": rows, "x0": -rows})
+    assert mesh_lib.local_rows(mesh, 16) == list(range(16))
+    placed = mesh_lib.place_rows(mesh, 16, {"x1": rows, "x0": -rows})
     for sign, name in ((1, "x1"), (-1, "x0")):
-        assert placed[name].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+        assert placed[name].sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
         np.testing.assert_array_equal(placed[name], sign * rows)
     parts = sizes[0] * sizes[1]
-    assert sharding.row_shards(mesh) == parts
+    assert mesh_lib.row_shards(mesh) == parts
     held = collections.Counter(
         tuple(shard.data[:, 0].tolist()) for shard in placed["x1"].addressable_shards
     )
@@ -292,8 +300,8 @@ class OneOfTwo:
 def test_a_process_reads_the_rows_of_its_devices(monkeypatch):
     # Two devices of a `tensor` axis hold the same rows; the parts needn't be neighbours.
     parts = [slice(12, 16), slice(0, 4), slice(12, 16), slice(0, 4)]
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: OneOfTwo(parts))
-    assert sharding.local_rows(None, 16) == [0, 1, 2, 3, 12, 13, 14, 15]
+    monkeypatch.setattr(mesh_lib, "batch_sharding", lambda mesh: OneOfTwo(parts))
+    assert mesh_lib.local_rows(None, 16) == [0, 1, 2, 3, 12, 13, 14, 15]
 
 
 def test_place_rows_takes_the_rows_that_are_asked_for(monkeypatch):
@@ -305,33 +313,33 @@ def test_place_rows_takes_the_rows_that_are_asked_for(monkeypatch):
         asked.append((shape, place))
         return [part((slice(start, start + 4), slice(None))) for start in (12, 0)]
 
-    monkeypatch.setattr(sharding, "local_rows", lambda mesh, size: [0, 1, 2, 3, 12, 13, 14, 15])
+    monkeypatch.setattr(mesh_lib, "local_rows", lambda mesh, size: [0, 1, 2, 3, 12, 13, 14, 15])
     monkeypatch.setattr(jax, "make_array_from_callback", make)
     own = 10 * np.asarray([0, 1, 2, 3, 12, 13, 14, 15])[:, None]
-    (late, early) = sharding.place_rows(mesh, 16, {"x1": own})["x1"]
+    (late, early) = mesh_lib.place_rows(mesh, 16, {"x1": own})["x1"]
     np.testing.assert_array_equal(late[:, 0], [120, 130, 140, 150])
     np.testing.assert_array_equal(early[:, 0], [0, 10, 20, 30])
-    assert asked == [((16, 1), sharding.batch_sharding(mesh))]
+    assert asked == [((16, 1), mesh_lib.batch_sharding(mesh))]
 
 
 def test_batch_sizes():
     mesh = mesh_of(2, 2, 2)
     for size in (4, 96):
-        sharding.check_batch_size(mesh, size, "distill.batch_size")
+        mesh_lib.check_batch_size(mesh, size, "distill.batch_size")
     for size in (0, -4, 2, 6):
         match = (
             rf"distill.batch_size={size} must be a positive multiple of the 4 data shard\(s\) of "
             r"the mesh \(mesh.data=2 x mesh.fsdp=2\)"
         )
         with pytest.raises(ValueError, match=match):
-            sharding.check_batch_size(mesh, size, "distill.batch_size")
+            mesh_lib.check_batch_size(mesh, size, "distill.batch_size")
 
 
 def test_each_device_of_the_tensor_axis_computes_some_heads():
     for heads in (4, 12):
-        sharding.check_heads(mesh_of(1, 2, 4), heads)
+        mesh_lib.check_heads(mesh_of(1, 2, 4), heads)
     with pytest.raises(ValueError, match=r"model.num_heads=6 must be a multiple of mesh.tensor=4"):
-        sharding.check_heads(mesh_of(1, 2, 4), 6)
+        mesh_lib.check_heads(mesh_of(1, 2, 4), 6)
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -342,8 +350,8 @@ def test_bytes_are_those_of_real_arrays(sizes):
     mesh = mesh_of(*sizes)
     abstract = abstract_state()
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    leaves = jax.tree.leaves(jax.device_put(zeros, sharding.state_shardings(mesh, abstract)))
-    placed = sharding.describe(mesh, abstract_state())
+    leaves = jax.tree.leaves(jax.device_put(zeros, mesh_lib.state_shardings(mesh, abstract)))
+    placed = mesh_lib.describe(mesh, abstract_state())
     assert [leaf.total_bytes for leaf in placed] == [leaf.nbytes for leaf in leaves]
     for device in jax.devices():
         held = [
@@ -359,12 +367,12 @@ def paper_state(size, conditioning):
     config = base_config.get_config()
     base_config.use_paper_values(config, size)
     config.model.conditioning = conditioning
-    process = stages.make_process(config.path, num_tokens=50_257, eos_id=0)
+    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=0)
     stage = stages.make_stage("distill", config, process)
     optimizer = optim.make_optimizer(config.optim, config.distill)
-    settings = train.Settings(10, 96, 1, 1, config.distill.ema_decay)
-    shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
-    init = train.make_init(stage, optimizer, settings)
+    settings = loop_lib.Settings(10, 96, 1, 1, config.distill.ema_decay)
+    shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
+    init = loop_lib.make_init(stage, optimizer, settings)
     return jax.eval_shape(init, jax.random.key(0), shapes)
 
 
@@ -376,7 +384,7 @@ def test_a_device_holds_its_share_of_the_papers_states(size, conditioning):
     for sizes in itertools.product((1, 2, 4, 8), repeat=3):
         if math.prod(sizes) != 8:
             continue
-        placed = sharding.describe(mesh_of(*sizes), abstract)
+        placed = mesh_lib.describe(mesh_of(*sizes), abstract)
         total = sum(leaf.total_bytes for leaf in placed)
         held = sum(leaf.device_bytes for leaf in placed)
         assert 1.0 <= held * sizes[1] * sizes[2] / total < 1.02, sizes
@@ -405,12 +413,12 @@ def test_the_report_says_where_everything_lies():
         },
         "step": shape((), np.int32),
     }
-    assert sharding.report(mesh_of(2, 2, 2), tree) == REPORT
+    assert mesh_lib.report(mesh_of(2, 2, 2), tree) == REPORT
 
 
 def test_large_sizes_are_readable():
     tree = {"params": jax.ShapeDtypeStruct((3 * 2**29,), np.float32)}
-    assert "6 GiB of     6 GiB" in sharding.report(mesh_of(), tree)
+    assert "6 GiB of     6 GiB" in mesh_lib.report(mesh_of(), tree)
 
 
 def test_the_program_prints_where_the_state_would_lie(monkeypatch, tmp_path, capsys):
@@ -442,23 +450,23 @@ def test_what_the_program_prints_is_what_it_trains(tmp_path):
     """The state that `print_sharding` describes has the shapes of a trained one."""
     config = base_config.get_config()
     config.pipeline = "pretrain"
-    (entry,) = workdir.entries(config, tmp_path)
-    process = stages.make_process(config.path, num_tokens=11, eos_id=0)
+    (entry,) = recipe.entries(config, tmp_path)
+    process = process_lib.make_process(config.path, num_tokens=11, eos_id=0)
     stage = stages.make_stage(entry.stage, config, process)
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0), None)
-    fresh = jax.eval_shape(lambda: models.init_params(jax.random.key(0), stage.model))
+    fresh = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, fresh)
 
 
 def test_parameters_go_where_the_mesh_wants_them():
     params = {"params": {"head": {"kernel": np.ones((16, 11), np.float32)}}}
-    (on_one,) = jax.tree.leaves(sharding.spread(params))
+    (on_one,) = jax.tree.leaves(mesh_lib.spread(params))
     assert on_one.devices() == {jax.devices()[0]}
     mesh = mesh_of(1, 2, 4)
     want = NamedSharding(mesh, P(("tensor", "fsdp"), None))
-    with sharding.use(mesh):
-        (placed,) = jax.tree.leaves(sharding.spread(params))
-        (shape,) = jax.tree.leaves(sharding.spread(jax.eval_shape(lambda: params)))
+    with mesh_lib.use(mesh):
+        (placed,) = jax.tree.leaves(mesh_lib.spread(params))
+        (shape,) = jax.tree.leaves(mesh_lib.spread(jax.eval_shape(lambda: params)))
     np.testing.assert_array_equal(placed, params["params"]["head"]["kernel"])
     assert placed.sharding == shape.sharding == want
     assert (shape.shape, shape.dtype) == ((16, 11), np.float32)
@@ -469,8 +477,8 @@ def test_any_number_of_devices_samples():
     wide, narrow = np.zeros((12, 11), np.float32), np.zeros((16, 11), np.float32)
     mesh = mesh_of(1, 6, 1, devices=jax.devices()[:6])
     with pytest.raises(ValueError, match="head/kernel can't be spread"):
-        sharding.leaf_sharding(mesh, "head/kernel", narrow)
-    with sharding.use(mesh):
-        places = [sharding.put("head/kernel", leaf).sharding for leaf in (wide, narrow)]
+        mesh_lib.leaf_sharding(mesh, "head/kernel", narrow)
+    with mesh_lib.use(mesh):
+        places = [mesh_lib.put("head/kernel", leaf).sharding for leaf in (wide, narrow)]
     assert places[0] == NamedSharding(mesh, P(("tensor", "fsdp"), None))
     assert places[1] == NamedSharding(mesh, P(None, None))

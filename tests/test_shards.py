@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from fsdfm_jax import shards
+from fsdfm_jax.data import shards
 
 LENGTH = 64
 

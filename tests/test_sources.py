@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from chance import assert_frequencies
 
-from fsdfm_jax.sources import Source, make_source
+from fsdfm_jax.flow.sources import Source, make_source
 
 
 def test_uniform_draws_every_token_equally_often():

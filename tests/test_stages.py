@@ -13,8 +13,11 @@ import pytest
 from chance import assert_frequencies
 
 from configs import base as base_config
-from fsdfm_jax import jumps, losses, models, stages, teacher
-from fsdfm_jax.logits import Factored, dense
+from fsdfm_jax import stages
+from fsdfm_jax.flow import jumps, losses, teacher
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.ops.logits import Factored, dense
 from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
 
 V, B, L = 11, 8, 6
@@ -33,7 +36,7 @@ def make_config():
 
 
 def make_process(config, num_tokens=V):
-    return stages.make_process(config.path, num_tokens=num_tokens, eos_id=2)
+    return process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=2)
 
 
 def make_stage(name, config=None):
@@ -233,10 +236,10 @@ class Calls(list):
 @pytest.fixture
 def calls(monkeypatch):
     recorded = Calls()
-    monkeypatch.setattr(models, "predict", recorded)
+    monkeypatch.setattr(model_lib, "predict", recorded)
     # The sampler's way to the network, here without anything made ahead.
     of_sampler = lambda params, cfg, steps: (functools.partial(recorded, params, cfg), None)
-    monkeypatch.setattr(models, "denoiser", of_sampler)
+    monkeypatch.setattr(model_lib, "denoiser", of_sampler)
     return recorded
 
 
@@ -706,7 +709,7 @@ def test_a_token_is_predicted_without_seeing_itself():
     x1 = make_batch()["x1"]
     changed = x1.copy()
     changed[:, 3] = (changed[:, 3] + 1) % V
-    run = jax.jit(lambda x: models.apply(params, stage.model, autoregressive.shift_right(x, 2)))
+    run = jax.jit(lambda x: model_lib.apply(params, stage.model, autoregressive.shift_right(x, 2)))
     same = np.isclose(run(x1), run(changed)).all((0, 2))
     np.testing.assert_array_equal(same, [True] * 4 + [False] * 2)
 

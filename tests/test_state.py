@@ -10,7 +10,10 @@ import pytest
 from test_train import assert_same_bits, make_mesh, make_stage, toy_stage
 
 from configs import base as base_config
-from fsdfm_jax import main, sharding, state, train
+from fsdfm_jax import main
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import loop as loop_lib
+from fsdfm_jax.training import state
 
 B, L = 16, 3
 RATE, DECAY = 0.25, 0.75
@@ -88,13 +91,13 @@ def test_parts_have_keys_of_their_own():
 def test_rows_of_a_part_are_on_all_devices():
     """With a mesh: part a has the rows a, a + A .., and the result is that of one device."""
     optimizer, batch = optax.adam(RATE), make_batch()
-    settings = train.Settings(9, B, 1, 1, DECAY, accumulate=2)
+    settings = loop_lib.Settings(9, B, 1, 1, DECAY, accumulate=2)
     mesh, stage = make_mesh(), toy_stage(loss)
     with jax.set_mesh(mesh):
         now = jax.jit(lambda: start(optimizer))()
-        shardings = sharding.state_shardings(mesh, now)
-        step = train.make_step(stage, optimizer, settings, mesh, shardings)
-        rows = sharding.place_rows(mesh, B, batch)
+        shardings = mesh_lib.state_shardings(mesh, now)
+        step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
+        rows = mesh_lib.place_rows(mesh, B, batch)
         after, metrics = step(jax.device_put(now, shardings), rows, KEY)
     want, want_metrics = step_of(loss, optimizer, accumulate=2)(start(optimizer), batch, KEY)
     for got, values in ((after.params, want.params), (metrics, want_metrics)):
@@ -186,7 +189,7 @@ def test_without_skipping_what_is_not_finite_goes_through():
 def test_settings_that_cannot_be(values, message):
     defaults = {"num_steps": 3, "batch_size": 8, "log_every": 1, "checkpoint_every": 1}
     with pytest.raises(ValueError, match=message):
-        train.check_settings(train.Settings(**(defaults | {"ema_decay": 0.5} | values)))
+        loop_lib.check_settings(loop_lib.Settings(**(defaults | {"ema_decay": 0.5} | values)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from fsdfm_jax.evaluate.store import Store
+from fsdfm_jax.evaluate.results import Store
 
 STAMP = {"seed": 1}
 PROTOCOL = {"samples": STAMP, "scoring": {"judge": "a"}}

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from fsdfm_jax import tokenizer, workdir
+from fsdfm_jax.data import tokenizer
 from fsdfm_jax.evaluate import mauve, metrics, summary, tasks
-from fsdfm_jax.evaluate.scoring import Scores
+from fsdfm_jax.evaluate.judges.scoring import Scores
+from fsdfm_jax.training import recipe
 
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
 N, L = 7, 12
@@ -72,7 +73,7 @@ def test_what_is_measured_of_each_sample():
     for name, scores in expected.items():
         for field, values in scores._asdict().items():
             np.testing.assert_array_equal(arrays[f"{name}.{field}"], values)
-    assert str(arrays["main.digest"]) == workdir.digest(main.describe())
+    assert str(arrays["main.digest"]) == recipe.digest(main.describe())
     own = {"entropy_nats", "distinct_1", "distinct_2", "distinct_3", "self_bleu"}
     scored = {f"{name}.{field}" for name in expected for field in Scores._fields}
     assert set(arrays) == own | scored | {"main.digest", "Some.Judge-1.Q4.digest"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fsdfm_jax import tokenizer
+from fsdfm_jax.data import tokenizer
 from fsdfm_jax.evaluate import tasks
 
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 260)

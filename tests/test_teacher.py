@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from fsdfm_jax import jumps, logits, teacher
-from fsdfm_jax.logits import Factored
-from fsdfm_jax.schedules import Polynomial
-from fsdfm_jax.teacher import HEUN, RK4, Quadrature, teacher_logits
+from fsdfm_jax.flow import jumps, teacher
+from fsdfm_jax.flow.schedules import Polynomial
+from fsdfm_jax.flow.teacher import HEUN, RK4, Quadrature, teacher_logits
+from fsdfm_jax.ops import logits
+from fsdfm_jax.ops.logits import Factored
 
 B, L, V = 4, 6, 5
 T = np.float32([0.0, 0.25, 0.5, 0.75])

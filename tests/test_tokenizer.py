@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from fsdfm_jax import tokenizer as tokenizer_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
 
 TEXTS = [f"Line {i}: the people of the union, 100% naïve — 日本 {i * i}\n\n" for i in range(40)]
 

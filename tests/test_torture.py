@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import torture
-from fsdfm_jax import checkpoint
+from fsdfm_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 SEED = 3

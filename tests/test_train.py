@@ -16,20 +16,24 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base as base_config
-from fsdfm_jax import checkpoint, optim, sharding, stages, state, train, writer
+from fsdfm_jax import io, stages
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import checkpoint, optim, state
+from fsdfm_jax.training import loop as loop_lib
 
 V, B, L = 11, 8, 6
 
 
 def make_mesh(data=8, fsdp=1, tensor=1):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": 1}
-    return sharding.make_mesh(ConfigDict(sizes), jax.devices()[: data * fsdp * tensor])
+    return mesh_lib.make_mesh(ConfigDict(sizes), jax.devices()[: data * fsdp * tensor])
 
 
 def settings(num_steps, *, keep=9, **values):
     defaults = {"log_every": 1, "checkpoint_every": 100, "ema_decay": 0.5, "batch_size": B}
     retention = checkpoint.Retention(keep=keep)
-    return train.Settings(num_steps=num_steps, retention=retention, **(defaults | values))
+    return loop_lib.Settings(num_steps=num_steps, retention=retention, **(defaults | values))
 
 
 UNTIMED = {"time": 0, "timing": {}}  # what differs from run to run
@@ -75,7 +79,9 @@ def run(directory, num_steps, *, stage=None, batches=None, **values):
     given |= {"optimizer": optax.adam(0.1), "metadata": {"of": "toy"}}
     given |= {name: values.pop(name) for name in list(values) if name in given}
     stage = stage or toy_stage()
-    train.train(stage, settings(num_steps, **values), batches=batches, directory=directory, **given)
+    loop_lib.train(
+        stage, settings(num_steps, **values), batches=batches, directory=directory, **given
+    )
     return batches
 
 
@@ -84,7 +90,7 @@ def saved(directory, *parts, step=None):
 
 
 def lines(directory):
-    return writer.read_jsonl(directory / "metrics.jsonl")
+    return io.read_jsonl(directory / "metrics.jsonl")
 
 
 def assert_same_bits(got, want):
@@ -176,7 +182,7 @@ def test_each_step_donates_the_state_before(tmp_path, monkeypatch):
         def save(self, step, train_state, metadata, metrics):
             states.append(train_state)
 
-    monkeypatch.setattr(train, "Checkpoints", Kept)
+    monkeypatch.setattr(loop_lib, "Checkpoints", Kept)
     run(tmp_path, 3, checkpoint_every=1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[1]))
@@ -263,7 +269,9 @@ def steep(params, frozen, key, batch):
 def test_a_run_stops_where_it_diverges(tmp_path, loss, what, every, kept):
     given = {"stage": toy_stage(loss), "checkpoint_every": every, "name": "distill_2"}
     # The fourth batch is the bad one: step 4, also when a checkpoint is due then.
-    with pytest.raises(train.Diverged, match=f"distill_2: .*{what} at step 4.* step {kept} ") as e:
+    with pytest.raises(
+        loop_lib.Diverged, match=f"distill_2: .*{what} at step 4.* step {kept} "
+    ) as e:
         run(tmp_path, 8, batches=Stream(poison_at=3), **given)
     assert "learning_rate" in str(e.value)
     assert (checkpoint.latest_step(tmp_path / "checkpoints") or 0) == kept
@@ -277,9 +285,9 @@ def test_a_run_stops_where_it_diverges(tmp_path, loss, what, every, kept):
 
 def test_divergence_between_log_lines_is_seen_at_its_step(tmp_path):
     given = {"stage": toy_stage(poisoned), "log_every": 20}
-    with pytest.raises(train.Diverged, match="at step 4"):
+    with pytest.raises(loop_lib.Diverged, match="at step 4"):
         run(tmp_path, 50, batches=Stream(poison_at=3), **given)
-    with pytest.raises(train.Diverged, match="at step 2. Checkpoints up to step 0"):
+    with pytest.raises(loop_lib.Diverged, match="at step 2. Checkpoints up to step 0"):
         run(tmp_path / "last", 2, batches=Stream(poison_at=1), **given)
     assert checkpoint.latest_step(tmp_path / "last" / "checkpoints") is None
 
@@ -319,7 +327,7 @@ def make_stage(name):
     if name == "guided":
         name = "distill"
         config.distill.guidance, config.distill.guide_steps = 1.0, 3
-    process = stages.make_process(config.path, num_tokens=V, eos_id=2)
+    process = process_lib.make_process(config.path, num_tokens=V, eos_id=2)
     return stages.make_stage(name, config, process), optim.make_optimizer(
         config.optim, config[name]
     )
@@ -363,7 +371,7 @@ def train_on_eight(directory, name, num_steps, **values):
         directory,
         num_steps,
         stage=stage,
-        guide=jax.device_put(guide, sharding.state_shardings(make_mesh(), guide)),
+        guide=jax.device_put(guide, mesh_lib.state_shardings(make_mesh(), guide)),
         batches=functools.partial(text, coupled=name == "refine"),
         base=base,
         optimizer=optimizer,
@@ -467,7 +475,7 @@ def test_no_checkpoint_of_a_stage_that_cannot_start(tmp_path):
 def test_the_loss_goes_down_on_text_that_can_be_learnt(tmp_path):
     config = make_config()
     config.pretrain.loss = "cross_entropy"
-    process = stages.make_process(config.path, num_tokens=V, eos_id=2)
+    process = process_lib.make_process(config.path, num_tokens=V, eos_id=2)
     stage = stages.make_stage("pretrain", config, process)
     optimizer = optim.make_optimizer(config.optim, config.pretrain)
     constant = lambda start: ({"x1": np.full((B, L), 3, np.int32)} for _ in itertools.count())

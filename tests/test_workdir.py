@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import checkpoint, stages, workdir
+from fsdfm_jax import stages
 from fsdfm_jax.convert import run_folder
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.workdir import Entry
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import recipe as recipe_lib
+from fsdfm_jax.training.recipe import Entry
 
 MODEL = ModelConfig(vocab_size=5, width=4, num_blocks=1, num_heads=1, cond_width=4)
 
@@ -30,7 +32,7 @@ def _save(directory, *, config=None, entry=None, recipe=None, steps=(1,), tokeni
     """Checkpoints of a run whose weights are its step, their average the step / 2."""
     config = config or _config()
     entry = entry or Entry("pretrain", "pretrain", None)
-    metadata = workdir.make_metadata(
+    metadata = recipe_lib.make_metadata(
         config, entry, MODEL, the_recipe=recipe or {}, tokenizer=tokenizer, data="data"
     )
     with checkpoint.Checkpoints(
@@ -45,7 +47,7 @@ def _save(directory, *, config=None, entry=None, recipe=None, steps=(1,), tokeni
 def test_entries_start_from_the_stage_before(tmp_path):
     config = _config(" autoregressive, pretrain,step_aware,,distill , refine")
     stage = tmp_path / "stages"
-    assert workdir.entries(config, tmp_path) == [
+    assert recipe_lib.entries(config, tmp_path) == [
         Entry("autoregressive", "autoregressive", None),
         Entry("pretrain", "pretrain", None),
         Entry("step_aware", "step_aware", stage / "pretrain"),
@@ -56,7 +58,7 @@ def test_entries_start_from_the_stage_before(tmp_path):
 
 def test_repeated_stages_are_further_rounds(tmp_path):
     config = _config("pretrain,refine,refine,autoregressive,refine")
-    found = workdir.entries(config, tmp_path)
+    found = recipe_lib.entries(config, tmp_path)
     assert [entry.run for entry in found] == [
         "pretrain",
         "refine",
@@ -72,54 +74,54 @@ def test_repeated_stages_are_further_rounds(tmp_path):
 @pytest.mark.parametrize("pipeline", ["", " , ", ","])
 def test_empty_pipeline(tmp_path, pipeline):
     with pytest.raises(ValueError, match="names no stage.*pretrain"):
-        workdir.entries(_config(pipeline), tmp_path)
+        recipe_lib.entries(_config(pipeline), tmp_path)
 
 
 def test_unknown_stage_is_named_with_the_known(tmp_path):
     with pytest.raises(ValueError, match=f"'distll'; expected {', '.join(stages.NAMES)}"):
-        workdir.entries(_config("pretrain,distll"), tmp_path)
+        recipe_lib.entries(_config("pretrain,distll"), tmp_path)
 
 
 @pytest.mark.parametrize("first", ["distill", "autoregressive,refine", "step_aware,pretrain"])
 def test_few_steps_need_base_weights(tmp_path, first):
     name = first.split(",")[-1] if first.startswith("auto") else first.split(",")[0]
     with pytest.raises(ValueError, match=rf"put 'pretrain' first, or set {name}\.init_from"):
-        workdir.entries(_config(first), tmp_path)
+        recipe_lib.entries(_config(first), tmp_path)
 
 
 def test_init_from_by_name_and_by_path(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     # A stage that stands earlier in the pipeline needs no checkpoint yet.
     config = _config("pretrain,step_aware,distill", **{"distill.init_from": "pretrain"})
-    assert workdir.entries(config, here)[2].base == here / "stages" / "pretrain"
+    assert recipe_lib.entries(config, here)[2].base == here / "stages" / "pretrain"
     # A run that was trained here before, but isn't in the pipeline.
     _save(here / "stages" / "old")
     config = _config("distill", **{"distill.init_from": "old"})
-    assert workdir.entries(config, here)[0].base == here / "stages" / "old"
+    assert recipe_lib.entries(config, here)[0].base == here / "stages" / "old"
     # A run of another working directory.
     _save(there / "stages" / "pretrain")
     path = str(there / "stages" / "pretrain")
     config = _config("pretrain,distill", **{"distill.init_from": path})
-    assert workdir.entries(config, here)[1].base == there / "stages" / "pretrain"
+    assert recipe_lib.entries(config, here)[1].base == there / "stages" / "pretrain"
     # Further training of a base model.
     config = _config("pretrain", **{"pretrain.init_from": path})
-    assert workdir.entries(config, here)[0].base == there / "stages" / "pretrain"
+    assert recipe_lib.entries(config, here)[0].base == there / "stages" / "pretrain"
 
 
 @pytest.mark.parametrize("given", ["pretrain", "no/such/stages/pretrain", "distill"])
 def test_init_from_untrained(tmp_path, given):
     config = _config("distill", **{"distill.init_from": given})
     with pytest.raises(ValueError, match=f"distill.init_from='{given}' names no trained run"):
-        workdir.entries(config, tmp_path)
+        recipe_lib.entries(config, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_directories(tmp_path):
     config = _config()
-    assert workdir.data_directory(tmp_path, config) == tmp_path / "data"
+    assert recipe_lib.data_directory(tmp_path, config) == tmp_path / "data"
     config.data.directory = "elsewhere"
-    assert str(workdir.data_directory(tmp_path, config)) == "elsewhere"
-    assert workdir.stage_directory(tmp_path, "refine_2") == tmp_path / "stages" / "refine_2"
+    assert str(recipe_lib.data_directory(tmp_path, config)) == "elsewhere"
+    assert recipe_lib.stage_directory(tmp_path, "refine_2") == tmp_path / "stages" / "refine_2"
 
 
 # ------------------------------------------------------------------------------------------- guides
@@ -129,23 +131,23 @@ GUIDED = {"distill.guidance": 1.0, "distill.guide_steps": 20, "pretrain.warmup_s
 def test_a_guide_is_a_base_model_of_fewer_steps(tmp_path):
     config = _config(**GUIDED)
     entry = Entry("distill", "distill", tmp_path)
-    guide, own = workdir.guide_run(entry, config)
+    guide, own = recipe_lib.guide_run(entry, config)
     assert guide == Entry("guide_20", "pretrain", None)
     assert (own.pretrain.num_steps, own.pretrain.warmup_steps) == (20, 5)
     assert (config.pretrain.num_steps, config.pretrain.warmup_steps) == (1000, 9)
     own.pretrain = config.pretrain
     assert own == config
-    assert workdir.guide_run(entry, _config()) is None
-    assert workdir.guide_run(Entry("pretrain", "pretrain", None), config) is None
+    assert recipe_lib.guide_run(entry, _config()) is None
+    assert recipe_lib.guide_run(Entry("pretrain", "pretrain", None), config) is None
 
 
 def test_a_guided_run_starts_from_a_base_model(tmp_path):
     entry = Entry("distill", "distill", tmp_path)
-    workdir.check_guided(entry, "pretrain")
+    recipe_lib.check_guided(entry, "pretrain")
     with pytest.raises(ValueError, match="distill.guidance needs .* is one of 'step_aware'"):
-        workdir.check_guided(entry, "step_aware")
+        recipe_lib.check_guided(entry, "step_aware")
     _save(tmp_path)
-    workdir.check_guided(entry, None)
+    recipe_lib.check_guided(entry, None)
 
 
 def test_the_recipe_of_a_guided_run_says_how_its_guide_was_trained():
@@ -162,7 +164,7 @@ ENTRY = Entry("distill", "distill", None)
 
 def _recipe(base_recipe=None, **changes):
     changes = {"pipeline": "pretrain,distill"} | changes
-    return workdir.recipe(_config(**changes), ENTRY, base_recipe)
+    return recipe_lib.recipe(_config(**changes), ENTRY, base_recipe)
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +181,9 @@ def test_recipes_are_json():
 
 
 def test_the_same_recipe_goes_on(trained, tmp_path):
-    workdir.check_recipe(trained, _recipe({"seed": 0}))
-    workdir.check_recipe(tmp_path, _recipe())  # nothing trained here
-    assert workdir.saved_metadata(trained)["recipe"] == _recipe({"seed": 0})
+    recipe_lib.check_recipe(trained, _recipe({"seed": 0}))
+    recipe_lib.check_recipe(tmp_path, _recipe())  # nothing trained here
+    assert recipe_lib.saved_metadata(trained)["recipe"] == _recipe({"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -201,21 +203,21 @@ def test_the_same_recipe_goes_on(trained, tmp_path):
 )
 def test_a_changed_key_is_refused_by_name(trained, key, old, new):
     with pytest.raises(ValueError, match=re.escape(f"({key}: {old} there, {new!r} now)")):
-        workdir.check_recipe(trained, _recipe({"seed": 0}, **{key: new}))
+        recipe_lib.check_recipe(trained, _recipe({"seed": 0}, **{key: new}))
 
 
 def test_a_run_of_another_version_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(workdir, "_FORMAT", 1)
+        patch.setattr(recipe_lib, "_FORMAT", 1)
         _save(tmp_path, entry=ENTRY, recipe=_recipe())
     with pytest.raises(ValueError, match="begun by another version .* Finish it with that one"):
-        workdir.check_recipe(tmp_path, _recipe())
-    assert workdir.load_weights(tmp_path).step == 1  # weights are weights
+        recipe_lib.check_recipe(tmp_path, _recipe())
+    assert recipe_lib.load_weights(tmp_path).step == 1  # weights are weights
 
 
 def test_all_changed_keys_are_named(trained):
     with pytest.raises(ValueError, match=r"base: .*; model.width: .*; seed: "):
-        workdir.check_recipe(trained, _recipe({"seed": 3}, **{"seed": 3, "model.width": 64}))
+        recipe_lib.check_recipe(trained, _recipe({"seed": 3}, **{"seed": 3, "model.width": 64}))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_all_changed_keys_are_named(trained):
     ],
 )
 def test_keys_that_leave_the_weights_alone(trained, key, value):
-    workdir.check_recipe(trained, _recipe({"seed": 0}, **{key: value}))
+    recipe_lib.check_recipe(trained, _recipe({"seed": 0}, **{key: value}))
 
 
 def test_a_mixture_goes_on_wherever_its_folders_are():
@@ -248,13 +250,13 @@ def test_a_mixture_goes_on_wherever_its_folders_are():
 def test_the_recipe_of_the_base_matters(trained):
     for other in (None, {"seed": 1}):
         with pytest.raises(ValueError, match=r"\(base: "):
-            workdir.check_recipe(trained, _recipe(other))
+            recipe_lib.check_recipe(trained, _recipe(other))
 
 
 def test_digest():
-    assert workdir.digest({"a": 1, "b": (2, 3)}) == workdir.digest({"b": [2, 3], "a": 1})
-    assert workdir.digest({"a": 1}) != workdir.digest({"a": 2})
-    assert workdir.digest({"a": 1}) != workdir.digest({"a": {"": 1}})
+    assert recipe_lib.digest({"a": 1, "b": (2, 3)}) == recipe_lib.digest({"b": [2, 3], "a": 1})
+    assert recipe_lib.digest({"a": 1}) != recipe_lib.digest({"a": 2})
+    assert recipe_lib.digest({"a": 1}) != recipe_lib.digest({"a": {"": 1}})
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -264,7 +266,7 @@ def test_weights_of_the_newest_checkpoint(tmp_path):
     _save(kept, config=_config(**{"pretrain.ema_decay": 0.9}), steps=(2, 4, 6))
     _save(plain, config=_config(**{"pretrain.ema_decay": 0.0}), steps=(2, 4, 6))
     for directory, expected in ((kept, 3.0), (plain, 6.0)):
-        weights = workdir.load_weights(directory, tokenizer="tok")
+        weights = recipe_lib.load_weights(directory, tokenizer="tok")
         np.testing.assert_array_equal(weights.params["w"], np.full(2, expected))
         assert weights.step == 6
         assert weights.model == MODEL
@@ -276,7 +278,7 @@ def test_weights_of_the_newest_checkpoint(tmp_path):
 def test_no_weights(tmp_path, folder):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"no checkpoint in .*{folder}.*train that run first"):
-        workdir.load_weights(tmp_path / folder)
+        recipe_lib.load_weights(tmp_path / folder)
     assert not (tmp_path / "stages").exists()
 
 
@@ -288,52 +290,52 @@ def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
-        workdir.load_weights(tmp_path)
+        recipe_lib.load_weights(tmp_path)
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
         run_folder.read(tmp_path, which="ema")
-    assert workdir.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
+    assert recipe_lib.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
 
 
 def test_weights_of_another_tokenizer(trained):
     with pytest.raises(ValueError, match="tokenizer tok, the data has other"):
-        workdir.load_weights(trained, tokenizer="other")
-    assert workdir.load_weights(trained).metadata["tokenizer"] == "tok"
+        recipe_lib.load_weights(trained, tokenizer="other")
+    assert recipe_lib.load_weights(trained).metadata["tokenizer"] == "tok"
 
 
 # ------------------------------------------------------------------------------------ configuration
 def test_config_round_trip(tmp_path):
     config = _config("pretrain,refine", **{"eval.steps": (1, 3), "model.width": 64})
-    workdir.save_config(tmp_path / "new" / "run", config)
-    loaded = workdir.load_config(tmp_path / "new" / "run")
+    recipe_lib.save_config(tmp_path / "new" / "run", config)
+    loaded = recipe_lib.load_config(tmp_path / "new" / "run")
     assert isinstance(loaded, ml_collections.ConfigDict)
     # JSON has no tuples; nothing else changes.
     assert json.dumps(loaded.to_dict(), sort_keys=True) == json.dumps(
         config.to_dict(), sort_keys=True
     )
     assert loaded.model.width == 64
-    assert workdir.entries(loaded, tmp_path) == workdir.entries(config, tmp_path)
-    assert workdir.digest(loaded.to_dict()) == workdir.digest(config.to_dict())
+    assert recipe_lib.entries(loaded, tmp_path) == recipe_lib.entries(config, tmp_path)
+    assert recipe_lib.digest(loaded.to_dict()) == recipe_lib.digest(config.to_dict())
 
 
 def test_a_folder_without_config(tmp_path):
     with pytest.raises(ValueError, match="not a working directory.*fsdfm_jax.main"):
-        workdir.load_config(tmp_path)
+        recipe_lib.load_config(tmp_path)
 
 
 def test_bases_of_another_network_or_process_are_refused(trained, tmp_path):
     """The number of heads leaves no trace in the shapes of weights, the schedule none at all."""
-    workdir.check_base(tmp_path / "nothing there yet", MODEL, _config())
-    workdir.check_base(trained, MODEL, _config())
+    recipe_lib.check_base(tmp_path / "nothing there yet", MODEL, _config())
+    recipe_lib.check_base(trained, MODEL, _config())
     few_step = dataclasses.replace(MODEL, conditioning="additive", dropout=0.5, remat="full")
-    workdir.check_base(trained, few_step, _config())
+    recipe_lib.check_base(trained, few_step, _config())
     two_heads = dataclasses.replace(MODEL, num_heads=2)
     with pytest.raises(ValueError, match=r"model\.num_heads: 1 there, 2 here"):
-        workdir.check_base(trained, two_heads, _config())
+        recipe_lib.check_base(trained, two_heads, _config())
     with pytest.raises(ValueError, match=r"path\.power: 1\.0 there, 2\.0 here"):
-        workdir.check_base(trained, MODEL, _config(**{"path.power": 2.0}))
+        recipe_lib.check_base(trained, MODEL, _config(**{"path.power": 2.0}))
 
 
 def test_weight_shapes_are_those_of_the_network(trained):
-    shapes = workdir.weight_shapes(trained)
+    shapes = recipe_lib.weight_shapes(trained)
     assert shapes["vocab_embed"]["embedding"].shape == (5, 4)
     assert isinstance(shapes["vocab_embed"]["embedding"], jax.ShapeDtypeStruct)

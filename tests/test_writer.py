@@ -10,16 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from fsdfm_jax import writer
-from fsdfm_jax.writer import (
-    MetricWriter,
-    Progress,
-    append_jsonl,
-    read_jsonl,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from fsdfm_jax.io import append_jsonl, read_jsonl, write_bytes, write_json, write_text
+from fsdfm_jax.training import metrics as metrics_lib
+from fsdfm_jax.training.metrics import MetricWriter, Progress
 
 
 class Terminal(io.StringIO):
@@ -34,7 +27,7 @@ def clock(monkeypatch):
     class Clock:
         now = 1000.0
 
-    monkeypatch.setattr(writer.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(metrics_lib.time, "monotonic", lambda: Clock.now)
     return Clock
 
 
@@ -79,7 +72,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "fsync", fsync)
+        patch.setattr(metrics_lib.os, "fsync", fsync)
         with pytest.raises(OSError, match="disk full"):
             write_text(path, "new")
     assert path.read_text() == "old"
@@ -209,7 +202,7 @@ def test_bars_inside_others_share_the_terminal(tmp_path, monkeypatch):
             with Progress(name, total=2) as samples:
                 samples.advance(2)
             points.advance()
-    assert not writer._bars
+    assert not metrics_lib._bars
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     for part in ("points", "2/3", "first", "second"):
         assert part in text
@@ -245,4 +238,4 @@ def test_progress_tells_when_it_was_stopped(capsys):
     [(0.01234, "0.0123"), (12.34, "12.3"), (999.7, "1k"), (45_100, "45.1k"), (1.2e6, "1.2M")],
 )
 def test_short_numbers(value, text):
-    assert writer._short(value) == text
+    assert metrics_lib._short(value) == text

@@ -19,7 +19,10 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from fsdfm_jax import checkpoint, cli, sharding, stages, train
+from fsdfm_jax import cli, stages
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import loop as loop_lib
 
 SIZE = 20_000  # of the weights: noise, so that a checkpoint has more than 80 kB
 B, L = 8, 6
@@ -91,8 +94,8 @@ def main(argv):
     del argv
     if FLAGS.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (FLAGS.file_bytes, FLAGS.file_bytes))
-    train.Checkpoints = SlowCheckpoints
-    settings = train.Settings(
+    loop_lib.Checkpoints = SlowCheckpoints
+    settings = loop_lib.Settings(
         num_steps=FLAGS.num_steps,
         batch_size=B,
         log_every=1,
@@ -102,7 +105,7 @@ def main(argv):
         watchdog_minutes=FLAGS.watchdog_minutes,
     )
     for number in range(1, FLAGS.stages + 1):
-        train.train(
+        loop_lib.train(
             stages.Stage("toy", None, init_params, loss),
             settings,
             name="toy",
@@ -110,7 +113,7 @@ def main(argv):
             batches=batches,
             base=None,
             key=jax.random.key(number),
-            mesh=sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "slices": 1})),
+            mesh=mesh_lib.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "slices": 1})),
             directory=pathlib.Path(FLAGS.directory + (f"_{number}" if number > 1 else "")),
             metadata={"of": "toy"},
         )

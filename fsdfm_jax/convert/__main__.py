@@ -15,11 +15,14 @@ from collections.abc import Iterator
 import numpy as np
 from absl import app, flags
 
-from fsdfm_jax import cli, jumps, workdir, writer
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert import formats, official, parity, safetensors_file
-from fsdfm_jax.convert.bundle import Bundle, Leaf
+from fsdfm_jax import cli
+from fsdfm_jax.convert import formats, official, parity
+from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.convert.formats import Target
+from fsdfm_jax.flow import jumps
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference.bundle import Bundle, Leaf
+from fsdfm_jax.training import metrics, recipe
 
 
 def define_flags() -> None:
@@ -34,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "source", "", ["", "uniform", "mask"], "Noise of an official network; told by its size."
     )
-    flags.DEFINE_enum("layout", "ours", safetensors_file.LAYOUTS, "Names in safetensors.")
+    flags.DEFINE_enum("layout", "ours", safetensors_lib.LAYOUTS, "Names in safetensors.")
     flags.DEFINE_enum("dtype", "float32", list(bundle_lib.DTYPES), "Of the weights in TARGET.")
     flags.DEFINE_integer("steps", None, "Network calls of an exported sampler; 8.", lower_bound=1)
     flags.DEFINE_integer("length", None, "Tokens of an exported sampler.", lower_bound=1)
@@ -54,7 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace TARGET if it is a model of that format.")
 
 
-def with_progress(bundle: Bundle, progress: writer.Progress) -> Bundle:
+def with_progress(bundle: Bundle, progress: metrics.Progress) -> Bundle:
     """The same bundle, counting megabytes as its parameters are read."""
 
     done = 0
@@ -101,7 +104,7 @@ def convert(
     """
     if tolerance is not None and not check:
         raise ValueError("--tolerance is the bound of --check; give both or neither.")
-    provenance = dict(source.provenance) | {"converted_by": workdir.code_version()}
+    provenance = dict(source.provenance) | {"converted_by": recipe.code_version()}
     source = dataclasses.replace(source, provenance=provenance)
     formats.check_target(source, target, source=place, overwrite=overwrite)
     lines = []
@@ -124,7 +127,7 @@ def convert(
             lines.append("The exported program draws the library's tokens.")
 
     total = _megabytes(source.num_params())
-    with writer.Progress(f"{target.path.name}, MB read", total=total) as progress:
+    with metrics.Progress(f"{target.path.name}, MB read", total=total) as progress:
         formats.write(
             with_progress(source, progress),
             target,

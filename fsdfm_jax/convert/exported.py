@@ -7,7 +7,7 @@
     weights.npz        path -> float32 array
     tokenizer.json     if there is one
     neighbours.npz     counts of the training text, of a sampler whose draws heed their neighbours
-    ngrams.py          makes them the table that its program takes (fsdfm_jax/ngrams.py)
+    ngrams.py          makes them the table that its program takes (fsdfm_jax/inference/ngrams.py)
     signature.json     inputs with their defaults, outputs, network, noising process, provenance,
                        sha256 of all files
     flatbuffers.zip    the package flatbuffers, with which `jax.export` reads programs and which
@@ -29,25 +29,29 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import export
 
-from fsdfm_jax import inference, jumps, ngrams, sampler, tokenizer, writer
-from fsdfm_jax.convert import bundle as bundles
-from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.neighbours import Neighbours
-from fsdfm_jax.ngrams import Counts, Table
-from fsdfm_jax.stages import Process
+from fsdfm_jax import io
+from fsdfm_jax.data import tokenizer
+from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.inference import bundle as bundles
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
+from fsdfm_jax.inference.neighbours import Neighbours
+from fsdfm_jax.inference.ngrams import Counts, Table
+from fsdfm_jax.network.model import ModelConfig, Params
 
 FORMAT = "fsdfm_jax.exported_sampler"
 VERSION = 3
@@ -104,9 +108,9 @@ def how_of(bundle: Bundle, steps: int) -> How:
     """
     numbers = bundle.sampling()
     jump_rule, shape = numbers.pop("few_step_jump"), numbers.pop("grid")
-    inference.check_settings(steps=steps, **numbers)
+    generate_lib.check_settings(steps=steps, **numbers)
     jumps.get_rule(jump_rule)
-    inference.check_neighbours(
+    generate_lib.check_neighbours(
         numbers["neighbours"], jump_rule, has_table=bundle.counts is not None
     )
     left_out = {"top_p": 1, "neighbours": 0}
@@ -121,19 +125,19 @@ def _check_how(how: How, steps: int) -> None:
     numbers = {key: value for key, value in how.defaults.items() if key != "grid"}
     if any(type(time) is not float for time in how.defaults["grid"]):
         raise ValueError("its default grid holds other things than times")
-    inference.check_settings(**numbers)
+    generate_lib.check_settings(**numbers)
     jumps.get_rule(how.jump_rule)
     if len(sampler.check_grid(how.defaults["grid"])) != steps + 1:
         raise ValueError(f"the default grid isn't one of {steps} steps")
     strength = numbers.get("neighbours", 0.0)
     if (how.contexts is not None) != bool(strength):
         raise ValueError("it has a table of neighbours and doesn't heed them, or the reverse")
-    inference.check_neighbours(strength, how.jump_rule, has_table=True)
+    generate_lib.check_neighbours(strength, how.jump_rule, has_table=True)
 
 
 def make_sampler(model: ModelConfig, process: Process, how: How) -> Callable[..., jax.Array]:
     """What is exported: the arguments are the inputs of the signature, in their order."""
-    generate = inference.make_generator(model, process, how.jump_rule)
+    generate = generate_lib.make_generator(model, process, how.jump_rule)
     names = [name for name, *_ in _rows(model, how, steps=1, length=1)]
 
     def sample(*arguments):
@@ -201,10 +205,10 @@ def write(
         "calling_convention": program.calling_convention_version,
         "sha256": {name: _sha256(folder / name) for name in _files(bundle, how)},
     }
-    writer.write_json(folder / _SIGNATURE, signature)
-    signature = writer.read_json(folder / _SIGNATURE)  # as plain JSON, as a reader has it
+    io.write_json(folder / _SIGNATURE, signature)
+    signature = io.read_json(folder / _SIGNATURE)  # as plain JSON, as a reader has it
     signature["sha256"][_SIGNATURE] = _own_sha256(signature)
-    writer.write_json(folder / _SIGNATURE, signature)
+    io.write_json(folder / _SIGNATURE, signature)
 
 
 def portable(model: ModelConfig) -> ModelConfig:
@@ -741,7 +745,7 @@ def _fill(member, view: memoryview) -> None:
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()[len(_NPY_MAGIC) + 2 :].rstrip(b" \n")

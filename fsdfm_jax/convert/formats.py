@@ -16,11 +16,12 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from fsdfm_jax import tokenizer as tokenizer_lib
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert import exported, official, run_folder, safetensors_file
-from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.tokenizer import Tokenizer
+from fsdfm_jax.convert import exported, official, run_folder
+from fsdfm_jax.convert import safetensors as safetensors_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
+from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 
 FORMATS = ("official", "safetensors", "orbax", "sampler")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
@@ -92,7 +93,7 @@ def _format_of(path: pathlib.Path) -> str:
         return "sampler"
     if run_folder.is_run_folder(path):
         return "orbax"
-    if safetensors_file.is_safetensors(path):
+    if safetensors_lib.is_safetensors(path):
         return "safetensors"
     if path.is_file():
         return "official"
@@ -103,7 +104,7 @@ def _format_of(path: pathlib.Path) -> str:
 
 
 def _read_safetensors(path, num_heads, given, source) -> Bundle:
-    tensors, description, text = safetensors_file.read(path)
+    tensors, description, text = safetensors_lib.read(path)
     own = bundle_lib.read_tokenizer(text, f"the tokenizer of {path}")
     tensors_are_official = "vocab_embed.weight" in tensors
     if description is None:
@@ -121,7 +122,7 @@ def _read_safetensors(path, num_heads, given, source) -> Bundle:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise BadFile(f"{path} doesn't describe a model: {str(error)[:300]}") from error
-    counts = safetensors_file.take_counts(tensors, str(path))
+    counts = safetensors_lib.take_counts(tensors, str(path))
     return bundle_lib.from_parts(tensors, description, own, str(path), counts=counts)
 
 
@@ -389,8 +390,8 @@ def _write(bundle: Bundle, target: Target) -> None:
             extra={"fsdfm_jax": json.dumps(description)},
         )
     elif name == "safetensors":
-        one_file = path.suffix.lower() == safetensors_file.SUFFIX
-        write_it = safetensors_file.write_file if one_file else safetensors_file.write_folder
+        one_file = path.suffix.lower() == safetensors_lib.SUFFIX
+        write_it = safetensors_lib.write_file if one_file else safetensors_lib.write_folder
         write_it(path, bundle, layout=target.layout, dtype=target.dtype)
     elif name == "orbax":
         run_folder.write(path, bundle)

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert import torch_file
-from fsdfm_jax.convert.bundle import BadFile, Leaf
-from fsdfm_jax.models import ModelConfig, Params
+from fsdfm_jax.convert import torch_pickle
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference.bundle import BadFile, Leaf
+from fsdfm_jax.network.model import ModelConfig, Params
 
 # Whose weights: key of the file -> the name it goes by here.
 WHICH = {
@@ -143,14 +143,14 @@ def write_file(
       ValueError: as `save`.
     """
     pending = {
-        name: torch_file.Pending(
+        name: torch_pickle.Pending(
             name, np.dtype(np.float32) if name == _BUFFER else bundle_lib.DTYPES[dtype], shape
         )
         for name, shape in state_shapes(bundle).items()
     }
     groups = ("model",) if bundle.model.conditioning == "none" else (WHICH["ema"], WHICH["student"])
     tree = {group: pending for group in groups} | {"step": step} | dict(extra or {})
-    torch_file.write(path, tree, stream(bundle, dtype))
+    torch_pickle.write(path, tree, stream(bundle, dtype))
 
 
 class StateFile:
@@ -167,8 +167,8 @@ class StateFile:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._torch = None
-        if torch_file.is_torch_file(path):
-            self._torch = torch_file.TorchFile(path)
+        if torch_pickle.is_torch_file(path):
+            self._torch = torch_pickle.TorchFile(path)
             self.tree = self._torch.tree
         else:
             self.tree = _open_npz(path)
@@ -216,7 +216,7 @@ class StateFile:
         problems = []
         for name, value in state.items():
             plain = _plain_name(name)
-            if isinstance(value, torch_file.TorchTensor):
+            if isinstance(value, torch_pickle.TorchTensor):
                 dtype = value.dtype
                 leaf = Leaf(value.shape, lambda value=value: self._torch.read(value))
             elif isinstance(value, _NpzLeaf):

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference, models, ngrams
-from fsdfm_jax.convert import bundle as bundle_lib
 from fsdfm_jax.convert import exported
-from fsdfm_jax.convert.bundle import Bundle
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.bundle import Bundle
+from fsdfm_jax.network import model as model_lib
 
 # Largest difference of two logits that rounding explains, by the dtype of the weights in the file.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
@@ -46,8 +48,8 @@ def random_inputs(
 
 def logits_of(bundle: Bundle, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     """Logits, float32 [B, L, V]; the parameters are in memory only meanwhile."""
-    run = jax.jit(models.apply, static_argnums=1)
-    model = inference.portable(bundle.model)
+    run = jax.jit(model_lib.apply, static_argnums=1)
+    model = generate_lib.portable(bundle.model)
     return np.asarray(run(bundle.device_params(), model, *inputs))
 
 
@@ -109,7 +111,7 @@ def check_program(
     table = ngrams.table(source.counts(), source.model.vocab_size) if heeds else None
     params = source.device_params()
     found_BL = exported.call(folder, params, table, **inputs)
-    expected_BL = inference.generate(
+    expected_BL = generate_lib.generate(
         params,
         exported.portable(source.model),
         source.process(),

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from fsdfm_jax import checkpoint, ngrams, workdir
-from fsdfm_jax import data as data_lib
-from fsdfm_jax.convert import bundle as bundle_lib
-from fsdfm_jax.convert.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.ngrams import Counts
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
+from fsdfm_jax.inference.ngrams import Counts
+from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import recipe as recipe_lib
 
 # Part of the checkpoint that holds whose weights; "ema" falls back on what a stage without average
 # has.
@@ -66,7 +68,7 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
         )
     step = None
     if (path / "stages").is_dir():
-        path = workdir.stage_directory(path, stage or _last_trained(path))
+        path = recipe_lib.stage_directory(path, stage or _last_trained(path))
     elif stage:
         raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
     if _step_folder(path):
@@ -85,8 +87,10 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
 
 
 def _last_trained(folder: pathlib.Path) -> str:
-    runs = [run for run, _ in workdir.runs(workdir.load_config(folder))]
-    trained = [run for run in runs if workdir.is_trained(workdir.stage_directory(folder, run))]
+    runs = [run for run, _ in recipe_lib.runs(recipe_lib.load_config(folder))]
+    trained = [
+        run for run in runs if recipe_lib.is_trained(recipe_lib.stage_directory(folder, run))
+    ]
     if not trained:
         raise ValueError(
             f"No stage of {folder} has been trained yet (expected one of {', '.join(runs)}); "
@@ -155,7 +159,7 @@ def _find_counts(directory: pathlib.Path, config, metadata) -> Callable[[], Coun
     if (directory / _COUNTS).is_file():
         return lambda: bundle_lib.read_counts(directory / _COUNTS, vocab_size)
     places = (place.resolve() for place in _data_places(directory, config))
-    place = next((place for place in places if (place / data_lib.MANIFEST).is_file()), None)
+    place = next((place for place in places if (place / prepared_lib.MANIFEST).is_file()), None)
     if place is None:
         return None
     return lambda: _count(place, metadata["data"], vocab_size)
@@ -164,7 +168,7 @@ def _find_counts(directory: pathlib.Path, config, metadata) -> Callable[[], Coun
 # Most programs open several models of one text.
 @functools.lru_cache(maxsize=2)
 def _count(place: pathlib.Path, fingerprint: str, vocab_size: int) -> Counts:
-    data = data_lib.load(place)
+    data = prepared_lib.load(place)
     if data.fingerprint != fingerprint:
         raise ValueError(
             f"{place} holds other text than the model was trained on, which neighbours counts; "
@@ -222,7 +226,7 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
     params = bundle.params()
     metadata = {
         "format": 1,
-        "code_version": workdir.code_version(),
+        "code_version": recipe_lib.code_version(),
         "run": bundle.provenance.get("run") or "converted",
         "stage": bundle.provenance.get("stage") or "converted",
         "weights": "params",

@@ -18,11 +18,16 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 import fsdfm_jax
-from fsdfm_jax import cli, data, inference, sharding, workdir
+from fsdfm_jax import cli
 from fsdfm_jax.convert import formats
-from fsdfm_jax.evaluate import subjects, suite
-from fsdfm_jax.evaluate.points import Settings
-from fsdfm_jax.evaluate.subjects import Catalogue
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.evaluate import models as models_lib
+from fsdfm_jax.evaluate import run as run_lib
+from fsdfm_jax.evaluate.models import Catalogue
+from fsdfm_jax.evaluate.plan import Settings
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import recipe
 
 _DEFAULT_CONFIG = pathlib.Path(fsdfm_jax.__file__).parents[1] / "configs" / "base.py"
 _CONFIG_GIVEN = cli.config_given(sys.argv)
@@ -59,7 +64,7 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
-    for key, value in (inference.PUBLISHED | (stored.get("eval") or {})).items():
+    for key, value in (generate_lib.PUBLISHED | (stored.get("eval") or {})).items():
         if key in keys and f"eval.{key}" not in given:  # an older run may have had other keys
             try:
                 config.eval[key] = tuple(value) if isinstance(value, list) else value
@@ -79,27 +84,27 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     options = {"tokenizer": _TOKENIZER.value, "source": _SOURCE.value}
     options["num_heads"] = _NUM_HEADS.value
-    prepared = data.load(_DATA.value) if _DATA.value else None
+    prepared = prepared_lib.load(_DATA.value) if _DATA.value else None
     if _WORKDIR.value:
         folder = pathlib.Path(_WORKDIR.value).expanduser()
-        stored = workdir.load_config(folder).to_dict()
+        stored = recipe.load_config(folder).to_dict()
         use_stored(config, stored, config.eval.keys())
         settings = Settings.from_config(config.eval)
-        catalogue = subjects.open_workdir(folder, settings.models, _RUNS.value, **options)
-        prepared = prepared or subjects.prepared_text(folder)
+        catalogue = models_lib.open_workdir(folder, settings.models, _RUNS.value, **options)
+        prepared = prepared or models_lib.prepared_text(folder)
     else:
         path = pathlib.Path(_CHECKPOINT.value).expanduser()
         stored = formats.open_bundle(path, **options).provenance.get("config") or {}
         use_stored(config, stored, set(config.eval) - set(_PLACES))
         settings = Settings.from_config(config.eval)
-        further = subjects.further_places(settings.models, **options)
-        catalogue = Catalogue(subjects.join({path.name: (path, options)}, further))
+        further = models_lib.further_places(settings.models, **options)
+        catalogue = Catalogue(models_lib.join({path.name: (path, options)}, further))
     output = pathlib.Path(_OUTPUT.value or folder / "report").expanduser()
     header = {"config": stored | {"eval": config.eval.to_dict()}}
     if prepared is not None:
         header["data"] = prepared.manifest
-    with sharding.use(sharding.local_mesh()):
-        print(suite.evaluate(settings, catalogue, prepared, output, header=header))
+    with mesh_lib.use(mesh_lib.local_mesh()):
+        print(run_lib.evaluate(settings, catalogue, prepared, output, header=header))
     print(f"\nReport: {output / 'report.html'}, with its data beside it.")
 
 

@@ -44,10 +44,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import losses, models, paths
-from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.stages import Process
+from fsdfm_jax.flow import losses, paths
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.ops import logits as logits_lib
 
 # Times of a sample, however many samples share `num_times`: a figure of its own for the bootstrap.
 _FEWEST_TIMES = 8
@@ -200,7 +201,7 @@ def _strata(seed, num_samples, parts):
 
 @functools.lru_cache(maxsize=8)
 def _predictor(model):
-    return lambda params, x_BL, t_B: models.predict(params, model, x_BL, t_B)
+    return lambda params, x_BL, t_B: model_lib.predict(params, model, x_BL, t_B)
 
 
 @functools.lru_cache(maxsize=8)

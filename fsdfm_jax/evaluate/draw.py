@@ -13,17 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax import inference, models, ngrams, sampler, sharding
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import neighbours as neighbours_lib
-from fsdfm_jax.evaluate.points import Point
-from fsdfm_jax.evaluate.subjects import Subject
-from fsdfm_jax.logits import Factored
-from fsdfm_jax.neighbours import Neighbours
-from fsdfm_jax.ngrams import Counts, Table
+from fsdfm_jax.evaluate.models import Subject
+from fsdfm_jax.evaluate.plan import Point
+from fsdfm_jax.flow import sampler
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import neighbours as neighbours_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.neighbours import Neighbours
+from fsdfm_jax.inference.ngrams import Counts, Table
+from fsdfm_jax.inference.stream import Trajectory
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.ops.logits import Factored
+from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import autoregressive
-from fsdfm_jax.trajectory import Trajectory
-from fsdfm_jax.writer import Progress
+from fsdfm_jax.training.metrics import Progress
 
 # Seconds after which a call needn't be repeated to be timed: what the first call of a program pays
 # for besides its work is small beside that.
@@ -171,7 +175,9 @@ def _inputs(point, subject, given, batch_size, index, room) -> tuple:
     grid = sampler.pad_grid(sampler.make_grid(point.grid, point.steps), room)
     steps = jnp.int32(point.steps)
     how = (temperature, top_p, steps, jnp.float32(point.cooling), jnp.float32(point.look_ahead))
-    heeded = inference.make_neighbours(point.neighbours or 0.0, _table(point, subject), point.jump)
+    heeded = generate_lib.make_neighbours(
+        point.neighbours or 0.0, _table(point, subject), point.jump
+    )
     how += (heeded,)
     return sample_key, x0_BL, jnp.asarray(frozen_BL), jnp.asarray(grid), *how
 
@@ -186,10 +192,10 @@ def _compile(model, process, rule, size, has_nucleus, num_longer):
     tokens, frozen = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
     if model.causal:
         mask_id = process.source.mask_id
-        run = inference.make_autoregressive_sampler(model, length, mask_id, memory=memory)
+        run = generate_lib.make_autoregressive_sampler(model, length, mask_id, memory=memory)
         inputs = (key, tokens[:, 0], scalar, tokens, frozen, top_p)
     else:
-        run = inference.make_sampler(model, process, jump)
+        run = generate_lib.make_sampler(model, process, jump)
         grid = jnp.zeros((room + 1,), jnp.float32)
         heeded = None
         if num_longer is not None:
@@ -199,8 +205,8 @@ def _compile(model, process, rule, size, has_nucleus, num_longer):
             shorter = jax.ShapeDtypeStruct((contexts,), jnp.int32)
             heeded = Neighbours(Table(follow, keys, shorter), scalar)
         inputs = (key, tokens, frozen, grid, scalar, top_p, jnp.int32(1), scalar, scalar, heeded)
-    params = jax.eval_shape(lambda: models.init_params(key, model))
-    params = sharding.spread(params)
+    params = jax.eval_shape(lambda: model_lib.init_params(key, model))
+    params = mesh_lib.spread(params)
     began = time.perf_counter()
     compiled = run.lower(params, *inputs).compile()
     return compiled, time.perf_counter() - began
@@ -222,7 +228,7 @@ def watch(
         return _watch_autoregressive(point, subject, given.frozen_NL[:count], drawn_NL[:count])
     first = Given(given.tokens_NL[:count], given.frozen_NL[:count])
     inputs = _inputs(point, subject, first, count, 0, room)
-    run = inference.make_observer(subject.model, subject.process, point.jump)
+    run = generate_lib.make_observer(subject.model, subject.process, point.jump)
     _, observed = run(subject.params, *inputs)
     steps = point.steps
     grid = sampler.make_grid(point.grid, steps)
@@ -273,7 +279,7 @@ def _entropies(params, model, eos_id, mask_id, tokens_BL, temperature, top_p):
         logits = logits_lib.exclude(logits, mask_id)
     if top_p is not None:
         logits = logits_lib.nucleus(logits, top_p)
-    return logits_lib.map_positions(inference.entropy, logits)
+    return logits_lib.map_positions(generate_lib.entropy, logits)
 
 
 def control(

@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from fsdfm_jax import trajectory, workdir
 from fsdfm_jax.evaluate import bound as bound_lib
-from fsdfm_jax.evaluate import draw, mauve, metrics, report, stamps, summary, tasks
+from fsdfm_jax.evaluate import draw, mauve, metrics, stamps, summary, tasks
 from fsdfm_jax.evaluate.draw import Given
-from fsdfm_jax.evaluate.held_out import HeldOut
-from fsdfm_jax.evaluate.points import Point, Settings
-from fsdfm_jax.evaluate.scoring import Judge
-from fsdfm_jax.evaluate.store import Arrays, Row, Store
-from fsdfm_jax.evaluate.subjects import Catalogue
-from fsdfm_jax.writer import Progress
+from fsdfm_jax.evaluate.judges.scoring import Judge
+from fsdfm_jax.evaluate.models import Catalogue
+from fsdfm_jax.evaluate.plan import Point, Settings
+from fsdfm_jax.evaluate.references import HeldOut
+from fsdfm_jax.evaluate.report import write as report
+from fsdfm_jax.evaluate.results import Arrays, Row, Store
+from fsdfm_jax.inference import stream
+from fsdfm_jax.training import recipe
+from fsdfm_jax.training.metrics import Progress
 
 NO_BOUND = (
     "No bound on the likelihood: a few-step network answers for whole steps and was taught by a "
@@ -94,16 +96,16 @@ class Evaluation:
         if arrays is None:
             arrays = self._sample(point, stamp)
             self._store.save_arrays(point.slug, stamp, arrays)
-        known = self._store.earlier_scores(point.slug, stamp, self._scoring_code)
+        known = self._store.earlier_scores(point.slug, stamp, stamps.PROTOCOL_VERSION)
         judged: Arrays = {}
         for judge, facts in zip(self._judges, self._judge_facts, strict=True):
-            judged |= _part_with(known, f"{judge.name}.digest", workdir.digest(facts))
+            judged |= _part_with(known, f"{judge.name}.digest", recipe.digest(facts))
         scores = summary.measure(
             arrays["tokens"], ~arrays["frozen"], self._tokenizer, self._judges, known=judged
         )
         scores |= self._steps(point, arrays["tokens"], known)
         scores |= self._mauve(point, arrays["tokens"], known)
-        self._store.save_scores(point.slug, protocol, self._scoring_code, scores)
+        self._store.save_scores(point.slug, protocol, stamps.PROTOCOL_VERSION, scores)
         figures, judges = self._figures(scores)
         own = _entropy_of_choice([scores], self._settings.resamples)
         figures |= {
@@ -132,7 +134,7 @@ class Evaluation:
                 "notes": _notes(point),
                 "samples_file": self._store.samples_file(point.slug, stamp),
                 "scores_file": self._store.scores_file(point.slug, protocol),
-                "code_version": workdir.code_version(),
+                "code_version": recipe.code_version(),
                 "protocol": protocol,
             }
         )
@@ -145,11 +147,6 @@ class Evaluation:
     def _num_samples(self, point: Point) -> int:
         asked = self._settings.num_samples
         return asked if point.kind == "model" else min(asked, len(self._text.real_NL))
-
-    @functools.cached_property
-    def _scoring_code(self) -> str:
-        # Judges and bounds are computed by the networks' code as well.
-        return workdir.code_digest((*stamps.SAMPLING_CODE, *stamps.SCORING_CODE))
 
     def _sample(self, point: Point, stamp: dict[str, Any]) -> Arrays:
         given = self._given(point)
@@ -271,7 +268,7 @@ class Evaluation:
         facts = self._mauve_facts(point)
         if facts is None:
             return {}
-        digest = workdir.digest([facts, self._judge_facts[0]])
+        digest = recipe.digest([facts, self._judge_facts[0]])
         if part := _part_with(known, "mauve_digest", digest):
             return {name: part[name] for name in ("mauve", "mauve_digest")}
         judge, reference_ND = self._judges[0], self._reference_features
@@ -307,7 +304,7 @@ class Evaluation:
         model = self._catalogue.facts(point.source, point.weights)
         name = f"bound-{point.source}-{point.weights}".replace("/", "-")
         stamp = {"model": model, "bound": facts, "numerics": stamps.numerics()}
-        stamp["code"] = self._scoring_code
+        stamp["protocol"] = stamps.PROTOCOL_VERSION
         arrays = self._store.arrays(name, stamp)
         if arrays is None:
             subject = self._catalogue.open(point.source, point.weights)
@@ -425,15 +422,15 @@ def _mauve_estimate(scores: Arrays) -> dict[str, Any] | None:
     return found | {"count": int(found["count"])}
 
 
-def _trajectories(arrays: Arrays) -> list[trajectory.Trajectory]:
+def _trajectories(arrays: Arrays) -> list[stream.Trajectory]:
     """The trajectories among a point's stored arrays."""
     found = []
     while f"{_PATH}{len(found)}.tokens_TL" in arrays:
         tokens_TL, steps, times, frozen_L = (
-            arrays[f"{_PATH}{len(found)}.{name}"] for name in trajectory.Trajectory._fields
+            arrays[f"{_PATH}{len(found)}.{name}"] for name in stream.Trajectory._fields
         )
         shown = (tuple(steps.tolist()), tuple(times.tolist()))
-        found.append(trajectory.Trajectory(tokens_TL, *shown, frozen_L))
+        found.append(stream.Trajectory(tokens_TL, *shown, frozen_L))
     return found
 
 

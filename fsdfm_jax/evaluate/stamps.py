@@ -10,22 +10,11 @@ from typing import Any
 
 import jax
 
-from fsdfm_jax import workdir
-from fsdfm_jax.evaluate.points import Point
+from fsdfm_jax.evaluate.plan import Point
 
-# Modules that decide which tokens are drawn.
-SAMPLING_CODE = (
-    *("attention", "data", "draws", "inference", "jumps", "layout", "logits", "loops", "models"),
-    *("neighbours", "ngrams", "sampler", "schedules", "sources", "stages", "stages.autoregressive"),
-    "teacher",
-    *("evaluate.draw", "evaluate.held_out", "evaluate.tasks"),
-)
-# Modules that decide which figures are made of them.
-SCORING_CODE = (
-    *("losses", "paths", "tokenizer"),
-    *(f"evaluate.{name}" for name in ("bound", "engine", "huggingface_judge", "judges", "mauve")),
-    *(f"evaluate.{name}" for name in ("metrics", "ngram_judge", "scoring", "summary")),
-)
+# Raise it when a change of the code changes tokens or figures: results stored under another version
+# are computed again.
+PROTOCOL_VERSION = 1
 
 
 def samples(
@@ -59,7 +48,7 @@ def samples(
         "model": None if facts is None else dict(facts),
         "sampling": _sampling(point, facts, min(batch_size, num_samples), follow),
         "numerics": numerics(),
-        "code": workdir.code_digest(SAMPLING_CODE),
+        "protocol": PROTOCOL_VERSION,
     }
 
 
@@ -91,5 +80,5 @@ def numerics() -> dict[str, Any]:
 
 
 def scoring(**facts: Any) -> dict[str, Any]:
-    """What is made of the samples: `facts`, and the code that makes it."""
-    return facts | {"code": workdir.code_digest(SCORING_CODE)}
+    """What is made of the samples: `facts`, and the version of the code."""
+    return facts | {"protocol": PROTOCOL_VERSION}

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fsdfm_jax import workdir
+from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.evaluate import mauve, metrics, tasks
+from fsdfm_jax.evaluate.judges.scoring import Judge, Scores
 from fsdfm_jax.evaluate.metrics import Estimate
-from fsdfm_jax.evaluate.scoring import Judge, Scores
-from fsdfm_jax.tokenizer import Tokenizer
+from fsdfm_jax.training import recipe
 
 LEVEL = 0.95
 # What a stamp says of the intervals: INTERVALS.format(level=LEVEL, resamples=..).
@@ -64,7 +64,7 @@ def measure(
 
     texts = None
     for judge in judges:
-        digest = workdir.digest(judge.describe())
+        digest = recipe.digest(judge.describe())
         reads_ids = judge.tokenizer == tokenizer.fingerprint
         names = _names(judge.name, _FORMS if reads_ids else ("text",))
         if known is not None and _holds(known, judge.name, digest, names, len(tokens_NL)):

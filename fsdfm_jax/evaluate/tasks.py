@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fsdfm_jax.evaluate.scoring import Text
-from fsdfm_jax.tokenizer import Tokenizer
+from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.evaluate.judges.scoring import Text
 
 UNCONDITIONAL = "unconditional"
 CONTINUATION = "continuation"

@@ -1,165 +1,25 @@
-"""The training stages: what each of them learns, as pure functions behind one signature.
+"""The training stages; see `fsdfm_jax.stages.base`."""
 
-    pretrain        data, all times            eq. 3.8         the base model
-    step_aware      data, all step budgets     eq. 4.4         learns to work with any budget
-    distill         data and shortcut teacher  eq. 4.5         makes each step larger
-    refine          pairs made by the model    eq. 4.5         tunes how each step moves
-    autoregressive  data, left to right        cross-entropy   baseline and judge
+from fsdfm_jax.stages.base import (
+    FEW_STEP,
+    NAMES,
+    Batch,
+    Guide,
+    Stage,
+    make_stage,
+    model_config,
+    start_fresh,
+    start_from_base,
+)
 
-Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is shared
-(fsdfm_jax/train.py).
-"""
-
-import importlib
-from collections.abc import Callable
-from typing import NamedTuple
-
-import jax
-from ml_collections import ConfigDict
-
-from fsdfm_jax import jumps, models, schedules, sources
-from fsdfm_jax.jumps import Jump, JumpRule, Redraw
-from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.schedules import Schedule
-from fsdfm_jax.sources import Source
-
-NAMES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
-FEW_STEP = ("step_aware", "distill", "refine")
-
-# "x1": int [B, L] data tokens; "x0": int [B, L] their noise, only where a stage couples the two.
-Batch = dict[str, jax.Array]
-
-
-class Process(NamedTuple):
-    """The noising process that all stages of a run share, and the token between documents.
-
-    `revealed` says whether, with a mask source, tokens once revealed "stay" or may "jump" again.
-    """
-
-    schedule: Schedule
-    source: Source
-    eos_id: int
-    revealed: str = "stay"
-
-    def make_jump(self, rule: JumpRule) -> Jump:
-        """The rule on this process, see `jumps.make_process_jump`."""
-        return jumps.make_process_jump(rule, self.schedule, self.source, self.revealed)
-
-    def make_redraw(self, rule: JumpRule) -> Redraw:
-        """What the rule draws anew on this process, see `jumps.make_redraw`."""
-        return jumps.make_redraw(rule, self.schedule, self.source, self.revealed)
-
-
-class Guide(NamedTuple):
-    """Fixed weights of the base model that a guided stage learns from, see `few_step.make_loss`.
-
-    `strong` are those that the stage starts from, `weak` those of a base model that was trained for
-    fewer steps.
-    """
-
-    strong: Params
-    weak: Params
-
-
-class Stage(NamedTuple):
-    """A stage.
-
-    Attributes:
-      name: one of `NAMES`.
-      model: its network.
-      init_params: (key, base) -> params; `base` are the weights of the stage it starts from, or
-        None.
-      loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is the average of the
-        weights, never differentiated; metrics are scalars and hold "loss". A guided stage takes a
-        fifth argument, its `Guide`.
-      guided: whether it has one.
-    """
-
-    name: str
-    model: ModelConfig
-    init_params: Callable[[jax.Array, Params | None], Params]
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-    guided: bool = False
-
-
-def make_process(path: ConfigDict, *, num_tokens: int, eos_id: int) -> Process:
-    """The process of `config.path` over a tokenizer's `num_tokens` ids."""
-    process = Process(
-        schedules.make_schedule(path.schedule, power=path.power),
-        sources.make_source(path.source, num_tokens=num_tokens),
-        eos_id,
-        path.revealed,
-    )
-    process.make_jump(jumps.EULER)  # refuses what no jump can be made of
-    return process
-
-
-def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfig:
-    """The network of a stage from `config.model`."""
-    return ModelConfig(
-        vocab_size=vocab_size,
-        width=model.width,
-        num_blocks=model.num_blocks,
-        num_heads=model.num_heads,
-        cond_width=model.cond_width,
-        mlp_ratio=model.mlp_ratio,
-        dropout=model.dropout,
-        conditioning=model.conditioning if name in FEW_STEP else "none",
-        causal=name == "autoregressive",
-        dtype=model.dtype,
-        attention=model.attention,
-        logits_mib=model.logits_mib,
-        remat=model.remat,
-    )
-
-
-def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
-    """The stage that a pipeline names.
-
-    Args:
-      name: one of `NAMES`.
-      config: the whole configuration; the stage reads `config.model` and its own section.
-      process: from `make_process`.
-
-    Raises:
-      ValueError: for an unknown name or values the stage can't use.
-    """
-    if name not in NAMES:
-        raise ValueError(f"Unknown stage {name!r}; expected one of {', '.join(NAMES)}.")
-    if name in FEW_STEP and config.model.conditioning == "none":
-        raise ValueError(
-            f"Stage {name!r} conditions the network on the step width; set model.conditioning to "
-            "'additive' or 'official', got 'none'."
-        )
-    model = model_config(name, config.model, vocab_size=process.source.vocab_size)
-    module = importlib.import_module(f"fsdfm_jax.stages.{name}")
-    return module.make(config[name], model, process)
-
-
-def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
-    """`init_params` of a stage that starts from random weights, or goes on from given ones."""
-
-    def init_params(key, base):
-        fresh = models.init_params(key, model)
-        return fresh if base is None else models.add_conditioning(base, fresh)
-
-    return init_params
-
-
-def start_from_base(name: str, model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
-    """`init_params` of a few-step stage: base weights plus a fresh step conditioning.
-
-    The returned function raises ValueError without base weights: few steps distilled from random
-    weights are random text, however well the loss goes down.
-    """
-
-    def init_params(key, base):
-        if base is None:
-            raise ValueError(
-                f"Stage {name!r} starts from trained base weights and none were given; put "
-                f"'pretrain' before it in the pipeline, or set {name}.init_from to a stage "
-                "that has been trained."
-            )
-        return models.add_conditioning(base, models.init_params(key, model))
-
-    return init_params
+__all__ = [
+    "FEW_STEP",
+    "NAMES",
+    "Batch",
+    "Guide",
+    "Stage",
+    "make_stage",
+    "model_config",
+    "start_fresh",
+    "start_from_base",
+]

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import losses, models
-from fsdfm_jax.logits import Logits
-from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.stages import Process, Stage, start_fresh
+from fsdfm_jax.flow import losses
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.ops.logits import Logits
+from fsdfm_jax.stages.base import Stage, start_fresh
 
 
 def shift_right(x1_BL: jax.Array, eos_id: int) -> jax.Array:
@@ -25,7 +27,7 @@ def predict_next(
     params: Params, model: ModelConfig, eos_id: int, x1_BL: jax.Array, *, key=None
 ) -> Logits:
     """Logits of each token given those before it, [B, L, V]; `key` switches dropout on."""
-    return models.predict(params, model, shift_right(x1_BL, eos_id), key=key)
+    return model_lib.predict(params, model, shift_right(x1_BL, eos_id), key=key)
 
 
 def token_losses(

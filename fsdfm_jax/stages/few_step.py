@@ -29,14 +29,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fsdfm_jax import jumps, layout, losses, models, paths, schedules, teacher
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax.budgets import Budgets, make_budgets, sample_budgets
-from fsdfm_jax.jumps import Jump
-from fsdfm_jax.losses import Divergence
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import Guide, Process
-from fsdfm_jax.teacher import Quadrature
+from fsdfm_jax.flow import jumps, losses, paths, schedules, teacher
+from fsdfm_jax.flow.budgets import Budgets, make_budgets, sample_budgets
+from fsdfm_jax.flow.jumps import Jump
+from fsdfm_jax.flow.losses import Divergence
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.teacher import Quadrature
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.parallel import rules
+from fsdfm_jax.stages.base import Guide
 
 LOSSES = ("path", "cross_entropy")
 RATES = ("cumulative", "instantaneous")
@@ -203,7 +206,7 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         t_B = jnp.concatenate([t for t, _ in drawn])
         h_B = jnp.concatenate([h for _, h in drawn])
         xt_BL = paths.sample_path(keys[2], process.schedule, x0_BL, x1_BL, t_B)
-        logits = models.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
+        logits = model_lib.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
 
         value, metrics = jnp.zeros(()), {}
         if split:
@@ -211,15 +214,15 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
             name = "path_loss"
             if path.guidance:
                 name, data_loss = "guidance_loss", follow
-                inputs = [layout.pad_rows(x) for x in (x_RL, t_R)]
-                targets = [models.predict(weights, base_model, *inputs) for weights in guide]
+                inputs = [rules.pad_rows(x) for x in (x_RL, t_R)]
+                targets = [model_lib.predict(weights, base_model, *inputs) for weights in guide]
             elif path.loss == "path":
                 weight_R = _path_weight(path, process, t_R, h_B[:split])
                 weight_RL = jnp.broadcast_to(weight_R[:, None], x_RL.shape)
                 data_loss = losses.path_loss
-                targets = [layout.pad_rows(x) for x in (x_RL, x1_RL, weight_RL)]
+                targets = [rules.pad_rows(x) for x in (x_RL, x1_RL, weight_RL)]
             else:
-                data_loss, targets = losses.cross_entropy, [layout.pad_rows(x1_RL)]
+                data_loss, targets = losses.cross_entropy, [rules.pad_rows(x1_RL)]
             student = logits_lib.pad_rows(logits_lib.rows(logits, 0, split))
             part = logits_lib.mean_loss(data_loss, student, *targets, num_rows=split)
             value += path.budgets.share * part
@@ -227,10 +230,10 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
         if split < batch_size:
 
             def denoise(x, t, h):
-                return models.predict(frozen, model, x, t, h)
+                return model_lib.predict(frozen, model, x, t, h)
 
             # The noise of a row doesn't depend on how many there are: padding changes nothing.
-            inputs = (layout.pad_rows(x[split:]) for x in (xt_BL, t_B, h_B))
+            inputs = (rules.pad_rows(x[split:]) for x in (xt_BL, t_B, h_B))
             target = teacher.teacher_logits(keys[4], taught.rule, denoise, taught.jump, *inputs)
             student = logits_lib.pad_rows(logits_lib.rows(logits, split, batch_size))
             part = logits_lib.mean_loss(match, student, target, num_rows=batch_size - split)

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fsdfm_jax import logits as logits_lib
-from fsdfm_jax import losses, models, paths, schedules
-from fsdfm_jax.models import ModelConfig
-from fsdfm_jax.stages import Process, Stage, few_step, start_fresh
+from fsdfm_jax.flow import losses, paths, schedules
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.stages import few_step
+from fsdfm_jax.stages.base import Stage, start_fresh
 
 
 def stratified_times(key: jax.Array, rows: int, *, time_eps: float) -> jax.Array:
@@ -66,7 +69,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         x0_BL = process.source.sample(noise_key, x1_BL.shape)
         t_B = stratified_times(time_key, x1_BL.shape[0], time_eps=time_eps)
         xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
-        logits = models.predict(params, model, xt_BL, t_B, key=dropout_key)
+        logits = model_lib.predict(params, model, xt_BL, t_B, key=dropout_key)
         value = data_loss(logits, xt_BL, x1_BL, t_B)
         return value, {"loss": value}
 

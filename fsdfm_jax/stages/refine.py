@@ -19,9 +19,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax import jumps, layout, models, sampler
-from fsdfm_jax.models import ModelConfig, Params
-from fsdfm_jax.stages import Process, Stage, few_step, start_from_base
+from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.parallel import rules
+from fsdfm_jax.stages import few_step
+from fsdfm_jax.stages.base import Stage, start_from_base
 
 
 class PairSettings(NamedTuple):
@@ -103,8 +107,8 @@ def make_pair_sampler(
     def make_pairs(params, key):
         noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
-        x0_BL = layout.constrain(x0_BL, "rows")
-        denoise, condition = models.denoiser(params, model, settings.steps)
+        x0_BL = rules.constrain(x0_BL, "rows")
+        denoise, condition = model_lib.denoiser(params, model, settings.steps)
         x1_BL = sampler.sample(
             sample_key,
             denoise,

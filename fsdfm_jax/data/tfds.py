@@ -1,0 +1,131 @@
+"""A TFDS dataset of packed text: blocks of tokens, made in this process.
+
+Nothing here imports TensorFlow or touches the network. Only this module imports tensorflow_datasets
+at its top.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from fsdfm_jax.data import packing
+from fsdfm_jax.data.corpus import Document
+from fsdfm_jax.data.tokenizer import Tokenizer
+
+
+class PackedText(tfds.core.GeneratorBasedBuilder):
+    """Blocks of text: feature "tokens", int32 [L], for every split it is given documents for."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Checksums of downloads: there are none. To look for them TFDS imports importlib_resources,
+    # which it does not install.
+    url_infos: ClassVar[dict] = {}
+
+    def __init__(
+        self,
+        *,
+        documents: Mapping[str, Callable[[], Iterable[Document]]],
+        tokenizer: Tokenizer,
+        block_length: int,
+        **kwargs,
+    ):
+        """Makes a builder.
+
+        Args:
+          documents: for each split, a function that opens its documents.
+          tokenizer: encodes them.
+          block_length: tokens of a block (L).
+          **kwargs: of TFDS; `data_dir` is the folder to write to.
+        """
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._block_length = block_length
+        self.counts: dict[str, packing.SplitCounts] = {}  # by split, once prepared
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(shape=(self._block_length,), dtype=np.int32)
+        return _LocalInfo(builder=self, features=tfds.features.FeaturesDict({"tokens": tokens}))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing to download
+        return {split: self._generate_examples(split) for split in self._documents}
+
+    def _generate_examples(self, split: str):
+        # TFDS stores examples in the order of the keys' hashes: fixed, but not the order they come
+        # in. Keeping that order (disable_shuffling) would make it sort a whole split in memory once
+        # the split exceeds 1 GB.
+        packer = packing.Packer(self._tokenizer, self._block_length)
+        for key, block_L in enumerate(packer.blocks(self._documents[split]())):
+            yield key, {"tokens": block_L}
+        counts = self.counts[split] = packer.counts
+        packing.check_blocks(split, counts, self._block_length)
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Information about a dataset that exists only here."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing.
+
+        TFDS would look for published statistics, and leave an empty temporary folder behind.
+        """
+
+
+def build(builder: PackedText) -> dict[str, packing.SplitCounts]:
+    """Writes the dataset of a builder; prints nothing, and shows progress on a terminal only.
+
+    Returns:
+      The counts of each split.
+
+    Raises:
+      ValueError: a split has no full block; or what reading its documents raises.
+    """
+    with _quiet():
+        builder.download_and_prepare()
+    # It makes a folder for downloads whether or not there are any.
+    shutil.rmtree(builder.data_dir_root / "downloads", ignore_errors=True)
+    return dict(builder.counts)
+
+
+class Split(NamedTuple):
+    """A split on disk: its records {"tokens": int32 [L]}, and files with their records' numbers."""
+
+    records: Sequence[Mapping[str, np.ndarray]]
+    files: list[pathlib.Path]
+    lengths: list[int]
+
+
+def open_split(directory: str | os.PathLike, split: str) -> Split:
+    """Opens a split for random access; `directory` is the `data_dir` it was built in.
+
+    Its records are safe to read from several threads.
+    """
+    folder = pathlib.Path(directory) / PackedText.name / str(PackedText.VERSION)
+    with _quiet():
+        builder = tfds.builder_from_directory(folder)
+        info = builder.info.splits[split]
+        files = [pathlib.Path(path) for path in info.filepaths]
+        return Split(builder.as_data_source(split), files, list(info.shard_lengths))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what TFDS prints and logs; its progress bars are left on a terminal only."""
+    tfds.display_progress_bar(sys.stderr.isatty())
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,87 @@
+"""Real text to compare with: held-out blocks, and what the naive controls are made of."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data.prepared import PreparedData
+from fsdfm_jax.evaluate import tasks
+from fsdfm_jax.evaluate.plan import Settings
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.ngrams import Counts
+
+# Training blocks that the unigram control's frequencies come from.
+_UNIGRAM_BLOCKS = 1024
+_SENTENCE = 24  # tokens of the repeated control's
+
+
+class HeldOut(NamedTuple):
+    """Real text.
+
+    Attributes:
+      real_NL: held-out blocks, int32 [N, L].
+      reference_ML: other held-out blocks, for MAUVE; None if there are too few.
+      bounded_KL: the blocks that base models are bounded on, whatever N is; None for none.
+      unigram_V: frequencies of tokens in the training text, they add up to 1.
+      sentence: ids of a stretch of held-out text.
+      fingerprint: of the prepared data.
+      count: counts what follows what in the training text, see `ngrams.count`.
+    """
+
+    real_NL: np.ndarray
+    reference_ML: np.ndarray | None
+    bounded_KL: np.ndarray | None
+    unigram_V: np.ndarray
+    sentence: np.ndarray
+    fingerprint: str
+    count: Callable[[], Counts] | None = None
+
+
+def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> HeldOut:
+    """What an evaluation needs of a prepared folder.
+
+    Args:
+      prepared: the folder.
+      num_samples: blocks of real text, where there are so many.
+      bound_samples: blocks for bounds, where there are so many.
+    """
+    source, train = prepared.source("validation"), prepared.source("train")
+    real_NL, reference_ML = (
+        prepared_lib.validation_blocks(source, min(num_samples, len(source))),
+        None,
+    )
+    if len(source) >= 2 * num_samples:  # real text is then compared with other real text
+        both = prepared_lib.validation_blocks(source, 2 * num_samples)
+        real_NL, reference_ML = both[::2], both[1::2]
+    bounded_KL = None
+    if bound_samples:
+        bounded_KL = prepared_lib.validation_blocks(source, min(bound_samples, len(source)))
+    blocks = prepared_lib.validation_blocks(train, min(len(train), _UNIGRAM_BLOCKS))
+    vocab_size = prepared.tokenizer.vocab_size
+    counts_V = np.bincount(blocks.ravel(), minlength=vocab_size)
+    return HeldOut(
+        real_NL,
+        reference_ML,
+        bounded_KL,
+        counts_V / counts_V.sum(),
+        real_NL[0, : min(_SENTENCE, prepared.block_length)],
+        prepared.fingerprint,
+        functools.cache(lambda: ngrams.count(train, vocab_size)),
+    )
+
+
+def check(num_blocks: int, settings: Settings) -> None:
+    """Refuses a conditional task with fewer held-out blocks than samples.
+
+    Raises:
+      ValueError: naming both.
+    """
+    if settings.task != tasks.UNCONDITIONAL and num_blocks < settings.num_samples:
+        raise ValueError(
+            f"The held-out text has {num_blocks} blocks, but eval.task gives a part of one to each "
+            f"of eval.num_samples={settings.num_samples}: lower eval.num_samples or "
+            "data.block_length, or raise data.holdout."
+        )

@@ -1,0 +1,524 @@
+"""The pictures of a report, each drawn once, for a PNG file and as SVG for the page.
+
+They show the rows of the report's main task, perplexity A of its main judge. A group has one colour
+in all of them; hollow crosses are rows that reading.py speaks against. Letters are large
+enough to be read when a picture is as wide as a phone. Equal rows give equal bytes.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fsdfm_jax.evaluate.report import reading
+from fsdfm_jax.evaluate.report.reading import Row
+from fsdfm_jax.inference.stream import printable
+
+_WIDTH, _HEIGHT = 6.4, 4.7  # inches of the picture without its legend
+_FONT = 13  # points
+_LINE = 0.27  # inches of a line of the legend
+_DPI = 130
+_NAME_WIDTH = 46  # letters of a name in a legend
+_LABEL_WIDTH = 20  # letters of a name beside a point
+_TWO_COLUMNS = 25  # names up to so many letters share a line of the legend
+# Okabe and Ito's colours, told apart by colour-blind eyes; the pale yellow is left out.
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_FLAGGED = "flagged, see the table"
+_MARKERS, _LINES = "os^Dv", ("-", "--", ":", "-.")
+_AUTOREGRESSIVE, _REAL, _CONTROL = "#000000", "#444444", "#777777"
+_PER_STEP_SHOWN = 6  # curves of predictive entropy
+_IN_SIGHT_BITS = 1.5  # rows with so much less entropy than real text are drawn at the edge
+_OUTSIDE_NAMED = 4  # of those, the lowest perplexities
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": _FONT,
+    "axes.titlesize": _FONT,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "legend.fontsize": _FONT,
+    "svg.fonttype": "none",
+}
+
+
+class _Style(NamedTuple):
+    color: str
+    line: str
+    marker: str
+
+
+class _Label(NamedTuple):
+    """A text that stands beside a point if there is room."""
+
+    axis: Any
+    x: float
+    y: float
+    text: str
+    color: str
+
+
+# --------------------------------------------------------------------------------------- to a file
+def png(figure: Any) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Any, name: str) -> str:
+    """An <svg> element, to stand in a page.
+
+    Args:
+      figure: of this module.
+      name: unique in the page; keeps the picture's ids apart from those of others.
+    """
+    buffer = io.StringIO()
+    with _style(name):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    text = buffer.getvalue()
+    for part in ("metadata", "style"):  # a style of all elements would be one of the whole page
+        text = re.sub(rf"\s*<{part}\b.*?</{part}>", "", text, count=1, flags=re.DOTALL)
+    # Nothing refers to the ids of groups, and several pictures would share them.
+    text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
+    start, mark, rest = text.partition(">")
+    return re.sub(r' (width|height)="[^"]*"', "", start) + mark + rest  # the page sets the size
+
+
+@contextlib.contextmanager
+def _style(salt: str = "fsdfm_jax") -> Iterator[None]:
+    """Our own settings over the library's defaults, whatever the user's are."""
+    import matplotlib.style
+
+    with matplotlib.style.context(_STYLE | {"svg.hashsalt": salt}, after_reset=True):
+        yield
+
+
+# ------------------------------------------------------------------------------------ the pictures
+def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
+    """Perplexity against unigram entropy: only points of equal entropy can be compared.
+
+    A curve is a group at one number of steps over temperatures, where those vary, else a group over
+    its steps.
+
+    Args:
+      rows: of the report, each setting once.
+      exposed: slugs of the rows that something speaks against.
+    """
+    with _canvas() as (figure, axis, legend, labels):
+        x_of, y_of = _value_of(_entropy_bits), _value_of(_perplexity(rows))
+        rows = _finite(rows, x_of, y_of)
+        styles = _styles(rows)
+        rows, outside = _in_sight(rows, x_of)
+        for row in rows:
+            if row["kind"] == "real":
+                axis.axvspan(*_bounds(row, "entropy_bits", 0.02), color="#dddddd", lw=0, zorder=0)
+            if row["kind"] != "model":
+                marker, color = ("*", _REAL) if row["kind"] == "real" else ("X", _CONTROL)
+                _points(axis, [x_of(row)], [y_of(row)], _Style(color, "", marker), hollow=False)
+                name = _name(row["group"], _LABEL_WIDTH)
+                labels.append(_Label(axis, x_of(row), y_of(row), name, color))
+        models = [row for row in rows if row["kind"] == "model"]
+        settings = {(r["group"], r.get("steps"), r.get("temperature")) for r in models}
+        varied = len(settings) > len({setting[:2] for setting in settings})
+        curves: dict[tuple, list[Row]] = {}
+        for row in models:
+            key = (row["group"], row.get("steps") if varied else None)
+            curves.setdefault(key, []).append(row)
+        for (group, steps), members in curves.items():
+            order = "temperature" if varied else "steps"
+            members.sort(key=lambda row: row.get(order) or 0)
+            style, calls = styles[group], sorted({g[1] or 0 for g in curves if g[0] == group})
+            shade = calls.index(steps or 0) / max(len(calls) - 1, 1) if varied else 1.0
+            color = _paler(style.color, 0.35 + 0.65 * shade if len(calls) > 1 else 1.0)
+            _curve(axis, members, x_of, y_of, style._replace(color=color), exposed)
+            legend.setdefault(group, _handle(style))
+            ends = members[-1:] if varied else members[:: max(len(members) - 1, 1)]
+            labels += _row_labels(axis, ends, x_of, y_of, style.color)
+        if outside:
+            _points_outside(axis, outside, min(map(x_of, rows)), x_of, y_of, labels)
+        axis.set_xlabel("unigram entropy of a sample, bits")
+        axis.set_ylabel("perplexity (A)")
+        _log_axis(axis, "y", [y_of(row) for row in rows + outside])
+    return figure
+
+
+def steps(rows: Sequence[Row], exposed: Collection[str]) -> Any:
+    """Perplexity against network calls per sample, with intervals; `frontier` has the arguments."""
+    with _canvas() as (figure, axis, legend, _):
+        estimate = _perplexity(rows)
+        rows = reading.at_usual_temperature(_finite(rows, _value_of(estimate)))
+        _against_steps(axis, rows, exposed, estimate, legend)
+        axis.set_ylabel("perplexity (A)")
+        _log_axis(axis, "y", [_value_of(estimate)(row) for row in rows])
+    return figure
+
+
+def results(rows: Sequence[Row], exposed: Collection[str]) -> Any:
+    """Perplexity and entropy against steps, side by side; `frontier` has the arguments."""
+    with _canvas(columns=2) as (figure, axes, legend, _):
+        estimate = _perplexity(rows)
+        usual = reading.at_usual_temperature(_main(rows))
+        judged = _finite(usual, _value_of(estimate))
+        counted = _finite(usual, _value_of(_entropy_bits))
+        _against_steps(axes[0], judged, exposed, estimate, legend)
+        _against_steps(axes[1], counted, exposed, _entropy_bits, legend)
+        axes[0].set_ylabel("perplexity (A)")
+        axes[1].set_ylabel("unigram entropy of a sample, bits")
+        _log_axis(axes[0], "y", [_value_of(estimate)(row) for row in judged])
+    return figure
+
+
+def time(rows: Sequence[Row], exposed: Collection[str]) -> Any:
+    """Perplexity against milliseconds per sample; `frontier` has the arguments."""
+    with _canvas() as (figure, axis, legend, labels):
+        y_of, x_of = _value_of(_perplexity(rows)), lambda row: row["milliseconds_per_sample"]
+        rows = reading.at_usual_temperature(_finite(rows, y_of))
+        timed = [r for r in rows if r["kind"] == "model" and (x_of(r) or 0) > 0]
+        styles = _styles(rows)
+        for group, members in _groups(timed).items():
+            members.sort(key=lambda row: row["steps"] or 0)
+            _curve(axis, members, x_of, y_of, styles[group], exposed)
+            legend.setdefault(group, _handle(styles[group]))
+            ends = members[:: max(len(members) - 1, 1)]
+            labels += _row_labels(axis, ends, x_of, y_of, styles[group].color)
+        _real_line(axis, rows, y_of)
+        axis.set_xlabel("milliseconds per sample")
+        axis.set_ylabel("perplexity (A)")
+        _log_axis(axis, "x", [x_of(row) for row in timed])
+        _log_axis(axis, "y", [y_of(row) for row in rows])
+    return figure
+
+
+def predictive(rows: Sequence[Row], exposed: Collection[str]) -> Any:
+    """The model's own entropy at each step against t, for the longest row of each group."""
+    with _canvas() as (figure, axis, legend, _):
+        longest: dict[str, Row] = {}
+        for row in reading.at_usual_temperature(_main(rows)):
+            known = row.get("per_step") and row["kind"] == "model" and row["per_step"]["times"]
+            best = longest.get(row["group"], {"steps": 0})
+            if known and (row["steps"] or 0) > (best["steps"] or 0):
+                longest[row["group"]] = row
+        styles = _styles(_main(rows))
+        for row in list(longest.values())[:_PER_STEP_SHOWN]:
+            style = styles[row["group"]]
+            entropies = row["per_step"]["entropy_nats"]
+            dots = style.marker if len(entropies) <= 32 else ""
+            axis.plot(
+                row["per_step"]["times"],
+                entropies,
+                color=style.color,
+                linestyle=style.line,
+                marker=dots,
+            )
+            legend[reading.title(row)] = _handle(style._replace(marker=dots))
+        axis.set_xlabel("time t of the step (0 noise, 1 text)")
+        axis.set_ylabel("predictive entropy, nats a token")
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_ylim(bottom=0)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Sequence[Row], Collection[str]], Any]] = {
+    "frontier": frontier,
+    "steps": steps,
+    "time": time,
+    "results": results,
+    "predictive": predictive,
+}
+
+
+# ------------------------------------------------------------------------------------------- parts
+@contextlib.contextmanager
+def _canvas(columns: int = 1) -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
+    """(figure, its axes, legend to fill, labels to fill); makes room for both at the end."""
+    with _style():
+        from matplotlib.figure import Figure  # without pyplot: no state, no window
+
+        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+        axes = figure.subplots(1, columns)
+        legend: dict[str, Any] = {}
+        labels: list[_Label] = []
+        yield figure, axes, legend, labels
+        if not any(axis.has_data() for axis in figure.axes):
+            for axis in figure.axes:
+                axis.set_axis_off()
+                axis.text(0.5, 0.5, "no figures to draw", ha="center", transform=axis.transAxes)
+            return
+        if any(line.get_gid() == _FLAGGED for axis in figure.axes for line in axis.lines):
+            legend[_FLAGGED] = _handle(_Style("#555555", "", "X"), hollow=True)
+        if legend:
+            names = [_name(name) for name in legend]
+            per_line = columns * (2 if max(map(len, names)) <= _TWO_COLUMNS else 1)
+            figure.legend(
+                list(legend.values()),
+                names,
+                loc="outside lower left",
+                ncols=per_line,
+                columnspacing=1.2,
+                handlelength=1.8,
+                borderpad=0,
+            )
+            figure.set_figheight(_HEIGHT + _LINE * math.ceil(len(names) / per_line))
+        figure.draw_without_rendering()  # now the axes are where they stay
+        figure.set_layout_engine("none")
+        _write_labels(figure, labels)
+
+
+def _main(rows: Sequence[Row]) -> list[Row]:
+    task = reading.main_task(rows)
+    return [row for row in rows if row.get("task") == task]
+
+
+def _finite(rows: Sequence[Row], *readers: Callable[[Row], float]) -> list[Row]:
+    """Rows of the main task with all the figures; a logarithm needs them above zero."""
+    fits = lambda number: math.isfinite(number) and number > 0
+    return [row for row in _main(rows) if all(fits(read(row)) for read in readers)]
+
+
+def _perplexity(rows: Sequence[Row]) -> Callable[[Row], dict[str, float] | None]:
+    names = reading.judges(rows)
+    return lambda row: reading.perplexity(row, names[0] if names else None)
+
+
+def _entropy_bits(row: Row) -> dict[str, float] | None:
+    return reading.figure(row, "entropy_bits")
+
+
+def _value_of(estimate: Callable[[Row], dict[str, float] | None]) -> Callable[[Row], float]:
+    return lambda row: reading.value(estimate(row))
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return groups
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
+    """A group's look, by its place among the models' groups."""
+    styles, taken = {}, 0
+    for row in rows:
+        if row["group"] in styles or row["kind"] != "model":
+            continue
+        if row.get("stage") == "autoregressive":
+            styles[row["group"]] = _Style(_AUTOREGRESSIVE, "-", "P")
+            continue
+        turn = taken // len(_PALETTE)
+        line = _LINES[turn % len(_LINES)]
+        marker = _MARKERS[(taken + turn) % len(_MARKERS)]
+        styles[row["group"]] = _Style(_PALETTE[taken % len(_PALETTE)], line, marker)
+        taken += 1
+    return styles
+
+
+def _paler(color: str, strength: float) -> str:
+    """The colour mixed with white: strength 1 is itself."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(255 - (255 - part) * strength):02X}" for part in parts)
+
+
+def _name(text: str, width: int = _NAME_WIDTH) -> str:
+    """A name from outside as a label: no formulas, no control characters, not hidden, not long."""
+    text = printable(text, keep="")
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _handle(style: _Style, *, hollow: bool = False) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [],
+        [],
+        color=style.color,
+        linestyle=style.line,
+        marker=style.marker,
+        markersize=7,
+        markerfacecolor="white" if hollow else style.color,
+    )
+
+
+def _points(axis, xs, ys, style: _Style, *, hollow: bool, gid: str | None = None) -> None:
+    axis.plot(
+        xs,
+        ys,
+        linestyle="",
+        marker=style.marker,
+        markersize={"*": 14, "X": 9, "P": 9}.get(style.marker, 5.5),
+        markerfacecolor="white" if hollow else style.color,
+        markeredgecolor=style.color,
+        markeredgewidth=1.4 if hollow else 0.6,
+        zorder=3,
+        gid=gid,
+    )
+
+
+def _curve(axis, rows, x_of, y_of, style: _Style, exposed: Collection[str]) -> None:
+    """Rows joined in their order: full markers, and hollow crosses for those exposed."""
+    xs, ys = [x_of(row) for row in rows], [y_of(row) for row in rows]
+    axis.plot(xs, ys, color=style.color, linestyle=style.line, linewidth=1.6, zorder=2)
+    flagged = np.array([row["slug"] in exposed for row in rows], bool)
+    xs, ys = np.array(xs), np.array(ys)
+    _points(axis, xs[~flagged], ys[~flagged], style, hollow=False)
+    if flagged.any():
+        crosses = style._replace(marker="X")
+        _points(axis, xs[flagged], ys[flagged], crosses, hollow=True, gid=_FLAGGED)
+
+
+def _bounds(row: Row, key: str, least: float) -> tuple[float, float]:
+    """(low, high) of a figure, at least `least` on both sides of its value."""
+    estimate = reading.figure(row, key)
+    low, high = reading.bounds(estimate)
+    value = reading.value(estimate)
+    return (
+        min(value - least, low) if math.isfinite(low) else value - least,
+        max(value + least, high) if math.isfinite(high) else value + least,
+    )
+
+
+def _row_labels(axis, rows, x_of, y_of, color: str) -> list[_Label]:
+    """The numbers of steps; an autoregressive model has no choice of them and gets its name."""
+    labels = []
+    for row in rows:
+        text = str(row.get("steps") or "")
+        if row.get("stage") == "autoregressive":
+            text = _name(row["group"], _LABEL_WIDTH)
+        labels.append(_Label(axis, x_of(row), y_of(row), text, color))
+    return labels[-1:] if any(r.get("stage") == "autoregressive" for r in rows) else labels
+
+
+def _in_sight(rows: Sequence[Row], x_of: Callable[[Row], float]) -> tuple[list[Row], list[Row]]:
+    """Rows near real text in entropy, and those so far below that they would squeeze the rest."""
+    reals = [x_of(row) for row in rows if row["kind"] == "real"]
+    left = min(reals) - _IN_SIGHT_BITS if reals else -math.inf
+    near = [row for row in rows if x_of(row) >= left]
+    return near, [row for row in rows if x_of(row) < left]
+
+
+def _points_outside(axis, rows, edge: float, x_of, y_of, labels: list[_Label]) -> None:
+    """Rows left of the picture, as arrows at its edge that say where they are."""
+    edge -= 0.15
+    style = _Style(_CONTROL, "", "<")
+    for row in sorted(rows, key=y_of)[:_OUTSIDE_NAMED]:
+        _points(axis, [edge], [y_of(row)], style, hollow=True)
+        text = f"{_name(reading.title(row), _LABEL_WIDTH)}: {x_of(row):.1f} bits"
+        labels.insert(0, _Label(axis, edge, y_of(row), text, _CONTROL))
+
+
+def _against_steps(axis, rows, exposed, estimate, legend) -> None:
+    styles, y_of = _styles(rows), _value_of(estimate)
+    models = [row for row in rows if row["kind"] == "model" and row.get("steps")]
+    for group, members in _groups(models).items():
+        members.sort(key=lambda row: row["steps"])
+        style = styles[group]
+        _curve(axis, members, lambda row: row["steps"], y_of, style, exposed)
+        for row in members:
+            low, high = reading.bounds(estimate(row))
+            if math.isfinite(low) and math.isfinite(high) and low > 0:
+                axis.vlines(row["steps"], low, high, color=style.color, linewidth=1.2, zorder=1)
+        legend.setdefault(group, _handle(style))
+    _real_line(axis, rows, y_of)
+    axis.set_xlabel("network calls per sample")
+    axis.set_xscale("log", base=2)
+    counts = [row["steps"] for row in models] or [1]
+    exponents = range(int(math.log2(min(counts))), math.ceil(math.log2(max(counts))) + 1)
+    every = exponents[:: 1 if len(exponents) <= 7 else 2]
+    axis.set_xticks([2**k for k in every], [f"{2**k}" for k in every])
+    axis.minorticks_off()
+
+
+def _real_line(axis, rows, y_of) -> None:
+    """Real text as a line across, named in the axis itself."""
+    for row in rows:
+        if row["kind"] == "real":
+            y = y_of(row)
+            axis.axhline(y, color=_REAL, linestyle=(0, (1, 2)), linewidth=1.6, zorder=1)
+            axis.annotate(
+                _name(row["group"]),
+                (1.0, y),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="right",
+                color=_REAL,
+            )
+
+
+def _log_axis(axes, which: str, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers; few decades get ticks between their powers of ten."""
+    from matplotlib import ticker
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    decades = math.log10(max(values) / min(values)) if values else 1.0
+    subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.4 else (1.0, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _write_labels(figure, labels: list[_Label]) -> None:
+    """Each label beside its point, on the first side where it covers nothing; else not at all."""
+    points = _covered(figure)
+    taken: list[Any] = []
+    sides = [
+        (7, 0, "left", "center"),
+        (-7, 0, "right", "center"),
+        (0, 6, "center", "bottom"),
+        (0, -6, "center", "top"),
+        (6, 6, "left", "bottom"),
+        (6, -6, "left", "top"),
+        (-6, 6, "right", "bottom"),
+        (-6, -6, "right", "top"),
+    ]
+    for label in labels:
+        room = label.axis.get_window_extent()
+        for dx, dy, across, along in sides:
+            text = label.axis.annotate(
+                label.text,
+                (label.x, label.y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=across,
+                va=along,
+                color=label.color,
+            )
+            box = text.get_window_extent()
+            inside = (
+                room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+            )
+            hit = ((points > box.min) & (points < box.max)).all(axis=1).any()
+            if inside and not hit and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _covered(figure) -> np.ndarray:
+    """Pixels [P, 2] along all curves and on all points, close enough to meet every letter."""
+    share_K = np.linspace(0, 1, 60)[:, None]
+    parts = [np.zeros((0, 2))]
+    for axis in figure.axes:
+        for line in axis.lines:
+            if line.get_transform() != axis.transData or not len(line.get_xdata()):
+                continue
+            corners_P2 = axis.transData.transform(np.column_stack(line.get_data()))
+            parts.append(corners_P2)
+            if line.get_linestyle() != "None":
+                for start_2, end_2 in itertools.pairwise(corners_P2):
+                    parts.append(start_2 + share_K * (end_2 - start_2))
+    return np.concatenate(parts)

@@ -1,0 +1,362 @@
+"""The report of a run: tables, pictures, samples and a page that shows them all.
+
+Every point is written as it is; the tables, the pictures and the page show repeats over seeds as
+one row. What gives a row away (report/reading.py) stands beside its figures everywhere.
+"""
+
+import csv
+import json
+import math
+import pathlib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+import numpy as np
+
+from fsdfm_jax import io
+from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.evaluate.report import html, pictures, reading
+from fsdfm_jax.evaluate.report.reading import Finding, Row, flags
+from fsdfm_jax.inference import stream as trajectory_lib
+from fsdfm_jax.inference.stream import Piece, Trajectory
+
+__all__ = ["flags", "table", "write"]
+
+_IDENTITY = (
+    "slug",
+    "setting",
+    "kind",
+    "group",
+    "run",
+    "stage",
+    "steps",
+    "jump",
+    "grid",
+    "temperature",
+    "top_p",
+    "cooling",
+    "look_ahead",
+    "neighbours",
+    "weights",
+    "seed",
+    "task",
+    "num_samples",
+    "milliseconds_per_sample",
+    "compile_seconds",
+    "device",
+)
+_FIGURES = (
+    "entropy_nats",
+    "entropy_bits",
+    "predictive_entropy_nats",
+    "distinct_1",
+    "distinct_2",
+    "distinct_3",
+    "self_bleu",
+    "mauve",
+    "bound_nats_per_token",
+)
+_ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count"}
+_SAMPLES_SHOWN = 3
+_FRAMES_SHOWN = 17  # of a trajectory
+_PATHS_SHOWN = 12  # trajectories in the page
+# Bytes of the page's JSON, so that a page of many long rows still opens on a phone.
+_PATHS_ROOM = 1_200_000
+_TEXTS_ROOM = 600_000
+_GIVEN = ("[[", "]]")
+_LINE_WIDTH = 120  # of the text table; long names are cut to it
+_NAME_WIDTH = 16  # but not below this
+
+
+# ------------------------------------------------------------------------------------ all the files
+def write(
+    directory: pathlib.Path,
+    rows: Sequence[Row],
+    pooled: Sequence[Row],
+    samples: Mapping[str, np.ndarray],
+    frozen: Mapping[str, np.ndarray],
+    trajectories: Mapping[str, Sequence[Trajectory]],
+    tokenizer: Tokenizer,
+    header: dict[str, Any],
+    mask_id: int | None = None,
+) -> None:
+    """Writes all files of the report; equal arguments give equal bytes.
+
+    results.json (header and rows), results.csv, samples.txt, trajectories.txt, the pictures
+    frontier.png, steps.png, time.png and results.png, and report.html, which needs no other file.
+
+    Args:
+      directory: made where needed.
+      rows: figures and protocol of each point, as fsdfm_jax/evaluate/engine.py makes them.
+      pooled: the same with one row a setting, which is what tables, pictures and the page show.
+        Where it has several seeds, "num_seeds" and "seeds" say so, "protocol" has the stamp of each
+        point by its slug, and the row's own slug is that of one of them; "num_samples" stays the
+        count of one seed.
+      samples: slug of a point -> its first tokens, int [N, L], of which three are shown; may lack
+        points.
+      frozen: the same for the positions that were given, bool [N, L]; a point that isn't there was
+        given none.
+      trajectories: slug of a point -> some of its samples on their way; may lack points.
+      tokenizer: to print them.
+      header: facts about the run as a whole (parameters, device, code version), for JSON.
+      mask_id: token that the tokenizer doesn't know, shown as a block.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    known = _findings(pooled)
+    texts = {
+        row["slug"]: _texts(samples[row["slug"]], frozen.get(row["slug"]), mask_id, tokenizer)
+        for row in rows
+        if row["slug"] in samples
+    }
+    io.write_json(directory / "results.json", header | {"rows": list(rows)})
+    io.write_text(directory / "results.csv", _csv(rows))
+    io.write_text(directory / "samples.txt", _samples_text(rows, texts))
+    lines = _trajectory_lines(rows, trajectories, tokenizer, mask_id)
+    io.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
+    exposed = {slug for slug, found in known.items() if reading.misleading(found)}
+    drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
+    for name in ("frontier", "steps", "time", "results"):
+        io.write_bytes(directory / f"{name}.png", pictures.png(drawn[name]))
+    best = reading.best_few_step(pooled, known)
+    page = html.page(
+        pooled,
+        known,
+        texts=_within(texts, pooled),
+        paths=_paths(_watched(pooled, best, trajectories), tokenizer, mask_id),
+        pictures={name: pictures.svg(drawn[name], name) for name in html.PICTURES},
+        header=header,
+    )
+    io.write_text(directory / "report.html", page)
+
+
+def _findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
+    tasks = {row.get("task") for row in rows}
+    beside = {task: (reading.real_row(rows, task), reading.ngram_row(rows, task)) for task in tasks}
+    return {row["slug"]: reading.findings(row, *beside[row.get("task")]) for row in rows}
+
+
+# ------------------------------------------------------------------------------------------ tables
+def table(rows: Sequence[Row]) -> str:
+    """A plain text table of rows, one a setting, below a line of what all models have in common.
+
+    What gives a row away is marked "!" at its end. Of the settings only those that differ have a
+    column.
+    """
+    names, known = reading.judges(rows), _findings(rows)
+    judge = names[0] if names else None
+    varied = reading.settings(rows)[1]
+    short = {"temperature": "T", "num_samples": "n"}
+    columns = {
+        "model": lambda row: trajectory_lib.printable(row["group"], keep=""),
+        "steps": lambda row: "-" if row.get("steps") is None else str(row["steps"]),
+        **{short.get(key, name): _setting(key) for key, name in varied.items()},
+        "ppl A": lambda row: _cell(reading.perplexity(row, judge)),
+        "ppl B": lambda row: _cell(reading.perplexity(row, judge, "perplexity_b")),
+        "H bits": lambda row: _cell(reading.figure(row, "entropy_bits")),
+        "H nats": lambda row: _cell(reading.figure(row, "entropy_nats")),
+        "dist-2": lambda row: _cell(reading.figure(row, "distinct_2")),
+        "s-BLEU": lambda row: _cell(reading.figure(row, "self_bleu")),
+        "ms/sample": lambda row: reading.show(row["milliseconds_per_sample"]),
+        "flag": lambda row: _flag(known[row["slug"]]),
+    }
+    if varied:  # lines stay short enough for a terminal
+        del columns["H nats"]
+    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    room = _LINE_WIDTH - sum(widths[1:]) - 2 * len(widths[1:])
+    widths[0] = min(widths[0], max(room, _NAME_WIDTH))
+    for line in lines:
+        line[0] = line[0] if len(line[0]) <= widths[0] else line[0][: widths[0] - 1] + "…"
+    left = (0, len(columns) - 1)
+    aligned = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    common = trajectory_lib.printable(reading.common_line(rows), keep="")
+    whole = ", ".join(item.replace(" ", "\xa0") for item in common.split(", "))  # not cut within
+    above = [line.replace("\xa0", " ") for line in textwrap.wrap(whole, _LINE_WIDTH)]
+    above += [""] if above else []
+    return "\n".join([*above, aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+
+
+def _setting(key: str) -> Callable[[Row], str]:
+    # Real text and controls have seeds and samples, but no settings that they share with models.
+    return lambda row: trajectory_lib.printable(reading.setting(row, key) or "-", keep="")
+
+
+def _flag(found: Sequence[Finding]) -> str:
+    return "! " + ", ".join(finding.word for finding in found) if found else "-"
+
+
+def _cell(estimate: dict[str, float] | None) -> str:
+    return reading.show(None if estimate is None else reading.value(estimate))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    """One line a row: who it is, its figures, each judge's, its notes and what gives it away."""
+    known, names = _findings(rows), reading.judges(rows)
+    lines = []
+    for row in rows:
+        line = {key: row.get(key) for key in _IDENTITY}
+        for key in _FIGURES:
+            line |= _flat(key, reading.figure(row, key))
+        for name in names:
+            for way in ("ids", "text"):
+                scores = (row["judges"].get(name) or {}).get(way) or {}
+                for key in reading.AGGREGATIONS:
+                    line |= _flat(f"{name}/{way}/{key}", scores.get(key))
+                for key in ("tokens", "skipped"):
+                    line[f"{name}/{way}/{key}"] = scores.get(key)
+        line["notes"] = " ".join(row.get("notes") or ())
+        line["flags"] = "; ".join(finding.sentence for finding in known[row["slug"]])
+        lines.append(line)
+    buffer = StringIO()
+    out = csv.DictWriter(buffer, list(lines[0]) if lines else _IDENTITY, lineterminator="\n")
+    out.writeheader()
+    out.writerows(lines)
+    return buffer.getvalue()
+
+
+def _flat(key: str, estimate: dict[str, float] | None) -> dict[str, float | None]:
+    return {key + end: (estimate or {}).get(part) for end, part in _ENDS.items()}
+
+
+# ------------------------------------------------------------------------------------------- texts
+def _texts(
+    tokens_NL: np.ndarray,
+    frozen_NL: np.ndarray | None,
+    mask_id: int | None,
+    tokenizer: Tokenizer,
+) -> list[list[Piece]]:
+    """The samples that are shown, cut where what was given begins and ends."""
+    tokens_NL = np.asarray(tokens_NL)[:_SAMPLES_SHOWN]
+    none_NL = np.zeros(tokens_NL.shape, bool)
+    given_NL = none_NL if frozen_NL is None else np.asarray(frozen_NL)[:_SAMPLES_SHOWN]
+    return [
+        trajectory_lib.pieces(tokens_L, given_L, none_L, mask_id, tokenizer)
+        for tokens_L, given_L, none_L in zip(tokens_NL, given_NL, none_NL, strict=True)
+    ]
+
+
+def _within(
+    texts: Mapping[str, list[list[Piece]]], rows: Sequence[Row]
+) -> dict[str, list[list[Piece]]]:
+    """The texts of the rows as the page has room for: fewer of each, at last shortened ones."""
+    texts = {row["slug"]: texts[row["slug"]] for row in rows if texts.get(row["slug"])}
+    for count in range(_SAMPLES_SHOWN, 0, -1):
+        texts = {slug: some[:count] for slug, some in texts.items()}
+        size = sum(_bytes(text) for some in texts.values() for text in some)
+        if size <= _TEXTS_ROOM:
+            return texts
+    share = _TEXTS_ROOM / size
+    return {slug: [_shortened(text, share) for text in some] for slug, some in texts.items()}
+
+
+def _shortened(text: list[Piece], share: float) -> list[Piece]:
+    """The beginning of a text, with "…" at its end; at most `share` of its bytes."""
+    room = _bytes(text) * share - _bytes([Piece("…", "kept")])
+    result = []
+    for piece in text:
+        fits = int(np.searchsorted(np.cumsum([len(json.dumps(c)) - 2 for c in piece.text]), room))
+        result.append(piece._replace(text=piece.text[:fits]))
+        room -= _bytes([piece])
+        if room <= 0:
+            break
+    return [*result, Piece("…", "kept")]
+
+
+def _bytes(text: Sequence[Piece]) -> int:
+    """About what a text takes in the page's JSON."""
+    return sum(len(json.dumps(piece.text)) + 5 for piece in text)
+
+
+def _samples_text(rows: Sequence[Row], texts: Mapping[str, list[list[Piece]]]) -> str:
+    first = "The first samples of each row, unselected."
+    if any(piece.kind == "given" for some in texts.values() for text in some for piece in text):
+        first += f" What the model was given stands between {_GIVEN[0]} and {_GIVEN[1]}."
+    parts = [first + "\n"]
+    for row in rows:
+        parts.append(_banner(row))
+        for i, text in enumerate(texts.get(row["slug"], ())):
+            shown = (p.text.join(_GIVEN) if p.kind == "given" else p.text for p in text)
+            parts.append(f"\n[{i + 1}] {trajectory_lib.printable(''.join(shown))}\n")
+    return "".join(parts)
+
+
+def _banner(row: Row) -> str:
+    name = trajectory_lib.printable(reading.title(row), keep="")
+    if row.get("seed") is not None:
+        name += f", seed {row['seed']}"
+    return f"\n{'=' * 100}\n{name}\n{'=' * 100}\n"
+
+
+# ------------------------------------------------------------------------------------ trajectories
+def _trajectory_lines(rows, trajectories, tokenizer, mask_id) -> list[str]:
+    marks = "What differs from the frame before stands between {+ and +}; ░ is a masked token."
+    lines = [f"Samples on their way from noise to text. {marks}"]
+    for row in rows:
+        if trajectories.get(row["slug"]):
+            lines += _banner(row).rstrip("\n").split("\n")
+        for i, one in enumerate(trajectories.get(row["slug"], ())):
+            lines += ["", f"sample {i + 1}"]
+            thinned = trajectory_lib.thin(one, _FRAMES_SHOWN)
+            lines += trajectory_lib.text_lines(thinned, mask_id, tokenizer)
+    if len(lines) == 1:
+        lines.append("None was recorded.")
+    return lines
+
+
+def _watched(
+    rows: Sequence[Row], best: Row | None, trajectories: Mapping[str, Sequence[Trajectory]]
+) -> list[tuple[Row, int, Trajectory]]:
+    """Trajectories for the page, (row, number of the sample, trajectory), the best row's first.
+
+    Besides rows at the usual temperature, spread over the numbers of steps; first one sample of
+    each, then further ones while there are too few.
+    """
+    known = [row for row in rows if trajectories.get(row["slug"])]
+    usual = reading.at_usual_temperature(known)
+    others = sorted((r for r in usual if r is not best), key=lambda row: row.get("steps") or 0)
+    first = [best] if best is not None and best in known else []
+    room = _PATHS_SHOWN - len(first)
+    if len(others) > room:
+        others = [others[i] for i in np.linspace(0, len(others) - 1, room).round().astype(int)]
+    chosen = [*first, *others]
+    most = max((len(trajectories[row["slug"]]) for row in chosen), default=0)
+    ordered = [
+        (row, i, trajectories[row["slug"]][i])
+        for i in range(most)
+        for row in chosen
+        if i < len(trajectories[row["slug"]])
+    ]
+    return ordered[:_PATHS_SHOWN]
+
+
+def _paths(
+    watched: Sequence[tuple[Row, int, Trajectory]], tokenizer: Tokenizer, mask_id: int | None
+) -> list[dict[str, Any]]:
+    """What the page shows of trajectories: title and frames, each a caption and pieces."""
+    paths, used = [], 0
+    for row, i, whole in watched:
+        entropies = (row.get("per_step") or {}).get("entropy_nats") or ()
+        one = trajectory_lib.thin(whole, _FRAMES_SHOWN)
+        shown = []
+        cuts = trajectory_lib.frames(one, mask_id, tokenizer)
+        used += sum(map(_bytes, cuts))
+        if paths and used > _PATHS_ROOM:
+            break
+        for step, caption, cut in zip(one.steps, trajectory_lib.captions(one), cuts, strict=True):
+            # Steps at which nothing was left to draw may be missing; then their places are not
+            # their numbers.
+            complete = len(entropies) == one.steps[-1]
+            if step and complete and math.isfinite(entropies[step - 1]):
+                caption += f", predictive entropy {entropies[step - 1]:.2f} nats"
+            shown.append({"caption": caption, "pieces": cut})
+        title = f"{reading.title(row)}: sample {i + 1}"
+        paths.append({"slug": row["slug"], "title": title, "frames": shown})
+    return paths

@@ -1,0 +1,226 @@
+"""One jump of width h: the update rule of the sampler and of the teacher.
+
+Let z be the current token, p the posterior of the network and m = 1 - p(z) the mass off the
+diagonal. Every rule moves the position with some probability, and then draws the new token from p
+restricted to tokens other than z:
+
+    cumulative   P(jump) = 1 - exp(-h gbar(t,h) m)     FS-DFM, arXiv:2509.20624 eq. 4.3
+    euler        P(jump) = 1 - exp(-h g(t) m)          plain discrete flow matching
+    mixture      P(jump) = beta(t,h) m                 exact kernel of the path for p held fixed:
+                                                       redrawn from the full p with probability
+                                                       beta
+    dispersed    P(jump) = beta(t,h) m                 as mixture for each position, but those of a
+                                                       row that jump together are kept apart
+
+With `dispersed` one random number decides which positions of a row jump, so that neighbours rarely
+jump together (`categorical.dispersed`): tokens drawn in one step are independent of each other.
+
+A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that
+sampler and teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h
+ignores t and kappa, so that at most 63% of the positions can move in a step.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fsdfm_jax.flow import schedules
+from fsdfm_jax.flow.schedules import Schedule
+from fsdfm_jax.flow.sources import Source
+from fsdfm_jax.ops import categorical
+from fsdfm_jax.ops.logits import Logits, map_positions
+
+Jump = Callable[[jax.Array, Logits, jax.Array, jax.Array, jax.Array], jax.Array]
+Finalize = Callable[[jax.Array, Logits, jax.Array], jax.Array]
+Redraw = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+REVEALED = ("stay", "jump")
+
+# t + h of a step that reaches t=1 may miss it by the rounding of its grid.
+_END = 1.0 - 1e-6
+
+
+class JumpRule(NamedTuple):
+    """P(jump) as a function of (schedule, t, h, m), float32; see the table of the module.
+
+    `dispersed`: whether the positions of a row that jump in one step keep away from each other;
+    else they jump independently.
+    """
+
+    name: str
+    probability: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+    dispersed: bool = False
+
+
+CUMULATIVE = JumpRule(
+    "cumulative", lambda schedule, t, h, m: -jnp.expm1(-schedules.log_survival(schedule, t, h) * m)
+)
+EULER = JumpRule(
+    "euler", lambda schedule, t, h, m: -jnp.expm1(-h * schedules.rate(schedule, t) * m)
+)
+MIXTURE = JumpRule(
+    "mixture", lambda schedule, t, h, m: schedules.redraw_fraction(schedule, t, h) * m
+)
+
+DISPERSED = JumpRule("dispersed", MIXTURE.probability, dispersed=True)
+
+RULES = {rule.name: rule for rule in (CUMULATIVE, EULER, MIXTURE, DISPERSED)}
+
+
+def get_rule(name: str) -> JumpRule:
+    """The rule that a config names; ValueError for an unknown one."""
+    if name not in RULES:
+        raise ValueError(f"Unknown jump rule {name!r}; expected one of {', '.join(RULES)}.")
+    return RULES[name]
+
+
+def with_posterior_end(rule: JumpRule) -> JumpRule:
+    """The rule, except that a step reaching t=1 draws the position from the full posterior.
+
+    In closed form `cumulative` says "jump almost surely off the current token" at t=1, which evicts
+    a token held with p=0.9 with probability 0.83 although the path's exact kernel keeps it with
+    probability 0.9.
+    """
+
+    def probability(schedule, t, h, m):
+        return jnp.where(t + h >= _END, m, rule.probability(schedule, t, h, m))
+
+    return rule._replace(probability=probability)
+
+
+def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
+    """A rule on a schedule, as a jump.
+
+    Returns:
+      `jump(key, logits, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1,
+      float [B, L, V] or factored; current tokens, int; time and width of the step, float32 with
+      t + h <= 1. The result keeps xt's shape and dtype. The noise of a row depends on the key and
+      the row's index, not on the number of rows.
+    """
+
+    def jump(key, logits, xt_BL, t_B, h_B):
+        t_B1, h_B1 = _column(t_B), _column(h_B)
+
+        def move(logits_BLV, xt_BL, u_BLU):
+            others_BL, m_BL = categorical.pick_other(u_BLU[..., 1:], logits_BLV, xt_BL)
+            moves_BL = u_BLU[..., 0] < rule.probability(schedule, t_B1, h_B1, m_BL)
+            return jnp.where(moves_BL, others_BL.astype(xt_BL.dtype), xt_BL)
+
+        return map_positions(move, logits, xt_BL, numbers(key, xt_BL.shape))
+
+    def numbers(key, shape):
+        if not rule.dispersed:
+            return categorical.uniform(key, (*shape, 1 + categorical.NUMBERS))
+        place_key, token_key = jax.random.split(key)
+        u_BL1 = categorical.dispersed(place_key, shape)[..., None]
+        return jnp.concatenate(
+            [u_BL1, categorical.uniform(token_key, (*shape, categorical.NUMBERS))], axis=-1
+        )
+
+    return jump
+
+
+def keep_revealed(jump: Jump, mask_id: int) -> Jump:
+    """For a mask source: positions that show a token stay, as in masked diffusion.
+
+    Without this wrapper, as in the official solver, revealed tokens may jump again.
+    """
+
+    def absorbing_jump(key, logits, xt_BL, t_B, h_B):
+        return jnp.where(xt_BL == mask_id, jump(key, logits, xt_BL, t_B, h_B), xt_BL)
+
+    return absorbing_jump
+
+
+def make_process_jump(
+    rule: JumpRule, schedule: Schedule, source: Source, revealed: str = "stay"
+) -> Jump:
+    """A rule as a process moves by it.
+
+    Args:
+      rule, schedule, source: of the process.
+      revealed: with a mask source, whether revealed tokens "stay" (`keep_revealed`) or may "jump"
+        again, as in the official solver; without effect on a uniform source.
+
+    Raises:
+      ValueError: for another value of `revealed`.
+    """
+    if revealed not in REVEALED:
+        raise ValueError(f"Unknown revealed={revealed!r}; expected one of {', '.join(REVEALED)}.")
+    jump = make_jump(rule, schedule)
+    if source.mask_id is None or revealed == "jump":
+        return jump
+    return keep_revealed(jump, source.mask_id)
+
+
+def make_finalize(source: Source) -> Finalize:
+    """The sampler's last step (arXiv:2509.20624 App. B.1).
+
+    Returns:
+      `finalize(key, logits, xt_BL) -> x_BL`: one draw of every position from the full posterior
+      (uniform source), or of the positions still masked, with the mask token excluded (mask
+      source). Logits as in `make_jump`.
+    """
+
+    def draw(logits_BLV, xt_BL, u_BLU):
+        if source.mask_id is None:
+            return categorical.pick(u_BLU, logits_BLV).astype(xt_BL.dtype)
+        is_mask_V = jnp.arange(logits_BLV.shape[-1]) == source.mask_id
+        drawn_BL = categorical.pick(u_BLU, jnp.where(is_mask_V[None, None], -jnp.inf, logits_BLV))
+        return jnp.where(xt_BL == source.mask_id, drawn_BL.astype(xt_BL.dtype), xt_BL)
+
+    def finalize(key, logits, xt_BL):
+        u_BLU = categorical.uniform(key, (*xt_BL.shape, categorical.NUMBERS))
+        return map_positions(draw, logits, xt_BL, u_BLU)
+
+    return finalize
+
+
+def check_redraw(rule: JumpRule) -> None:
+    """Refuses a rule that doesn't say which positions are drawn anew, see `make_redraw`.
+
+    Raises:
+      ValueError: naming those that do.
+    """
+    if rule.probability is not MIXTURE.probability:
+        names = [r.name for r in RULES.values() if r.probability is MIXTURE.probability]
+        raise ValueError(
+            f"neighbours draws whole posteriors, as the jump rules {' and '.join(names)} do; the "
+            f"rule {rule.name!r} leaves out the current token. Choose one of them, or set "
+            "neighbours to 0."
+        )
+
+
+def make_redraw(rule: JumpRule, schedule: Schedule, source: Source, revealed: str) -> Redraw:
+    """The positions that a rule draws anew, current token or not, whatever is drawn there.
+
+    A position that `mixture` draws from the full posterior with probability beta leaves its token
+    with probability beta m: the other way to say the same. With `dispersed` the positions of a row
+    that are drawn keep apart, in place of those that leave their token.
+
+    Returns:
+      `redraw(key, xt_BL, t_B, h_B, last) -> bool [B, L]`: all positions if `last` (bool scalar), as
+      `make_finalize` does; with a mask source whose tokens stay, and at the end with any, only
+      those still masked.
+
+    Raises:
+      ValueError: see `check_redraw`.
+    """
+    check_redraw(rule)
+
+    def redraw(key, xt_BL, t_B, h_B, last):
+        u_BL = (categorical.dispersed if rule.dispersed else categorical.uniform)(key, xt_BL.shape)
+        drawn_BL = u_BL < _column(schedules.redraw_fraction(schedule, t_B, h_B))
+        drawn_BL = drawn_BL | last
+        if source.mask_id is None:
+            return drawn_BL
+        return drawn_BL & ((xt_BL == source.mask_id) | (revealed == "jump") & ~last)
+
+    return redraw
+
+
+def _column(t_B) -> jax.Array:
+    """A number per row as a float32 column [B, 1] (a scalar becomes [1, 1])."""
+    return jnp.reshape(jnp.asarray(t_B, jnp.float32), (-1, 1))

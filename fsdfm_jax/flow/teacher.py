@@ -1,0 +1,81 @@
+"""The shortcut teacher: small steps of the averaged student make the target of a big one.
+
+A rule is data, nodes and weights, so that RK-2 and RK-4 are one loop. Unlike classical Runge-Kutta
+the states chain: each evaluation sees the state that jumped from the *previous* state by h/2, and
+the weights average logits; of factored ones the features (see `logits`), so that the target costs
+one product with the vocabulary.
+
+Source: arXiv:2509.20624 Algorithm 1 and section 4.2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fsdfm_jax.flow.jumps import Jump
+from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.ops.logits import Logits
+
+Denoise = Callable[[jax.Array, jax.Array, jax.Array], Logits]
+
+
+class Quadrature(NamedTuple):
+    """Where the teacher evaluates, in units of h from t, and how it averages."""
+
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+HEUN = Quadrature(nodes=(0.0, 0.5), weights=(0.5, 0.5))
+RK4 = Quadrature(nodes=(0.0, 0.5, 0.5, 1.0), weights=(1 / 6, 1 / 3, 1 / 3, 1 / 6))
+
+RULES = {"heun": HEUN, "rk4": RK4}
+
+
+def get_rule(name: str) -> Quadrature:
+    """The quadrature that a config names; ValueError for an unknown one."""
+    if name not in RULES:
+        raise ValueError(f"Unknown teacher rule {name!r}; expected one of {', '.join(RULES)}.")
+    return RULES[name]
+
+
+def teacher_logits(
+    key: jax.Array,
+    rule: Quadrature,
+    denoise: Denoise,
+    jump: Jump,
+    xt_BL: jax.Array,
+    t_B: jax.Array,
+    h_B: jax.Array,
+) -> Logits:
+    """Averaged logits for the step from t to t+h, without gradient.
+
+    Every evaluation is conditioned on the width h/2 and takes place at min(t + node h, 1). Between
+    two evaluations the state jumps by h/2 at the rates of the time just evaluated; nothing is drawn
+    after the last one.
+
+    Args:
+      key: typed PRNG key for the jumps.
+      rule: `HEUN` or `RK4`, or any other nodes and weights.
+      denoise: (x_BL, t_B, h_B) -> logits [B, L, V], as an array or factored: the averaged student
+        in evaluation mode.
+      jump: see `jumps.make_jump`. To draw from the full posterior where a jump reaches t=1, build
+        it from `jumps.with_posterior_end(rule)`; the bare rule is the paper's literal form.
+      xt_BL: current tokens, int [B, L].
+      t_B, h_B: float32 [B], t + h <= 1.
+
+    Returns:
+      [B, L, V]: a float32 array, or factored where `denoise` gives factored ones.
+    """
+    half_B = h_B / 2
+    keys = jax.random.split(key, len(rule.nodes))
+    last = len(rule.nodes) - 1
+    state_BL, evaluations = xt_BL, []
+    for i, node in enumerate(rule.nodes):
+        time_B = jnp.minimum(t_B + node * h_B, 1.0)
+        evaluations.append(denoise(state_BL, time_B, half_B))
+        if i < last:
+            state_BL = jump(keys[i], evaluations[-1], state_BL, time_B, half_B)
+    return jax.lax.stop_gradient(logits_lib.average(evaluations, rule.weights))

@@ -1,0 +1,384 @@
+"""A model at rest, whatever file it lies in: the common form of all formats of this package.
+
+Readers make a `Bundle`, writers take one. Its parameters are read leaf by leaf, so that converting
+a large model holds one stacked parameter in memory; a shard where the target is safetensors, and
+all of them, once, where it is Orbax.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import types
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from fsdfm_jax import io
+from fsdfm_jax.data import tokenizer as tokenizer_lib
+from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.ngrams import Counts
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig, Params
+
+# Of weights in files; parameters in memory are float32.
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DEFAULT_PATH = {"schedule": "polynomial", "power": 1.0, "source": "uniform", "revealed": "stay"}
+
+
+class BadFile(ValueError):  # noqa: N818 - named after what it says
+    """A file that is damaged, hostile or not of the format it claims; the message says which."""
+
+
+class Leaf(NamedTuple):
+    """One parameter that is still in its file.
+
+    Attributes:
+      shape: of the parameter in our layout.
+      read: reads it, float32.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A model at rest.
+
+    Attributes:
+      model: its network.
+      leaves: path ("blocks/q_proj/kernel") -> parameter, all that `models.apply` needs.
+      path: the noising process, the keys of `config.path`.
+      tokenizer: None where the file holds none and none was named.
+      block_length: tokens of the blocks it was trained on, None if unknown.
+      counts: reads what follows what in its text, for `ngrams.table`; None where the file
+        doesn't have it.
+      provenance: JSON dict: "stage", "weights" (which of the file's), "step", "ema_decay", "data"
+        and "tokenizer" (fingerprints), "code_version", "config", "recipe", "source" (file and
+        format); None for what the file doesn't say.
+    """
+
+    model: ModelConfig
+    leaves: Mapping[str, Leaf]
+    path: Mapping[str, Any]
+    tokenizer: Tokenizer | None
+    block_length: int | None
+    provenance: Mapping[str, Any]
+    counts: Callable[[], Counts] | None = None
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(path, float32 array) of each parameter, read as the iterator goes on."""
+        for path, leaf in self.leaves.items():
+            yield path, leaf.read()
+
+    def params(self) -> Params:
+        """All parameters, as nested dicts of float32 numpy arrays."""
+        return unflatten(dict(self.arrays()))
+
+    def device_params(self, put: Callable[[str, np.ndarray], jax.Array] | None = None) -> Params:
+        """As `params`, on devices; never more than one of them twice in memory.
+
+        Args:
+          put: (path, array) -> the array where it is to be; on the default device if left out.
+        """
+        put = put or (lambda path, array: jax.device_put(array))
+        return unflatten({path: put(path, array) for path, array in self.arrays()})
+
+    def num_params(self) -> int:
+        """Number of scalars."""
+        return sum(int(np.prod(leaf.shape)) for leaf in self.leaves.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids of text that the network knows: its vocabulary without a mask token."""
+        return self.model.vocab_size - (self.path["source"] == "mask")
+
+    @property
+    def heeds_neighbours(self) -> bool:
+        """Whether its draws heed their neighbours unless it is told otherwise."""
+        asked = bool(self.sampling()["neighbours"])
+        return asked and self.counts is not None and not self.model.causal
+
+    def sampling(self) -> dict[str, Any]:
+        """How it is sampled unless it is told otherwise, see `inference.sampling`."""
+        return generate_lib.sampling((self.provenance.get("config") or {}).get("eval"))
+
+    def process(self) -> Process:
+        """Its noising process, over the network's vocabulary."""
+        return process_lib.make_process(
+            types.SimpleNamespace(**self.path),
+            num_tokens=self.num_tokens,
+            eos_id=0 if self.tokenizer is None else self.tokenizer.eos_id,
+        )
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {"a/b": leaf}, in their order."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
+        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *groups, last = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    return tree
+
+
+def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a network, by its path."""
+    return dict(_expected_shapes(model))
+
+
+@functools.lru_cache(maxsize=16)
+def _expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    tree = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
+    return {path: leaf.shape for path, leaf in flatten(tree).items()}
+
+
+def from_params(params: Params, model: ModelConfig, **fields: Any) -> Bundle:
+    """A bundle of parameters in memory; `fields` are those of `Bundle`, defaults where left out."""
+    leaves = {
+        path: Leaf(tuple(np.shape(array)), lambda array=array: np.asarray(array, np.float32))
+        for path, array in flatten(params).items()
+    }
+    defaults = {"path": DEFAULT_PATH, "tokenizer": None, "block_length": None, "provenance": {}}
+    return Bundle(model, leaves, **(defaults | fields))
+
+
+def checksum(array: np.ndarray) -> str:
+    """sha256 of an array's bytes in row-major order, first 16 hex digits."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+
+
+def counts_hash(counts: Counts) -> str:
+    """sha256 of what follows what in a text, first 16 hex digits."""
+    return checksum(np.concatenate([np.asarray([len(part) for part in counts]), *counts]))
+
+
+def content_hash(params: Params) -> str:
+    """sha256 of all parameters with their paths, in their order, first 16 hex digits."""
+    content = hashlib.sha256()
+    for path, array in flatten(params).items():
+        content.update(f"{path} {checksum(array)}\n".encode())
+    return content.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------- descriptions
+
+_MOST_HEADERS = 2**16  # bytes, of the arrays of a small .npz
+_MOST_JSON = 2**26  # bytes; tokenizers of large vocabularies take a few MB
+FORMAT = 1
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """All that a bundle knows besides its parameters and tokenizer, as JSON; see `from_parts`."""
+    return {
+        "fsdfm_jax": FORMAT,
+        "model": dataclasses.asdict(bundle.model),
+        "path": dict(bundle.path),
+        "block_length": bundle.block_length,
+        "provenance": dict(bundle.provenance),
+    }
+
+
+def from_parts(
+    leaves: Mapping[str, Leaf],
+    description: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    name: str,
+    *,
+    counts: Callable[[], Counts] | None = None,
+) -> Bundle:
+    """A bundle of parameters and what `describe` said of them; `name` is the file, for errors.
+
+    `counts` of neighbours are checked when they are read, see `Bundle`.
+
+    Raises:
+      BadFile: the description isn't one, or the parameters aren't its network's: each missing,
+        unexpected or misshapen one is named.
+    """
+    try:
+        if description["fsdfm_jax"] != FORMAT:
+            raise BadFile(
+                f"{name} has format {str(description['fsdfm_jax'])[:40]}, this version reads "
+                f"{FORMAT}; convert it with the version that wrote it."
+            )
+        model = make_model(description["model"])
+        length = description["block_length"]
+        if length is not None and (type(length) is not int or not 0 < length < 2**31):
+            raise ValueError(f"block_length {str(length)[:40]}")
+        path, provenance = dict(description["path"]), dict(description["provenance"])
+        if set(path) != set(DEFAULT_PATH):
+            raise ValueError(f"path has the keys {', '.join(map(str, path))[:200]}")
+        check_provenance(provenance)
+        bundle = Bundle(model, dict(leaves), path, tokenizer, length, provenance)
+        bundle.process()
+    except BadFile:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise BadFile(f"{name} doesn't describe a model: {str(error)[:300]}.") from error
+    check_leaves(leaves, model, name)
+    trained_with = provenance.get("tokenizer")
+    if tokenizer is not None and trained_with not in (None, tokenizer.fingerprint):
+        raise BadFile(
+            f"{name} was trained with tokenizer {str(trained_with)[:40]}, the one beside it is "
+            f"{tokenizer.fingerprint}: their token ids mean different text."
+        )
+    if counts is None:
+        return bundle
+    checked = lambda: checked_counts(counts(), model.vocab_size, name)
+    return dataclasses.replace(bundle, counts=functools.cache(checked))
+
+
+def write_counts(path: pathlib.Path, counts: Counts) -> None:
+    """What follows what as a file of its own, for `read_counts`."""
+    io.write_arrays(path, counts._asdict())
+
+
+def read_counts(path: pathlib.Path, vocab_size: int) -> Counts:
+    """What `write_counts` wrote; BadFile if the file isn't of its form, or too large.
+
+    For a vocabulary, whose counts `checked_counts` checks.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        contexts = ngrams.most_contexts(vocab_size)
+        if size > 4 * (2 * contexts * vocab_size + 2 * contexts) + _MOST_HEADERS:
+            raise ValueError(f"{size} bytes of counts for {vocab_size} tokens")
+        with np.load(path, allow_pickle=False) as arrays:
+            return Counts(**arrays)
+    except Exception as error:  # whatever damage makes the readers of zip and npy say
+        raise BadFile(
+            f"{path} is damaged: {first_line(error)}; convert the model again."
+        ) from error
+
+
+def checked_counts(counts: Counts, vocab_size: int, name: str) -> Counts:
+    """The counts of a file; BadFile, naming it, unless they are those of a vocabulary."""
+    try:
+        ngrams.check_counts(counts, vocab_size)
+    except ValueError as error:
+        raise BadFile(
+            f"The counts of neighbours in {name} are damaged: {error}; convert the model again."
+        ) from error
+    return counts
+
+
+def check_provenance(provenance: Mapping[str, Any]) -> None:
+    """ValueError unless what programs read of it has its type."""
+    step, config = provenance.get("step"), provenance.get("config")
+    if step is not None and (type(step) is not int or not 0 <= step < 2**53):
+        raise ValueError(f"provenance.step is {str(step)[:40]!r}")
+    for name in ("run", "stage", "weights", "tokenizer", "data", "code_version"):
+        if not isinstance(provenance.get(name), str | None):
+            raise ValueError(f"provenance.{name} is {str(provenance[name])[:40]!r}")
+    sections = [config.get(key) for key in ("data", "eval")] if isinstance(config, dict) else []
+    if not all(isinstance(section, dict | None) for section in (config, *sections)):
+        raise ValueError("provenance.config is no configuration")
+    said = (config or {}).get("eval") or {}
+    for name, unsaid in generate_lib.PUBLISHED.items():
+        wanted = (str,) if isinstance(unsaid, str) else (int, float)
+        if said.get(name) is not None and type(said[name]) not in wanted:
+            raise ValueError(f"provenance.config.eval.{name} is {str(said[name])[:40]!r}")
+
+
+# Fields that files of earlier versions don't have; they change no result.
+_LATER = {"logits_mib": ModelConfig.logits_mib}
+
+
+def make_model(fields: Mapping[str, Any]) -> ModelConfig:
+    """A network out of JSON, every field of the type it must have.
+
+    Raises:
+      ValueError, TypeError: it is none.
+    """
+    fields = _LATER | dict(fields)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in fields:
+            raise ValueError(f"model.{field.name} is missing")
+        value = fields[field.name]
+        wanted = (int, float) if field.type is float else (field.type,)
+        if type(value) not in wanted or (type(value) is int and abs(value) >= 2**31):
+            raise ValueError(f"model.{field.name} is {str(value)[:40]!r}")
+    return ModelConfig(**fields)
+
+
+def check_leaves(leaves: Mapping[str, Leaf], model: ModelConfig, name: str) -> None:
+    """BadFile naming each parameter that the network lacks, doesn't have or has otherwise."""
+    if model.num_blocks > 10_000:
+        raise BadFile(f"{name}: a network of {model.num_blocks} blocks can't be meant.")
+    try:
+        expected = expected_shapes(model)
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise BadFile(f"{name}: no such network can be made: {str(error)[:200]}") from error
+    problems = [f"{path}: missing" for path in expected if path not in leaves]
+    problems += [f"{path[:80]}: unexpected" for path in leaves if path not in expected]
+    problems += [
+        f"{path}: shape {tuple(leaves[path].shape)}, expected {shape}"
+        for path, shape in expected.items()
+        if path in leaves and tuple(leaves[path].shape) != shape
+    ]
+    if problems:
+        raise BadFile(f"{name} doesn't fit its network: " + listed(problems))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as part of a message of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def listed(problems: list[str]) -> str:
+    """Problems in one line, the first sixty of many."""
+    return "; ".join(problems[:60] + [f"and {len(problems) - 60} more"] * (len(problems) > 60))
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """A JSON object; BadFile, naming `name`, for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise BadFile(f"{name} is no JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise BadFile(f"{name} is a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Content of a small text file; BadFile if it is too large or not UTF-8."""
+    if path.stat().st_size > _MOST_JSON:
+        raise BadFile(f"{path} has {path.stat().st_size} bytes, at most {_MOST_JSON} are read.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path} is no UTF-8 text: {error}") from error
+
+
+def read_tokenizer(text: str, name: str) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json's content, None for an empty one; BadFile on damage."""
+    if not text:
+        return None
+    try:
+        return tokenizer_lib.from_json(text, name)
+    except ValueError as error:
+        raise BadFile(str(error)[:500]) from error

@@ -1,0 +1,395 @@
+"""Logits that are never written down.
+
+Of a sequence of 1,024 tokens over a vocabulary of 50,257 the logits are 196 MiB in float32, several
+times of that with their gradient. The vocabulary head is affine, so they are kept as factors,
+
+    logits_BLV = features_BLD kernel_DV + bias_V,
+
+and everything that is done with them happens position by position: `map_positions` (jumps, draws)
+and `mean_loss` (losses, with their gradients) multiply out a chunk of positions, use it and drop
+it. An average of logits with weights that add up to 1 is the average of the features, so that the
+teacher's target takes one product and no sum of arrays of that size.
+
+Both functions take an array [B, L, V] as well, all at once: the reference, and what networks
+without factors give.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fsdfm_jax.ops import loops
+from fsdfm_jax.parallel import rules
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["features_BLD", "kernel_DV", "bias_V", "temperature", "top_p"],
+    meta_fields=["dtype", "chunk_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """Logits as their factors, divided by a temperature and cut to a nucleus.
+
+    Attributes:
+      features_BLD: float [B, L, D].
+      kernel_DV, bias_V: the head, float32.
+      temperature: scalar, or None for 1.
+      top_p: scalar, or None for 1, see `nucleus`.
+      dtype: factors of the product are rounded to; it is accumulated in float32.
+      chunk_size: entries that a device's share of an array [B, chunk, V] may have; 0 for one
+        chunk. A loss with its gradient holds some three such arrays at once, a distillation loss
+        five.
+    """
+
+    features_BLD: jax.Array
+    kernel_DV: jax.Array
+    bias_V: jax.Array
+    temperature: jax.Array | float | None = None
+    top_p: jax.Array | float | None = None
+    dtype: str = "float32"
+    chunk_size: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, V)."""
+        return (*self.features_BLD.shape[:-1], self.kernel_DV.shape[-1])
+
+
+Logits = jax.Array | Factored
+
+# `map_positions` holds this fraction of what `mean_loss` holds: its chunks needn't be large, since
+# it adds up no gradient of the head over them, and small ones are nearer to the caches.
+_MAP_FRACTION = 4
+
+
+def dense(logits: Logits) -> jax.Array:
+    """The logits written down, float32 [B, L, V]."""
+    if not isinstance(logits, Factored):
+        return logits.astype(jnp.float32)
+    return _multiply(gathered(logits), logits.features_BLD)
+
+
+def rows(logits: Logits, start: int, stop: int) -> Logits:
+    """The rows [start, stop) of the batch."""
+    if not isinstance(logits, Factored):
+        return logits[start:stop]
+    return dataclasses.replace(logits, features_BLD=logits.features_BLD[start:stop])
+
+
+def pad_rows(logits: Logits) -> Logits:
+    """See `layout.pad_rows`."""
+    if not isinstance(logits, Factored):
+        return rules.pad_rows(logits)
+    return dataclasses.replace(logits, features_BLD=rules.pad_rows(logits.features_BLD))
+
+
+def position(logits: Logits, index: jax.Array | int) -> Logits:
+    """The logits at one position of each row, [B, 1, V]; the index is data."""
+    if not isinstance(logits, Factored):
+        return jax.lax.dynamic_slice_in_dim(logits, index, 1, axis=1)
+    features_B1D = jax.lax.dynamic_slice_in_dim(logits.features_BLD, index, 1, axis=1)
+    return dataclasses.replace(logits, features_BLD=features_B1D)
+
+
+def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
+    """The logits divided by a temperature, which comes before a `nucleus`."""
+    if not isinstance(logits, Factored):
+        return logits.astype(jnp.float32) / temperature
+    if logits.temperature is not None:
+        temperature = temperature * logits.temperature
+    return dataclasses.replace(logits, temperature=temperature)
+
+
+def exclude(logits: Logits, token: int) -> Logits:
+    """The logits with a token that can't be: its own is -inf."""
+    if isinstance(logits, Factored):
+        bias_V = logits.bias_V.at[token].set(-jnp.inf)
+        return dataclasses.replace(logits, bias_V=bias_V)
+    return logits.at[..., token].set(-jnp.inf)
+
+
+def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
+    """Logits of the likeliest tokens alone, the fewest whose probabilities add up to `top_p`.
+
+    All others become -inf; tokens as likely as the last one kept are kept too. What is drawn from
+    is the rest renormalised (nucleus sampling, arXiv:1904.09751).
+
+    Args:
+      logits: [..., V], or factored.
+      top_p: scalar in (0, 1]; 1 keeps everything, up to rounding of the sum.
+    """
+    if isinstance(logits, Factored):
+        return dataclasses.replace(logits, top_p=top_p)
+    p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    # Numbers that aren't negative are ordered as their bits are: the bits of the threshold are
+    # found by halving, which reads the vocabulary 30 times but sorts nothing.
+    bits = jax.lax.bitcast_convert_type(p, jnp.int32)
+    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(bits >= middle, p, 0.0), axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros((*p.shape[:-1], 1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, above_one)))
+    return jnp.where(bits >= low, logits, -jnp.inf)
+
+
+def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
+    """The weighted average of logits, in float32.
+
+    Args:
+      logits: all arrays, or all factored with one and the same head and temperature.
+      weights: add up to 1, as the average of affine functions needs it.
+
+    Raises:
+      ValueError: for weights that don't add up to 1.
+    """
+    if abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(f"The weights of an average must add up to 1, got {tuple(weights)}.")
+    factored = isinstance(logits[0], Factored)
+    parts = [each.features_BLD if factored else each for each in logits]
+    mean = sum(w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
+    return dataclasses.replace(logits[0], features_BLD=mean) if factored else mean
+
+
+def gathered(x):
+    """Logits, if that is what it is, with the head where it is used: in front of a loop, not in it.
+
+    Rounded before it is gathered: half the bytes of an exchange.
+    """
+    if not isinstance(x, Factored):
+        return x
+    kernel_DV = rules.gather(x.kernel_DV.astype(x.dtype), _HEAD)
+    return dataclasses.replace(x, kernel_DV=kernel_DV)
+
+
+def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array) -> jax.Array:
+    """fn(logits_BLV, *args), a chunk of positions at a time.
+
+    Args:
+      fn: takes float32 logits [B, c, V] and the same positions [B, c, ..] of each argument, and
+        gives an array [B, c, ..]; one position must not depend on another.
+      logits: [B, L, V].
+      *args: arrays [B, L, ..].
+
+    Returns:
+      [B, L, ..].
+    """
+    if not isinstance(logits, Factored):
+        return fn(dense(logits), *args)
+    held = -(-logits.chunk_size // _MAP_FRACTION)
+    logits = dataclasses.replace(gathered(logits), chunk_size=held)
+    chunks = _Chunks(logits)
+
+    def one(inputs):
+        features_BcD, *parts = inputs
+        return fn(_multiply(logits, features_BcD), *parts)
+
+    inputs = [chunks.split(x) for x in (logits.features_BLD, *args)]
+    return chunks.join(loops.map_over(one, inputs))
+
+
+def mean_loss(
+    position_loss: Callable[..., jax.Array],
+    logits: Logits,
+    *args: jax.Array | Factored,
+    num_rows: int | None = None,
+) -> jax.Array:
+    """The mean of position_loss(logits_BLV, *args) over rows and positions.
+
+    Differentiable in factored logits through features and head: the gradient is computed in the
+    forward pass, while a chunk of logits is at hand, so that nothing is multiplied twice and what
+    is kept has the size of the features and of the head. No gradient flows into `args` or into the
+    temperature.
+
+    Args:
+      position_loss: takes float32 logits [B, c, V] and the same positions of each argument,
+        factored ones written down; gives float32 [B, c]. It must not close over traced values.
+      logits: [B, L, V].
+      *args: arrays [B, L, ..] or logits.
+      num_rows: the first rows that count, where the others are padding; all of them by default.
+
+    Returns:
+      float32 scalar.
+    """
+    args = jax.lax.stop_gradient(args)
+    if not isinstance(logits, Factored):
+        args = [dense(x) if isinstance(x, Factored) else x for x in args]
+        return jnp.mean(position_loss(dense(logits), *args)[:num_rows])
+    return _fused_mean(position_loss, num_rows or logits.shape[0], logits, args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused_mean(position_loss, num_rows, logits, args):
+    logits, args = gathered(logits), [gathered(x) for x in args]
+
+    def chunk(total, inputs):
+        features_BcD, counts_Bc, parts = inputs
+        values_Bc = position_loss(_multiply(logits, features_BcD), *_written_down(args, parts))
+        return total + jnp.sum(jnp.where(counts_Bc, values_Bc, 0.0)), None
+
+    total, _ = _scan_chunks(chunk, jnp.zeros(()), num_rows, logits, args)
+    return total / (num_rows * logits.shape[1])
+
+
+def _fused_mean_forward(position_loss, num_rows, logits, args):
+    given, logits, args = logits, gathered(logits), [gathered(x) for x in args]
+    kernel_DV, shards = logits.kernel_DV, _Shards(logits.shape[0])
+
+    def chunk(carry, inputs):
+        total_P, dkernel_PDV, dbias_PV = carry
+        features_BcD, counts_Bc, parts = inputs
+        features_BcD = rules.constrain(features_BcD.astype(logits.dtype), "rows", "positions", None)
+
+        def summed(logits_BcV):
+            values_Bc = position_loss(logits_BcV, *_written_down(args, parts))
+            values_Bc = jnp.where(counts_Bc, values_Bc, 0.0)
+            return jnp.sum(values_Bc), jnp.sum(shards.split(values_Bc[..., None]), axis=(1, 2))
+
+        logits_BcV = _multiply(logits, features_BcD)
+        dlogits_BcV, values_P = jax.grad(summed, has_aux=True)(logits_BcV)
+        if logits.temperature is not None:
+            dlogits_BcV = dlogits_BcV / logits.temperature
+        # A sum over positions as a product: the CPU compiler's own sum takes thirty times as long.
+        dlogits_PRV = shards.split(dlogits_BcV)
+        ones_P1R = jnp.ones((shards.count, 1, dlogits_PRV.shape[1]))
+        dbias_P1V = jnp.matmul(ones_P1R, dlogits_PRV, precision=jax.lax.Precision.HIGHEST)
+        dlogits_BcV = dlogits_BcV.astype(logits.dtype)
+        dfeatures_BcD = _contract(dlogits_BcV, kernel_DV, (2,), (1,))
+        # Transposing the narrow factor lets the product read the wide one in order.
+        features_PDR = jnp.swapaxes(shards.split(features_BcD), 1, 2)
+        dkernel_PDV += jnp.matmul(
+            features_PDR, shards.split(dlogits_BcV), preferred_element_type=jnp.float32
+        )
+        sums = (total_P + values_P, dkernel_PDV, dbias_PV + dbias_P1V[:, 0])
+        return shards.constrain(sums), dfeatures_BcD
+
+    zeros = [jnp.zeros((shards.count, *x.shape)) for x in (jnp.zeros(()), kernel_DV, logits.bias_V)]
+    sums, dfeatures = _scan_chunks(chunk, shards.constrain(tuple(zeros)), num_rows, logits, args)
+    total_P, dkernel_PDV, dbias_PV = sums
+    # Spread over D first: an exchange of the size of one part, where a sum would have two.
+    dkernel_PDV = rules.constrain(dkernel_PDV, "replicas", "spread", None)
+    total, dkernel_DV, dbias_V = (jnp.sum(x, axis=0) for x in (total_P, dkernel_PDV, dbias_PV))
+    gradients = (_Chunks(logits).join(dfeatures), rules.stored(dkernel_DV, _HEAD), dbias_V)
+    return total / (num_rows * logits.shape[1]), (given, *gradients)
+
+
+class _Shards:
+    """Parts of a chunk, of rows and of positions, that are summed apart until the last chunk.
+
+    Spread over the devices of a mesh, a single sum would have to be exchanged at each chunk.
+    """
+
+    def __init__(self, num_rows: int):
+        self._rows = math.gcd(num_rows, rules.shards("rows"))
+        self._positions = rules.shards("positions")
+        self.count = self._rows * self._positions
+
+    def split(self, x_BcD: jax.Array) -> jax.Array:
+        """[parts, B/rows c/positions, D]."""
+        batch, length, width = x_BcD.shape
+        x = x_BcD.reshape(
+            self._rows, batch // self._rows, self._positions, length // self._positions, width
+        )
+        return jnp.swapaxes(x, 1, 2).reshape(self.count, -1, width)
+
+    def constrain(self, sums_P):
+        """Each part's sums where the part is."""
+        return jax.tree.map(lambda x: rules.constrain(x, "parts"), sums_P)
+
+
+def _fused_mean_backward(position_loss, num_rows, residuals, cotangent):
+    del position_loss
+    logits, *gradients = residuals
+    scale = cotangent / (num_rows * logits.shape[1])
+    primals = (logits.features_BLD, logits.kernel_DV, logits.bias_V)
+    scaled = [(scale * g).astype(x.dtype) for g, x in zip(gradients, primals, strict=True)]
+    return dataclasses.replace(
+        logits,
+        features_BLD=scaled[0],
+        kernel_DV=scaled[1],
+        bias_V=scaled[2],
+        temperature=jax.tree.map(jnp.zeros_like, logits.temperature),
+    ), None
+
+
+_fused_mean.defvjp(_fused_mean_forward, _fused_mean_backward)
+
+
+# ----------------------------------------------------------------------------------------- chunks
+
+
+class _Chunks:
+    """Cuts [B, L, ..] into chunks of positions [chunks, B, L/chunks, ..].
+
+    Along the length, not the rows: where these are spread over devices, each holds its share of
+    every chunk.
+    """
+
+    def __init__(self, logits: Factored):
+        self._batch, self.length, vocab_size = logits.shape
+        # The batch of an exported program is a symbol; its chunks are cut as for one row.
+        num_rows = self._batch if isinstance(self._batch, int) else 1
+        held = self.length
+        if logits.chunk_size:
+            devices = math.gcd(num_rows, rules.shards("rows")) * rules.shards("positions")
+            held = logits.chunk_size * devices // (num_rows * vocab_size)
+        self.count = -(-self.length // max(1, held))
+        self.size = -(-self.length // self.count)
+        self.size += -self.size % rules.shards("positions")
+        self.count = -(-self.length // self.size)
+
+    def split(self, x_BL):
+        padding = [(0, 0), (0, self.count * self.size - self.length)]
+        x = jnp.pad(x_BL, padding + [(0, 0)] * (x_BL.ndim - 2))
+        x = x.reshape(x.shape[0], self.count, self.size, *x_BL.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def join(self, x_NBc):
+        x = jnp.moveaxis(x_NBc, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
+
+
+def _scan_chunks(step, carry, num_rows, logits, args):
+    """Scans step(carry, (features, whether a position counts, parts of args)) over the chunks."""
+    chunks = _Chunks(logits)
+    rows_B1 = (jnp.arange(logits.shape[0]) < num_rows)[:, None]
+    counts_NBc = chunks.split(jnp.broadcast_to(rows_B1, logits.shape[:2]))
+    parts = [chunks.split(x.features_BLD if isinstance(x, Factored) else x) for x in args]
+    return loops.scan(step, carry, (chunks.split(logits.features_BLD), counts_NBc, parts))
+
+
+def _written_down(args, parts):
+    """The chunk `parts` of the arguments, logits instead of features where they are factored."""
+    return [
+        _multiply(x, part) if isinstance(x, Factored) else part
+        for x, part in zip(args, parts, strict=True)
+    ]
+
+
+_HEAD = "head/kernel"
+
+
+def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
+    """The logits of some features, float32 [B, c, V]; the head is that of `gathered`."""
+    features_BcD = rules.constrain(features_BcD.astype(logits.dtype), "rows", "positions", None)
+    logits_BcV = _contract(features_BcD, logits.kernel_DV, (2,), (0,))
+    logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
+    if logits.temperature is not None:
+        logits_BcV = logits_BcV / logits.temperature
+    return logits_BcV if logits.top_p is None else nucleus(logits_BcV, logits.top_p)
+
+
+def _contract(a, b, axes_a, axes_b):
+    """Sums over the named axes, as one matrix product, accumulated in float32."""
+    return jax.lax.dot_general(
+        a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,392 @@
+"""The training loop, shared by all stages: straight-line, resumable, metrics one step late."""
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fsdfm_jax import stages
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import processes
+from fsdfm_jax.stages.base import Stage
+from fsdfm_jax.training import state
+from fsdfm_jax.training.checkpoint import Checkpoints, Retention
+from fsdfm_jax.training.metrics import MetricWriter
+
+
+class Diverged(FloatingPointError):  # noqa: N818 - named after what happened
+    """A loss or gradient is not finite; the message names stage and step."""
+
+
+class Settings(NamedTuple):
+    """Static numbers of a run.
+
+    Attributes:
+      num_steps: optimiser steps in all.
+      batch_size: rows of a batch, over all processes.
+      log_every, checkpoint_every: steps between lines of metrics and between checkpoints.
+      retention: which checkpoints are kept.
+      ema_decay: weight of the old average, 0 for none.
+      accumulate: parts that a batch is computed in, one after the other.
+      max_skipped: steps in a row that may be skipped where something isn't finite.
+      watchdog_minutes: without a finished step, after which the process dumps the stacks of its
+        threads to stderr and exits with code 1; until the first step has ended, which is compiled,
+        three times as many and at least 30; 0 for never.
+    """
+
+    num_steps: int
+    batch_size: int
+    log_every: int
+    checkpoint_every: int
+    ema_decay: float
+    retention: Retention = Retention()
+    accumulate: int = 1
+    max_skipped: int = 0
+    watchdog_minutes: float = 0.0
+
+
+def check_settings(settings: Settings) -> None:
+    """ValueError naming the first value that no run can have."""
+    for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
+        if getattr(settings, field) < 1:
+            raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}.")
+    if settings.batch_size % settings.accumulate:
+        raise ValueError(
+            f"batch_size={settings.batch_size} must be a multiple of "
+            f"accumulate={settings.accumulate}: its parts have the same number of rows."
+        )
+    for field in ("max_skipped", "watchdog_minutes"):
+        if getattr(settings, field) < 0:
+            raise ValueError(f"{field} must not be negative, got {getattr(settings, field)}.")
+
+
+def make_init(stage: Stage, optimizer: optax.GradientTransformation, settings: Settings):
+    """A function (key, base weights or None) -> `state.TrainState`, to be jitted."""
+
+    def init(key, base):
+        params = stage.init_params(key, base)
+        return state.init_state(params, optimizer, ema_decay=settings.ema_decay)
+
+    return init
+
+
+def make_step(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    mesh: Mesh,
+    shardings: state.TrainState,
+):
+    """The jitted (state, batch, key) -> (state, metrics) of a stage; it donates the state.
+
+    A guided stage's takes a fourth argument, its `stages.Guide`, spread as the parameters are.
+
+    Trace it within `jax.set_mesh(mesh)`.
+
+    Args:
+      shardings: of the state, from `sharding.state_shardings`.
+    """
+    step = functools.partial(
+        state.train_step,
+        loss=stage.loss,
+        optimizer=optimizer,
+        ema_decay=settings.ema_decay,
+        accumulate=settings.accumulate,
+        max_skipped=settings.max_skipped,
+    )
+    whole = NamedSharding(mesh, P())
+    guide = ()
+    if stage.guided:
+        base = dataclasses.replace(stage.model, conditioning="none")
+        one = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), base))
+        guide = (mesh_lib.state_shardings(mesh, stages.Guide(one, one)),)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, mesh_lib.batch_sharding(mesh), whole, *guide),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+
+
+def train(
+    stage: Stage,
+    settings: Settings,
+    *,
+    name: str,
+    optimizer: optax.GradientTransformation,
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    base: model_lib.Params | None,
+    guide: stages.Guide | None = None,
+    key: jax.Array,
+    mesh: Mesh,
+    directory: pathlib.Path,
+    metadata: dict[str, Any],
+) -> None:
+    """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
+
+    The state after a step depends on nothing but the arguments and the step, so that a run killed
+    at any moment and started again ends with the same parameters bit for bit; on another mesh, or
+    with another number of processes, up to rounding. A line of metrics is the mean since the line
+    before, or since the start of the process.
+
+    Args:
+      stage: what to train.
+      settings: how long, how often.
+      name: of the run, for progress.
+      optimizer: from `optim.make_optimizer`.
+      batches: start_step -> iterator over batches from that step on, of which a process gives the
+        rows `sharding.local_rows`.
+      base: weights of the run this one starts from, or None; their shapes do where it goes on from
+        a checkpoint of its own.
+      guide: of a guided stage, on the mesh.
+      key: root of the run's randomness.
+      mesh: where to run, of the devices of all processes.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
+      metadata: stored inside each checkpoint.
+
+    A finished run is restored once more before this returns: here a damaged last checkpoint can
+    still be made again, while whoever reads it later can only refuse it.
+
+    Raises:
+      Diverged: at the first loss or gradient that isn't finite, or the first beyond
+        `settings.max_skipped` in a row; no checkpoint of that step is written.
+      processes.Stopped: after SIGTERM while steps are taken, once the step at hand is in a
+        checkpoint. Before, when there is nothing new to save, SIGTERM ends the process as usual.
+      checkpoint.SaveFailed: where one can't be written.
+      checkpoint.DamagedCheckpoint: where there are checkpoints and none is whole.
+      ValueError: if the stage can't start from `base`, or has no metric to choose checkpoints by.
+    """
+    check_settings(settings)
+    init_key, step_key = jax.random.split(key)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(directory / "checkpoints", retention=settings.retention) as checkpoints,
+        _Watchdog(settings.watchdog_minutes) as watchdog,
+    ):
+        # ------------------------------------------------------------------------------ state
+        init = make_init(stage, optimizer, settings)
+        abstract = jax.eval_shape(init, init_key, base)
+        shardings = mesh_lib.state_shardings(mesh, abstract)
+        found = checkpoints.restore_latest(
+            jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                abstract,
+                shardings,
+            )
+        )
+        if found is not None:
+            start, train_state = found
+            logging.info("%s goes on from the checkpoint of step %d.", name, start)
+        else:
+            if _is_abstract(base):
+                raise ValueError(
+                    f"The checkpoints of {name} in {directory} are gone; run the same command "
+                    "again to start it anew."
+                )
+            base = jax.device_put(base, mesh_lib.state_shardings(mesh, base))
+            start, train_state = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
+        del base, found  # not to be kept beside the state
+        if start >= settings.num_steps:
+            return
+
+        # ------------------------------------------------------------------------------- step
+        step_fn = make_step(stage, optimizer, settings, mesh, shardings)
+        further = () if guide is None else (guide,)
+
+        # ------------------------------------------------------------------------------- loop
+        stream = batches(start)
+        batch = next(stream)
+        with (
+            _open_writer(
+                directory,
+                name=name,
+                total_steps=settings.num_steps,
+                tokens_per_step=settings.batch_size * batch["x1"].shape[1],
+                start_step=start,
+            ) as metric_writer,
+            processes.StopRequest(mesh) as stop,
+        ):
+            report = _Reporter(name, metric_writer, settings, start)
+            agreed: bool | jax.Array = False
+            for step in range(start + 1, settings.num_steps + 1):
+                rows = mesh_lib.place_rows(mesh, settings.batch_size, batch)
+                train_state, metrics = step_fn(train_state, rows, step_key, *further)
+                report.finish()  # of the step before, while this one runs
+                watchdog.pat(step - start)
+                report.begin(step, metrics)
+                stopping = stop.granted(agreed)
+                agreed = stop.ask()
+                if stopping or step % settings.checkpoint_every == 0 or step == settings.num_steps:
+                    report.finish()
+                    checkpoints.save(step, train_state, metadata, report.since_checkpoint() or None)
+                if stopping:
+                    break
+                if step < settings.num_steps:
+                    began = time.perf_counter()
+                    batch = next(stream)
+                    report.waited(time.perf_counter() - began)
+            stream.close()
+            checkpoints.wait()
+            _end_if_asked(stop, name, step, settings)
+
+
+def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: Settings) -> None:
+    """Raises Stopped, in all processes, if one of them was told to end."""
+    if not stop.granted(stop.ask()):
+        return
+    processes.barrier(f"{name} stopped")
+    raise processes.Stopped(
+        f"{name}: stopped by SIGTERM at step {step} of {settings.num_steps}, which is saved; the "
+        "same command goes on from there."
+    )
+
+
+def _is_abstract(tree) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def _open_writer(directory: pathlib.Path, **options):
+    """The writer of metrics in the first process, one that does nothing in the others."""
+    return MetricWriter(directory, **options) if processes.is_first() else _Silent()
+
+
+class _Silent(contextlib.nullcontext):
+    """As a `MetricWriter`, without a file or a line."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+        """Writes nothing."""
+
+    def tick(self, step: int) -> None:
+        """Shows nothing."""
+
+
+class _Watchdog:
+    """Ends a process that hangs: no step for so long, as when another host is gone."""
+
+    def __init__(self, minutes: float):
+        self._seconds = 60.0 * minutes
+
+    def __enter__(self) -> "_Watchdog":
+        if self._seconds:  # a checkpoint is to be read, and a step compiled
+            self._wait(max(3 * self._seconds, 1800.0))
+        return self
+
+    def pat(self, steps: int) -> None:
+        """So many steps have been started, all but the last have ended."""
+        if self._seconds and steps > 1:
+            self._wait(self._seconds)
+
+    def _wait(self, seconds: float) -> None:
+        # By a thread of C, which runs even where Python can't.
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+    def __exit__(self, *exc_info) -> None:
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+
+class _Reporter:
+    """Checks every step's metrics and writes their mean every `log_every` steps."""
+
+    def __init__(self, name: str, writer: MetricWriter | _Silent, settings: Settings, start: int):
+        self._name, self._writer, self._settings, self._kept = name, writer, settings, start
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._line, self._checkpoint = _Means(), _Means()
+        self._skipped = 0
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def begin(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending = (step, metrics)
+
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for text."""
+        self._waited += seconds
+
+    def since_checkpoint(self) -> dict[str, float]:
+        """Means of the metrics since the last call."""
+        means, self._checkpoint = self._checkpoint.values(), _Means()
+        return means
+
+    def finish(self) -> None:
+        """Waits for the pending step; raises Diverged unless it is finite or may be skipped."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {key: float(value) for key, value in metrics.items()}
+        in_a_row = values.pop("skipped", 0)
+        retention = self._settings.retention
+        if retention.keep_best and retention.metric not in values:
+            raise ValueError(
+                f"train.best_metric={retention.metric!r} is no metric of {self._name}, which has "
+                f"{', '.join(sorted(values))}."
+            )
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            self._check_bad(step, values, bad, in_a_row)
+            self._skipped += 1
+        else:
+            self._line.add(values)
+            self._checkpoint.add(values)
+        if step % self._settings.log_every == 0 or step == self._settings.num_steps:
+            now = time.perf_counter()
+            line = self._line.values()
+            if self._settings.max_skipped:
+                line["skipped"] = self._skipped
+            # A bound on what reading costs: devices work meanwhile.
+            share = self._waited / max(now - self._since, 1e-9)
+            self._writer.write(step, line, timing={"input_wait": round(share, 4)})
+            self._line, self._skipped, self._waited, self._since = _Means(), 0, 0.0, now
+        else:
+            self._writer.tick(step)
+
+    def _check_bad(self, step, values, bad, in_a_row) -> None:
+        what = ", ".join(f"{key} is {value}" for key, value in bad.items())
+        allowed = self._settings.max_skipped
+        if allowed and in_a_row <= allowed:
+            logging.warning("%s: %s at step %d, which is skipped.", self._name, what, step)
+            return
+        self._writer.write(step, values, timing={})
+        every = self._settings.checkpoint_every
+        kept = max(self._kept, (step - 1) // every * every)
+        after = f" ({int(in_a_row)} steps in a row, optim.max_skipped={allowed})" if allowed else ""
+        raise Diverged(
+            f"{self._name}: {what} at step {step}{after}. Checkpoints up to step {kept} are kept; "
+            f"look at the text of that batch, let optim.max_skipped pass over such steps, or start "
+            f"anew in another folder with a lower learning_rate or longer warmup_steps of "
+            f"{self._name}."
+        )
+
+
+class _Means:
+    """Means of named numbers."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def values(self) -> dict[str, float]:
+        return {key: total / self._count for key, total in self._sums.items()}

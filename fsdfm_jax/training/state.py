@@ -1,0 +1,127 @@
+"""The training state and one optimiser step, pure functions."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fsdfm_jax.network.model import Params
+from fsdfm_jax.ops import loops
+from fsdfm_jax.parallel import rules
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      step: int32 scalar, optimiser steps taken, skipped ones included.
+      params: weights being trained.
+      ema: their exponential average, or None where the stage keeps none.
+      opt_state: optax state.
+      skipped: int32 scalar, steps in a row that were skipped up to now.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params | None
+    opt_state: Any
+    skipped: jax.Array
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, *, ema_decay: float
+) -> TrainState:
+    """The state before the first step. Build it under jit: the average needs its own buffers."""
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, ema, optimizer.init(params), zero)
+
+
+def averaged(state: TrainState) -> Params:
+    """The weights to sample with and to teach with: the average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def train_step(
+    state: TrainState,
+    batch,
+    root_key,
+    guide=None,
+    *,
+    loss,
+    optimizer,
+    ema_decay: float,
+    accumulate: int = 1,
+    max_skipped: int = 0,
+):
+    """One optimiser step.
+
+    Args:
+      state: donated by the caller.
+      batch: dict of arrays with B rows, see `stages.Stage`.
+      root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed
+        run draws the same noise.
+      guide: `stages.Guide` of a guided stage, not to be trained.
+      loss: `Stage.loss`.
+      optimizer: optax transformation.
+      ema_decay: weight of the old average, 0 for none.
+      accumulate: parts that the batch is computed in, one after the other; the gradient is their
+        mean. Each part has a key of its own.
+      max_skipped: if above 0, a step whose loss or gradient isn't finite leaves weights, average
+        and optimiser as they were; the caller stops where `skipped` exceeds it.
+
+    Returns:
+      (state, metrics): metrics are float32 scalars, among them `loss` and `grad_norm`, and
+      `skipped` where steps may be.
+    """
+    key = jax.random.fold_in(root_key, state.step)
+    frozen = jax.lax.stop_gradient(averaged(state))
+    gradient = jax.grad(loss, has_aux=True)
+    further = () if guide is None else (guide,)
+    if accumulate == 1:
+        grads, metrics = gradient(state.params, frozen, key, batch, *further)
+    else:
+        fixed = (state.params, frozen)
+        grads, metrics = _accumulate(gradient, fixed, key, batch, further, accumulate)
+    grads = rules.like_parameters(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
+    new = (params, ema, opt_state)
+    skipped = state.skipped
+    if max_skipped:
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()))
+        old = (state.params, state.ema, state.opt_state)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+        skipped = jnp.where(finite, 0, skipped + 1)
+        metrics["skipped"] = skipped.astype(jnp.float32)
+    return TrainState(state.step + 1, *new, skipped), metrics
+
+
+def _accumulate(gradient, fixed, key, batch, further, parts: int):
+    """The mean gradient and metrics of the parts of a batch.
+
+    Part a has the rows a, a + parts, a + 2 parts ..: rows stay on the devices they are on.
+    """
+
+    def split(x_B):
+        return jnp.swapaxes(x_B.reshape(-1, parts, *x_B.shape[1:]), 0, 1)
+
+    def one(index, rows):
+        rows = jax.tree.map(lambda x: rules.constrain(x, "rows"), rows)
+        grads, metrics = gradient(*fixed, jax.random.fold_in(key, index), rows, *further)
+        return rules.like_parameters(grads), metrics
+
+    def step(total, inputs):
+        return jax.tree.map(jnp.add, total, one(*inputs)), None
+
+    inputs = (jnp.arange(parts), jax.tree.map(split, batch))
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    grads, metrics = loops.scan(step, (rules.like_parameters(zeros[0]), zeros[1]), inputs)[0]
+    return jax.tree.map(lambda x: x / parts, (grads, metrics))
