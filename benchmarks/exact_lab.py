@@ -389,7 +389,7 @@ def study(
             began = time.perf_counter()
             recipe = RECIPES[name]
             config = lab_config(recipe, source)
-            process = process_lib.make_process(config.path, num_tokens=NUM_TOKENS, eos_id=0)
+            process = process_lib.make_process(**config.path, num_tokens=NUM_TOKENS, eos_id=0)
             if process not in memos:
                 memos[process] = chains.make_chain(process, make_data(kind, seed)), {}
             chain, memo = memos[process]

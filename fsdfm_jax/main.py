@@ -27,7 +27,6 @@ from fsdfm_jax.evaluate import references
 from fsdfm_jax.evaluate import run as run_lib
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
@@ -120,7 +119,7 @@ def make_pairs(
     step, metadata = recipe_lib.weights_metadata(entry.base, together=True)
     made_from = {
         "seed": config.seed,
-        "settings": {**settings._asdict(), "jump": settings.jump.name},
+        "settings": settings._asdict() | {"sampling": settings.sampling.to_dict()},
         "generator": [recipe_lib.digest(metadata["recipe"]), step],
         "data": prepared.fingerprint,
     }
@@ -276,7 +275,7 @@ def check_batch(mesh: Mesh, config: ConfigDict, stage: str) -> None:
 
 def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainState:
     """Shapes of the training state of a stage."""
-    process = process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=0)
+    process = process_lib.make_process(**config.path, num_tokens=num_tokens, eos_id=0)
     made = stages.make_stage(stage, config, process)
     optimizer = optim.make_optimizer(config.optim, config[stage])
     init = make_init(made, optimizer, train_settings(config, stage))
@@ -311,14 +310,11 @@ def check(config: ConfigDict, folder: pathlib.Path) -> tuple[list[Entry], dict[s
     pipeline = recipe_lib.entries(config, folder)
     settings = plan_lib.Settings.from_config(config.eval)
     run_lib.check_inputs(settings, config.data.block_length)
-    if settings.neighbours or "ngram" in settings.controls:
-        spec = prepared_lib.DataSpec.from_config(config.data)
-        ngrams.check_vocab(prepared_lib.vocab_size(spec) + (config.path.source == "mask"))
     models_lib.join(
         {entry.run: entry for entry in pipeline}, models_lib.parse_models(settings.models)
     )
     mesh = mesh_lib.make_mesh(config.mesh)
-    process = process_lib.make_process(config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)
+    process = process_lib.make_process(**config.path, num_tokens=_ANY_VOCABULARY, eos_id=0)
     recipes: dict[pathlib.Path, dict] = {}
     trained_here = {recipe_lib.stage_directory(folder, e.run): e.stage for e in pipeline}
     for entry in pipeline:
@@ -409,7 +405,7 @@ def main(argv: list[str]) -> None:
     if processes.is_first():
         recipe_lib.save_config(folder, config)
     process = process_lib.make_process(
-        config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id
+        **config.path, num_tokens=prepared.tokenizer.vocab_size, eos_id=prepared.tokenizer.eos_id
     )
     for entry in pipeline:
         train_run(entry, recipes[entry.run], config, process, prepared, mesh, folder)

@@ -74,7 +74,7 @@ def test_every_file_makes_its_stages(name, arg, tmp_path):
     if first in stages.FEW_STEP:  # starts from weights trained elsewhere
         with pytest.raises(ValueError, match=f"{first}.init_from"):
             main.check(config, tmp_path)
-        process = process_lib.make_process(config.path, num_tokens=2, eos_id=0)
+        process = process_lib.make_process(**config.path, num_tokens=2, eos_id=0)
         stages.make_stage(first, config, process)
         return
     pipeline, _, _ = main.check(config, tmp_path)
@@ -157,7 +157,7 @@ def test_paper_values(name):
 )
 def test_paper_sizes_are_their_names(name, low, high):
     config = _load(name, "")
-    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=50_256)
+    process = process_lib.make_process(**config.path, num_tokens=50_257, eos_id=50_256)
     stage = stages.make_stage("distill", config, process)
     params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
     assert low < model_lib.count_params(params) < high
@@ -301,7 +301,7 @@ def test_the_record_sees_what_it_should(monkeypatch):
     config = base.get_config()
     with monkeypatch.context() as patch:
         record = _Record(config, patch)
-        process_lib.make_process(config.path, num_tokens=5, eos_id=0)
+        process_lib.make_process(**config.path, num_tokens=5, eos_id=0)
         config.to_dict()
         _ = config.seed  # read by a test, not by the package
         with pytest.raises(AttributeError):

@@ -911,7 +911,7 @@ def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
     assert found.provenance["step"] == 1000
     assert found.provenance["source"] == {"file": "shared_dfm_uniform.pth", "format": "official"}
     assert found.block_length is None
-    process = process_lib.make_process(_config().path, num_tokens=61, eos_id=0)
+    process = process_lib.make_process(**_config().path, num_tokens=61, eos_id=0)
     assert type(found.process().source) is type(process.source)
 
 

@@ -450,7 +450,7 @@ def test_the_temperature_of_an_entropy():
 def test_each_recipe_is_one_that_stages_read(source):
     for name, recipe in exact_lab.RECIPES.items():
         config = exact_lab.lab_config(recipe, source)
-        process = process_lib.make_process(config.path, num_tokens=3, eos_id=0)
+        process = process_lib.make_process(**config.path, num_tokens=3, eos_id=0)
         for stage in config.pipeline.split(","):
             if source == "uniform" or exact_lab._possible(name, source):
                 stages.make_stage(stage, config, process)

@@ -540,7 +540,7 @@ def test_a_guided_run_trains_its_guide_once(world, tmp_path, monkeypatch):
 def _pairs(folder, monkeypatch, step=3, **changes):
     """The pairs of a refine run."""
     config = _config("texts", pipeline="pretrain,refine", **changes)
-    process = process_lib.make_process(config.path, num_tokens=11, eos_id=0)
+    process = process_lib.make_process(**config.path, num_tokens=11, eos_id=0)
     model = stages.model_config("pretrain", config.model, vocab_size=11)
     params = jax.jit(lambda key: model_lib.init_params(key, model))(jax.random.key(0))
     params = jax.device_put(params, jax.devices()[0])

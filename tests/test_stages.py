@@ -36,7 +36,7 @@ def make_config():
 
 
 def make_process(config, num_tokens=V):
-    return process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=2)
+    return process_lib.make_process(**config.path, num_tokens=num_tokens, eos_id=2)
 
 
 def make_stage(name, config=None):
