@@ -14,6 +14,7 @@ import pytest
 from absl import app
 from absl.testing import flagsaver
 from chance import assert_frequencies, assert_mean
+from fsdfm_jax.inference.neighbours import Neighbours
 from tables import pairs
 
 from benchmarks import chains, exact_lab
@@ -22,7 +23,6 @@ from fsdfm_jax import stages
 from fsdfm_jax.flow import jumps, losses, paths, sampler, schedules, sources, teacher
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.inference.neighbours import Neighbours
 
 ROWS = 50_000
 
