@@ -139,8 +139,6 @@ class Settings(NamedTuple):
                 raise ValueError(
                     f"eval.{name} must be at least {least}, got {getattr(self, name)}."
                 )
-        if min(self.steps, default=1) < 1:
-            raise ValueError(f"eval.steps must be at least 1, got {self.steps}.")
         for name, allowed, values in (
             ("jumps", jumps.RULES, self.jumps),
             ("memories", MEMORIES, self.memories),
@@ -150,7 +148,8 @@ class Settings(NamedTuple):
             check_names(f"eval.{name}", allowed, values)
         if not self.jumps:
             raise ValueError("eval.jumps is empty; give at least one rule for the base model.")
-        generate_lib.check_seed(self.seed)
+        with _named("eval.seed"):
+            generate_lib.check_seed(self.seed)
         for steps in (*self.steps, self.many_steps):
             with _named("eval.steps"):
                 self.sampling.replace(steps=steps)
