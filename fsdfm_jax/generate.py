@@ -27,6 +27,7 @@ from fsdfm_jax import cli, io
 from fsdfm_jax.convert import formats
 from fsdfm_jax.flow import jumps
 from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import job as job_lib
 from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.inference.job import Job
@@ -122,6 +123,7 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not 1 <= value <= _MOST:
             raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
+    generate_lib.check_seed(options.seed)
     options.sampling(Sampling())
     if options.stream and (options.batch_file or options.output):
         raise ValueError("--stream shows texts to you; leave out --batch_file and --output.")
