@@ -57,6 +57,7 @@ def _teacher(**values):
     return _budgets(**keys) | values
 
 
+STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 # The networks of arXiv:2509.20624: width, blocks, heads, conditioning width.
 SIZES = {
     "0.17B": (768, 12, 12, 128),
@@ -67,8 +68,6 @@ SIZES = {
 
 def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
     """The paper's network, tokenizer, batches and lengths of training at one of its `SIZES`."""
-    if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}; expected one of {', '.join(SIZES)}.")
     model = config.model
     model.width, model.num_blocks, model.num_heads, model.cond_width = SIZES[size]
     model.dtype = "bfloat16"
@@ -135,7 +134,7 @@ def use_annealed_sampler(sampling: ml_collections.ConfigDict) -> None:
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The paper's values where it gives them; see configs/paper_170m.py for its literal recipe."""
+    """The paper's values where it gives them; see configs/paper.py for its literal recipe."""
     if arg:
         raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
     config = ml_collections.ConfigDict()
