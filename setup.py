@@ -19,7 +19,7 @@ setuptools.setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=setuptools.find_packages(include=["fsdfm_jax", "fsdfm_jax.*"]),
-    package_data={"fsdfm_jax": ["shipped/*"]},
+    package_data={"fsdfm_jax": ["bundled/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

@@ -24,6 +24,7 @@ from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile
 from fsdfm_jax.network import model as model_lib

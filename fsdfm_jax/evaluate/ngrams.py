@@ -66,12 +66,12 @@ def fit(source: Sequence[np.ndarray], vocab_size: int, *, order: int = ORDER) ->
     if order * np.log2(vocab_size) >= 63:
         raise ValueError(f"n-grams of {order} of {vocab_size} tokens are too many to be numbered.")
     chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MOST_BLOCKS)).round())
-    parts = [part for i in chosen for part in (np.asarray(source[int(i)], np.int64), [-1])]
-    tokens_T = np.concatenate([*parts, []]).astype(np.int64)
-    inside_T = tokens_T >= 0
-    if not inside_T.any() or tokens_T.max() >= vocab_size or tokens_T.min() < -1:
+    blocks = [np.asarray(source[int(i)], np.int64) for i in chosen]
+    every_T = np.concatenate([*blocks, []]).astype(np.int64)
+    if not every_T.size or every_T.min() < 0 or every_T.max() >= vocab_size:
         raise ValueError(f"Expected blocks of token ids in [0, {vocab_size}), and at least one.")
-    unigram_V = np.bincount(tokens_T[inside_T], minlength=vocab_size).astype(np.float64)
+    tokens_T = np.concatenate([part for block in blocks for part in (block, [-1])])
+    unigram_V = np.bincount(every_T, minlength=vocab_size).astype(np.float64)
     tables = tuple(_count(tokens_T, n, vocab_size) for n in range(1, order))
     return NgramModel(vocab_size, unigram_V / unigram_V.sum(), tables)
 
