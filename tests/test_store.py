@@ -70,7 +70,7 @@ def test_scores_of_the_same_samples_stand_beside_each_other(tmp_path):
     _save(store)
     other = PROTOCOL | {"scoring": {"judge": "b"}}
     store.save_scores("point", other, 1, {"nll": np.float64([3.0])})
-    store.save_scores("point", PROTOCOL | {"scoring": {"judge": "c"}}, "other code", SCORES)
+    store.save_scores("point", PROTOCOL | {"scoring": {"judge": "c"}}, 2, SCORES)
     np.testing.assert_array_equal(store.scores("point", PROTOCOL)["nll"], SCORES["nll"])
     assert store.scores("point", other)["nll"].tolist() == [3.0]
     assert store.scores("point", PROTOCOL | {"scoring": {"judge": "d"}}) is None
