@@ -11,7 +11,7 @@ from fsdfm_jax.flow import losses, paths, schedules, teacher
 from fsdfm_jax.flow.budgets import sample_budgets
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.stages.few_step import PathTerm, TeacherTerm
 

@@ -45,7 +45,8 @@ from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.inference.ngrams import Table
 from fsdfm_jax.inference.prompts import Request
 from fsdfm_jax.inference.stream import Piece, pieces, printable
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.training import metrics, recipe
 
 # The model that came with the package, made by `python -m launch.ship`.

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.teacher import get_rule
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import FEW_STEP
 

@@ -27,7 +27,7 @@ from fsdfm_jax.inference import bundle as bundles
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import BadFile
-from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import CONDITIONINGS, ModelConfig
 from fsdfm_jax.ops import logits
 
 LENGTH, STEPS = 12, 3
@@ -44,7 +44,7 @@ def words():
 
 def _model(**changes):
     fields = {"vocab_size": 20, "width": 4, "num_blocks": 2, "num_heads": 1, "cond_width": 4}
-    return model_lib.ModelConfig(**(fields | changes))
+    return ModelConfig(**(fields | changes))
 
 
 def _bundle(model, **fields):
@@ -129,7 +129,7 @@ def _library(bundle, jump_rule="cumulative"):
 
 
 @pytest.mark.parametrize("path", [bundles.DEFAULT_PATH, MASK_PATH], ids=["uniform", "mask"])
-@pytest.mark.parametrize("conditioning", model_lib.CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_program_gives_the_tokens_of_the_library(tmp_path, conditioning, path):
     model = _model(conditioning=conditioning, attention="xla", remat="full", dropout=0.1)
     bundle = _bundle(model, path=path)

@@ -31,6 +31,7 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import BadFile
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint
 from fsdfm_jax.training import recipe as recipe_lib
 from fsdfm_jax.training.recipe import Entry
@@ -50,9 +51,7 @@ def _words(size):
 
 def _model(**changes):
     fields = {"vocab_size": 12, "width": 8, "num_blocks": 2, "num_heads": 2, "cond_width": 4}
-    return model_lib.ModelConfig(
-        **(fields | {"mlp_ratio": 1, "conditioning": "official"} | changes)
-    )
+    return ModelConfig(**(fields | {"mlp_ratio": 1, "conditioning": "official"} | changes))
 
 
 def _params(model, seed=0):

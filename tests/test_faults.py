@@ -40,7 +40,7 @@ from configs import base as base_config
 from fsdfm_jax import main
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data import shards
-from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint, recipe
 from fsdfm_jax.training import loop as loop_lib
 
@@ -514,7 +514,7 @@ def begun(tmp_path):
     config.model.width, config.model.num_blocks, config.model.num_heads = 16, 1, 2
     config.pretrain.batch_size = 32
     (entry,), recipes, _ = main.check(config, tmp_path)
-    model = model_lib.ModelConfig(vocab_size=300, width=16, num_blocks=1, num_heads=2, cond_width=8)
+    model = ModelConfig(vocab_size=300, width=16, num_blocks=1, num_heads=2, cond_width=8)
     metadata = recipe.make_metadata(
         config, entry, model, the_recipe=recipes["pretrain"], tokenizer="t", data="d"
     )

@@ -24,7 +24,7 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import ngrams, prompts
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint, recipe
 
 ROOT = pathlib.Path(__file__).parents[1]

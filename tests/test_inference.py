@@ -15,7 +15,7 @@ from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.training.recipe import Weights
 
@@ -232,23 +232,6 @@ def test_tables_and_strengths_are_data():
     others = [_generate(**HEEDING | change) for change in changes]
     assert run._cache_size() == compiled > 0
     assert all((one != other).any() for other in others)
-
-
-# -------------------------------------------------------------------------------- modulations ahead
-def test_modulations_ahead_change_no_token(monkeypatch):
-    """Whether they are made before the first step or each in its own."""
-    tokens = (np.full((B, L), MASK, np.int32), np.zeros((B, L), bool))
-    rest = (*tokens, sampler.uniform_grid(3), np.float32(1))
-    calls = []
-    predict = model_lib.predict
-    monkeypatch.setattr(model_lib, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
-    results = []
-    for mib in (256, 0):
-        monkeypatch.setattr(model_lib, "_AHEAD_MIB", mib)
-        run = jax.jit(generate_lib._make_steps(FEW_STEP.model, MASK_PROCESS, "cumulative", None))
-        results.append(run(FEW_STEP.params, jax.random.key(0), *rest))
-        assert bool(calls) == (mib == 0)
-    np.testing.assert_array_equal(*results)
 
 
 # ---------------------------------------------------------------------------------------- watching

@@ -18,6 +18,7 @@ from configs import base as base_config
 from fsdfm_jax import main, stages
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import rules as rules_lib
 from fsdfm_jax.training import loop as loop_lib
@@ -138,7 +139,7 @@ def test_a_mesh_is_only_used_where_there_is_something_to_spread():
 # ------------------------------------------------------------------------------------------- state
 
 
-MODEL = model_lib.ModelConfig(
+MODEL = ModelConfig(
     vocab_size=11, width=16, num_blocks=2, num_heads=4, cond_width=8, conditioning="official"
 )
 

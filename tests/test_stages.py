@@ -237,9 +237,6 @@ class Calls(list):
 def calls(monkeypatch):
     recorded = Calls()
     monkeypatch.setattr(model_lib, "predict", recorded)
-    # The sampler's way to the network, here without anything made ahead.
-    of_sampler = lambda params, cfg, steps: (functools.partial(recorded, params, cfg), None)
-    monkeypatch.setattr(model_lib, "denoiser", of_sampler)
     return recorded
 
 

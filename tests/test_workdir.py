@@ -13,7 +13,7 @@ import pytest
 from configs import base
 from fsdfm_jax import stages
 from fsdfm_jax.convert import run_folder
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint
 from fsdfm_jax.training import recipe as recipe_lib
 from fsdfm_jax.training.recipe import Entry

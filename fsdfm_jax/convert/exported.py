@@ -51,7 +51,8 @@ from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 from fsdfm_jax.inference.neighbours import Neighbours
 from fsdfm_jax.inference.ngrams import Counts, Table
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 FORMAT = "fsdfm_jax.exported_sampler"
 VERSION = 3

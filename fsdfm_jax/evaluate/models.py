@@ -20,7 +20,8 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.inference.ngrams import Table
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import recipe
 

@@ -28,7 +28,8 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.ngrams import Counts
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 # Of weights in files; parameters in memory are float32.
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

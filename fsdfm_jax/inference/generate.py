@@ -138,14 +138,13 @@ def _make_steps(
         look_ahead=0.0,
         neighbours=None,
     ):
-        denoise, condition = model_lib.denoiser(params, model, len(grid_S1) - 1)
+        denoise = functools.partial(model_lib.predict, params, model)
         without_mask = top_p is not None or neighbours is not None
         if without_mask and process.source.mask_id is not None:
             # No step draws the mask: it may not fill the nucleus, nor what neighbours expect.
             denoise = _without(denoise, process.source.mask_id)
         options = {"temperature": temperature, "cooling": cooling, "top_p": top_p}
-        options |= {"look_ahead": look_ahead, "num_steps": num_steps}
-        options |= {"condition": condition, "on_step": on_step}
+        options |= {"look_ahead": look_ahead, "num_steps": num_steps, "on_step": on_step}
         if neighbours is not None:
             options |= {"neighbours": neighbours, "redraw": process.make_redraw(rule)}
         arguments = (key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 NAMES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 FEW_STEP = ("step_aware", "distill", "refine")

@@ -10,7 +10,7 @@ through the chain of halvings.
 from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_from_base
 

@@ -36,7 +36,7 @@ from fsdfm_jax.flow.losses import Divergence
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.teacher import Quadrature
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.parallel import rules
 from fsdfm_jax.stages.base import Guide

@@ -108,15 +108,13 @@ def make_pair_sampler(
         noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
         x0_BL = rules.constrain(x0_BL, "rows")
-        denoise, condition = model_lib.denoiser(params, model, settings.steps)
         x1_BL = sampler.sample(
             sample_key,
-            denoise,
+            functools.partial(model_lib.predict, params, model),
             jump,
             finalize,
             x0_BL,
             grid,
-            condition=condition,
             temperature=settings.temperature,
             cooling=settings.cooling,
             top_p=top_p,

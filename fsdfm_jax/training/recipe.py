@@ -23,7 +23,8 @@ import fsdfm_jax
 from fsdfm_jax import io, stages
 from fsdfm_jax.data.prepared import DataSpec
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
 from fsdfm_jax.training import checkpoint
