@@ -85,7 +85,7 @@ def make_loss(
         logits = model_lib.predict(params, model, xt_BL, t_B, h_B, key=keys[4])
 
         def denoise(x, t, h):
-            logits = model_lib.predict(frozen, model, x, t, h)
+            logits = model_lib.predict(frozen.average, model, x, t, h)
             return logits if average == "features" else logits_lib.dense(logits)
 
         def match(student_BLV, teacher_BLV, counts_BL):

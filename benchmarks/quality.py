@@ -46,6 +46,7 @@ from fsdfm_jax.evaluate.plan import Point, Settings
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.evaluate.results import Row, Store
 from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import pipeline as pipeline_lib
 from fsdfm_jax.training import recipe as recipe_lib
 
 _STUDY = flags.DEFINE_string("study", None, "Folder for data, runs and results.")
@@ -90,14 +91,14 @@ def train_all(folder: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) 
     for seed in seeds:
         for name in names:
             config = recipes.get_config(f"{name},{_SCALE.value}")
-            first, _ = recipe_lib.runs(config)[0]
+            first, _ = pipeline_lib.runs(config)[0]
             place = folder / f"{name}.{seed}"
             changes = {
                 "data.directory": base / "data",
                 f"{first}.init_from": base / "stages" / BASE,
             }
             train(place, name, seed, changes)
-            last, _ = recipe_lib.runs(config)[-1]
+            last, _ = pipeline_lib.runs(config)[-1]
             places[f"{name}.{seed}"] = f"{place}#{last}"
     return places
 

@@ -15,7 +15,6 @@ from configs import base, tiny
 
 _TRAINING = 3  # evaluations: forward, and backward at twice its cost
 _TEACHER = {"heun": 2, "rk4": 4}
-_GUIDE = 2
 
 
 class Size(NamedTuple):
@@ -26,7 +25,6 @@ class Size(NamedTuple):
       evaluations: that a recipe may use, from the base model on.
       samples: of a figure of one training.
       many_steps: of the base model's reference.
-      guide_steps: of the weaker base model that guidance leads away from.
     """
 
     judge_steps: int
@@ -34,7 +32,6 @@ class Size(NamedTuple):
     evaluations: int
     samples: int
     many_steps: int
-    guide_steps: int
 
 
 SAMPLERS = ("plain", "tuned", "neighbours")
@@ -67,9 +64,9 @@ def sampler(name: str, steps: int) -> dict[str, float | str]:
 
 
 SIZES = {
-    "cpu": Size(3_000, 8_000, 160_000, 64, 1024, 1_000),
-    "gpu": Size(4_000, 16_000, 3_000_000, 512, 1024, 2_000),
-    "smoke": Size(40, 40, 30_000, 16, 32, 10),
+    "cpu": Size(3_000, 8_000, 160_000, 64, 1024),
+    "gpu": Size(4_000, 16_000, 3_000_000, 512, 1024),
+    "smoke": Size(40, 40, 30_000, 16, 32),
 }
 
 
@@ -78,15 +75,14 @@ def row_evaluations(config: ml_collections.ConfigDict, stage: str) -> float:
     own = config[stage]
     if stage == "pretrain":
         return _TRAINING
-    guide = _GUIDE if own.guidance else 0
     if stage == "step_aware":
-        return _TRAINING + guide
+        return _TRAINING
     weight = {"log_uniform": lambda k: 1, "official": lambda k: 2**k}[own.width_weights]
     weights = [weight(k) for k in range(own.max_log2_steps + 1)]
     on_data = sum(w for k, w in enumerate(weights) if 2.0**-k < own.tau) / sum(weights)
     taught = own.batch_size - round(own.batch_size * on_data)  # rows are whole
     share = taught / own.batch_size
-    return _TRAINING + _TEACHER[own.teacher_rule] * share + guide * (1 - share)
+    return _TRAINING + _TEACHER[own.teacher_rule] * share
 
 
 def evaluations(config: ml_collections.ConfigDict) -> float:
@@ -101,12 +97,9 @@ def evaluations(config: ml_collections.ConfigDict) -> float:
 
 
 def _before_steps(config: ml_collections.ConfigDict, stage: str) -> float:
-    """Evaluations that a run takes before its first step: for pairs, for a guide."""
+    """Evaluations that a run takes before its first step: for pairs."""
     own = config[stage]
-    pairs = own.num_pairs * own.pair_steps if stage == "refine" else 0
-    guided = stage != "pretrain" and own.guidance > 0
-    guide = own.guide_steps * config.pretrain.batch_size * _TRAINING if guided else 0
-    return pairs + guide
+    return own.num_pairs * own.pair_steps if stage == "refine" else 0
 
 
 def _base(config, size):
@@ -149,15 +142,6 @@ def _heun(config, size):
     config.pipeline = "distill"
 
 
-def _guided(config, size):
-    """The mild teacher for widths of 1/4 and more, finer ones from the guided base model."""
-    config.pipeline = "distill"
-    config.distill.max_log2_steps = 6
-    config.distill.tau = 0.25
-    config.distill.guidance = 0.8
-    config.distill.guide_steps = size.guide_steps
-
-
 def _rectified(config, size, rounds):
     """Rounds of pairs; half of what a round may cost makes them."""
     config.pipeline = ",".join(["refine"] * rounds)
@@ -175,7 +159,6 @@ RECIPES = {
     "heun": _heun,
     "rect1": functools.partial(_rectified, rounds=1),
     "rect3": functools.partial(_rectified, rounds=3),
-    "guided": _guided,
 }
 
 

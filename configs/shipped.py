@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name = arg or "cpu"
     if name not in quality.SIZES:
         raise ValueError(f"configs/shipped.py takes one of {', '.join(quality.SIZES)}, got {arg!r}")
-    config = quality.get_config(f"guided,{name}")
+    config = quality.get_config(f"heun,{name}")
     config.pipeline = f"autoregressive,pretrain,{config.pipeline}"
     config.eval.update(quality.sampler("neighbours", steps=8))
     if name == "cpu":  # where 8 steps have the entropy of the base model's 1,024

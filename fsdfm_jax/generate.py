@@ -47,7 +47,7 @@ from fsdfm_jax.inference.prompts import Request
 from fsdfm_jax.inference.stream import Piece, pieces, printable
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
-from fsdfm_jax.training import metrics, recipe
+from fsdfm_jax.training import metrics, pipeline
 
 # The model that came with the package, made by `python -m launch.ship`.
 SHIPPED = pathlib.Path(__file__).parent / "shipped" / "model.safetensors"
@@ -226,7 +226,7 @@ def open_model(options: Options) -> Bundle:
       ValueError: if there is no tokenizer, or one of another vocabulary; see `formats.open_bundle`.
     """
     if options.workdir is not None:
-        recipe.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
+        pipeline.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
     path = pathlib.Path(options.workdir or options.checkpoint or SHIPPED).expanduser()
     passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
     bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})

@@ -45,6 +45,6 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
     if "teacher_rule" in own:
         taught = parts - few_step.rows_of_path(parts, *few_step.split_budgets(own, name))
         fixed += len(get_rule(own.teacher_rule).nodes) * taught
-    if own.guidance:
+    if own.get("guidance"):
         fixed += 2 * (parts - taught)
     return student + forward_flops(model, fixed * own.accumulate, length)

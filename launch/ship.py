@@ -31,7 +31,7 @@ from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate.memorised import Ngrams
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.inference.bundle import Bundle
-from fsdfm_jax.training import recipe
+from fsdfm_jax.training import pipeline
 
 _TARGET = flags.DEFINE_string(
     "target", str(generate.SHIPPED.parent), "Folder; by default the package's own."
@@ -126,15 +126,13 @@ def table(rows: Sequence[Row]) -> str:
 def trained(
     runs: Sequence[tuple[str, str]], config: Mapping[str, Any]
 ) -> list[tuple[str, int, int]]:
-    """What the model came through, with steps and rows a step: the runs and their guides."""
+    """The runs that the model went through, with steps and rows a step."""
     result = []
     for run, stage in runs:
         own = config[stage]
-        if own.get("guidance"):
-            away = f"`{recipe.guide_name(own['guide_steps'])}`, which `{run}` is led away from"
-            result.append((away, own["guide_steps"], config["pretrain"]["batch_size"]))
+        guided = f", guided away from `{own['guide']}`" if own.get("guidance") else ""
         if stage != "autoregressive":
-            result.append((f"`{run}`", own["num_steps"], own["batch_size"]))
+            result.append((f"`{run}`{guided}", own["num_steps"], own["batch_size"]))
     return result
 
 
@@ -221,7 +219,7 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
       ValueError: for a folder without a few-step run or report, a model that is too large, or one
         that repeats its training text. Then nothing is written.
     """
-    runs = recipe.runs(recipe.load_config(folder))
+    runs = pipeline.runs(pipeline.load_config(folder))
     few_step = [run for run, stage in runs if stage in stages.FEW_STEP]
     if not few_step:
         raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "fsdfm_jax"
 # A folder, or a module at the top, imports from itself and from those before it.
 ORDER = (
     *("io", "parallel", "ops", "flow", "network", "stages"),
-    *("data", "training", "inference", "convert", "evaluate"),
-    *("cli", "generate", "main"),
+    *("data", "training", "inference", "cli", "convert", "evaluate"),
+    *("generate", "main"),
 )
 # Arrays only: these folders know nothing of flow matching.
 NEUTRAL = {"io": set(), "parallel": set(), "data": {"io"}}
@@ -44,7 +44,7 @@ CONFIG_READERS = {
     "main",
     "cli",
     "training.optim",
-    "training.recipe",
+    "training.pipeline",
     "parallel.mesh",
     "evaluate.__main__",
     "stages.base",
@@ -56,7 +56,7 @@ CONFIG_READERS = {
     "stages.autoregressive",
 }
 # Who may say "categorical": the draws themselves and who draws with them.
-DRAWERS = {"ops.categorical", "flow.sampler"}
+DRAWERS = {"ops.categorical", "flow.jumps", "flow.paths", "flow.sampler"}
 LATE_ONLY = {
     "tensorflow_datasets": {"data.tfds"},
     "grain": set(),

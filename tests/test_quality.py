@@ -47,8 +47,8 @@ def test_evaluations_of_a_training_step_are_those_that_are_made(recipe, monkeypa
     monkeypatch.setattr(model_lib, "predict", counting)
     params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
     x1 = jax.ShapeDtypeStruct((own.batch_size, 64), np.int32)
-    guide = (stages.Guide(params, params),) if stage.guided else ()
-    jax.eval_shape(stage.loss, params, params, jax.random.key(0), {"x1": x1}, *guide)
+    frozen = stages.Frozen(params)
+    jax.eval_shape(stage.loss, params, frozen, jax.random.key(0), {"x1": x1})
     # The backward pass is twice the forward pass.
     want = (3 * sum(trained) + sum(frozen_rows)) / own.batch_size
     assert recipes.row_evaluations(config, stage_name) == pytest.approx(want)
@@ -61,13 +61,6 @@ def test_pairs_count_with_the_steps_of_their_sampler():
     pairs = 3 * config.refine.num_pairs * config.refine.pair_steps
     assert recipes.evaluations(config) - recipes.evaluations(without) == pairs
     assert 0.4 < pairs / recipes.SIZES["cpu"].evaluations < 0.6
-
-
-def test_a_guide_counts_with_its_training():
-    config, without = recipes.get_config("guided"), recipes.get_config("guided")
-    without.distill.guide_steps = 0
-    own = config.pretrain.batch_size * 3 * config.distill.guide_steps
-    assert recipes.evaluations(config) - recipes.evaluations(without) == own > 0
 
 
 def test_the_papers_recipe_differs_from_ours_where_it_says():

@@ -87,11 +87,11 @@ def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
 
 def test_a_card_lists_the_runs_and_their_guides():
     config = shipped.get_config().to_dict()
+    config["distill"] |= {"guidance": 0.8, "guide": "short", "num_steps": 400}
     runs = [("autoregressive", "autoregressive"), ("pretrain", "pretrain"), ("distill", "distill")]
     assert ship.trained(runs, config) == [
         ("`pretrain`", 8_000, 32),
-        ("`guide_1000`, which `distill` is led away from", 1_000, 32),
-        ("`distill`", 400, 32),
+        ("`distill`, guided away from `short`", 400, 32),
     ]
 
 

@@ -176,4 +176,4 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     loss = few_step.make_loss(model, process, path, taught)
-    return Stage("refine", model, start_from_base("refine", model), loss, config.guidance > 0)
+    return Stage("refine", model, start_from_base("refine", model), loss)
