@@ -24,7 +24,7 @@ from configs import base
 from fsdfm_jax.convert import official, torch_pickle
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import Leaf
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 
 _SIZE = flags.DEFINE_enum("size", "1.3B", list(base.SIZES), "The paper's network.")
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to work.")

@@ -11,7 +11,7 @@ from fsdfm_jax.flow import losses, paths, schedules, teacher
 from fsdfm_jax.flow.budgets import sample_budgets
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.stages.few_step import PathTerm, TeacherTerm
 
@@ -85,7 +85,7 @@ def make_loss(
         logits = model_lib.predict(params, model, xt_BL, t_B, h_B, key=keys[4])
 
         def denoise(x, t, h):
-            logits = model_lib.predict(frozen, model, x, t, h)
+            logits = model_lib.predict(frozen.average, model, x, t, h)
             return logits if average == "features" else logits_lib.dense(logits)
 
         def match(student_BLV, teacher_BLV, counts_BL):

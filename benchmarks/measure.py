@@ -23,6 +23,7 @@ from configs import base
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import DTYPES
 from fsdfm_jax.network.model import Params
 from fsdfm_jax.stages.base import Stage
 from fsdfm_jax.training import optim, state
@@ -33,7 +34,7 @@ SIZES = ("tiny", *base.SIZES)
 SIZE = flags.DEFINE_enum("size", "0.17B", SIZES, "Network.")
 BATCH = flags.DEFINE_integer("batch", None, "Rows; 2 in training and 1 in sampling.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", model_lib.DTYPES, "Of activations.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of activations.")
 STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps of samples, comma-separated.")
 LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of a chunk of logits.", lower_bound=0)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count.", lower_bound=1)

@@ -173,7 +173,7 @@ def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
         seen = []
         for _ in range(num_steps):
             rows = mesh_lib.place_rows(mesh, case.rows, next(stream))
-            state, metrics = step(state, rows, step_key)
+            state, metrics = step(state, rows, step_key, None)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     losses, grad_norms = np.asarray(seen).T
     return Trained(losses, grad_norms, jax.device_get(state.params))

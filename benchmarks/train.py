@@ -29,6 +29,7 @@ from benchmarks import literal, measure
 from configs import base
 from fsdfm_jax import stages
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import REMATS
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import few_step
 from launch import ahead, model_flops
@@ -36,7 +37,7 @@ from launch import ahead, model_flops
 _STAGE = flags.DEFINE_enum(
     "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
 )
-_REMAT = flags.DEFINE_enum("remat", "dots", list(model_lib.REMATS), "What is computed again.")
+_REMAT = flags.DEFINE_enum("remat", "dots", list(REMATS), "What is computed again.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x4; nothing is run.")
 _UNIT = "forward of one row"
 

@@ -35,11 +35,6 @@ def _budgets(**values):
         "loss": "path",  # on data: path (eq. 4.4) | cross_entropy (same minimiser)
         "rate": "cumulative",  # weight of the path loss: cumulative (eq. 4.4) | instantaneous
         "rate_floor": 1e-3,  # floor of 1 - kappa in the weight of the path loss (official 1e-8)
-        # w: in place of data, the base model's posterior, pushed away by w from that of a weaker
-        # one, which is `pretrain` with `guide_steps` steps; 0: none. See
-        # fsdfm_jax/stages/few_step.py.
-        "guidance": 0.0,
-        "guide_steps": 0,
     }
     return keys | values
 
@@ -197,7 +192,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.pretrain.loss = "path"  # path (eq. 3.8) | cross_entropy (same minimiser, see the stage)
     config.pretrain.rate_floor = 1e-8  # floor of 1 - kappa in the weight g(t) of the loss
     config.step_aware = _stage(**_budgets())
-    config.distill = _stage(**_teacher())
+    config.distill = _stage(
+        **_teacher(),
+        guidance=0.0,  # autoguidance weight of widths below tau, in place of data; 0 disables it
+        # The weaker base model that guidance leads away from, one trained for fewer steps: a run of
+        # `pretrain`, by name or folder (OTHER_DIR/stages/pretrain).
+        guide="",
+    )
     config.refine = _stage(
         # On pairs, data is what learns the coupling, and each doubling that is taught sharpens.
         **_teacher(tau=0.125),

@@ -27,20 +27,19 @@ References are to FS-DFM (arXiv:2509.20624) and Discrete Flow Matching (arXiv:24
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.2.0"
 
 # Public name -> module.
 _PUBLIC = {
     # models as a whole
-    "load": "convert.formats",
-    "save": "convert.formats",
-    "export": "convert.formats",
+    "load": "library",
+    "save": "library",
+    "export": "library",
     "generate": "inference.job",
-    "train": "training.arrays",
+    "train": "library",
     "Bundle": "inference.bundle",
-    "load_tokenizer": "data.tokenizer",
     # how samples are drawn
     "Sampling": "flow.sampling",
     "annealed": "flow.sampling",
@@ -77,13 +76,13 @@ _PUBLIC = {
     "Quadrature": "flow.teacher",
     "teacher_logits": "flow.teacher",
     # the network
-    "ModelConfig": "network.model",
+    "ModelConfig": "network.config",
     "init_params": "network.model",
     "apply": "network.model",
     "predict": "network.model",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - names of the table
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
@@ -96,41 +95,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
-
-
-if TYPE_CHECKING:
-    from fsdfm_jax.convert.formats import export, load, save
-    from fsdfm_jax.data.tokenizer import load_tokenizer
-    from fsdfm_jax.flow.budgets import make_budgets, sample_budgets
-    from fsdfm_jax.flow.grids import make_grid, uniform_grid
-    from fsdfm_jax.flow.jumps import (
-        CUMULATIVE,
-        DISPERSED,
-        EULER,
-        MIXTURE,
-        JumpRule,
-        with_posterior_end,
-    )
-    from fsdfm_jax.flow.losses import (
-        cross_entropy,
-        distillation_loss,
-        forward_kl,
-        jensen_shannon,
-        path_loss,
-    )
-    from fsdfm_jax.flow.process import Process
-    from fsdfm_jax.flow.sampler import sample, sample_trajectory
-    from fsdfm_jax.flow.sampling import Sampling, annealed, midpoint, nucleus
-    from fsdfm_jax.flow.schedules import (
-        Cosine,
-        Polynomial,
-        cumulative_rate,
-        rate,
-        redraw_fraction,
-    )
-    from fsdfm_jax.flow.sources import Source
-    from fsdfm_jax.flow.teacher import HEUN, RK4, Quadrature, teacher_logits
-    from fsdfm_jax.inference.bundle import Bundle
-    from fsdfm_jax.inference.job import generate
-    from fsdfm_jax.network.model import ModelConfig, apply, init_params, predict
-    from fsdfm_jax.training.arrays import train

@@ -33,7 +33,7 @@ from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.inference.job import Job
 from fsdfm_jax.inference.stream import printable
 from fsdfm_jax.inference.view import LiveView, View
-from fsdfm_jax.training import recipe
+from fsdfm_jax.training import pipeline
 
 _MOST = 2**20  # of rows, and of tokens in one: more is a slip
 _SAMPLING = ("steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead")
@@ -140,7 +140,7 @@ def open_model(options: Options) -> Bundle:
       ValueError: if there is no tokenizer, or one of another vocabulary; see `formats.open_bundle`.
     """
     if options.workdir is not None:
-        recipe.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
+        pipeline.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
     path = pathlib.Path(options.workdir or options.checkpoint or formats.BUNDLED).expanduser()
     passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
     bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})

@@ -192,8 +192,7 @@ def train_program(name: str, config: ConfigDict, process: Process, mesh: Mesh) -
             step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
             tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
             batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
-            guide = (stages.Guide(base, base),) if stage.guided else ()
-            return step.lower(abstract, batch, key, *guide)
+            return step.lower(abstract, batch, key, _guide_shapes(stage, config, process, mesh))
 
     return Program(
         "train",
@@ -223,6 +222,15 @@ def _base_shapes(name: str, config: ConfigDict, process: Process, key):
         return None
     model = stages.model_config("pretrain", config.model, vocab_size=process.source.vocab_size)
     return jax.eval_shape(lambda key: model_lib.init_params(key, model), key)
+
+
+def _guide_shapes(stage: stages.Stage, config: ConfigDict, process: Process, mesh: Mesh):
+    """Shapes of what `stage.needs` names, sharded as parameters are; None where it is None."""
+    if stage.needs is None:
+        return None
+    base = _base_shapes(stage.name, config, process, _key())
+    base = jax.tree.map(_placed, base, mesh_lib.state_shardings(mesh, base))
+    return jax.tree.map(lambda run: base, stage.needs)
 
 
 def sampler_program(

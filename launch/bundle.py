@@ -31,7 +31,7 @@ from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate.memorised import Ngrams
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.inference.bundle import Bundle
-from fsdfm_jax.training import recipe
+from fsdfm_jax.training import pipeline
 
 _TARGET = flags.DEFINE_string(
     "target", str(formats.BUNDLED.parent), "Folder; by default the package's own."
@@ -205,7 +205,7 @@ def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
       ValueError: for a folder without a few-step run or report, a model that is too large, or one
         that repeats its training text. Then nothing is written.
     """
-    runs = recipe.runs(recipe.load_config(folder))
+    runs = pipeline.runs(pipeline.load_config(folder))
     few_step = [run for run, stage in runs if stage in stages.FEW_STEP]
     if not few_step:
         raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")

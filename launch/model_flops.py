@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.teacher import get_rule
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import FEW_STEP
 
@@ -45,6 +45,6 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
     if "teacher_rule" in own:
         taught = parts - few_step.rows_of_path(parts, *few_step.split_budgets(own, name))
         fixed += len(get_rule(own.teacher_rule).nodes) * taught
-    if own.guidance:
+    if own.get("guidance"):
         fixed += 2 * (parts - taught)
     return student + forward_flops(model, fixed * own.accumulate, length)

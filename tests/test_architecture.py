@@ -19,7 +19,7 @@ NEUTRAL = {"io": set(), "parallel": set(), "data": {"io"}}
 
 # Who may import a library at all, and who at module level. Missing: anyone.
 ONLY = {
-    "flax": {"network.model"},
+    "flax": {"network.blocks"},
     "orbax": {"training.checkpoint"},
     "etils": {"training.checkpoint"},
     "tensorflow_datasets": {"data.tfds"},
@@ -43,7 +43,7 @@ CONFIG_READERS = {
     "main",
     "cli",
     "training.optim",
-    "training.recipe",
+    "training.pipeline",
     "parallel.mesh",
     "evaluate.__main__",
     "stages.base",

@@ -11,7 +11,7 @@ from chance import assert_frequencies
 from benchmarks import autoregressive, literal, measure, sample, scaling, train, waterfall
 from fsdfm_jax.flow import schedules
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from launch import model_flops
 
 MODEL = ModelConfig(vocab_size=11, width=8, num_blocks=3, num_heads=2, cond_width=4)

@@ -21,7 +21,7 @@ from fsdfm_jax.flow import schedules
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sources import Source
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 
 L, TOKENS = 3, 3
 MASK = TOKENS

@@ -21,7 +21,8 @@ from fsdfm_jax.evaluate import run as run_lib
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.training import loop as loop_lib
-from fsdfm_jax.training import recipe as recipe_lib
+from fsdfm_jax.training import optim, pipeline
+from fsdfm_jax.training import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
@@ -72,11 +73,11 @@ def test_every_file_makes_its_stages(name, arg, tmp_path):
         process = process_lib.make_process(**config.path, num_tokens=2, eos_id=0)
         stages.make_stage(first, config, process)
         return
-    pipeline, _, _ = main.check(config, tmp_path)
-    assert ",".join(entry.stage for entry in pipeline) == config.pipeline
+    entries, _, _ = main.check(config, tmp_path)
+    assert ",".join(entry.stage for entry in entries) == config.pipeline
     prepared_lib.DataSpec.from_config(config.data)
     settings = plan_lib.Settings.from_config(config.eval)
-    trained = {entry.run: entry.stage for entry in pipeline}
+    trained = {entry.run: entry.stage for entry in entries}
     assert plan_lib.plan(settings, trained, config.data.block_length)
 
 
@@ -260,7 +261,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
         model, metadata = networks[directory.name]
         shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        return recipe_lib.Weights(params, model, metadata, 1)
+        return workdir_lib.Weights(params, model, metadata, 1)
 
     def fake_catalogue(folder, trained, further):
         assert list(trained) == list(networks)
@@ -272,10 +273,10 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
         return "the table"
 
     monkeypatch.setattr(prepared_lib, "prepare", lambda spec, directory: prepared)
-    monkeypatch.setattr(main, "train", fake_train)
-    monkeypatch.setattr(recipe_lib, "load_weights", fake_weights)
+    monkeypatch.setattr(pipeline, "train", fake_train)
+    monkeypatch.setattr(workdir_lib, "load_weights", fake_weights)
     fake_metadata = lambda directory, together: (1, networks[directory.name][1])
-    monkeypatch.setattr(recipe_lib, "weights_metadata", fake_metadata)
+    monkeypatch.setattr(workdir_lib, "weights_metadata", fake_metadata)
     monkeypatch.setattr(models_lib, "catalogue", fake_catalogue)
     monkeypatch.setattr(run_lib, "evaluate", fake_evaluate)
     given = {"_CONFIG": config, "_WORKDIR": str(tmp_path), "_EVALUATE": True}
@@ -301,7 +302,7 @@ def test_the_record_sees_what_it_should(monkeypatch):
         config.to_dict()
         _ = config.seed  # read by a test, not by the package
         with pytest.raises(AttributeError):
-            main.optim.make_optimizer(config.optim, config.path)
+            optim.make_optimizer(config.optim, config.path)
     leaves = set(record.read)
     path = {"path.schedule", "path.power", "path.source", "path.revealed"}
     assert leaves == path | {"optim.moment_dtype"}  # read before what is missing

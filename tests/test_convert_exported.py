@@ -20,7 +20,6 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import job as job_lib
 from fsdfm_jax.inference.bundle import BadFile
-from fsdfm_jax.network import model as model_lib
 
 LENGTH, STEPS = 12, (3, 1)
 TEXT = "the cat sat on the mat and the dog sat on the log by the fog "
@@ -35,7 +34,7 @@ def words():
 
 def _model(**changes):
     fields = {"vocab_size": 20, "width": 4, "num_blocks": 2, "num_heads": 1, "cond_width": 4}
-    return model_lib.ModelConfig(**(fields | changes))
+    return ModelConfig(**(fields | changes))
 
 
 def _bundle(model, **fields):

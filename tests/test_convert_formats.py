@@ -28,9 +28,11 @@ from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import pipeline as pipeline_lib
 from fsdfm_jax.training import recipe as recipe_lib
-from fsdfm_jax.training.recipe import Entry
+from fsdfm_jax.training import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -47,9 +49,7 @@ def _words(size):
 
 def _model(**changes):
     fields = {"vocab_size": 12, "width": 8, "num_blocks": 2, "num_heads": 2, "cond_width": 4}
-    return model_lib.ModelConfig(
-        **(fields | {"mlp_ratio": 1, "conditioning": "official"} | changes)
-    )
+    return ModelConfig(**(fields | {"mlp_ratio": 1, "conditioning": "official"} | changes))
 
 
 def _params(model, seed=0):
@@ -741,10 +741,10 @@ def _config():
 
 def _metadata(config, run, model, tokenizer, data):
     """Of a checkpoint of a run that is named after its stage; fingerprints."""
-    entry = Entry(run, run, None)
-    recipe = recipe_lib.recipe(config, entry, None)
+    config = config.to_dict()
+    recipe = recipe_lib.make_recipe(config, run, None)
     return recipe_lib.make_metadata(
-        config, entry, model, the_recipe=recipe, tokenizer=tokenizer, data=data
+        config, model, recipe, run=run, stage=run, tokenizer=tokenizer, data=data
     )
 
 
@@ -753,7 +753,7 @@ def working(tmp_path_factory):
     """A working directory with two trained stages; {run: {part: parameters}}."""
     folder = tmp_path_factory.mktemp("working")
     config, words = _config(), _words(16)
-    recipe_lib.save_config(folder, config)
+    pipeline_lib.save_config(folder, config)
     (folder / "data").mkdir()
     words.save(folder / "data" / "tokenizer.json")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -836,7 +836,7 @@ def test_stages_steps_and_weights_of_a_run(working):
 
 
 def test_a_working_directory_without_a_trained_stage(tmp_path):
-    recipe_lib.save_config(tmp_path, _config())
+    pipeline_lib.save_config(tmp_path, _config())
     (tmp_path / "stages").mkdir()
     with pytest.raises(ValueError, match="No stage of .* has been trained yet .*pretrain, distill"):
         formats.open_bundle(tmp_path)
@@ -855,13 +855,9 @@ def test_other_text_in_its_place_is_no_tokenizer(working, tmp_path):
 
 
 def test_metadata_from_before_path_revealed(tmp_path):
-    config, entry = _config(), Entry("pretrain", "pretrain", None)
     model = dataclasses.replace(RUN_MODEL, conditioning="none")
-    recipe = recipe_lib.recipe(config, entry, None)
-    del recipe["path"]["revealed"]
-    metadata = recipe_lib.make_metadata(
-        config, entry, model, the_recipe=recipe, tokenizer="", data="d"
-    )
+    metadata = _metadata(_config(), "pretrain", model, tokenizer="", data="d")
+    del metadata["recipe"]["path"]["revealed"]
     with checkpoint.Checkpoints(
         tmp_path / "run" / "checkpoints", retention=checkpoint.Retention()
     ) as checkpoints:
@@ -880,29 +876,29 @@ def test_a_converted_run_is_one_to_start_from(working, tmp_path):
     config = _config()
     config.pipeline = "distill"
     config.distill.init_from = str(run)
-    (entry,) = recipe_lib.entries(config, tmp_path / "new")
+    (entry,) = pipeline_lib.entries(config, tmp_path / "new")
     assert entry.base == run
     model = dataclasses.replace(RUN_MODEL, conditioning="additive")
-    recipe_lib.check_base(run, model, config)
+    recipe_lib.check_base(run, model, config.path.to_dict())
     for change, message in (({"num_heads": 1}, "model.num_heads: 2 there, 1 here"),):
         with pytest.raises(ValueError, match=message):
-            recipe_lib.check_base(run, dataclasses.replace(model, **change), config)
+            recipe_lib.check_base(run, dataclasses.replace(model, **change), config.path.to_dict())
     config.path.schedule = "polynomial"
     with pytest.raises(ValueError, match="path.schedule: 'cosine' there"):
-        recipe_lib.check_base(run, model, config)
-    weights = recipe_lib.load_weights(run, tokenizer=words.fingerprint)
+        recipe_lib.check_base(run, model, config.path.to_dict())
+    weights = workdir_lib.load_weights(run, tokenizer=words.fingerprint)
     assert weights.step == 20
     assert weights.model == dataclasses.replace(RUN_MODEL, conditioning="none")
     _same(jax.tree.map(np.asarray, weights.params), params["pretrain"]["params", 20])
     with pytest.raises(ValueError, match="was trained with tokenizer"):
-        recipe_lib.load_weights(run, tokenizer="other")
+        workdir_lib.load_weights(run, tokenizer="other")
 
 
 def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
     source = formats.open_bundle(GOLDENS / "shared_dfm_uniform.pth")
     run = tmp_path / "published"
     formats.write(source, Target(run, to="orbax"))
-    _same(jax.tree.map(np.asarray, recipe_lib.load_weights(run).params), source.params())
+    _same(jax.tree.map(np.asarray, workdir_lib.load_weights(run).params), source.params())
     found = formats.open_bundle(run)
     assert found.model == source.model
     assert found.provenance["step"] == 1000

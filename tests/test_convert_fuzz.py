@@ -20,9 +20,9 @@ from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.inference import bundle as bundle_lib
-from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 
-MODEL = model_lib.ModelConfig(
+MODEL = ModelConfig(
     vocab_size=11,
     width=8,
     num_blocks=1,

@@ -10,6 +10,7 @@ import pytest
 
 from fsdfm_jax.convert import official
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 NETWORKS = ("dfm", "fs")
@@ -20,7 +21,7 @@ def load(network):
     with np.load(GOLDENS / f"shared_{network}_uniform.npz") as file:
         arrays = dict(file)
     state = {name[3:]: array for name, array in arrays.items() if name.startswith("sd/")}
-    cfg = model_lib.ModelConfig(
+    cfg = ModelConfig(
         vocab_size=int(arrays["vocab"]),
         width=32,
         num_blocks=2,

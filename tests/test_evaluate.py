@@ -35,7 +35,7 @@ from fsdfm_jax.flow.sources import Source
 from fsdfm_jax.inference import bundle
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.stages import autoregressive
 
 L = 6
@@ -615,7 +615,7 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
     """
     size, rows, length = 65_536, 450, 40
     logits = np.r_[0.0, np.full(size - 1, -16.6)].astype(np.float32)
-    constant = lambda x_BL, *times: jnp.broadcast_to(
+    constant = lambda params, model, x_BL, *times: jnp.broadcast_to(
         jnp.asarray(logits)[None, None], (*x_BL.shape, size)
     )
     monkeypatch.setattr(model_lib, "predict", lambda params, model, *inputs: constant(*inputs))

@@ -40,8 +40,8 @@ from configs import base as base_config
 from fsdfm_jax import main
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data import shards
-from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.training import checkpoint, recipe
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.training import checkpoint, recipe, workdir
 from fsdfm_jax.training import loop as loop_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -513,12 +513,18 @@ def begun(tmp_path):
     config.pipeline = "pretrain"
     config.model.width, config.model.num_blocks, config.model.num_heads = 16, 1, 2
     config.pretrain.batch_size = 32
-    (entry,), recipes, _ = main.check(config, tmp_path)
-    model = model_lib.ModelConfig(vocab_size=300, width=16, num_blocks=1, num_heads=2, cond_width=8)
+    _, recipes, _ = main.check(config, tmp_path)
+    model = ModelConfig(vocab_size=300, width=16, num_blocks=1, num_heads=2, cond_width=8)
     metadata = recipe.make_metadata(
-        config, entry, model, the_recipe=recipes["pretrain"], tokenizer="t", data="d"
+        config.to_dict(),
+        model,
+        recipes["pretrain"],
+        run="pretrain",
+        stage="pretrain",
+        tokenizer="t",
+        data="d",
     )
-    directory = recipe.stage_directory(tmp_path, "pretrain") / "checkpoints"
+    directory = workdir.stage_directory(tmp_path, "pretrain") / "checkpoints"
     with checkpoint.Checkpoints(directory, retention=checkpoint.Retention()) as checkpoints:
         checkpoints.save(2, {"w": np.ones(2)}, metadata)
     return config, tmp_path

@@ -24,8 +24,8 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import job as job_lib
 from fsdfm_jax.inference import prompts, stream, view
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
-from fsdfm_jax.training import checkpoint, recipe
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.training import checkpoint, pipeline, recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One shape for all that is drawn: compiling is what costs time here.
@@ -147,7 +147,7 @@ def test_a_working_directory_has_a_config(monkeypatch, tmp_path):
     options = Options(workdir=str(tmp_path))
     with pytest.raises(ValueError, match="is not a working directory"):
         generate.open_model(options)
-    recipe.save_config(tmp_path, base.get_config())
+    pipeline.save_config(tmp_path, base.get_config())
     assert generate.open_model(options) is UNIFORM
 
 
@@ -591,12 +591,12 @@ def trained(tmp_path_factory):
     config.update_from_flattened_dict({f"model.{key}": value for key, value in NETWORK.items()})
     config.path.source = "mask"
     config.distill.ema_decay = 0.9
-    entry = recipe.entries(config, folder)[1]
     metadata = recipe.make_metadata(
-        config,
-        entry,
+        config.to_dict(),
         model,
-        the_recipe=recipe.recipe(config, entry, None),
+        recipe.make_recipe(config.to_dict(), "distill", None),
+        run="distill",
+        stage="distill",
         tokenizer=BPE.fingerprint,
         data="d" * 16,
     )

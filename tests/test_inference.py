@@ -15,9 +15,9 @@ from fsdfm_jax.flow.sources import Source
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
-from fsdfm_jax.training.recipe import Weights
+from fsdfm_jax.training.workdir import Weights
 
 # One shape and three steps almost everywhere: what costs time here is compiling.
 B, V, L = 16, 6, 5

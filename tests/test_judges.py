@@ -25,7 +25,7 @@ from fsdfm_jax.evaluate.judges import huggingface, ngram, scoring
 from fsdfm_jax.evaluate.judges.base import Text
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 277)
 V, EOS = TOKENIZER.vocab_size, TOKENIZER.eos_id

@@ -25,8 +25,9 @@ from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.stages import autoregressive
-from fsdfm_jax.training import checkpoint, recipe
+from fsdfm_jax.stages import autoregressive, refine
+from fsdfm_jax.training import checkpoint, pipeline, recipe, workdir
+from fsdfm_jax.training import pairs as pairs_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
@@ -184,8 +185,20 @@ def _files(folder):
         ({"refine.real_fraction": 1.5}, r"refine\.real_fraction"),
         ({"step_aware.warmup_steps": 100}, "warmup_steps"),
         (
-            {"distill.guidance": 1.0, "distill.guide_steps": 2},
-            "distill.guidance needs a base model .* is one of 'step_aware'",
+            {"distill.guidance": 1.0, "distill.guide": "pretrain"},
+            "distill.guidance compares base models.*/step_aware is a few-step model",
+        ),
+        (
+            {"distill.guidance": 1.0, "distill.guide": "short"},
+            "distill.guide='short' names no trained run",
+        ),
+        (
+            {
+                "pipeline": "autoregressive,pretrain,distill",
+                "distill.guidance": 1.0,
+                "distill.guide": "autoregressive",
+            },
+            "/autoregressive is an autoregressive model",
         ),
         ({"autoregressive.num_steps": 0}, "num_steps"),
     ],
@@ -235,8 +248,8 @@ def test_workdir_may_not_be_a_file(tmp_path):
 
 def test_check_gives_each_run_its_recipe(tmp_path):
     config = _config("texts", pipeline="pretrain,refine,refine")
-    pipeline, recipes, mesh = main.check(config, tmp_path)
-    assert [entry.run for entry in pipeline] == ["pretrain", "refine", "refine_2"]
+    entries, recipes, mesh = main.check(config, tmp_path)
+    assert [entry.run for entry in entries] == ["pretrain", "refine", "refine_2"]
     assert list(recipes) == ["pretrain", "refine", "refine_2"]
     assert recipes["pretrain"]["base"] is None
     assert recipes["refine"]["base"] == recipe.digest(recipes["pretrain"])
@@ -246,9 +259,9 @@ def test_check_gives_each_run_its_recipe(tmp_path):
 
 def test_run_seeds_differ_between_runs_and_seeds():
     config = base.get_config()
-    seeds = {main.run_seed(config, run) for run in ("pretrain", "refine", "refine_2")}
+    seeds = {pipeline.run_seed(config, run) for run in ("pretrain", "refine", "refine_2")}
     config.seed = 1
-    seeds |= {main.run_seed(config, run) for run in ("pretrain", "refine", "refine_2")}
+    seeds |= {pipeline.run_seed(config, run) for run in ("pretrain", "refine", "refine_2")}
     assert len(seeds) == 6
     assert all(0 <= seed < 2**32 for seed in seeds)
 
@@ -306,13 +319,13 @@ def test_stages_are_trained_to_their_end(finished):
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)
-    assert recipe.load_config(folder).model.width == 16
+    assert pipeline.load_config(folder).model.width == 16
 
 
 def test_base_weights_reach_the_next_stage(finished):
     """One Adam step of learning rate 1e-2 moves no weight by more than 1e-2 (1 + decay)."""
     folder, _ = finished
-    base_params = recipe.load_weights(folder / "stages" / "pretrain").params
+    base_params = workdir.load_weights(folder / "stages" / "pretrain").params
     params = checkpoint.restore_part(folder / "stages" / "step_aware" / "checkpoints", ("params",))
     kernel, then = params["params"]["head"]["kernel"], base_params["head"]["kernel"]
     distance = float(np.abs(np.asarray(kernel) - np.asarray(then)).max())
@@ -339,7 +352,7 @@ def test_running_again_changes_nothing(world, finished):
 def test_figures_can_be_recomputed_from_the_saved_samples(finished):
     """Aggregation A and entropy, by the judge's own token losses and NumPy."""
     folder, _ = finished
-    judge = recipe.load_weights(folder / "stages" / "autoregressive")
+    judge = workdir.load_weights(folder / "stages" / "autoregressive")
     eos_id = prepared_lib.load(folder / "data").tokenizer.eos_id
     losses = jax.jit(lambda x1: autoregressive.token_losses(judge.params, judge.model, eos_id, x1))
     for row in _results(folder)["rows"]:
@@ -474,12 +487,18 @@ def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp
     """Same configuration, but the files behind the glob are others and were prepared anew."""
     shutil.copytree(finished[0] / "data", tmp_path / "run" / "data")
     config = _config(world.corpus, pipeline="pretrain")
-    (entry,), recipes, _ = main.check(config, tmp_path / "run")
-    model = recipe.load_weights(finished[0] / "stages" / "pretrain").model
+    _, recipes, _ = main.check(config, tmp_path / "run")
+    model = workdir.load_weights(finished[0] / "stages" / "pretrain").model
     metadata = recipe.make_metadata(
-        config, entry, model, the_recipe=recipes["pretrain"], tokenizer="another", data="another"
+        config.to_dict(),
+        model,
+        recipes["pretrain"],
+        run="pretrain",
+        stage="pretrain",
+        tokenizer="another",
+        data="another",
     )
-    directory = recipe.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
+    directory = workdir.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
     with checkpoint.Checkpoints(directory, retention=checkpoint.Retention()) as checkpoints:
         checkpoints.save(2, {"params": {"w": np.zeros(2)}}, metadata)
     # Whatever else is wrong with that checkpoint, this is what has to be said.
@@ -502,30 +521,35 @@ def test_too_little_held_out_text_for_a_task_is_told_before_training(
 
 
 # ----------------------------------------------------------------------------------------- guidance
-def test_a_guided_run_trains_its_guide_once(world, tmp_path, monkeypatch):
-    changes = {"pipeline": "pretrain,distill", "distill.guidance": 1.0, "distill.guide_steps": 2}
-    config = _config(world.corpus, **changes)
+def test_a_guided_run_reads_the_runs_that_it_names(world, tmp_path, monkeypatch):
+    """A run of another folder as the weak model; then an earlier run of the same pipeline."""
     guides = []
-    train = main.train
+    train = pipeline.train
 
     def watching(stage, settings, **others):
         guides.append(others["guide"])
         return train(stage, settings, **others)
 
-    monkeypatch.setattr(main, "train", watching)
-    _run_here(monkeypatch, config, tmp_path)
-    runs = tmp_path / "stages"
-    steps = {path.name: checkpoint.newest_step(path / "checkpoints") for path in runs.iterdir()}
-    assert steps == {"pretrain": 12, "guide_2": 2, "distill": 3}
-    *others, guide = guides  # of pretrain, of the guide itself, of distill
+    monkeypatch.setattr(pipeline, "train", watching)
+    short = _config(world.corpus, pipeline="pretrain", **{"pretrain.num_steps": 2})
+    _run_here(monkeypatch, short, tmp_path / "short")
+    weak = tmp_path / "short" / "stages" / "pretrain"
+    changes = {"pipeline": "pretrain,distill", "distill.guidance": 1.0, "distill.guide": str(weak)}
+    config, folder = _config(world.corpus, **changes), tmp_path / "run"
+    _run_here(monkeypatch, config, folder)
+    *others, guide = guides
     assert others == [None, None]
-    for weights, run in ((guide.strong, "pretrain"), (guide.weak, "guide_2")):
-        saved = recipe.load_weights(runs / run).params
-        jax.tree.map(np.testing.assert_array_equal, weights, saved)
-    made = _files(runs / "guide_2")
-    _run_here(monkeypatch, config, tmp_path)
-    assert _files(runs / "guide_2") == made
-    assert guides[3:] == [None, None]  # nothing is left to be guided
+    for weights, run in ((guide.strong, folder / "stages" / "pretrain"), (guide.weak, weak)):
+        jax.tree.map(np.testing.assert_array_equal, weights, workdir.load_weights(run).params)
+    _run_here(monkeypatch, config, folder)
+    assert guides[3:] == [None, None]  # finished: nothing is read
+    # Named otherwise, it is the same run; trained otherwise, another one.
+    _run_here(monkeypatch, short, folder / "moved")
+    config.distill.guide = str(folder / "moved" / "stages" / "pretrain")
+    main.check(config, folder)
+    config.distill.guide = "pretrain"
+    with pytest.raises(ValueError, match=r"\(needs: \["):
+        main.check(config, folder)
 
 
 # ------------------------------------------------------------------------------------------ pairs
@@ -538,22 +562,29 @@ def _pairs(folder, monkeypatch, step=3, **changes):
     model = stages.model_config("pretrain", config.model, vocab_size=11)
     params = jax.jit(lambda key: model_lib.init_params(key, model))(jax.random.key(0))
     params = jax.device_put(params, jax.devices()[0])
-    weights = recipe.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
+    weights = workdir.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
 
     def load_weights(directory, *, mesh, **_):
         places = mesh_lib.state_shardings(mesh, weights.params)
         return weights._replace(params=jax.device_put(weights.params, places))
 
-    monkeypatch.setattr(recipe, "load_weights", load_weights)
-    monkeypatch.setattr(recipe, "weights_metadata", lambda *_, **__: (step, weights.metadata))
+    monkeypatch.setattr(workdir, "load_weights", load_weights)
+    monkeypatch.setattr(workdir, "weights_metadata", lambda *_, **__: (step, weights.metadata))
     prepared = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(fingerprint="tokens"), fingerprint="text", block_length=8
     )
     mesh = mesh_lib.make_mesh(config.mesh)
     assert mesh.size == 8
-    entry = recipe.Entry("refine", "refine", folder / "stages" / "pretrain")
     with jax.set_mesh(mesh):
-        return main.make_pairs(entry, config, process, prepared, mesh, folder)
+        return pairs_lib.make_pairs(
+            folder / "stages" / "refine",
+            refine.read_pair_settings(config.refine),
+            base=folder / "stages" / "pretrain",
+            seed=pipeline.run_seed(config, "refine/pairs"),
+            process=process,
+            prepared=prepared,
+            mesh=mesh,
+        )
 
 
 def test_pairs_are_made_on_any_mesh_and_only_once(tmp_path, monkeypatch):

@@ -12,12 +12,14 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fsdfm_jax.network import blocks
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import DTYPES, REMATS, SMALLEST_WIDTH, ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 
-SMALL = model_lib.ModelConfig(vocab_size=19, width=16, num_blocks=2, num_heads=2, cond_width=8)
+SMALL = ModelConfig(vocab_size=19, width=16, num_blocks=2, num_heads=2, cond_width=8)
 # Nothing divides anything else by accident: a wrong reshape or split order cannot cancel.
-ODD = model_lib.ModelConfig(vocab_size=29, width=24, num_blocks=3, num_heads=4, cond_width=10)
+ODD = ModelConfig(vocab_size=29, width=24, num_blocks=3, num_heads=4, cond_width=10)
 CONDITIONINGS = ("none", "official", "additive")
 
 run = jax.jit(model_lib.apply, static_argnums=1)
@@ -183,8 +185,8 @@ def test_scan_is_a_loop_over_blocks(kind):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     cond = None if cfg.causal else np_condition(p, kind, t_B, h_B)
     adaln = p["blocks"].get("adaln")
-    rotary = model_lib._rotary(jnp.arange(13), cfg.head_width)
-    block = jax.jit(model_lib._Block(cfg, train=False).apply)
+    rotary = blocks.rotary_tables(jnp.arange(13), cfg.head_width)
+    block = jax.jit(blocks.Block(cfg, train=False).apply)
     x = params["vocab_embed"]["embedding"][x_BL]
     for n in range(cfg.num_blocks):
         one = jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"])
@@ -211,7 +213,7 @@ def test_scan_is_a_loop_over_blocks(kind):
     ids=["0.17B", "1.3B", "1.7B"],
 )
 def test_parameter_counts_of_the_paper(width, num_blocks, num_heads, cond_width, base, official):
-    cfg = model_lib.ModelConfig(50_257, width, num_blocks, num_heads, cond_width)
+    cfg = ModelConfig(50_257, width, num_blocks, num_heads, cond_width)
     counts = {
         kind: model_lib.count_params(shapes(conditioned(cfg, kind))) for kind in CONDITIONINGS
     }
@@ -275,10 +277,10 @@ def test_additive_tells_small_widths_apart_and_takes_zero():
     separation = np.abs(at(2.0**-10) - at(2.0**-9)).mean()
     assert separation > 0.1 * np.abs(at(1.0) - at(0.5)).mean()
     assert jnp.isfinite(at(0.0)).all()
-    np.testing.assert_array_equal(at(0.0), at(model_lib.SMALLEST_WIDTH))
+    np.testing.assert_array_equal(at(0.0), at(SMALLEST_WIDTH))
 
 
-@pytest.mark.parametrize("dtype", model_lib.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_added_conditioning_starts_as_the_base_model_bitwise(dtype):
     base_cfg = dataclasses.replace(SMALL, dtype=dtype)
     cfg = conditioned(base_cfg, "additive")
@@ -375,8 +377,8 @@ def test_rotary_scores_depend_on_distance_only():
     length, head = 300, 16
     rng = np.random.default_rng(0)
     same = lambda: jnp.broadcast_to(rng.standard_normal(head).astype(np.float32), (length, head))
-    rotary = model_lib._rotary(jnp.arange(length), head)
-    q, k = (model_lib._rotate(same()[None, None], rotary)[0, 0] for _ in range(2))
+    rotary = blocks.rotary_tables(jnp.arange(length), head)
+    q, k = (blocks.rotate(same()[None, None], rotary)[0, 0] for _ in range(2))
     scores = np.asarray(q @ k.T)
     for distance in (-250, -7, 0, 1, 60):
         diagonal = np.diagonal(scores, distance)
@@ -384,8 +386,8 @@ def test_rotary_scores_depend_on_distance_only():
         np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-3)
     assert np.std(scores[0]) > 0.3  # and on distance it does depend
     np.testing.assert_allclose(np.linalg.norm(q, axis=1), np.linalg.norm(q[0]), rtol=1e-5)
-    shifted = model_lib._rotary(jnp.arange(length) + 40, head)
-    for table, part in zip(shifted, model_lib._rotary(jnp.arange(40, 340), head), strict=True):
+    shifted = blocks.rotary_tables(jnp.arange(length) + 40, head)
+    for table, part in zip(shifted, blocks.rotary_tables(jnp.arange(40, 340), head), strict=True):
         np.testing.assert_array_equal(table, part)
 
 
@@ -409,7 +411,7 @@ def test_remat_changes_nothing_but_memory(attention):
         return jax.jit(jax.value_and_grad(loss)).trace(params, jax.random.key(3))
 
     results, dots = {}, {}
-    for remat in model_lib.REMATS:
+    for remat in REMATS:
         program = traced(dataclasses.replace(cfg, remat=remat))
         dots[remat] = count_dots(program.jaxpr.jaxpr)
         results[remat] = program.lower().compile()(params, jax.random.key(3))
@@ -428,9 +430,7 @@ def test_remat_changes_nothing_but_memory(attention):
 
 def test_the_share_dropped_is_exact():
     rate, size = 0.1, 2**22
-    drop = jax.jit(
-        lambda key, x: model_lib._Dropout(rate, True).apply({}, x, rngs={"dropout": key})
-    )
+    drop = jax.jit(lambda key, x: blocks.Dropout(rate, True).apply({}, x, rngs={"dropout": key}))
     for dtype in (jnp.float32, jnp.bfloat16):
         out = np.asarray(drop(jax.random.key(0), jnp.ones(size, dtype)), np.float64)
         kept = jnp.ones((), dtype) / (1 - rate)  # in the dtype of the activations
@@ -463,7 +463,7 @@ def test_dropout_masks_are_independent_and_keep_the_mean(num_blocks, branches):
     Two channels are never written and hold 0 and 1: they undo the final LayerNorm.
     """
     rate, width, batch, length = 0.25, 64, 32, 8
-    cfg = model_lib.ModelConfig(width, width, num_blocks, 2, 4, dropout=rate)
+    cfg = ModelConfig(width, width, num_blocks, 2, 4, dropout=rate)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(cfg))
     norms = (params["blocks"]["norm1"], params["blocks"]["norm2"], params["final_norm"])
     for norm in norms:
@@ -534,39 +534,18 @@ def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype):
         assert relative_error(np.stack(steps, 1), full_BLV) < 0.02
 
 
-# ------------------------------------------------------------------------ features and modulations
+# ---------------------------------------------------------------------------------------- features
 
 
 @pytest.mark.parametrize("kind", [*CONDITIONINGS, "causal"])
-def test_modulations_made_ahead_give_the_same_features(kind):
+def test_logits_come_as_features_and_head(kind):
     cfg = causal(ODD) if kind == "causal" else conditioned(ODD, kind)
     params, (x_BL, t_B, h_B) = noise_params(cfg), inputs(cfg)
     logits = jax.jit(model_lib.predict, static_argnums=1)(params, cfg, x_BL, t_B, h_B)
     assert logits.shape == (5, 13, 29)
     assert logits.features_BLD.shape == (5, 13, 24)
-    modulation = jax.jit(model_lib.modulate, static_argnums=1)(params, cfg, t_B, h_B)
-    modulated = jax.jit(model_lib.predict_modulated, static_argnums=1)
-    ahead = modulated(params, cfg, x_BL, modulation)
-    # The same sums; fused otherwise, they may round otherwise.
-    np.testing.assert_allclose(ahead.features_BLD, logits.features_BLD, atol=2e-6, rtol=2e-6)
-    np.testing.assert_array_equal(ahead.kernel_DV, params["head"]["kernel"])
+    np.testing.assert_array_equal(logits.kernel_DV, params["head"]["kernel"])
     np.testing.assert_array_equal(run(params, cfg, x_BL, t_B, h_B), logits_lib.dense(logits))
-    if kind == "causal":
-        assert modulation is None
-        return
-    assert modulation.blocks_NB6D.shape == (3, 5, 6 * 24)
-    assert modulation.final_B2D.shape == (5, 2 * 24)
-    row = jax.tree.map(lambda leaf: leaf[..., :1, :], modulation)
-    # A step's modulations are kept ahead as long as all of them fit.
-    most = model_lib._AHEAD_MIB * 2**18 // sum(leaf.size for leaf in row)
-    assert model_lib.denoiser(params, cfg, most)[1] is not None
-    assert model_lib.denoiser(params, cfg, most + 1)[1] is None
-    # One row of modulations stands for all rows.
-    same = modulated(params, cfg, x_BL, row)
-    np.testing.assert_allclose(same.features_BLD[0], logits.features_BLD[0], atol=2e-6, rtol=2e-6)
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, 5, axis=-2), row)
-    want = modulated(params, cfg, x_BL, repeated).features_BLD
-    np.testing.assert_allclose(same.features_BLD, want, atol=2e-6, rtol=2e-6)
 
 
 def test_logits_held_at_once():

@@ -46,7 +46,7 @@ def toy_stage():
         noise_BD = jax.random.normal(key, (ROWS, 3))
         wrong_BD = params["head"]["kernel"] - batch["x1"].astype(jnp.float32) + 0.1 * noise_BD
         value = jnp.mean(wrong_BD**2 * (1.0 + jnp.arange(ROWS))[:, None])
-        return value, {"loss": value, "frozen": jnp.sum(frozen["head"]["kernel"])}
+        return value, {"loss": value, "frozen": jnp.sum(frozen.average["head"]["kernel"])}
 
     return stages.Stage("toy", None, init_params, loss)
 

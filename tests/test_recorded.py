@@ -29,7 +29,7 @@ from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.stages import refine
-from fsdfm_jax.training import recipe
+from fsdfm_jax.training import workdir
 
 
 def _network(stage, config, vocab_size):
@@ -74,7 +74,7 @@ def _stage_loss(stage, params, average, key, batch, guide):
 
 
 def _final_weights(folder, run):
-    return recipe.load_weights(folder / "stages" / run).params
+    return workdir.load_weights(folder / "stages" / run).params
 
 
 # ------------------------------------------------------------------------------------ what is drawn

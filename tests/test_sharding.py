@@ -18,10 +18,11 @@ from configs import base as base_config
 from fsdfm_jax import main, stages
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import rules as rules_lib
 from fsdfm_jax.training import loop as loop_lib
-from fsdfm_jax.training import optim, recipe, state
+from fsdfm_jax.training import optim, pipeline, state
 
 
 def mesh_of(data=-1, fsdp=1, tensor=1, *, slices=1, devices=None):
@@ -138,7 +139,7 @@ def test_a_mesh_is_only_used_where_there_is_something_to_spread():
 # ------------------------------------------------------------------------------------------- state
 
 
-MODEL = model_lib.ModelConfig(
+MODEL = ModelConfig(
     vocab_size=11, width=16, num_blocks=2, num_heads=4, cond_width=8, conditioning="official"
 )
 
@@ -450,7 +451,7 @@ def test_what_the_program_prints_is_what_it_trains(tmp_path):
     """The state that `print_sharding` describes has the shapes of a trained one."""
     config = base_config.get_config()
     config.pipeline = "pretrain"
-    (entry,) = recipe.entries(config, tmp_path)
+    (entry,) = pipeline.entries(config, tmp_path)
     process = process_lib.make_process(**config.path, num_tokens=11, eos_id=0)
     stage = stages.make_stage(entry.stage, config, process)
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0), None)

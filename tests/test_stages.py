@@ -64,6 +64,12 @@ def flat(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 
 
+def abstract_loss(stage, params):
+    return jax.eval_shape(
+        stage.loss, params, stages.Frozen(params), jax.random.key(0), make_batch()
+    )
+
+
 # ------------------------------------------------------------------------------- one signature
 
 
@@ -73,7 +79,7 @@ def test_a_stage_has_one_signature_and_learns_everywhere_but_in_the_frozen_weigh
     assert stage.name == name
     base = base_params() if name in stages.FEW_STEP else None
     fresh = jax.jit(stage.init_params)(jax.random.key(1), base)
-    params, frozen = noised(fresh, 1), noised(fresh, 2)
+    params, frozen = noised(fresh, 1), stages.Frozen(noised(fresh, 2))
     batch = make_batch()
     run = jax.jit(jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True))
     (value, metrics), (grads, frozen_grads) = run(params, frozen, jax.random.key(2), batch)
@@ -88,7 +94,7 @@ def test_a_stage_has_one_signature_and_learns_everywhere_but_in_the_frozen_weigh
     # The average teaches in the distilling stages and nowhere else.
     taught = name in ("distill", "refine")
     assert ("distillation_loss" in metrics) == taught
-    (other, _), _ = run(params, noised(fresh, 3), jax.random.key(2), batch)
+    (other, _), _ = run(params, stages.Frozen(noised(fresh, 3)), jax.random.key(2), batch)
     assert (other != value) == taught
     # Noise, times and dropout come from the key; the same key repeats them.
     (again, _), _ = run(params, frozen, jax.random.key(2), batch)
@@ -145,7 +151,9 @@ def test_the_papers_literal_recipe_makes_stages():
     assert stage.model.conditioning == "official"
     params = jax.eval_shape(stage.init_params, jax.random.key(0), base_params())
     assert {"dt_embedding", "time_condition_fuser"} <= set(params)
-    value, metrics = jax.eval_shape(stage.loss, params, params, jax.random.key(0), make_batch())
+    value, metrics = jax.eval_shape(
+        stage.loss, params, stages.Frozen(params), jax.random.key(0), make_batch()
+    )
     assert (value.shape, value.dtype) == ((), jnp.float32)
     assert set(metrics) == {"loss", "path_loss", "distillation_loss"}
 
@@ -159,7 +167,9 @@ def test_a_mask_source_serves_all_stages_but_refine():
         base = jax.eval_shape(make_stage("pretrain", config).init_params, jax.random.key(0), None)
         base = base if name in stages.FEW_STEP else None
         params = jax.eval_shape(stage.init_params, jax.random.key(0), base)
-        value, _ = jax.eval_shape(stage.loss, params, params, jax.random.key(0), make_batch())
+        value, _ = jax.eval_shape(
+            stage.loss, params, stages.Frozen(params), jax.random.key(0), make_batch()
+        )
         assert value.shape == ()
     with pytest.raises(ValueError, match="path.source='uniform'"):
         make_stage("refine", config)
@@ -179,9 +189,9 @@ WRONG = [
     ("step_aware", {"step_aware.width_weights": "even"}, "Unknown width_weights 'even'"),
     ("step_aware", {"step_aware.max_log2_steps": -1}, "max_log2_steps"),
     ("step_aware", {"step_aware.time_eps": 1.0}, "time_eps"),
-    ("step_aware", {"step_aware.guidance": 1.0}, "guidance=1.0 and guide_steps=0 go together"),
-    ("distill", {"distill.guide_steps": 5}, "guidance=0.0 and guide_steps=5 go together"),
-    ("refine", {"refine.guidance": -1.0}, "guidance must be 0 or more"),
+    ("distill", {"distill.guidance": 1.0}, r"guidance=1\.0 and distill\.guide='' go together"),
+    ("distill", {"distill.guide": "short"}, r"guidance=0\.0 and .*'short' go together"),
+    ("distill", {"distill.guidance": -1.0}, "distill.guidance must be at least 0"),
     ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
     ("distill", {"distill.teacher_rule": "rk3"}, "Unknown teacher rule 'rk3'.*heun, rk4"),
     ("distill", {"distill.teacher_end": "stop"}, "Unknown teacher_end 'stop'.*literal"),
@@ -237,9 +247,6 @@ class Calls(list):
 def calls(monkeypatch):
     recorded = Calls()
     monkeypatch.setattr(model_lib, "predict", recorded)
-    # The sampler's way to the network, here without anything made ahead.
-    of_sampler = lambda params, cfg, steps: (functools.partial(recorded, params, cfg), None)
-    monkeypatch.setattr(model_lib, "denoiser", of_sampler)
     return recorded
 
 
@@ -329,7 +336,7 @@ def recorded(calls, loss, student, average, key, batch):
 
     def run(student, average, key, batch):
         calls.clear()
-        value, metrics = loss(student, average, key, batch)
+        value, metrics = loss(student, stages.Frozen(average), key, batch)
         of = lambda params: [
             {name: call[name] for name in "xth" if call[name] is not None}
             for call in calls
@@ -468,13 +475,13 @@ def test_the_distillation_part_equals_its_equation(calls, name, temperature):
 def guided_calls(calls, name, batch, **values):
     """As `few_step_calls`, with (guide's calls by weights) in place of those of the average."""
     config = make_config()
-    config[name].update({"guidance": 1.5, "guide_steps": 3} | values)
+    config[name].update({"guidance": 1.5, "guide": "short"} | values)
     loss = make_stage(name, config).loss
     guide = stages.Guide(table(3), table(4))
 
     def run(student, average, guide, key, batch):
         calls.clear()
-        value, metrics = loss(student, average, key, batch, guide)
+        value, metrics = loss(student, stages.Frozen(average, guide), key, batch)
         of = lambda params: [
             {name: call[name] for name in "xth" if call[name] is not None}
             for call in calls
@@ -507,15 +514,19 @@ def test_fine_steps_follow_the_guided_base_model(calls):
 
 def test_a_student_that_is_the_guided_model_has_nothing_to_learn(calls):
     config = make_config()
-    config.step_aware.update({"guidance": 0.5, "guide_steps": 1})
-    loss = make_stage("step_aware", config).loss
+    # All widths are below tau: nothing is taught, as in `step_aware`.
+    config.distill.update({"guidance": 0.5, "guide": "short", "tau": 2.0})
+    stage = make_stage("distill", config)
+    assert stage.needs == stages.Guide(strong=stages.BASE, weak="short")
     strong, weak = table(3), table(4)
     student = jax.tree.map(lambda s, w: s + 0.5 * (s - w), strong, weak)
     student["bend"] = jnp.zeros(V)  # the base model doesn't know widths
 
     def value(student):
         guide = stages.Guide(strong, weak)
-        return loss(student, None, jax.random.key(0), make_batch(), guide)[0]
+        return stage.loss(student, stages.Frozen(student, guide), jax.random.key(0), make_batch())[
+            0
+        ]
 
     found, gradient = jax.value_and_grad(value)(student)
     assert abs(found) < 1e-6
@@ -541,7 +552,7 @@ def test_the_blend_is_unbiased(calls):
     def one_batch(key):
         key, text_key = jax.random.split(key)
         x1 = jax.random.randint(text_key, (rows, length), 0, 2)  # text is not uniform
-        return stage.loss(student, average, key, {"x1": x1})[0]
+        return stage.loss(student, stages.Frozen(average), key, {"x1": x1})[0]
 
     got = np.asarray(jax.jit(jax.vmap(one_batch))(jax.random.split(key, 8000)), np.float64)
 

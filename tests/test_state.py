@@ -12,6 +12,7 @@ from test_train import assert_same_bits, make_mesh, make_stage, toy_stage
 from configs import base as base_config
 from fsdfm_jax import main
 from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.stages import Frozen
 from fsdfm_jax.training import loop as loop_lib
 from fsdfm_jax.training import state
 
@@ -24,7 +25,7 @@ def loss(params, frozen, key, batch):
     """Nothing in it is a mean over rows that parts could hide: noise, a square of means, a root."""
     noise = jax.random.normal(key, (2,))
     x = batch["x1"].astype(jnp.float32).mean(0)[:2] - batch["x0"].mean()
-    value = jnp.sum((params["w"] * x + noise) ** 2) + jnp.sum(params["w"] * frozen["w"])
+    value = jnp.sum((params["w"] * x + noise) ** 2) + jnp.sum(params["w"] * frozen.average["w"])
     return value, {"loss": value, "root": jnp.sqrt(jnp.abs(x).sum())}
 
 
@@ -56,7 +57,7 @@ def by_hand(now, batch, parts, *, fold):
     for a in range(parts):
         rows = {name: x[a::parts] for name, x in batch.items()}
         part_key = jax.random.fold_in(key, a) if fold else key
-        found = jax.grad(loss, has_aux=True)(now.params, now.ema, part_key, rows)
+        found = jax.grad(loss, has_aux=True)(now.params, Frozen(now.ema), part_key, rows)
         grads.append(np.asarray(found[0]["w"], np.float64))
         metrics.append({name: float(value) for name, value in found[1].items()})
     return np.mean(grads, 0), {key: np.mean([m[key] for m in metrics]) for key in metrics[0]}
@@ -98,7 +99,7 @@ def test_rows_of_a_part_are_on_all_devices():
         shardings = mesh_lib.state_shardings(mesh, now)
         step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
         rows = mesh_lib.place_rows(mesh, B, batch)
-        after, metrics = step(jax.device_put(now, shardings), rows, KEY)
+        after, metrics = step(jax.device_put(now, shardings), rows, KEY, None)
     want, want_metrics = step_of(loss, optimizer, accumulate=2)(start(optimizer), batch, KEY)
     for got, values in ((after.params, want.params), (metrics, want_metrics)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, values)
@@ -124,7 +125,7 @@ def test_a_real_stage_in_parts(name):
     key, found = jax.random.fold_in(KEY, 0), []
     for a in range(2):
         rows = {"x1": batch["x1"][a::2]}
-        found.append(gradient(now.params, now.ema, jax.random.fold_in(key, a), rows))
+        found.append(gradient(now.params, Frozen(now.ema), jax.random.fold_in(key, a), rows))
     values = np.mean([float(value) for (value, _), _ in found])
     np.testing.assert_allclose(metrics["loss"], values, rtol=1e-4)
     mean = jax.tree.map(lambda *x: sum(x) / 2, *(grads for _, grads in found))

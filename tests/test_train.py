@@ -50,7 +50,7 @@ def toy_stage(loss=None):
     def default(params, frozen, key, batch):
         target = batch["x1"].astype(jnp.float32).mean() + jax.random.normal(key)
         value = jnp.mean((params["w"] - target) ** 2)
-        return value, {"loss": value, "frozen": frozen["w"][0]}
+        return value, {"loss": value, "frozen": frozen.average["w"][0]}
 
     return stages.Stage("toy", None, init_params, loss or default)
 
@@ -252,7 +252,7 @@ def poisoned(params, frozen, key, batch):
     """NaN from a batch that holds a negative token."""
     del key
     bad = jnp.any(batch["x1"] < 0)
-    value = jnp.mean(params["w"] ** 2) + jnp.where(bad, jnp.nan, 0.0) + 0.0 * frozen["w"][0]
+    value = jnp.mean(params["w"] ** 2) + jnp.where(bad, jnp.nan, 0.0) + 0.0 * frozen.average["w"][0]
     return value, {"loss": value}
 
 
@@ -326,7 +326,7 @@ def make_stage(name):
     config = make_config()
     if name == "guided":
         name = "distill"
-        config.distill.guidance, config.distill.guide_steps = 1.0, 3
+        config.distill.guidance, config.distill.guide = 1.0, "short"
     process = process_lib.make_process(**config.path, num_tokens=V, eos_id=2)
     return stages.make_stage(name, config, process), optim.make_optimizer(
         config.optim, config[name]

@@ -13,11 +13,14 @@ import pytest
 from configs import base
 from fsdfm_jax import stages
 from fsdfm_jax.convert import run_folder
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import pipeline as pipeline_lib
 from fsdfm_jax.training import recipe as recipe_lib
-from fsdfm_jax.training.recipe import Entry
+from fsdfm_jax.training import workdir as workdir_lib
+from fsdfm_jax.training.pipeline import Entry
 
+PATH = base.get_config().path.to_dict()
 MODEL = ModelConfig(vocab_size=5, width=4, num_blocks=1, num_heads=1, cond_width=4)
 
 
@@ -28,12 +31,11 @@ def _config(pipeline="pretrain", **changes):
     return config
 
 
-def _save(directory, *, config=None, entry=None, recipe=None, steps=(1,), tokenizer="tok"):
+def _save(directory, *, config=None, stage="pretrain", recipe=None, steps=(1,), tokenizer="tok"):
     """Checkpoints of a run whose weights are its step, their average the step / 2."""
-    config = config or _config()
-    entry = entry or Entry("pretrain", "pretrain", None)
+    config = (config or _config()).to_dict()
     metadata = recipe_lib.make_metadata(
-        config, entry, MODEL, the_recipe=recipe or {}, tokenizer=tokenizer, data="data"
+        config, MODEL, recipe or {}, run=stage, stage=stage, tokenizer=tokenizer, data="data"
     )
     with checkpoint.Checkpoints(
         directory / "checkpoints", retention=checkpoint.Retention(keep=9)
@@ -47,7 +49,7 @@ def _save(directory, *, config=None, entry=None, recipe=None, steps=(1,), tokeni
 def test_entries_start_from_the_stage_before(tmp_path):
     config = _config(" autoregressive, pretrain,step_aware,,distill , refine")
     stage = tmp_path / "stages"
-    assert recipe_lib.entries(config, tmp_path) == [
+    assert pipeline_lib.entries(config, tmp_path) == [
         Entry("autoregressive", "autoregressive", None),
         Entry("pretrain", "pretrain", None),
         Entry("step_aware", "step_aware", stage / "pretrain"),
@@ -58,7 +60,7 @@ def test_entries_start_from_the_stage_before(tmp_path):
 
 def test_repeated_stages_are_further_rounds(tmp_path):
     config = _config("pretrain,refine,refine,autoregressive,refine")
-    found = recipe_lib.entries(config, tmp_path)
+    found = pipeline_lib.entries(config, tmp_path)
     assert [entry.run for entry in found] == [
         "pretrain",
         "refine",
@@ -74,104 +76,98 @@ def test_repeated_stages_are_further_rounds(tmp_path):
 @pytest.mark.parametrize("pipeline", ["", " , ", ","])
 def test_empty_pipeline(tmp_path, pipeline):
     with pytest.raises(ValueError, match="names no stage.*pretrain"):
-        recipe_lib.entries(_config(pipeline), tmp_path)
+        pipeline_lib.entries(_config(pipeline), tmp_path)
 
 
 def test_unknown_stage_is_named_with_the_known(tmp_path):
     with pytest.raises(ValueError, match=f"'distll'; expected {', '.join(stages.NAMES)}"):
-        recipe_lib.entries(_config("pretrain,distll"), tmp_path)
+        pipeline_lib.entries(_config("pretrain,distll"), tmp_path)
 
 
 @pytest.mark.parametrize("first", ["distill", "autoregressive,refine", "step_aware,pretrain"])
 def test_few_steps_need_base_weights(tmp_path, first):
     name = first.split(",")[-1] if first.startswith("auto") else first.split(",")[0]
     with pytest.raises(ValueError, match=rf"put 'pretrain' first, or set {name}\.init_from"):
-        recipe_lib.entries(_config(first), tmp_path)
+        pipeline_lib.entries(_config(first), tmp_path)
 
 
 def test_init_from_by_name_and_by_path(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     # A stage that stands earlier in the pipeline needs no checkpoint yet.
     config = _config("pretrain,step_aware,distill", **{"distill.init_from": "pretrain"})
-    assert recipe_lib.entries(config, here)[2].base == here / "stages" / "pretrain"
+    assert pipeline_lib.entries(config, here)[2].base == here / "stages" / "pretrain"
     # A run that was trained here before, but isn't in the pipeline.
     _save(here / "stages" / "old")
     config = _config("distill", **{"distill.init_from": "old"})
-    assert recipe_lib.entries(config, here)[0].base == here / "stages" / "old"
+    assert pipeline_lib.entries(config, here)[0].base == here / "stages" / "old"
     # A run of another working directory.
     _save(there / "stages" / "pretrain")
     path = str(there / "stages" / "pretrain")
     config = _config("pretrain,distill", **{"distill.init_from": path})
-    assert recipe_lib.entries(config, here)[1].base == there / "stages" / "pretrain"
+    assert pipeline_lib.entries(config, here)[1].base == there / "stages" / "pretrain"
     # Further training of a base model.
     config = _config("pretrain", **{"pretrain.init_from": path})
-    assert recipe_lib.entries(config, here)[0].base == there / "stages" / "pretrain"
+    assert pipeline_lib.entries(config, here)[0].base == there / "stages" / "pretrain"
 
 
 @pytest.mark.parametrize("given", ["pretrain", "no/such/stages/pretrain", "distill"])
 def test_init_from_untrained(tmp_path, given):
     config = _config("distill", **{"distill.init_from": given})
     with pytest.raises(ValueError, match=f"distill.init_from='{given}' names no trained run"):
-        recipe_lib.entries(config, tmp_path)
+        pipeline_lib.entries(config, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_directories(tmp_path):
     config = _config()
-    assert recipe_lib.data_directory(tmp_path, config) == tmp_path / "data"
+    assert pipeline_lib.data_directory(tmp_path, config) == tmp_path / "data"
     config.data.directory = "elsewhere"
-    assert str(recipe_lib.data_directory(tmp_path, config)) == "elsewhere"
-    assert recipe_lib.stage_directory(tmp_path, "refine_2") == tmp_path / "stages" / "refine_2"
+    assert str(pipeline_lib.data_directory(tmp_path, config)) == "elsewhere"
+    assert workdir_lib.stage_directory(tmp_path, "refine_2") == tmp_path / "stages" / "refine_2"
 
 
-# ------------------------------------------------------------------------------------------- guides
-GUIDED = {"distill.guidance": 1.0, "distill.guide_steps": 20, "pretrain.warmup_steps": 9}
+# -------------------------------------------------------------------------------- further runs
+def _needed(config, workdir):
+    """Folders of what the last stage of a pipeline needs."""
+    *earlier, entry = pipeline_lib.entries(config, workdir)
+    stage = stages.make_stage(entry.stage, config, pipeline_lib.make_process(config, 5))
+    return pipeline_lib.needed_runs(stage, entry, workdir, earlier)
 
 
-def test_a_guide_is_a_base_model_of_fewer_steps(tmp_path):
-    config = _config(**GUIDED)
-    entry = Entry("distill", "distill", tmp_path)
-    guide, own = recipe_lib.guide_run(entry, config)
-    assert guide == Entry("guide_20", "pretrain", None)
-    assert (own.pretrain.num_steps, own.pretrain.warmup_steps) == (20, 5)
-    assert (config.pretrain.num_steps, config.pretrain.warmup_steps) == (1000, 9)
-    own.pretrain = config.pretrain
-    assert own == config
-    assert recipe_lib.guide_run(entry, _config()) is None
-    assert recipe_lib.guide_run(Entry("pretrain", "pretrain", None), config) is None
+def test_a_guided_stage_needs_its_base_and_the_run_that_it_names(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert _needed(_config("pretrain,distill"), here) is None
+    guided = {"distill.guidance": 1.0}
+    config = _config("pretrain,pretrain,distill", **guided, **{"distill.guide": "pretrain"})
+    runs = here / "stages"
+    assert _needed(config, here) == stages.Guide(runs / "pretrain_2", runs / "pretrain")
+    _save(there)
+    config = _config("pretrain,distill", **guided, **{"distill.guide": str(there)})
+    assert _needed(config, here) == stages.Guide(runs / "pretrain", there)
+    config = _config("pretrain,distill", **guided, **{"distill.guide": "short"})
+    with pytest.raises(ValueError, match="distill.guide='short' names no trained run"):
+        _needed(config, here)
 
 
-def test_a_guided_run_starts_from_a_base_model(tmp_path):
-    entry = Entry("distill", "distill", tmp_path)
-    recipe_lib.check_guided(entry, "pretrain")
-    with pytest.raises(ValueError, match="distill.guidance needs .* is one of 'step_aware'"):
-        recipe_lib.check_guided(entry, "step_aware")
-    _save(tmp_path)
-    recipe_lib.check_guided(entry, None)
-
-
-def test_the_recipe_of_a_guided_run_says_how_its_guide_was_trained():
-    one = _recipe(**GUIDED)
-    assert "guide" not in _recipe()
-    assert one == _recipe(**GUIDED)
-    assert one["guide"] != _recipe(**GUIDED | {"pretrain.learning_rate": 1e-5})["guide"]
-    assert one["guide"] == _recipe(**GUIDED | {"pretrain.num_steps": 7})["guide"]
+def test_the_recipe_says_how_what_is_needed_was_trained():
+    plain = _recipe()
+    assert plain["needs"] == []
+    one, two = (_recipe(needs=[{"seed": seed}]) for seed in (1, 2))
+    assert plain["needs"] != one["needs"] != two["needs"]
+    assert one == _recipe(needs=[{"seed": 1}])
 
 
 # ------------------------------------------------------------------------------------------ recipes
-ENTRY = Entry("distill", "distill", None)
-
-
-def _recipe(base_recipe=None, **changes):
+def _recipe(base_recipe=None, needs=(), **changes):
     changes = {"pipeline": "pretrain,distill"} | changes
-    return recipe_lib.recipe(_config(**changes), ENTRY, base_recipe)
+    return recipe_lib.make_recipe(_config(**changes).to_dict(), "distill", base_recipe, needs)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of `distill` whose base has the recipe {"seed": 0}."""
     directory = tmp_path_factory.mktemp("trained") / "stages" / "distill"
-    _save(directory, entry=ENTRY, recipe=_recipe({"seed": 0}))
+    _save(directory, stage="distill", recipe=_recipe({"seed": 0}))
     return directory
 
 
@@ -183,7 +179,7 @@ def test_recipes_are_json():
 def test_the_same_recipe_goes_on(trained, tmp_path):
     recipe_lib.check_recipe(trained, _recipe({"seed": 0}))
     recipe_lib.check_recipe(tmp_path, _recipe())  # nothing trained here
-    assert recipe_lib.saved_metadata(trained)["recipe"] == _recipe({"seed": 0})
+    assert workdir_lib.saved_metadata(trained)["recipe"] == _recipe({"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -208,11 +204,17 @@ def test_a_changed_key_is_refused_by_name(trained, key, old, new):
 
 def test_a_run_of_another_version_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(recipe_lib, "_FORMAT", 1)
-        _save(tmp_path, entry=ENTRY, recipe=_recipe())
-    with pytest.raises(ValueError, match="begun by another version .* Finish it with that one"):
-        recipe_lib.check_recipe(tmp_path, _recipe())
-    assert recipe_lib.load_weights(tmp_path).step == 1  # weights are weights
+        patch.setattr(recipe_lib, "FORMAT", 2)
+        patch.setattr(recipe_lib, "code_version", lambda: "0.1+abc")
+        _save(tmp_path / "stages" / "distill", stage="distill", recipe=_recipe())
+    run = tmp_path / "stages" / "distill"
+    with pytest.raises(ValueError, match=r"another version of this code \(0\.1\+abc\): finish it"):
+        recipe_lib.check_recipe(run, _recipe())
+    assert workdir_lib.load_weights(run).step == 1  # weights are weights
+    # Its configuration stands alone in config.json.
+    (tmp_path / "config.json").write_text(json.dumps(_config().to_dict()))
+    with pytest.raises(ValueError, match=r"another version of this code \(0\.1\+abc\): finish it"):
+        pipeline_lib.load_config(tmp_path)
 
 
 def test_all_changed_keys_are_named(trained):
@@ -231,6 +233,7 @@ def test_all_changed_keys_are_named(trained):
         ("data.directory", "elsewhere"),
         ("pipeline", "distill"),
         ("distill.init_from", "elsewhere"),
+        ("distill.guide", "elsewhere"),
         ("refine.tau", 0.5),
         ("optim.max_skipped", 3),
         ("model.remat", "full"),
@@ -266,7 +269,7 @@ def test_weights_of_the_newest_checkpoint(tmp_path):
     _save(kept, config=_config(**{"pretrain.ema_decay": 0.9}), steps=(2, 4, 6))
     _save(plain, config=_config(**{"pretrain.ema_decay": 0.0}), steps=(2, 4, 6))
     for directory, expected in ((kept, 3.0), (plain, 6.0)):
-        weights = recipe_lib.load_weights(directory, tokenizer="tok")
+        weights = workdir_lib.load_weights(directory, tokenizer="tok")
         np.testing.assert_array_equal(weights.params["w"], np.full(2, expected))
         assert weights.step == 6
         assert weights.model == MODEL
@@ -278,7 +281,7 @@ def test_weights_of_the_newest_checkpoint(tmp_path):
 def test_no_weights(tmp_path, folder):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"no checkpoint in .*{folder}.*train that run first"):
-        recipe_lib.load_weights(tmp_path / folder)
+        workdir_lib.load_weights(tmp_path / folder)
     assert not (tmp_path / "stages").exists()
 
 
@@ -290,52 +293,52 @@ def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
-        recipe_lib.load_weights(tmp_path)
+        workdir_lib.load_weights(tmp_path)
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
         run_folder.read(tmp_path, which="ema")
-    assert recipe_lib.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
+    assert workdir_lib.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
 
 
 def test_weights_of_another_tokenizer(trained):
     with pytest.raises(ValueError, match="tokenizer tok, the data has other"):
-        recipe_lib.load_weights(trained, tokenizer="other")
-    assert recipe_lib.load_weights(trained).metadata["tokenizer"] == "tok"
+        workdir_lib.load_weights(trained, tokenizer="other")
+    assert workdir_lib.load_weights(trained).metadata["tokenizer"] == "tok"
 
 
 # ------------------------------------------------------------------------------------ configuration
 def test_config_round_trip(tmp_path):
     config = _config("pretrain,refine", **{"eval.steps": (1, 3), "model.width": 64})
-    recipe_lib.save_config(tmp_path / "new" / "run", config)
-    loaded = recipe_lib.load_config(tmp_path / "new" / "run")
+    pipeline_lib.save_config(tmp_path / "new" / "run", config)
+    loaded = pipeline_lib.load_config(tmp_path / "new" / "run")
     assert isinstance(loaded, ml_collections.ConfigDict)
     # JSON has no tuples; nothing else changes.
     assert json.dumps(loaded.to_dict(), sort_keys=True) == json.dumps(
         config.to_dict(), sort_keys=True
     )
     assert loaded.model.width == 64
-    assert recipe_lib.entries(loaded, tmp_path) == recipe_lib.entries(config, tmp_path)
+    assert pipeline_lib.entries(loaded, tmp_path) == pipeline_lib.entries(config, tmp_path)
     assert recipe_lib.digest(loaded.to_dict()) == recipe_lib.digest(config.to_dict())
 
 
 def test_a_folder_without_config(tmp_path):
     with pytest.raises(ValueError, match="not a working directory.*fsdfm_jax.main"):
-        recipe_lib.load_config(tmp_path)
+        pipeline_lib.load_config(tmp_path)
 
 
 def test_bases_of_another_network_or_process_are_refused(trained, tmp_path):
     """The number of heads leaves no trace in the shapes of weights, the schedule none at all."""
-    recipe_lib.check_base(tmp_path / "nothing there yet", MODEL, _config())
-    recipe_lib.check_base(trained, MODEL, _config())
+    recipe_lib.check_base(tmp_path / "nothing there yet", MODEL, PATH)
+    recipe_lib.check_base(trained, MODEL, PATH)
     few_step = dataclasses.replace(MODEL, conditioning="additive", dropout=0.5, remat="full")
-    recipe_lib.check_base(trained, few_step, _config())
+    recipe_lib.check_base(trained, few_step, PATH)
     two_heads = dataclasses.replace(MODEL, num_heads=2)
     with pytest.raises(ValueError, match=r"model\.num_heads: 1 there, 2 here"):
-        recipe_lib.check_base(trained, two_heads, _config())
+        recipe_lib.check_base(trained, two_heads, PATH)
     with pytest.raises(ValueError, match=r"path\.power: 1\.0 there, 2\.0 here"):
-        recipe_lib.check_base(trained, MODEL, _config(**{"path.power": 2.0}))
+        recipe_lib.check_base(trained, MODEL, PATH | {"power": 2.0})
 
 
 def test_weight_shapes_are_those_of_the_network(trained):
-    shapes = recipe_lib.weight_shapes(trained)
+    shapes = workdir_lib.weight_shapes(trained)
     assert shapes["vocab_embed"]["embedding"].shape == (5, 4)
     assert isinstance(shapes["vocab_embed"]["embedding"], jax.ShapeDtypeStruct)

@@ -77,7 +77,7 @@ def loss(params, frozen, key, batch):
     first = x1_BL[0, 0]
     target = x1_BL[1:].astype(jnp.float32).mean() + jax.random.normal(key) + endless(first == -2)
     value = jnp.mean((params["w"] - target) ** 2) + jnp.where(first == -1, jnp.nan, 0.0)
-    return value, {"loss": value, "frozen": frozen["w"][0]}
+    return value, {"loss": value, "frozen": frozen.average["w"][0]}
 
 
 class SlowCheckpoints(checkpoint.Checkpoints):

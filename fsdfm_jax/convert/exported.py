@@ -37,7 +37,8 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import prompts
 from fsdfm_jax.inference.bundle import BadFile, Bundle
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 FORMAT = "fsdfm_jax.exported_sampler"
 VERSION = 4

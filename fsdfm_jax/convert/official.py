@@ -23,7 +23,8 @@ import numpy as np
 from fsdfm_jax.convert import torch_pickle
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Leaf
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 # Whose weights: key of the file -> the name it goes by here.
 WHICH = {

@@ -20,7 +20,9 @@ import numpy as np
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 from fsdfm_jax.training import checkpoint
+from fsdfm_jax.training import pipeline as pipeline_lib
 from fsdfm_jax.training import recipe as recipe_lib
+from fsdfm_jax.training import workdir as workdir_lib
 
 # Part of the checkpoint that holds whose weights; "ema" falls back on what a stage without average
 # has.
@@ -64,7 +66,7 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
         )
     step = None
     if (path / "stages").is_dir():
-        path = recipe_lib.stage_directory(path, stage or _last_trained(path))
+        path = workdir_lib.stage_directory(path, stage or _last_trained(path))
     elif stage:
         raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
     if _step_folder(path):
@@ -83,9 +85,9 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
 
 
 def _last_trained(folder: pathlib.Path) -> str:
-    runs = [run for run, _ in recipe_lib.runs(recipe_lib.load_config(folder))]
+    runs = [run for run, _ in pipeline_lib.runs(pipeline_lib.load_config(folder))]
     trained = [
-        run for run in runs if recipe_lib.is_trained(recipe_lib.stage_directory(folder, run))
+        run for run in runs if workdir_lib.is_trained(workdir_lib.stage_directory(folder, run))
     ]
     if not trained:
         raise ValueError(

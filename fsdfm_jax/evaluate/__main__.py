@@ -27,7 +27,7 @@ from fsdfm_jax.evaluate.models import Catalogue
 from fsdfm_jax.evaluate.plan import Settings
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.training import recipe
+from fsdfm_jax.training import pipeline
 
 _DEFAULT_CONFIG = pathlib.Path(fsdfm_jax.__file__).parents[1] / "configs" / "base.py"
 _CONFIG_GIVEN = cli.config_given(sys.argv)
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     prepared = prepared_lib.load(_DATA.value) if _DATA.value else None
     if _WORKDIR.value:
         folder = pathlib.Path(_WORKDIR.value).expanduser()
-        stored = recipe.load_config(folder).to_dict()
+        stored = pipeline.load_config(folder).to_dict()
         use_stored(config, stored, config.eval.keys())
         settings = Settings.from_config(config.eval)
         catalogue = models_lib.open_workdir(folder, settings.models, _RUNS.value, **options)

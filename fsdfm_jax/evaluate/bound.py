@@ -47,7 +47,8 @@ import numpy as np
 from fsdfm_jax.flow import losses, paths
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import logits as logits_lib
 
 # Times of a sample, however many samples share `num_times`: a figure of its own for the bootstrap.

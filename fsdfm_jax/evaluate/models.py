@@ -15,9 +15,10 @@ from fsdfm_jax.flow.process import Process
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference.bundle import Bundle
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.training import recipe
+from fsdfm_jax.training import pipeline, recipe, workdir
 
 # What `stage` says of a model whose file doesn't.
 UNKNOWN_FEW_STEP = "few-step"
@@ -97,11 +98,11 @@ def open_workdir(
     Raises:
       ValueError: for runs that aren't there or weren't trained.
     """
-    config = recipe.load_config(folder)
+    config = pipeline.load_config(folder)
     trained = {
         run: stage
-        for run, stage in recipe.runs(config)
-        if recipe.is_trained(recipe.stage_directory(folder, run))
+        for run, stage in pipeline.runs(config)
+        if workdir.is_trained(workdir.stage_directory(folder, run))
     }
     if unknown := sorted(set(runs or ()) - trained.keys()):
         raise ValueError(
@@ -112,7 +113,7 @@ def open_workdir(
 
 def prepared_text(folder: pathlib.Path) -> PreparedData:
     """The text that a working directory was trained on."""
-    return prepared_lib.load(recipe.data_directory(folder, recipe.load_config(folder)))
+    return prepared_lib.load(pipeline.data_directory(folder, pipeline.load_config(folder)))
 
 
 def further_places(text: str, **options: Any) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:

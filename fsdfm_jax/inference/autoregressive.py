@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from fsdfm_jax.flow.sampling import GREEDY
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import categorical
 from fsdfm_jax.ops import logits as logits_lib
 

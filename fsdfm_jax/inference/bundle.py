@@ -23,7 +23,8 @@ from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 # Of weights in files; parameters in memory are float32.
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -14,7 +14,8 @@ from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import attention
 from fsdfm_jax.ops import logits as logits_lib
 

@@ -17,7 +17,8 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import prompts
 from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.inference.prompts import Request
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.training import metrics
 
 DEFAULT_LENGTH = 1024  # tokens; the block of the paper

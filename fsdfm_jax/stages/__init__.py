@@ -1,9 +1,11 @@
 """The training stages; see `fsdfm_jax.stages.base`."""
 
 from fsdfm_jax.stages.base import (
+    BASE,
     FEW_STEP,
     NAMES,
     Batch,
+    Frozen,
     Guide,
     Stage,
     make_stage,
@@ -13,9 +15,11 @@ from fsdfm_jax.stages.base import (
 )
 
 __all__ = [
+    "BASE",
     "FEW_STEP",
     "NAMES",
     "Batch",
+    "Frozen",
     "Guide",
     "Stage",
     "make_stage",

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from fsdfm_jax.flow import losses
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.ops.logits import Logits
 from fsdfm_jax.stages.base import Stage, start_fresh

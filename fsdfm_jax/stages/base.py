@@ -12,14 +12,15 @@ Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is 
 
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 
 NAMES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 FEW_STEP = ("step_aware", "distill", "refine")
@@ -29,14 +30,30 @@ Batch = dict[str, jax.Array]
 
 
 class Guide(NamedTuple):
-    """Fixed weights of the base model that a guided stage learns from, see `few_step.make_loss`.
+    """The two base models that guidance compares, see `few_step.guided`.
 
-    `strong` are those that the stage starts from, `weak` those of a base model that was trained for
-    fewer steps.
+    `strong` is the one that the stage starts from, `weak` one that was trained for less. In
+    `Stage.needs` they are names of runs, in `Frozen.guide` their weights.
     """
 
-    strong: Params
-    weak: Params
+    strong: Any
+    weak: Any
+
+
+class Frozen(NamedTuple):
+    """Weights that a loss reads and doesn't train.
+
+    Attributes:
+      average: the running average of the weights in training: the teacher.
+      guide: what `Stage.needs` names, weights in place of names; None where it names nothing.
+    """
+
+    average: Params
+    guide: Guide | None = None
+
+
+# In `Stage.needs`: the run that the stage starts from.
+BASE = "base"
 
 
 class Stage(NamedTuple):
@@ -47,17 +64,16 @@ class Stage(NamedTuple):
       model: its network.
       init_params: (key, base) -> params; `base` are the weights of the stage it starts from, or
         None.
-      loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is the average of the
-        weights, never differentiated; metrics are scalars and hold "loss". A guided stage takes a
-        fifth argument, its `Guide`.
-      guided: whether it has one.
+      loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is a `Frozen`, never
+        differentiated; metrics are scalars and hold "loss".
+      needs: runs of base models whose weights the loss reads: names, folders or `BASE`.
     """
 
     name: str
     model: ModelConfig
     init_params: Callable[[jax.Array, Params | None], Params]
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-    guided: bool = False
+    loss: Callable[[Params, Frozen, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    needs: Guide | None = None
 
 
 def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfig:

@@ -5,24 +5,14 @@
 On data, path(h) is the path loss of eq. 4.4, or the cross-entropy at all positions, which has the
 same minimiser (see fsdfm_jax/stages/pretrain.py).
 
-With guidance w > 0 the fine steps learn another posterior than that of the text: the base model's,
-pushed away from that of a weaker one, which was trained for a fraction of the steps (autoguidance,
-arXiv:2406.02507),
-
-    log p = strong + w (strong - weak) + const
-
-of log-probabilities, which the wide steps then take over from the fine ones. What both make
-mistakes in, the weak one does more of; so that samples become better at the same entropy. The
-student learns the sum (guidance distillation, arXiv:2210.03142) and needs no further network call
-when it samples.
-
 The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
 probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
 network call whose result it wouldn't use.
 """
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,10 +26,11 @@ from fsdfm_jax.flow.losses import Divergence
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.teacher import Quadrature
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
+from fsdfm_jax.ops.logits import Logits
 from fsdfm_jax.parallel import rules
-from fsdfm_jax.stages.base import Guide
+from fsdfm_jax.stages.base import Frozen
 
 LOSSES = ("path", "cross_entropy")
 RATES = ("cumulative", "instantaneous")
@@ -48,7 +39,7 @@ RATES = ("cumulative", "instantaneous")
 class PathTerm(NamedTuple):
     """The part trained on data: its budgets, its loss, and the weight of the path loss.
 
-    `guidance` is w of the module's text; above 0 the loss is the divergence from that posterior.
+    With `guidance` above 0 it is trained on the posterior of `guided` instead.
     """
 
     budgets: Budgets
@@ -84,24 +75,17 @@ def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
             raise ValueError(
                 f"Unknown {name} {config[name]!r}; expected one of {', '.join(allowed)}."
             )
-    if not 0 <= config.guidance < math.inf:
-        raise ValueError(f"guidance must be 0 or more and finite, got {config.guidance}.")
-    if (config.guidance > 0) != (config.guide_steps > 0):
-        raise ValueError(
-            f"guidance={config.guidance} and guide_steps={config.guide_steps} go together: how "
-            "much to be pushed away, and from a base model of how many steps; 0 and 0 for none."
-        )
-    return PathTerm(
-        budgets,
-        config.loss,
-        config.rate,
-        check_rate_floor(config.rate_floor),
-        config.guidance,
-    )
+    return PathTerm(budgets, config.loss, config.rate, check_rate_floor(config.rate_floor))
 
 
 def guided(strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float) -> jax.Array:
-    """The guided posterior of the module's text, as logits.
+    """A base model's posterior, pushed away from that of a weaker one, as logits [B, L, V]:
+
+        log p = strong + w (strong - weak) + const
+
+    of log-probabilities (autoguidance, arXiv:2406.02507). What both models get wrong, the weaker
+    one gets wrong worse: samples improve at the same entropy. A student of this posterior needs no
+    further network call when it samples (guidance distillation, arXiv:2210.03142).
 
     Args:
       strong_BLV, weak_BLV: logits, float [B, L, V].
@@ -169,74 +153,38 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
     return batch_size if path.log2_steps else 0
 
 
-def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None):
+def make_loss(
+    model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """The blended loss as a `Stage.loss`; without `taught`, all rows are trained on data.
 
     Metrics: `loss`, and the mean of each part, `path_loss` (with guidance `guidance_loss`) and
       `distillation_loss` (before weighting).
     """
-
-    def match(student_BLV, teacher_BLV):
-        return losses.distillation_loss(
-            taught.divergence, teacher_BLV, student_BLV, temperature=taught.temperature
-        )
-
-    def follow(student_BLV, strong_BLV, weak_BLV):
-        target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance)
-        return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
-
-    base_model = dataclasses.replace(model, conditioning="none")
     no_budgets = path.budgets._replace(log2_steps=(), probabilities=())
     taught_budgets = taught.budgets if taught else no_budgets
+    data_loss = _guidance_loss if path.guidance else _data_loss
+    data_name = "guidance_loss" if path.guidance else "path_loss"
 
-    def loss(params, frozen, key, batch, guide: Guide | None = None):
-        keys = jax.random.split(key, 5)
+    def loss(params, frozen: Frozen, key, batch):
+        noise_key, budget_key, path_key, dropout_key, teacher_key = jax.random.split(key, 5)
         x1_BL = batch["x1"]
-        batch_size = x1_BL.shape[0]
-        x0_BL = batch["x0"] if "x0" in batch else process.source.sample(keys[0], x1_BL.shape)
-
-        split = rows_of_path(batch_size, path.budgets, taught_budgets)
-        parts = [(path.budgets, split), (taught_budgets, batch_size - split)]
-        budgets_key = keys[1]
-        drawn = [
-            sample_budgets(jax.random.fold_in(budgets_key, i), budgets, rows)
-            for i, (budgets, rows) in enumerate(parts)
-            if rows
-        ]
-        t_B = jnp.concatenate([t for t, _ in drawn])
-        h_B = jnp.concatenate([h for _, h in drawn])
-        xt_BL = paths.sample_path(keys[2], process.schedule, x0_BL, x1_BL, t_B)
-        logits = model_lib.predict(params, model, xt_BL, t_B, h_B, key=keys[3])
+        x0_BL = batch["x0"] if "x0" in batch else process.source.sample(noise_key, x1_BL.shape)
+        size = len(x1_BL)
+        split = rows_of_path(size, path.budgets, taught_budgets)
+        parts = [(path.budgets, split), (taught_budgets, size - split)]
+        t_B, h_B = _draw_budgets(budget_key, parts)
+        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
+        student = model_lib.predict(params, model, xt_BL, t_B, h_B, key=dropout_key)
+        rows = _Rows(student, x1_BL, xt_BL, t_B, h_B)
 
         value, metrics = jnp.zeros(()), {}
         if split:
-            x_RL, x1_RL, t_R = xt_BL[:split], x1_BL[:split], t_B[:split]
-            name = "path_loss"
-            if path.guidance:
-                name, data_loss = "guidance_loss", follow
-                inputs = [rules.pad_rows(x) for x in (x_RL, t_R)]
-                targets = [model_lib.predict(weights, base_model, *inputs) for weights in guide]
-            elif path.loss == "path":
-                weight_R = _path_weight(path, process, t_R, h_B[:split])
-                weight_RL = jnp.broadcast_to(weight_R[:, None], x_RL.shape)
-                data_loss = losses.path_loss
-                targets = [rules.pad_rows(x) for x in (x_RL, x1_RL, weight_RL)]
-            else:
-                data_loss, targets = losses.cross_entropy, [rules.pad_rows(x1_RL)]
-            student = logits_lib.pad_rows(logits_lib.rows(logits, 0, split))
-            part = logits_lib.mean_loss(data_loss, student, *targets, num_rows=split)
+            part = data_loss(model, process, path, frozen, rows.take(0, split))
             value += path.budgets.share * part
-            metrics[name] = part
-        if split < batch_size:
-
-            def denoise(x, t, h):
-                return model_lib.predict(frozen, model, x, t, h)
-
-            # The noise of a row doesn't depend on how many there are: padding changes nothing.
-            inputs = (rules.pad_rows(x[split:]) for x in (xt_BL, t_B, h_B))
-            target = teacher.teacher_logits(keys[4], taught.rule, denoise, taught.jump, *inputs)
-            student = logits_lib.pad_rows(logits_lib.rows(logits, split, batch_size))
-            part = logits_lib.mean_loss(match, student, target, num_rows=batch_size - split)
+            metrics[data_name] = part
+        if split < size:
+            part = _teacher_loss(model, taught, frozen, teacher_key, rows.take(split, size))
             value += taught.budgets.share * part
             metrics["distillation_loss"] = part
         return value, metrics | {"loss": value}
@@ -244,7 +192,81 @@ def make_loss(model: ModelConfig, process: Process, path: PathTerm, taught: Teac
     return loss
 
 
-def _path_weight(path: PathTerm, process: Process, t_B, h_B):
+class _Rows(NamedTuple):
+    """Rows of a batch, and what the student says of them."""
+
+    student: Logits
+    x1_BL: jax.Array
+    xt_BL: jax.Array
+    t_B: jax.Array
+    h_B: jax.Array
+
+    def take(self, begin: int, end: int) -> "_Rows":
+        arrays = (array[begin:end] for array in self[1:])
+        return _Rows(logits_lib.rows(self.student, begin, end), *arrays)
+
+
+def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array, jax.Array]:
+    """Times and widths of all rows, float32 [B] each, from the budgets of each part."""
+    drawn = [
+        sample_budgets(jax.random.fold_in(key, i), budgets, rows)
+        for i, (budgets, rows) in enumerate(parts)
+        if rows
+    ]
+    t_B, h_B = (jnp.concatenate(part) for part in zip(*drawn, strict=True))
+    return t_B, h_B
+
+
+def _mean(loss, rows: _Rows, *targets) -> jax.Array:
+    """Mean over the rows of loss(student, *targets); `targets` are padded as `rules` wants it."""
+    student = logits_lib.pad_rows(rows.student)
+    return logits_lib.mean_loss(loss, student, *targets, num_rows=len(rows.t_B))
+
+
+def _data_loss(model, process: Process, path: PathTerm, frozen: Frozen, rows: _Rows) -> jax.Array:
+    """Eq. 4.4, or the cross-entropy with the same minimiser."""
+    del model, frozen
+    if path.loss == "cross_entropy":
+        return _mean(losses.cross_entropy, rows, rules.pad_rows(rows.x1_BL))
     if path.rate == "instantaneous":
-        return schedules.rate(process.schedule, t_B, floor=path.rate_floor)
-    return schedules.bounded_cumulative_rate(process.schedule, t_B, h_B, floor=path.rate_floor)
+        weight_B = schedules.rate(process.schedule, rows.t_B, floor=path.rate_floor)
+    else:
+        weight_B = schedules.bounded_cumulative_rate(
+            process.schedule, rows.t_B, rows.h_B, floor=path.rate_floor
+        )
+    weight_BL = jnp.broadcast_to(weight_B[:, None], rows.xt_BL.shape)
+    targets = map(rules.pad_rows, (rows.xt_BL, rows.x1_BL, weight_BL))
+    return _mean(losses.path_loss, rows, *targets)
+
+
+def _guidance_loss(
+    model: ModelConfig, process: Process, path: PathTerm, frozen: Frozen, rows: _Rows
+) -> jax.Array:
+    """Forward KL from the posterior of `guided`."""
+    del process
+
+    def loss(student_BLV, strong_BLV, weak_BLV):
+        target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance)
+        return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
+
+    base_model = dataclasses.replace(model, conditioning="none")
+    inputs = [rules.pad_rows(x) for x in (rows.xt_BL, rows.t_B)]
+    targets = [model_lib.predict(weights, base_model, *inputs) for weights in frozen.guide]
+    return _mean(loss, rows, *targets)
+
+
+def _teacher_loss(
+    model: ModelConfig, taught: TeacherTerm, frozen: Frozen, key: jax.Array, rows: _Rows
+) -> jax.Array:
+    """Divergence from the shortcut teacher, Algorithm 1."""
+
+    def loss(student_BLV, teacher_BLV):
+        return losses.distillation_loss(
+            taught.divergence, teacher_BLV, student_BLV, temperature=taught.temperature
+        )
+
+    denoise = functools.partial(model_lib.predict, frozen.average, model)
+    # The noise of a row doesn't depend on how many there are: padding changes nothing.
+    inputs = map(rules.pad_rows, (rows.xt_BL, rows.t_B, rows.h_B))
+    target = teacher.teacher_logits(key, taught.rule, denoise, taught.jump, *inputs)
+    return _mean(loss, rows, target)

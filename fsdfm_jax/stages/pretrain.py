@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from fsdfm_jax.flow import losses, paths, schedules
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_fresh

@@ -23,7 +23,8 @@ from fsdfm_jax.flow import sampler
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import rules
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_from_base
@@ -139,4 +140,4 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     loss = few_step.make_loss(model, process, path, taught)
-    return Stage("refine", model, start_from_base("refine", model), loss, config.guidance > 0)
+    return Stage("refine", model, start_from_base("refine", model), loss)

@@ -10,7 +10,7 @@ and gives the widths a meaning to build on.
 from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_from_base
 
@@ -19,6 +19,4 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     """The stage; reads the budget keys of its config."""
     path = few_step.read_path_term(config, few_step.read_budgets(config))
     loss = few_step.make_loss(model, process, path, None)
-    return Stage(
-        "step_aware", model, start_from_base("step_aware", model), loss, config.guidance > 0
-    )
+    return Stage("step_aware", model, start_from_base("step_aware", model), loss)

@@ -1,7 +1,6 @@
 """The training loop, shared by all stages: straight-line, resumable, metrics one step late."""
 
 import contextlib
-import dataclasses
 import faulthandler
 import functools
 import math
@@ -17,11 +16,10 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsdfm_jax import stages
-from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
-from fsdfm_jax.stages.base import Stage
+from fsdfm_jax.stages.base import Guide, Stage
 from fsdfm_jax.training import state
 from fsdfm_jax.training.checkpoint import Checkpoints, Retention
 from fsdfm_jax.training.metrics import MetricWriter
@@ -92,14 +90,13 @@ def make_step(
     mesh: Mesh,
     shardings: state.TrainState,
 ):
-    """The jitted (state, batch, key) -> (state, metrics) of a stage; it donates the state.
+    """The jitted (state, batch, key, guide) -> (state, metrics) of a stage; it donates the state.
 
-    A guided stage's takes a fourth argument, its `stages.Guide`, spread as the parameters are.
-
-    Trace it within `jax.set_mesh(mesh)`.
+    Trace it within `jax.set_mesh(mesh)`. The guide, see `state.train_step`, is taken as it is
+    sharded.
 
     Args:
-      shardings: of the state, from `sharding.state_shardings`.
+      shardings: of the state, from `mesh.state_shardings`.
     """
     step = functools.partial(
         state.train_step,
@@ -110,14 +107,9 @@ def make_step(
         max_skipped=settings.max_skipped,
     )
     whole = NamedSharding(mesh, P())
-    guide = ()
-    if stage.guided:
-        base = dataclasses.replace(stage.model, conditioning="none")
-        one = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), base))
-        guide = (mesh_lib.state_shardings(mesh, stages.Guide(one, one)),)
     return jax.jit(
         step,
-        in_shardings=(shardings, mesh_lib.batch_sharding(mesh), whole, *guide),
+        in_shardings=(shardings, mesh_lib.batch_sharding(mesh), whole, None),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
@@ -130,8 +122,8 @@ def train(
     name: str,
     optimizer: optax.GradientTransformation,
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    base: model_lib.Params | None,
-    guide: stages.Guide | None = None,
+    base: Params | None,
+    guide: Guide | None = None,
     key: jax.Array,
     mesh: Mesh,
     directory: pathlib.Path,
@@ -150,10 +142,10 @@ def train(
       name: of the run, for progress.
       optimizer: from `optim.make_optimizer`.
       batches: start_step -> iterator over batches from that step on, of which a process gives the
-        rows `sharding.local_rows`.
-      base: weights of the run this one starts from, or None; their shapes do where it goes on from
+        rows `mesh.local_rows`.
+      base: weights of the run this one starts from, or None; shapes suffice where it resumes from
         a checkpoint of its own.
-      guide: of a guided stage, on the mesh.
+      guide: weights of the runs that `stage.needs` names, on the mesh.
       key: root of the run's randomness.
       mesh: where to run, of the devices of all processes.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
@@ -178,71 +170,88 @@ def train(
         Checkpoints(directory / "checkpoints", retention=settings.retention) as checkpoints,
         _Watchdog(settings.watchdog_minutes) as watchdog,
     ):
-        # ------------------------------------------------------------------------------ state
         init = make_init(stage, optimizer, settings)
-        abstract = jax.eval_shape(init, init_key, base)
-        shardings = mesh_lib.state_shardings(mesh, abstract)
-        found = checkpoints.restore_latest(
-            jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                abstract,
-                shardings,
-            )
-        )
+        shapes = jax.eval_shape(init, init_key, base)
+        shardings = mesh_lib.state_shardings(mesh, shapes)
+        found = checkpoints.restore_latest(_sharded(shapes, shardings))
         if found is not None:
-            start, train_state = found
-            logging.info("%s goes on from the checkpoint of step %d.", name, start)
+            logging.info("%s goes on from the checkpoint of step %d.", name, found[0])
+        elif _is_abstract(base):
+            raise ValueError(
+                f"The checkpoints of {name} in {directory} are gone; run the same command "
+                "again to start from the beginning."
+            )
         else:
-            if _is_abstract(base):
-                raise ValueError(
-                    f"The checkpoints of {name} in {directory} are gone; run the same command "
-                    "again to start it anew."
-                )
             base = jax.device_put(base, mesh_lib.state_shardings(mesh, base))
-            start, train_state = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
+            found = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
+        start, train_state = found
         del base, found  # not to be kept beside the state
         if start >= settings.num_steps:
             return
-
-        # ------------------------------------------------------------------------------- step
         step_fn = make_step(stage, optimizer, settings, mesh, shardings)
-        further = () if guide is None else (guide,)
+        _take_steps(
+            train_state,
+            lambda train_state, rows: step_fn(train_state, rows, step_key, guide),
+            batches(start),
+            settings,
+            start=start,
+            name=name,
+            mesh=mesh,
+            directory=directory,
+            checkpoints=checkpoints,
+            metadata=metadata,
+            watchdog=watchdog,
+        )
 
-        # ------------------------------------------------------------------------------- loop
-        stream = batches(start)
-        batch = next(stream)
-        with (
-            _open_writer(
-                directory,
-                name=name,
-                total_steps=settings.num_steps,
-                tokens_per_step=settings.batch_size * batch["x1"].shape[1],
-                start_step=start,
-            ) as metric_writer,
-            processes.StopRequest(mesh) as stop,
-        ):
-            report = _Reporter(name, metric_writer, settings, start)
-            agreed: bool | jax.Array = False
-            for step in range(start + 1, settings.num_steps + 1):
-                rows = mesh_lib.place_rows(mesh, settings.batch_size, batch)
-                train_state, metrics = step_fn(train_state, rows, step_key, *further)
-                report.finish()  # of the step before, while this one runs
-                watchdog.pat(step - start)
-                report.begin(step, metrics)
-                stopping = stop.granted(agreed)
-                agreed = stop.ask()
-                if stopping or step % settings.checkpoint_every == 0 or step == settings.num_steps:
-                    report.finish()
-                    checkpoints.save(step, train_state, metadata, report.since_checkpoint() or None)
-                if stopping:
-                    break
-                if step < settings.num_steps:
-                    began = time.perf_counter()
-                    batch = next(stream)
-                    report.waited(time.perf_counter() - began)
-            stream.close()
-            checkpoints.wait()
-            _end_if_asked(stop, name, step, settings)
+
+def _take_steps(
+    train_state: state.TrainState,
+    step_fn: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]],
+    stream: Iterator[dict[str, np.ndarray]],
+    settings: Settings,
+    *,
+    start: int,
+    name: str,
+    mesh: Mesh,
+    directory: pathlib.Path,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    watchdog: "_Watchdog",
+) -> None:
+    """The steps from `start` on; metrics of a step are read while the next one runs."""
+    batch = next(stream)
+    with (
+        _open_writer(
+            directory,
+            name=name,
+            total_steps=settings.num_steps,
+            tokens_per_step=settings.batch_size * batch["x1"].shape[1],
+            start_step=start,
+        ) as metric_writer,
+        processes.StopRequest(mesh) as stop,
+    ):
+        report = _Reporter(name, metric_writer, settings, start)
+        agreed: bool | jax.Array = False
+        for step in range(start + 1, settings.num_steps + 1):
+            rows = mesh_lib.place_rows(mesh, settings.batch_size, batch)
+            train_state, metrics = step_fn(train_state, rows)
+            report.finish()  # of the step before, while this one runs
+            watchdog.pat(step - start)
+            report.begin(step, metrics)
+            stopping = stop.granted(agreed)
+            agreed = stop.ask()
+            if stopping or step % settings.checkpoint_every == 0 or step == settings.num_steps:
+                report.finish()
+                checkpoints.save(step, train_state, metadata, report.since_checkpoint() or None)
+            if stopping:
+                break
+            if step < settings.num_steps:
+                began = time.perf_counter()
+                batch = next(stream)
+                report.waited(time.perf_counter() - began)
+        stream.close()
+        checkpoints.wait()
+        _end_if_asked(stop, name, step, settings)
 
 
 def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: Settings) -> None:
@@ -253,6 +262,15 @@ def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: S
     raise processes.Stopped(
         f"{name}: stopped by SIGTERM at step {step} of {settings.num_steps}, which is saved; the "
         "same command goes on from there."
+    )
+
+
+def _sharded(shapes, shardings):
+    """The shapes of a tree with the shardings of another, for what restores into them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 

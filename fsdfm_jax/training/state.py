@@ -10,6 +10,7 @@ import optax
 from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import loops
 from fsdfm_jax.parallel import rules
+from fsdfm_jax.stages.base import Frozen
 
 
 class TrainState(NamedTuple):
@@ -63,7 +64,7 @@ def train_step(
       batch: dict of arrays with B rows, see `stages.Stage`.
       root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed
         run draws the same noise.
-      guide: `stages.Guide` of a guided stage, not to be trained.
+      guide: weights of other runs that the loss reads, `Frozen.guide`; None where it reads none.
       loss: `Stage.loss`.
       optimizer: optax transformation.
       ema_decay: weight of the old average, 0 for none.
@@ -77,14 +78,12 @@ def train_step(
       `skipped` where steps may be.
     """
     key = jax.random.fold_in(root_key, state.step)
-    frozen = jax.lax.stop_gradient(averaged(state))
-    gradient = jax.grad(loss, has_aux=True)
-    further = () if guide is None else (guide,)
+    frozen = jax.lax.stop_gradient(Frozen(averaged(state), guide))
+    gradient = functools.partial(jax.grad(loss, has_aux=True), state.params, frozen)
     if accumulate == 1:
-        grads, metrics = gradient(state.params, frozen, key, batch, *further)
+        grads, metrics = gradient(key, batch)
     else:
-        fixed = (state.params, frozen)
-        grads, metrics = _accumulate(gradient, fixed, key, batch, further, accumulate)
+        grads, metrics = _accumulate(gradient, key, batch, accumulate)
     grads = rules.like_parameters(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -103,7 +102,7 @@ def train_step(
     return TrainState(state.step + 1, *new, skipped), metrics
 
 
-def _accumulate(gradient, fixed, key, batch, further, parts: int):
+def _accumulate(gradient, key, batch, parts: int):
     """The mean gradient and metrics of the parts of a batch.
 
     Part a has the rows a, a + parts, a + 2 parts ..: rows stay on the devices they are on.
@@ -114,7 +113,7 @@ def _accumulate(gradient, fixed, key, batch, further, parts: int):
 
     def one(index, rows):
         rows = jax.tree.map(lambda x: rules.constrain(x, "rows"), rows)
-        grads, metrics = gradient(*fixed, jax.random.fold_in(key, index), rows, *further)
+        grads, metrics = gradient(jax.random.fold_in(key, index), rows)
         return rules.like_parameters(grads), metrics
 
     def step(total, inputs):

@@ -16,7 +16,8 @@ from fsdfm_jax.evaluate.judges import huggingface, ngram, scoring
 from fsdfm_jax.evaluate.judges.scoring import Judge, Scores, Text
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.stages import autoregressive
 
 __all__ = ["SPECS", "AutoregressiveJudge", "Judge", "Scores", "Text", "check_spec", "open_judge"]

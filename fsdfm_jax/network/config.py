@@ -1,0 +1,91 @@
+"""What is static about a network: `ModelConfig` and the constants of the published layout."""
+
+import dataclasses
+
+import jax
+
+from fsdfm_jax.ops import attention
+
+CONDITIONINGS = ("none", "official", "additive")
+# What the backward pass recomputes.
+REMATS = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        attention.saved,
+    ),
+}
+DTYPES = ("float32", "bfloat16")
+
+NUM_FREQUENCIES = 128
+ROTARY_BASE = 10_000.0
+NORM_EPS = 1e-5
+# Widths below this are indistinguishable from an infinitesimal step; keeps log2 finite for h=0.
+SMALLEST_WIDTH = 2.0**-20
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A network, all but its weights.
+
+    Attributes:
+      vocab_size: V, the mask token included where there is one.
+      width, num_blocks, num_heads, cond_width: D, N, H, C.
+      mlp_ratio: F = mlp_ratio * D.
+      dropout: rate on the output of each branch, in training only.
+      conditioning: "none" | "official" | "additive".
+      causal: autoregressive baseline; needs conditioning "none".
+      dtype: of activations, "float32" | "bfloat16".
+      attention: see `attention`, one of its `IMPLEMENTATIONS`.
+      remat: what the backward pass recomputes, "none" | "full" | "dots" (what matrix products give
+        is kept, and what "blocked" and "cudnn" attention give, which recompute their scores).
+      logits_mib: MiB of a chunk of float32 logits, on each device. Changes no result but by
+        rounding. 0 writes all of them down, as arrays: the reference for the other values.
+    """
+
+    vocab_size: int
+    width: int
+    num_blocks: int
+    num_heads: int
+    cond_width: int
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    conditioning: str = "none"
+    causal: bool = False
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    logits_mib: int = 128
+
+    def __post_init__(self):
+        for field in ("vocab_size", "width", "num_blocks", "num_heads", "cond_width", "mlp_ratio"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}.")
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"model.width={self.width} must split into num_heads={self.num_heads} heads of "
+                "even width (rotary attention turns pairs of channels)."
+            )
+        if self.logits_mib < 0:
+            raise ValueError(f"model.logits_mib must be at least 0, got {self.logits_mib}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}.")
+        choices = {
+            "conditioning": CONDITIONINGS,
+            "attention": attention.IMPLEMENTATIONS,
+            "remat": tuple(REMATS),
+            "dtype": DTYPES,
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)!r} is unknown; expected one of "
+                    f"{', '.join(allowed)}."
+                )
+        if self.causal and self.conditioning != "none":
+            raise ValueError("A causal (autoregressive) network takes conditioning='none'.")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads

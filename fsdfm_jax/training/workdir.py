@@ -1,0 +1,113 @@
+"""The layout of a working directory, and the weights of the runs in it.
+
+WORKDIR/config.json                    the configuration last used
+WORKDIR/data/                          tokenizer, blocks, manifest (or config.data.directory)
+WORKDIR/stages/NAME/checkpoints/       of each entry of the pipeline; repeated: NAME_2 ..
+WORKDIR/stages/NAME/metrics.jsonl, tensorboard/, pairs/
+WORKDIR/report/                        table, pictures, samples
+"""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import processes
+from fsdfm_jax.training import checkpoint
+
+
+class Weights(NamedTuple):
+    """Weights as they are used: the average where the stage keeps one."""
+
+    params: Params
+    model: ModelConfig
+    metadata: dict[str, Any]
+    step: int
+
+
+def stage_directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
+    """Folder of a run's checkpoints and metrics."""
+    return workdir / "stages" / run
+
+
+def is_trained(directory: pathlib.Path) -> bool:
+    """Whether the run in `directory` has a checkpoint, be it damaged."""
+    return checkpoint.newest_step(directory / "checkpoints") is not None
+
+
+def saved_metadata(directory: pathlib.Path) -> dict[str, Any] | None:
+    """Metadata of the checkpoint that the run in `directory` resumes from; None without one.
+
+    A checkpoint whose metadata is damaged is passed over, as the run does.
+    """
+    folder = directory / "checkpoints"
+    step = checkpoint.latest_step(folder)
+    return None if step is None else checkpoint.read_metadata(folder, step)
+
+
+def weights_metadata(
+    directory: pathlib.Path, step: int | None = None, *, together: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """Step and metadata of a run's checkpoint, the newest by default.
+
+    With `together` all processes of a job call, and get those of the same one.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it is damaged.
+    """
+    folder = directory / "checkpoints"
+    newest = lambda: [found for found in [checkpoint.newest_step(folder)] if found is not None]
+    if step is None:
+        step = next(iter(processes.from_first(newest) if together else newest()), None)
+    if step is None:
+        raise ValueError(
+            f"There is no checkpoint in {folder}; train that run first (python -m fsdfm_jax.main)."
+        )
+    return step, checkpoint.read_metadata(folder, step)
+
+
+def load_weights(
+    directory: pathlib.Path,
+    *,
+    tokenizer: str | None = None,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+) -> Weights:
+    """Weights of a run.
+
+    Args:
+      directory: WORKDIR/stages/RUN.
+      tokenizer: fingerprint the weights must have been trained with; None skips the check.
+      mesh: where to put them, by the rules of `parallel.rules`, in which case all processes of a
+        job call; this process's first device by default.
+      step: of the checkpoint, by default the newest.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it is damaged or belongs to another tokenizer.
+    """
+    together = mesh is not None and jax.process_count() > 1
+    step, metadata = weights_metadata(directory, step, together=together)
+    if tokenizer is not None and metadata["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"The checkpoint in {directory} was trained with tokenizer "
+            f"{metadata['tokenizer']}, the data has {tokenizer}: their token ids mean different "
+            "text. Use the tokenizer.json the run was trained with."
+        )
+    part = metadata["weights"]
+    place = None if mesh is None else functools.partial(mesh_lib.leaf_sharding, mesh)
+    folder = directory / "checkpoints"
+    restored = checkpoint.restore_part(folder, (part,), step, sharding=place, together=together)
+    return Weights(restored[part], ModelConfig(**metadata["model"]), metadata, step)
+
+
+def weight_shapes(directory: pathlib.Path) -> Params:
+    """Shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
+    saved = saved_metadata(directory) or weights_metadata(directory)[1]
+    model = ModelConfig(**saved["model"])
+    return jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
