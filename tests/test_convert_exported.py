@@ -20,6 +20,7 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import job as job_lib
 from fsdfm_jax.inference.bundle import BadFile
+from fsdfm_jax.network.config import ModelConfig
 
 LENGTH, STEPS = 12, (3, 1)
 TEXT = "the cat sat on the mat and the dog sat on the log by the fog "
