@@ -71,19 +71,6 @@ class Chain:
         return np.eye(self.process.source.vocab_size)[self.states_NL]
 
     @functools.cached_property
-    def follow_VV(self) -> np.ndarray:
-        """P(right | left) of two tokens side by side in the data.
-
-        Not `ngrams.table`: that discounts counts, and these are no counts but probabilities.
-        What never stands side by side has next to none, so that logarithms stay finite.
-        """
-        pairs_VV = np.einsum(
-            "n,nlv,nlw->vw", self.data_N, self.shown_NLV[:, :-1], self.shown_NLV[:, 1:]
-        )
-        pairs_VV = np.maximum(pairs_VV, FLOOR)
-        return pairs_VV / pairs_VV.sum(axis=1, keepdims=True)
-
-    @functools.cached_property
     def independent_NN(self) -> np.ndarray:
         """P(x0, x1) of noise and data that know nothing of each other."""
         return np.outer(self.noise_N, self.data_N)
@@ -511,15 +498,9 @@ def between(share: float) -> Callable[..., jax.Array]:
 # Couplings of noise and data.
 
 
-def generate(
-    chain: Chain,
-    posterior: Posterior,
-    rule: JumpRule,
-    grid_S1: np.ndarray,
-    **options: float,
-) -> np.ndarray:
-    """P(x0, x1) [N, N] of the pairs that a sampler makes (stage `refine`); options as of `run`."""
-    ends_NN = run(chain, posterior, rule, grid_S1, np.eye(len(chain.states_NL)), **options)
+def generate(chain: Chain, posterior: Posterior, sampling: Sampling) -> np.ndarray:
+    """P(x0, x1) [N, N] of the pairs that a sampler makes (stage `refine`)."""
+    ends_NN = run(chain, posterior, sampling, np.eye(len(chain.states_NL)))
     return chain.noise_N[:, None] * ends_NN
 
 

@@ -21,6 +21,7 @@ from fsdfm_jax import stages
 from fsdfm_jax.flow import jumps, losses, paths, sampler, schedules, sources, teacher
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 
 ROWS = 50_000
 
@@ -279,7 +280,7 @@ def test_a_composition_is_two_steps():
     composed = chains.student(chain, chain.independent_NN, Taught(0.75, target, rule))
     base = chains.student(chain, chain.independent_NN, None)
     eye = np.eye(len(chain.states_NL))
-    twice_NN = chains.run(chain, base, rule, sampler.uniform_grid(2), eye)
+    twice_NN = chains.run(chain, base, Sampling(2, rule.name), eye)
     marginal_NLV = np.einsum("mn,nlv->mlv", twice_NN, chain.shown_NLV)
     np.testing.assert_allclose(composed(0, 1), marginal_NLV, atol=1e-5)
 
