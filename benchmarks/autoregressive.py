@@ -1,4 +1,4 @@
-"""Writing left to right against refining a block: tokens per second and latency, in one run.
+"""Left to right against a block in few steps: tokens per second and latency.
 
     python -m benchmarks.autoregressive --size=0.17B --length=1024 --steps=8 --batches=1,8
     python -m benchmarks.autoregressive --size=tiny --length=128 --steps=8,1024 --cases=all

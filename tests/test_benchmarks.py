@@ -1,15 +1,28 @@
 """The speed benchmarks: that they count right, and that all of them are listed."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import __main__ as listing
 from benchmarks import autoregressive, measure, sample, scaling, train
 from fsdfm_jax.network import model as model_lib
 
 SMALL = {"width": 8, "num_blocks": 2, "num_heads": 2, "cond_width": 4, "remat": "dots"}
+
+
+def test_every_program_is_listed(capsys):
+    folder = pathlib.Path(listing.__file__).parent
+    modules = [path for path in folder.glob("*.py") if ".run(main)" in path.read_text()]
+    programs = {path.stem for path in modules} | {path.name for path in folder.glob("*.sh")}
+    assert set(listing.DURATIONS) == programs
+    listing.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(programs)
+    assert max(map(len, lines)) <= 110
 
 
 def test_cases_are_timed_in_turn_and_compared_within_a_round():
