@@ -69,8 +69,8 @@ def _pairs(params, model, process, config):
 
 def _stage_loss(stage, params, average, key, batch, guide):
     """(loss, metrics); `guide` is (strong, weak), the base weights that guidance compares."""
-    more = (stages.Guide(*guide),) if stage.guided else ()
-    return stage.loss(params, average, key, batch, *more)
+    guide = None if stage.needs is None else stages.Guide(*guide)
+    return stage.loss(params, stages.Frozen(average, guide), key, batch)
 
 
 def _final_weights(folder, run):
@@ -91,7 +91,7 @@ HOW = {"temperature": 0.7, "top_p": 0.9, "cooling": 0.7, "look_ahead": 0.5, "gri
 PRESET = HOW | {"jump": "dispersed"}
 LITERAL = {"teacher_rule": "rk4", "teacher_jump": "cumulative", "teacher_end": "literal"}
 LITERAL |= {"width_weights": "official", "time_eps": 1e-3, "rate_floor": 1e-8}
-GUIDED = {"guidance": 0.5, "guide_steps": 3}
+GUIDED = {"guidance": 0.5, "guide": "short"}
 CHANGES = {  # of a stage's own section
     "autoregressive": {"": {}},
     "pretrain": {"": {}, " cross_entropy": {"loss": "cross_entropy"}},
