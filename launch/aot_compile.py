@@ -1,6 +1,6 @@
 r"""Compiles the training step and the sampler for chips that aren't there, and says what they take.
 
-    python -m launch.aot_compile --config=configs/paper_1b3.py --topology=v5e:4x4 \
+    python -m launch.aot_compile --config=configs/paper.py:1.3B --topology=v5e:4x4 \
         --config.mesh.fsdp=16
     python -m launch.aot_compile --config=configs/tiny.py --topology=local
     python -m launch.aot_compile --cases=docs/scaling.csv --markdown=docs/scaling.md
@@ -32,19 +32,26 @@ from configs import base
 from fsdfm_jax import cli, io, stages
 from launch import aot
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/paper_1b3.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs to compile for, as v5e:8x8, or local.")
-_STAGE = flags.DEFINE_enum(
-    "stage", None, stages.NAMES, "Stage; distill, if it is in the pipeline, or the last one of it."
-)
-_WHAT = flags.DEFINE_list("what", list(aot.KINDS), "Programs: train, sampler.")
-_BATCH = flags.DEFINE_integer(
-    "batch", None, "Rows of a batch, over all chips; the stage's by default.", lower_bound=1
-)
-_STEPS = flags.DEFINE_integer("steps", 8, "Steps of the sampler.", lower_bound=1)
-_LARGEST = flags.DEFINE_bool("largest_batch", False, "Look for the batch that fills the memory.")
-_CASES = flags.DEFINE_string("cases", None, "CSV file whose rows are compiled and filled in.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "Document whose tables --cases replaces.")
+
+def define_flags() -> None:
+    """The flags of the program; called when it runs as one."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, configs/paper.py:1.3B.")
+    flags.DEFINE_string("topology", None, "TPUs to compile for, as v5e:8x8, or local.")
+    flags.DEFINE_enum(
+        "stage",
+        None,
+        stages.NAMES,
+        "Stage; distill if the pipeline has it, else the last one.",
+    )
+    flags.DEFINE_list("what", list(aot.KINDS), "Programs: train, sampler.")
+    flags.DEFINE_integer(
+        "batch", None, "Rows of a batch, over all chips; the stage's by default.", lower_bound=1
+    )
+    flags.DEFINE_integer("steps", 8, "Steps of the sampler.", lower_bound=1)
+    flags.DEFINE_bool("largest_batch", False, "Look for the batch that fills the memory.")
+    flags.DEFINE_string("cases", None, "CSV file whose rows are compiled and filled in.")
+    flags.DEFINE_string("markdown", None, "Document whose tables --cases replaces.")
+
 
 # Columns of --cases that say what is compiled; `changes` are KEY=VALUE, separated by spaces.
 GIVEN = ("table", "size", "stage", "topology", "data", "fsdp", "tensor", "rows", "changes")
@@ -147,28 +154,29 @@ def _progress(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    values = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    if _CASES.value:
-        rows = compile_cases(pathlib.Path(_CASES.value))
-        if _MARKDOWN.value:
-            document = pathlib.Path(_MARKDOWN.value)
+    if values.cases:
+        rows = compile_cases(pathlib.Path(values.cases))
+        if values.markdown:
+            document = pathlib.Path(values.markdown)
             io.write_text(document, replace_tables(document.read_text(), rows))
         return
-    config = _CONFIG.value
-    if config is None or _TOPOLOGY.value is None:
+    config = values.config
+    if config is None or values.topology is None:
         raise ValueError("Give --config and --topology, or --cases.")
     pipeline = [name.strip() for name in config.pipeline.split(",")]
-    name = _STAGE.value or ("distill" if "distill" in pipeline else pipeline[-1])
-    target, rows = aot.find_target(_TOPOLOGY.value), _BATCH.value or config[name].batch_size
+    name = values.stage or ("distill" if "distill" in pipeline else pipeline[-1])
+    target, rows = aot.find_target(values.topology), values.batch or config[name].batch_size
     mesh, programs = aot.make_programs(
-        _WHAT.value, name, config, target, rows=rows, steps=_STEPS.value
+        values.what, name, config, target, rows=rows, steps=values.steps
     )
     sizes = " x ".join(map(str, mesh.devices.shape))
     print(f"{name} on {target.name}, mesh {sizes}, blocks of {config.data.block_length} tokens")
     for program in programs:
         _progress(f"compiling {program.kind}")
-        if not _LARGEST.value:
+        if not values.largest_batch:
             print(summary(aot.describe(program, rows, target)), flush=True)
         elif row := aot.find_largest(program, target, _progress):
             print(f"largest that fits, {summary(row)}", flush=True)
@@ -177,4 +185,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)
