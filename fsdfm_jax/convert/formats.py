@@ -24,7 +24,7 @@ from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 
-# The bundled model, made by `python -m launch.ship`.
+# The bundled model, made by `python -m launch.bundle`.
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "model.safetensors"
 FORMATS = ("official", "safetensors", "orbax", "sampler")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
