@@ -305,5 +305,5 @@ def test_the_record_sees_what_it_should(monkeypatch):
             optim.make_optimizer(config.optim, config.path)
     leaves = set(record.read)
     path = {"path.schedule", "path.power", "path.source", "path.revealed"}
-    assert leaves == path | {"optim.moment_dtype"}  # read before what is missing
+    assert leaves == path | {"path", "optim.moment_dtype"}  # read before what is missing
     assert record.missing == {"path.num_steps"}
