@@ -12,17 +12,8 @@ PACKAGE = ROOT / "fsdfm_jax"
 # A folder, or a module at the top, imports from itself and from those before it.
 ORDER = (
     *("io", "parallel", "cli", "ops", "flow", "network", "stages"),
-    *(
-        "data",
-        "training",
-        "inference",
-        "convert",
-        "evaluate",
-        "library",
-        "generate",
-        "main",
-        "__main__",
-    ),
+    *("data", "training", "inference", "convert", "evaluate"),
+    *("library", "samples", "generate", "main", "__main__"),
 )
 # Arrays only: these folders know nothing of flow matching.
 NEUTRAL = {"io": set(), "parallel": set(), "data": {"io"}}
