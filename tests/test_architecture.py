@@ -21,7 +21,7 @@ NEUTRAL = {"io": set(), "parallel": set(), "data": {"io"}}
 # Who may import a library at all, and who at module level. Missing: anyone.
 ONLY = {
     "flax": {"network.model"},
-    "orbax": {"training.checkpoint"},
+    "orbax": {"training.checkpoint", "parallel.processes"},
     "etils": {"training.checkpoint"},
     "tensorflow_datasets": {"data.tfds"},
     "tokenizers": {"data.tokenizer", "convert.run_exported"},

@@ -181,16 +181,16 @@ def test_part_reads_only_the_part(tmp_path, monkeypatch):
     """The moments are twice the weights; generation must not hold them."""
     with Checkpoints(tmp_path, retention=Retention()) as checkpoints:
         checkpoints.save(1, {"params": {"w": jnp.ones(1000)}, "moments": jnp.ones(4_000_000)}, {})
-    loaded = []
-    load = checkpoint.ocp.load
+    handler, asked = checkpoint.ocp.handlers.PyTreeHandler, []
+    load = handler.load
 
-    def spy(*args, **kwargs):
-        loaded.append(load(*args, **kwargs))
-        return loaded[-1]
+    def spy(self, directory, abstract):
+        asked.append(abstract)
+        return load(self, directory, abstract)
 
-    monkeypatch.setattr(checkpoint.ocp, "load", spy)
+    monkeypatch.setattr(handler, "load", spy)
     restore_part(tmp_path, ("params",))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) == 4000
+    assert sum(leaf.size for leaf in jax.tree.leaves(asked)) == 1000
 
 
 def test_errors_name_the_leaves(tmp_path):
@@ -303,7 +303,7 @@ def test_orbax_is_quiet_but_warnings_pass(tmp_path):
 CHILD = """
     import os, signal, sys, threading, time
     import jax.numpy as jnp
-    from fsdfm_jax.checkpoint import Checkpoints, Retention
+    from fsdfm_jax.training.checkpoint import Checkpoints, Retention
 
     directory, moment = sys.argv[1:]
     state = lambda step: {f"w{i}": jnp.full(100_000, 100.0 * step + i) for i in range(30)}
@@ -332,7 +332,7 @@ CHILD = """
 READER = """
     import sys
     import jax, numpy as np
-    from fsdfm_jax.checkpoint import restore_part
+    from fsdfm_jax.training.checkpoint import restore_part
 
     assert jax.device_count() == 1
     part = restore_part(sys.argv[1], ("ema", "step"))
@@ -380,11 +380,12 @@ def test_one_device_process_reads_what_eight_devices_saved(tmp_path):
 
 def test_saving_once(tmp_path):
     tree = {"params": {"kernel": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)}}
-    checkpoint.save_once(tmp_path / "new", 7, tree, {"a": [1]})
+    checkpoint.save_once(tmp_path / "new", 7, tree | {"step": np.int32(7)}, {"a": [1]})
     assert checkpoint.latest_step(tmp_path / "new") == 7
     assert checkpoint.read_metadata(tmp_path / "new") == {"a": [1]}
     read = restore_part(tmp_path / "new", ("params",))["params"]
     np.testing.assert_array_equal(read["kernel"], tree["params"]["kernel"])
+    assert restore_part(tmp_path / "new", ("step",))["step"] == 7
     with pytest.raises(ValueError, match="exists already"):
         checkpoint.save_once(tmp_path / "new", 8, tree, {})
     with pytest.raises(ValueError, match="arrays only, but 'params/kernel' is float"):
@@ -692,7 +693,7 @@ def test_lack_of_rights_or_memory_is_no_damage(tmp_path, monkeypatch, error):
     def load(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoint.ocp, "load", load)
+    monkeypatch.setattr(checkpoint.ocp.handlers.PyTreeHandler, "load", load)
     with Checkpoints(tmp_path / "checkpoints", retention=Retention()) as checkpoints:
         with pytest.raises(OSError, match="cannot be read now"):
             checkpoints.restore_latest(abstract(states[1], on_one_device))
@@ -812,8 +813,8 @@ TWO = """
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from fsdfm_jax import checkpoint
-    from fsdfm_jax.checkpoint import Checkpoints, Retention, restore_part
+    from fsdfm_jax.training import checkpoint
+    from fsdfm_jax.training.checkpoint import Checkpoints, Retention, restore_part
 
     assert (jax.process_count(), jax.device_count()) == (2, 8)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
