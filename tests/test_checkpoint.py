@@ -803,6 +803,47 @@ def test_a_directory_that_cannot_be_written_any_more(tmp_path, monkeypatch):
         Checkpoints(tmp_path / "file" / "below", retention=Retention())
 
 
+# ------------------------------------------------------------------------- names of folders
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[!a]", "a*", "wh?t", "%20 #&", "ünï"])
+def test_a_name_is_no_pattern(tmp_path, name, warnings):
+    """Also where a folder beside it matches."""
+    beside = tmp_path / "run1" / "checkpoints"
+    two_checkpoints(beside.parent)
+    before = sorted(beside.rglob("*"))
+    states = two_checkpoints(tmp_path / name)
+    directory = tmp_path / name / "checkpoints"
+    with Checkpoints(directory, retention=Retention(keep=1)) as checkpoints:
+        step, state = checkpoints.restore_latest(abstract(states[2], on_one_device))
+        assert step == 2
+        assert_same_bits(state, states[2])
+        checkpoints.save(3, state, {})
+        assert checkpoints.steps() == [3]
+    assert_same_bits(restore_part(directory, ("small",))["small"], states[2]["small"])
+    checkpoint.save_once(tmp_path / name / "once", 7, {"w": np.ones(4)}, {})
+    assert restore_part(tmp_path / name / "once", ("w",))["w"].tolist() == [1, 1, 1, 1]
+    assert sorted(beside.rglob("*")) == before
+    assert warnings == []
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\\", "\udcff"])
+def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
+    """TensorStore would write a\\b into a/b."""
+    directory = tmp_path / name / "checkpoints"
+    uses = (
+        lambda: Checkpoints(directory, retention=Retention()),
+        lambda: checkpoint.save_once(directory, 1, {"w": np.ones(4)}, {}),
+        lambda: restore_part(directory, ("w",)),
+        lambda: checkpoint.latest_step(directory),
+        lambda: checkpoint.newest_step(directory),
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match=r"cannot be kept below .*(backslash|UTF-8).*another"):
+            use()
+    assert os.listdir(tmp_path) == []
+
+
 TWO = """
     import os, pathlib, resource, sys, time
     import jax, jax.numpy as jnp, numpy as np

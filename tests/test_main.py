@@ -239,6 +239,12 @@ def test_workdir_may_not_be_a_file(tmp_path):
         main.check(_config("no/such/*.txt"), tmp_path / "file")
 
 
+def test_workdir_must_be_able_to_hold_checkpoints(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="backslash.*; choose another folder"):
+        _run_here(monkeypatch, _config("no/such/*.txt"), tmp_path / "a\\b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_check_gives_each_run_its_recipe(tmp_path):
     config = _config("texts", pipeline="pretrain,refine,refine")
     pipeline, recipes, mesh = main.check(config, tmp_path)

@@ -20,6 +20,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -110,7 +111,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: PathLike, *, retention: Retention, in_place: bool = False):
-        self._directory, self._retention = _absolute(directory), retention
+        self._directory, self._retention = absolute(directory), retention
         self._context = _context(everyone=True)
         if in_place:
             self._context.memory.deepcopy_host_arrays = False
@@ -129,9 +130,8 @@ class Checkpoints:
             raise ValueError(f"{self._directory} is a file; give the folder of the checkpoints")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for folder in self._directory.iterdir():
-                if _TEMPORARY in folder.name:
-                    folder.rmtree()
+            for folder in self._directory.glob(f"*{_TEMPORARY}*"):
+                folder.rmtree()
         except OSError as error:
             raise OSError(
                 f"the folder of checkpoints {self._directory} cannot be made or cleaned up: "
@@ -367,7 +367,7 @@ def save_once(directory: PathLike, step: int, state: PyTree, metadata: Mapping[s
       directory: Folder of the checkpoints, made here.
       step, state, metadata: As in `Checkpoints.save`; numpy arrays, not changed meanwhile.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     if directory.exists():
         raise ValueError(f"{directory} exists already; a new folder was expected")
     try:
@@ -421,7 +421,7 @@ def restore_part(
       {name: subtree}: nested dicts of arrays, a tuple as a dict with keys "0", "1", ...; for a leaf
       the array. Leaves of 64-bit dtypes that JAX is not configured for are numpy arrays.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     if isinstance(names, str):
         raise ValueError(f"names is a tuple of subtree names, got the string {names!r}")
     if sharding is None:
@@ -440,7 +440,7 @@ def restore_part(
 
 def read_record(directory: PathLike, step: int | Record | None = None) -> Record:
     """The record of a checkpoint, None: of the newest; one that is given is given back."""
-    return _find(_absolute(directory), step)
+    return _find(absolute(directory), step)
 
 
 def leaf_shapes(directory: PathLike, part: str, step: int | Record | None = None) -> Leaves:
@@ -459,18 +459,33 @@ def newest_step(directory: PathLike) -> int | None:
 
     What reads weights takes this one, so that a damaged checkpoint is refused and not passed over.
     """
-    return max(_steps(_absolute(directory)), default=None)
+    return max(_steps(absolute(directory)), default=None)
 
 
 def latest_step(directory: PathLike) -> int | None:
     """As `newest_step`, but passes over damaged records with a warning, as training does."""
-    directory = _absolute(directory)
+    directory = absolute(directory)
     for step in reversed(_steps(directory)):
         try:
             return _read_record(directory, step).step
         except DamagedCheckpoint as error:
             _log.warning("%s", error)
     return None
+
+
+def absolute(directory: PathLike) -> epath.Path:
+    """The path of a folder of checkpoints; ValueError where the storage layer can't keep any."""
+    path = _Path(os.fspath(directory)).expanduser()
+    if "://" not in os.fspath(directory):
+        path = path.absolute()
+    is_text = str(path) == str(path).encode(errors="replace").decode()
+    if "\\" in str(path) or not is_text:
+        backslash = "has a backslash, which the storage layer takes for a separator"
+        raise ValueError(
+            f"checkpoints cannot be kept below {str(path)!r}: the path "
+            f"{backslash if is_text else 'is not valid UTF-8'}; choose another folder"
+        )
+    return path
 
 
 # ------------------------------------------------------------------------------------- records
@@ -608,6 +623,7 @@ def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> d
 def _context(*, everyone: bool = False) -> ocp.Context:
     """Orbax's settings: without `everyone` this process waits for no other one."""
     context = ocp.Context()
+    context.file.path_class = _Path
     context.asynchronous.create_directories_asynchronously = False  # so that `save` raises
     context.pytree.loading.partial_load = True
     if not everyone:
@@ -688,9 +704,15 @@ _log.addFilter(_keep_message)
 # --------------------------------------------------------------------------- folders and names
 
 
-def _absolute(directory: PathLike) -> epath.Path:
-    path = epath.Path(directory).expanduser()
-    return path if "://" in os.fspath(directory) else path.absolute()  # Orbax wants it absolute
+class _Path(type(epath.Path())):
+    """A path that is no pattern itself: Orbax globs below the folder of a step."""
+
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        """What lies under this folder and matches."""
+        first, _, rest = pattern.partition("/")
+        for path in self.iterdir() if self.is_dir() else ():
+            if fnmatch.fnmatchcase(path.name, first):
+                yield from path.glob(rest) if rest else (path,)
 
 
 def _steps(directory: epath.Path) -> list[int]:
