@@ -803,7 +803,7 @@ def test_a_directory_that_cannot_be_written_any_more(tmp_path, monkeypatch):
         Checkpoints(tmp_path / "file" / "below", retention=Retention())
 
 
-# ------------------------------------------------------------------------- names of folders
+# ------------------------------------------------------------------------- names, reading back
 
 
 @pytest.mark.parametrize("name", ["run[1]", "[!a]", "a*", "wh?t", "%20 #&", "ünï"])
@@ -842,6 +842,84 @@ def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
         with pytest.raises(ValueError, match=r"cannot be kept below .*(backslash|UTF-8).*another"):
             use()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def once_written(monkeypatch):
+    """Sets what happens to the folder of each checkpoint that has been written."""
+    save_async, happens = checkpoint.ocp.save_async, []
+
+    class Response:
+        def __init__(self, folder, response):
+            self._folder, self._response = pathlib.Path(folder), response
+
+        def result(self):
+            self._response.result()
+            for change in happens:
+                change(self._folder)
+
+    def spy(folder, *args, **kwargs):
+        return Response(folder, save_async(folder, *args, **kwargs))
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", spy)
+    return happens.append
+
+
+def spoil_arrays(folder):
+    """One bit of the largest file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(MISHAPS["flipped"](largest.read_bytes()))
+
+
+# As where the storage layer could not find what it had written.
+LOST = {
+    "index": lambda folder: (folder / "checked_state" / "manifest.ocdbt").unlink(),
+    "metadata": lambda folder: (folder / "_CHECKPOINT_METADATA").write_text("{}"),
+    "all": lambda folder: shutil.rmtree(folder),
+}
+
+
+@UNHEEDED
+@pytest.mark.parametrize("lost", LOST)
+def test_a_save_that_cannot_be_read_back_fails(tmp_path, once_written, lost):
+    state = make_state()
+    with Checkpoints(tmp_path / "c", retention=Retention(keep=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        once_written(LOST[lost])
+        checkpoints.save(2, state, {})
+        with pytest.raises(SaveFailed, match=r"step 2 .* be read back .* there: 1\. .*resumes"):
+            checkpoints.wait()
+    assert (tmp_path / "c" / "1").exists()  # nothing was removed for it
+    with Checkpoints(tmp_path / "c", retention=Retention()) as checkpoints:
+        step, restored = checkpoints.restore_latest(abstract(state))
+    assert step == 1
+    assert_same_bits(restored, state)
+
+
+@UNHEEDED
+def test_the_arrays_of_the_first_save_are_read_back(tmp_path, once_written, monkeypatch):
+    once_written(spoil_arrays)
+    noise = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    state = {"w": noise, "n": np.asarray(3, np.int32), "wide": jnp.ones((8, 4), jnp.bfloat16)}
+    with Checkpoints(tmp_path / "c", retention=Retention()) as checkpoints:
+        checkpoints.save(1, state, {})
+        with pytest.raises(SaveFailed, match=r"step 1 .* cannot be read back .* there: none\."):
+            checkpoints.wait()
+    with pytest.raises(SaveFailed, match="cannot be read back"):
+        checkpoint.save_once(tmp_path / "once", 1, state, {})
+    assert not (tmp_path / "once").exists()
+    # The smallest ones only, where there are many.
+    monkeypatch.setattr(checkpoint, "_READ_BACK", 4 + 2 * 8 * 4)
+    handler, asked = checkpoint.ocp.handlers.PyTreeHandler, []
+    load = handler.load
+    spy = lambda self, folder, tree: asked.append(sorted(tree)) or load(self, folder, tree)
+    monkeypatch.setattr(handler, "load", spy)
+    with Checkpoints(tmp_path / "d", retention=Retention()) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+    assert asked == [["n", "wide"]]
 
 
 TWO = """

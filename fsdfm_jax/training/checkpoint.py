@@ -44,6 +44,7 @@ PathLike = str | os.PathLike
 Leaves = dict[str, jax.ShapeDtypeStruct]
 Sharding = jax.sharding.Sharding
 
+_READ_BACK = 256 * 2**20  # bytes of arrays that are read back after the first save
 _MOST_IN_FLIGHT = 256 * 2**20  # bytes that `save_once` writes at once
 _RUNNING, _BETWEEN_LOOKS = "running", 1.0  # seconds between looks at the saves of others
 # Names of the part of a checkpoint that has the arrays: with checksums, and from before them.
@@ -62,7 +63,7 @@ class DamagedCheckpoint(NotACheckpoint):
 
 
 class SaveFailed(OSError):  # noqa: N818
-    """A checkpoint could not be written; the message names the complete ones."""
+    """A checkpoint could not be written or read back; the message names the complete ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Checkpoints:
         self._newest = max(processes.from_first(self._open), default=None)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._unread = _READ_BACK  # bytes of the next save to read back
         if jax.process_count() > 1:
             self._check_place()
 
@@ -187,8 +189,9 @@ class Checkpoints:
     ) -> None:
         """Copies `state` and writes it in the background; the caller may donate it right after.
 
-        A checkpoint appears under its name once it is complete. Then those that `retention` doesn't
-        keep are removed.
+        A checkpoint appears under its name once it is complete. Then it is read back: its record
+        and the list of its arrays, after the first save also the arrays, the smallest up to
+        `_READ_BACK`. Then those that `retention` doesn't keep are removed.
 
         Args:
           step: Optimiser steps completed; larger than that of every checkpoint in the directory.
@@ -226,20 +229,24 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # another process is gone: nothing to mend here
             raise
         except Exception as error:  # whatever the layers below raise
-            raise self._failed(int(step), error) from error
+            raise self._failed(int(step), "could not be written to", error) from error
         self._saving = int(step), self._thread.submit(self._complete, response, record)
 
     def _complete(self, response: ocp.AsyncResponse, record: dict[str, Any]) -> str:
-        """In the background: waits until all is written, removes old ones."""
+        """In the background: waits until all is written, reads it back, removes old ones."""
+        step, what = record["step"], "could not be written to"
         try:
             response.result()
+            if not processes.is_first():
+                return "saved"
+            what = "was written but cannot be read back from"
+            read = _read_back(self._directory, record, self._unread)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # whatever the layers below raise
-            raise self._failed(record["step"], error) from error
-        if not processes.is_first():
-            return "saved"
-        self._metrics[record["step"]] = _parsed(record).metrics
+            raise self._failed(step, what, error) from error
+        self._unread = 0
+        self._metrics[step] = read.metrics
         for old in sorted(self._metrics.keys() - self._retention.survivors(self._metrics)):
             try:  # renamed first: killed half-way, it is not taken for a checkpoint
                 going = self._directory / f"{old}.old{_TEMPORARY}"
@@ -249,15 +256,15 @@ class Checkpoints:
             del self._metrics[old]
         return "saved"
 
-    def _failed(self, step: int, error: Exception) -> SaveFailed:
+    def _failed(self, step: int, what: str, error: Exception) -> SaveFailed:
         try:
-            complete = [str(other) for other in _steps(self._directory)]
+            complete = [str(other) for other in _steps(self._directory) if other != step]
         except OSError:
             complete = ["unknown, it can't be listed"]
         return SaveFailed(
-            f"the checkpoint of step {step} could not be written to {self._directory}: "
-            f"{_short(error)}. Complete checkpoints there: {', '.join(complete) or 'none'}. Free "
-            "space or make it writable, and run the same command: it resumes from the newest"
+            f"the checkpoint of step {step} {what} {self._directory}: {_short(error)}. Complete "
+            f"checkpoints there: {', '.join(complete) or 'none'}. Free space or make it writable, "
+            "and run the same command: it resumes from the newest"
         )
 
     def wait(self) -> None:
@@ -527,22 +534,25 @@ def _parsed(record: Mapping[str, Any]) -> Record:
     return Record(content["step"], leaves, content["metadata"], metrics, sums, record["sha256"])
 
 
-def _read_record(directory: epath.Path, step: int) -> Record:
+def _read_record(directory: epath.Path, step: int, *, arrays: bool = False) -> Record:
+    """With `arrays` also looks whether the storage layer lists all of them."""
     folder = directory / str(step)
     # Which of the two it is stands in the name of a folder, so that a change within a file cannot
     # turn a checkpoint with checksums into one without.
     checked = (folder / _CHECKED).is_dir()
     with _reading(directory, step, "its metadata"), _context():
         found = ocp.metadata(folder, _CHECKED if checked else _UNCHECKED)
+        listed = {
+            name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+            for name, leaf in _named_leaves(found.metadata).items()
+        }
         if not checked:
-            listed = {
-                name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
-                for name, leaf in _named_leaves(found.metadata).items()
-            }
             return Record(step, listed, found.custom_metadata or {})
         record = _parsed(found.custom_metadata or {})
     if record.step != step:
         raise _damaged(directory, step, f"it was saved as step {record.step}")
+    if arrays and listed != record.leaves:
+        raise _damaged(directory, step, "not all of its arrays are there")
     return record
 
 
@@ -577,8 +587,24 @@ def _find(directory: epath.Path, step: int | Record | None, *, together: bool = 
 # -------------------------------------------------------------------------------------- arrays
 
 
+def _read_back(directory: epath.Path, record: Mapping[str, Any], limit: int) -> Record:
+    """Raises unless what was written can be read; the smallest arrays up to `limit` bytes."""
+    found = _read_record(directory, record["step"], arrays=True)
+    if found.digest != record["sha256"]:
+        raise _damaged(directory, found.step, "its metadata is that of another save")
+    nbytes = lambda name: found.leaves[name].size * found.leaves[name].dtype.itemsize
+    wanted: Leaves = {}
+    for name in sorted(found.leaves, key=nbytes):
+        limit -= nbytes(name)
+        if limit >= 0:
+            wanted[name] = found.leaves[name]
+    if wanted:
+        _load(directory, found, wanted)
+    return found
+
+
 def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> dict[str, Any]:
-    """Checked leaves, in the order of `wanted`.
+    """Checked leaves, in the order of `wanted`; those without a sharding as numpy arrays.
 
     By Orbax's handler of pytrees: `ocp.load` numbers its calls and names the barriers of the next
     save by that number, so processes that have read a different number of times would never meet.
@@ -587,7 +613,7 @@ def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> d
     folder = directory / str(record.step) / (_UNCHECKED if record.checksums is None else _CHECKED)
     abstract = {}
     for name, leaf in wanted.items():  # an array of JAX would silently lose half of 64 bits
-        as_jax = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+        as_jax = leaf.sharding and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
         abstract[name] = leaf if as_jax else np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
     async def load() -> PyTree:
