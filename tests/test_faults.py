@@ -469,7 +469,7 @@ def test_a_step_that_never_ends_is_ended_with_its_stacks(tmp_path, whole, where)
     threads = job.said.count("(most recent call first):")
     assert threads >= 2
     frames = job.said.partition("Timeout (")[2]
-    assert re.search(r'fsdfm_jax/train\.py", line \d+ in train', frames)
+    assert re.search(r'fsdfm_jax/training/loop\.py", line \d+ in train', frames)
     assert ("toy_job.py" in frames and "in batches" in frames) == (where == "--wait_at=6")
     assert torture.steps_of(directory) == [5]
     ends_like(directory, whole)
