@@ -24,7 +24,7 @@ from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import run as run_lib
 from fsdfm_jax.evaluate.models import Catalogue
 from fsdfm_jax.evaluate.plan import Settings
-from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
@@ -63,12 +63,17 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
-    for key, value in (generate_lib.PUBLISHED | (stored.get("eval") or {})).items():
-        if key in keys and f"eval.{key}" not in given:  # an older run may have had other keys
-            try:
-                config.eval[key] = tuple(value) if isinstance(value, list) else value
-            except TypeError as error:
-                raise ValueError(f"The configuration stored with the model: {error}") from None
+    evaluation = stored.get("eval") or {}
+    values = {key: value for key, value in evaluation.items() if key in keys and key != "sampling"}
+    sampling = bundle_lib.read_sampling(evaluation).to_dict()
+    values |= {f"sampling.{name}": value for name, value in sampling.items()}
+    values = {key: value for key, value in values.items() if f"eval.{key}" not in given}
+    try:
+        config.eval.update_from_flattened_dict(
+            {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        )
+    except TypeError as error:
+        raise ValueError(f"The configuration stored with the model: {error}") from None
 
 
 def main(argv: list[str]) -> None:
