@@ -18,8 +18,18 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=setuptools.find_packages(include=["fsdfm_jax", "fsdfm_jax.*"]),
-    package_data={"fsdfm_jax": ["shipped/*"]},
+    packages=[
+        *setuptools.find_packages(include=["fsdfm_jax", "fsdfm_jax.*"]),
+        "fsdfm_jax.share.configs",
+        "fsdfm_jax.share.launch",
+    ],
+    # The top-level folders lie inside an installed package, see `cli.shared`.
+    package_dir={"fsdfm_jax.share.configs": "configs", "fsdfm_jax.share.launch": "launch"},
+    package_data={
+        "fsdfm_jax": ["bundled/*", "py.typed", "*.pyi"],
+        "fsdfm_jax.share.launch": ["*.sh", "*.yaml"],
+    },
+    entry_points={"console_scripts": ["fsdfm = fsdfm_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax.flow import jumps, schedules
+from fsdfm_jax.flow import schedules
 from fsdfm_jax.flow.jumps import JumpRule
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.ops import categorical
 from fsdfm_jax.ops import logits as logits_lib
 
@@ -68,19 +69,6 @@ class Chain:
     def shown_NLV(self) -> np.ndarray:
         """One-hot tokens of the states."""
         return np.eye(self.process.source.vocab_size)[self.states_NL]
-
-    @functools.cached_property
-    def follow_VV(self) -> np.ndarray:
-        """P(right | left) of two tokens side by side in the data.
-
-        Not `ngrams.table`: that discounts counts, and these are no counts but probabilities.
-        What never stands side by side has next to none, so that logarithms stay finite.
-        """
-        pairs_VV = np.einsum(
-            "n,nlv,nlw->vw", self.data_N, self.shown_NLV[:, :-1], self.shown_NLV[:, 1:]
-        )
-        pairs_VV = np.maximum(pairs_VV, FLOOR)
-        return pairs_VV / pairs_VV.sum(axis=1, keepdims=True)
 
     @functools.cached_property
     def independent_NN(self) -> np.ndarray:
@@ -231,104 +219,18 @@ def transition(chain: Chain, kernel_NLV: np.ndarray) -> np.ndarray:
     return functools.reduce(np.multiply, parts)
 
 
-def heed(
-    chain: Chain,
-    rule: JumpRule,
-    p_NLV: np.ndarray,
-    t: float,
-    h: float,
-    *,
-    strength: float,
-    temperature: float,
-    last: bool,
-) -> np.ndarray:
-    """P(next state | state) of a step by `jumps.make_redraw` and `neighbours.draw`, [N, N].
-
-    Args:
-      chain, rule, t, h: of the step.
-      p_NLV: what it draws from, temperature included.
-      strength: of the neighbours.
-      temperature: that of p.
-      last: whether it is the last step.
-    """
-    states_LN = chain.states_NL.T
-    if chain.mask_id is not None:
-        p_NLV = p_NLV * (np.arange(p_NLV.shape[-1]) != chain.mask_id)
-        p_NLV = p_NLV / p_NLV.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        log_p_NLV = np.log(p_NLV)
-    log_follow_VV = np.log(chain.follow_VV)
-    expected_NLV = softmax(temperature * log_p_NLV) @ chain.follow_VV
-
-    # [N, N] of each position: the next token if it isn't drawn, is drawn by itself, or heeds.
-    kept = [chain.shown_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(states_LN)]
-    alone = [p_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(states_LN)]
-    heeding = alone[:1]
-    for i in range(1, len(states_LN)):
-        more_NVV = log_follow_VV[None] - np.log(expected_NLV[:, i - 1, None])
-        q_NVV = softmax(log_p_NLV[:, i, None] + strength / temperature * more_NVV)
-        heeding.append(q_NVV[:, states_LN[i - 1], states_LN[i]])
-
-    result_NN = np.zeros((len(p_NLV),) * 2)
-    for share, drawn_NL in _redrawn(chain, rule, t, h, last):
-        step_NN, left_N1 = np.full_like(result_NN, share), np.zeros((len(p_NLV), 1), bool)
-        for i, drawn_N in enumerate(drawn_NL.T):
-            drawn_N1 = drawn_N[:, None]
-            step_NN *= np.where(drawn_N1, np.where(left_N1, heeding[i], alone[i]), kept[i])
-            left_N1 = drawn_N1
-        result_NN += step_NN
-    return result_NN
-
-
-def _redrawn(chain, rule, t, h, last):
-    """(probability, bool [N, L]) for all outcomes of `jumps.make_redraw`."""
-    jumps.check_redraw(rule)
-    schedule, length = chain.process.schedule, chain.states_NL.shape[1]
-    beta = float(schedules.redraw_fraction(schedule, np.float32(t), np.float32(h)))
-    if last:
-        sets = [(1.0, np.ones(length, bool))]
-    elif rule.dispersed:
-        sets = [(share[0], drawn[0]) for share, drawn in _dispersed(np.full((1, length), beta))]
-    else:
-        sets = []
-        for drawn in itertools.product((False, True), repeat=length):
-            sets.append((np.prod(np.where(drawn, beta, 1 - beta)), np.array(drawn)))
-    stay = chain.mask_id is not None and (last or chain.process.revealed == "stay")
-    open_NL = chain.states_NL == chain.mask_id if stay else np.ones(chain.states_NL.shape, bool)
-    return [(share, drawn_L & open_NL) for share, drawn_L in sets if share > 0]
-
-
-def run(
-    chain: Chain,
-    posterior: Posterior,
-    rule: JumpRule,
-    grid_S1: np.ndarray,
-    start: np.ndarray,
-    *,
-    temperature: float = 1.0,
-    cooling: float = 0.0,
-    top_p: float = 1.0,
-    look_ahead: float = 0.0,
-    neighbours: float = 0.0,
-) -> np.ndarray:
-    """What `sampler.sample` makes of a distribution of x0, [N], or of each of several, [.., N].
-
-    `neighbours` is a strength; their table is that of the data.
-    """
+def run(chain: Chain, posterior: Posterior, sampling: Sampling, start: np.ndarray) -> np.ndarray:
+    """What `sampler.sample` makes of a distribution of x0, [N], or of each of several, [.., N]."""
+    grid_S1, top_p = sampling.times(), 1.0 if sampling.top_p is None else sampling.top_p
     distribution = start
     for i, t in enumerate(grid_S1[:-1]):
         h = np.float32(grid_S1[i + 1] - t)
-        p_NLV = posterior(t + look_ahead * h, h)
-        step_temperature = temperature * (1 - cooling * t)
-        p_NLV = _sharpen(p_NLV, step_temperature, top_p)
-        last = i == len(grid_S1) - 2
-        if neighbours:
-            how = {"strength": neighbours, "temperature": step_temperature, "last": last}
-            step_NN = heed(chain, rule, p_NLV, t, h, **how)
-        elif last:
+        p_NLV = posterior(t + sampling.look_ahead * h, h)
+        p_NLV = _sharpen(p_NLV, sampling.temperature * (1 - sampling.cooling * t), top_p)
+        if i == len(grid_S1) - 2:
             step_NN = transition(chain, final_kernel(chain, p_NLV))
         else:
-            step_NN = jump(chain, rule, p_NLV, t, h)
+            step_NN = jump(chain, sampling.rule, p_NLV, t, h)
         distribution = distribution @ step_NN
     return distribution
 
@@ -596,15 +498,9 @@ def between(share: float) -> Callable[..., jax.Array]:
 # Couplings of noise and data.
 
 
-def generate(
-    chain: Chain,
-    posterior: Posterior,
-    rule: JumpRule,
-    grid_S1: np.ndarray,
-    **options: float,
-) -> np.ndarray:
-    """P(x0, x1) [N, N] of the pairs that a sampler makes (stage `refine`); options as of `run`."""
-    ends_NN = run(chain, posterior, rule, grid_S1, np.eye(len(chain.states_NL)), **options)
+def generate(chain: Chain, posterior: Posterior, sampling: Sampling) -> np.ndarray:
+    """P(x0, x1) [N, N] of the pairs that a sampler makes (stage `refine`)."""
+    ends_NN = run(chain, posterior, sampling, np.eye(len(chain.states_NL)))
     return chain.noise_N[:, None] * ends_NN
 
 

@@ -30,11 +30,12 @@ from absl import app, flags
 
 from benchmarks import chains, measure
 from benchmarks.chains import Chain, Posterior, Target, Taught
-from configs import base, quality
-from fsdfm_jax.flow import jumps, losses, sampler, schedules, sources, teacher
+from configs import base
+from fsdfm_jax.flow import jumps, losses, schedules, sources, teacher
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.jumps import JumpRule
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.stages import few_step, refine
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Data sets, comma-separated numbers.")
@@ -88,9 +89,9 @@ _LAB = {
     "distill.tau": 2.0**-5,
     "refine.max_log2_steps": 6,
     "refine.tau": 2.0**-5,
-    "refine.pair_steps": MANY,
+    "refine.pairs.steps": MANY,
     "refine.real_fraction": 0.0,
-    "eval.few_step_jump": "mixture",
+    "eval.sampling.jump": "mixture",
 }
 
 _TARGETS = {
@@ -105,25 +106,32 @@ _PAPER = _DISTILL | {
     "distill.teacher_rule": "rk4",
     "distill.teacher_jump": "cumulative",
     "distill.teacher_end": "literal",
-    "eval.few_step_jump": "cumulative",
+    "eval.sampling.jump": "cumulative",
 }
 _ALL_ON_DATA = {"refine.tau": 2.0}
 
 
 def _rect(rounds: int, **keys: Any) -> dict[str, Any]:
-    """Keys of so many rounds of `refine`; keywords are keys of its section."""
+    """Keys of so many rounds of `refine`; keywords are its keys, pair_* its sampler's."""
     return {"pipeline": "pretrain" + ",refine" * rounds} | {
-        f"refine.{name}": value for name, value in keys.items()
+        f"refine.{name.replace('pair_', 'pairs.')}": value for name, value in keys.items()
     }
 
 
 def _sampled(**keys: Any) -> dict[str, Any]:
-    return {f"eval.{name}": value for name, value in keys.items()}
+    return {f"eval.sampling.{name}": value for name, value in keys.items()}
+
+
+def _annealed() -> dict[str, Any]:
+    """The preset `base.use_annealed_sampler`."""
+    sampling = base.get_config().eval.sampling
+    base.use_annealed_sampler(sampling)
+    return {name: sampling[name] for name in ("jump", "grid", "cooling", "look_ahead")}
 
 
 GROUPS: dict[str, dict[str, Recipe]] = {
     "reference": {
-        "base/cumulative": Recipe(_sampled(few_step_jump="cumulative")),
+        "base/cumulative": Recipe(_sampled(jump="cumulative")),
         "base": Recipe({}),
         "paper": Recipe(_PAPER),
         "rk4": Recipe(_PAPER | {"distill.teacher_end": "posterior_draw"}),
@@ -167,14 +175,14 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "heun/tau8": Recipe(_DISTILL | {"distill.tau": 2.0**-3}),
     },
     "kernels": {
-        "base/euler": Recipe(_sampled(few_step_jump="euler")),
+        "base/euler": Recipe(_sampled(jump="euler")),
         "heun/cumulative": Recipe(
-            _DISTILL | {"distill.teacher_jump": "cumulative"} | _sampled(few_step_jump="cumulative")
+            _DISTILL | {"distill.teacher_jump": "cumulative"} | _sampled(jump="cumulative")
         ),
         "heun/teacher-cumulative": Recipe(_DISTILL | {"distill.teacher_jump": "cumulative"}),
-        "heun/sampler-cumulative": Recipe(_DISTILL | _sampled(few_step_jump="cumulative")),
-        "rect3/cumulative": Recipe(_rect(3) | _ALL_ON_DATA | _sampled(few_step_jump="cumulative")),
-        "rect3+heun/sampler-cumulative": Recipe(_rect(3) | _sampled(few_step_jump="cumulative")),
+        "heun/sampler-cumulative": Recipe(_DISTILL | _sampled(jump="cumulative")),
+        "rect3/cumulative": Recipe(_rect(3) | _ALL_ON_DATA | _sampled(jump="cumulative")),
+        "rect3+heun/sampler-cumulative": Recipe(_rect(3) | _sampled(jump="cumulative")),
     },
     "grids": {
         f"{name}/{grid}": Recipe(keys | _sampled(grid=grid))
@@ -194,13 +202,10 @@ GROUPS: dict[str, dict[str, Recipe]] = {
             f"{name}/{what}": Recipe(keys | _sampled(**values))
             for name, keys in (("base", {}), ("heun", _DISTILL), ("rect3+heun", _rect(3)))
             for what, values in {
-                "dispersed": {"few_step_jump": "dispersed"},
+                "dispersed": {"jump": "dispersed"},
                 "cooled": {"cooling": 0.7},
                 "ahead": {"look_ahead": 0.5},
-                "tuned": quality.sampler("tuned", steps=8),
-                "neighbours": {"neighbours": 1.0},
-                "neighbours2": {"neighbours": 2.0},
-                "chained": quality.sampler("tuned", steps=8) | {"neighbours": 1.0},
+                "annealed": _annealed(),
             }.items()
         },
         "base/revealed-jump": Recipe({"path.revealed": "jump"}),
@@ -232,7 +237,6 @@ RECIPES = {name: recipe for group in GROUPS.values() for name, recipe in group.i
 def lab_config(recipe: Recipe, source: str) -> ml_collections.ConfigDict:
     """The recipe as a whole configuration."""
     config = base.get_config()
-    base.use_plain_sampler(config)  # what a recipe doesn't name
     config.update_from_flattened_dict(_LAB | recipe.keys | {"path.source": source})
     return config
 
@@ -309,7 +313,7 @@ def learn(chain: Chain, recipe: Recipe, config, memo: dict) -> tuple[Posterior, 
         if name == "refine":
             settings = refine.read_pair_settings(config.refine)
             # A generator's fine steps don't know the teacher of its wide ones.
-            fine = generator is None or 1 / settings.steps < generator.tau
+            fine = generator is None or 1 / settings.sampling.steps < generator.tau
             before = history
             history = (before, settings, None if fine else generator, config.refine.real_fraction)
             if history not in memo:
@@ -326,16 +330,7 @@ _TAUGHT = ("distill", "refine")
 
 def _couple(chain, posterior, settings, real_fraction):
     """The batches of `refine`: pairs that the model makes, and real text with fresh noise."""
-    pairs_NN = chains.generate(
-        chain,
-        posterior,
-        settings.jump,
-        sampler.make_grid(settings.grid, settings.steps),
-        temperature=settings.temperature,
-        cooling=settings.cooling,
-        top_p=settings.top_p,
-        look_ahead=settings.look_ahead,
-    )
+    pairs_NN = chains.generate(chain, posterior, settings.sampling)
     return (1 - real_fraction) * pairs_NN + real_fraction * chain.independent_NN
 
 
@@ -352,30 +347,17 @@ def measures(chain: Chain, p_N: np.ndarray) -> dict[str, float]:
 
 def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str, Any]:
     """`measures` of samples of so many steps: of the config's, and at the entropy of the data."""
-    rule, grid = (
-        jumps.get_rule(config.eval.few_step_jump),
-        sampler.make_grid(config.eval.grid, steps),
-    )
+    sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
 
     def sample(temperature):
-        return chains.run(
-            chain,
-            posterior,
-            rule,
-            grid,
-            chain.noise_N,
-            temperature=temperature,
-            cooling=config.eval.cooling,
-            top_p=config.eval.top_p,
-            look_ahead=config.eval.look_ahead,
-            neighbours=config.eval.neighbours,
-        )
+        colder = sampling.replace(temperature=temperature)
+        return chains.run(chain, posterior, colder, chain.noise_N)
 
     temperature = chains.matched_temperature(sample, chains.entropy(chain.data_N))
     matched = None
     if temperature is not None:
         matched = measures(chain, sample(temperature)) | {"temperature": temperature}
-    return measures(chain, sample(config.eval.temperature)) | {"matched": matched}
+    return measures(chain, sample(sampling.temperature)) | {"matched": matched}
 
 
 def study(
@@ -389,7 +371,7 @@ def study(
             began = time.perf_counter()
             recipe = RECIPES[name]
             config = lab_config(recipe, source)
-            process = process_lib.make_process(config.path, num_tokens=NUM_TOKENS, eos_id=0)
+            process = process_lib.make_process(**config.path, num_tokens=NUM_TOKENS, eos_id=0)
             if process not in memos:
                 memos[process] = chains.make_chain(process, make_data(kind, seed)), {}
             chain, memo = memos[process]

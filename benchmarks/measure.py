@@ -118,7 +118,7 @@ def vocab_size(size: str) -> int:
 
 def make_process(config, vocab_size: int) -> Process:
     """The noising process of a config over so many tokens, the last of which ends documents."""
-    return process_lib.make_process(config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    return process_lib.make_process(**config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
 
 
 def matmul_ceiling(dtype: str, *, seconds: float = 2.0) -> float:

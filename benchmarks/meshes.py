@@ -114,7 +114,7 @@ def make_stage(case: Case) -> tuple[Stage, Process, ConfigDict]:
     """The stage of a case, its noising process and configuration."""
     config = make_config(case)
     eos_id, num_tokens = 2, case.vocab_size - (case.source == "mask")
-    process = process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=eos_id)
+    process = process_lib.make_process(**config.path, num_tokens=num_tokens, eos_id=eos_id)
     return stages.make_stage(case.stage, config, process), process, config
 
 

@@ -38,7 +38,7 @@ def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
     overrides |= {"num_blocks": values["depth"], "remat": "dots", "logits_mib": 32}
     config = measure.make_config("tiny", dtype=dtype, overrides=overrides)
     process = process_lib.make_process(
-        config.path, num_tokens=values["vocabulary"], eos_id=values["vocabulary"] - 1
+        **config.path, num_tokens=values["vocabulary"], eos_id=values["vocabulary"] - 1
     )
     stage = stages.make_stage("distill", config, process)
     key = jax.random.key(0)

@@ -52,6 +52,7 @@ def _teacher(**values):
     return _budgets(**keys) | values
 
 
+STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 # The networks of arXiv:2509.20624: width, blocks, heads, conditioning width.
 SIZES = {
     "0.17B": (768, 12, 12, 128),
@@ -62,8 +63,6 @@ SIZES = {
 
 def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
     """The paper's network, tokenizer, batches and lengths of training at one of its `SIZES`."""
-    if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}; expected one of {', '.join(SIZES)}.")
     model = config.model
     model.width, model.num_blocks, model.num_heads, model.cond_width = SIZES[size]
     model.dtype = "bfloat16"
@@ -82,13 +81,13 @@ def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
         config[name].warmup_steps = 10_000
     config.refine.num_pairs = 256_000
     config.refine.pair_batch_size = 256
-    config.refine.pair_steps = 256
+    config.refine.pairs.steps = 256
     config.train.checkpoint_every = 5_000
     config.train.log_every = 100
 
 
 def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
-    """The published recipe: pre-training, then distillation with the RK-4 teacher, and its sampler.
+    """The published recipe: pre-training, then distillation with the RK-4 teacher.
 
     Widths are weighted as in the official code (the paper's text says log-uniform); the path loss
     has the paper's weight gbar (the code's is `distill.rate=instantaneous`).
@@ -103,18 +102,34 @@ def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
     distill.teacher_rule = "rk4"
     distill.teacher_jump = "cumulative"
     distill.teacher_end = "literal"
-    use_plain_sampler(config)
 
 
-def use_plain_sampler(config: ml_collections.ConfigDict) -> None:
-    """The published sampler, for few-step models too: eq. 4.3 on a uniform grid."""
-    evaluation = config.eval
-    evaluation.few_step_jump, evaluation.grid = "cumulative", "uniform"
-    evaluation.cooling = evaluation.look_ahead = evaluation.neighbours = 0.0
+def _sampling(**values) -> ml_collections.ConfigDict:
+    """How samples are drawn, see fsdfm_jax/flow/sampling.py; by default as published."""
+    sampling = ml_collections.ConfigDict()
+    sampling.steps = 8  # network calls of a sample
+    sampling.jump = "cumulative"  # cumulative | euler | mixture | dispersed
+    sampling.grid = "uniform"  # time grid: uniform | cosine | power:R
+    sampling.temperature = 1.0  # 0 takes the likeliest token
+    sampling.cooling = 0.0  # C: the temperature falls to 1 - C of it at t=1
+    sampling.top_p = 1.0  # share of the posterior's mass that is drawn from
+    sampling.look_ahead = 0.0  # A: a step of width h evaluates the network at t + A h
+    for key, value in values.items():
+        sampling[key] = value
+    return sampling
+
+
+def use_annealed_sampler(sampling: ml_collections.ConfigDict) -> None:
+    """The preset for few steps: dispersed jumps, long first steps, annealing, midpoints.
+
+    docs/quality.md has its perplexities at equal entropy beside the published sampler's.
+    """
+    sampling.jump, sampling.grid = "dispersed", "power:0.7"
+    sampling.cooling, sampling.look_ahead = 0.7, 0.5
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The paper's values where it gives them; see configs/paper_170m.py for its literal recipe."""
+    """The paper's values where it gives them; see configs/paper.py for its literal recipe."""
     if arg:
         raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
     config = ml_collections.ConfigDict()
@@ -188,15 +203,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         # On pairs, data is what learns the coupling, and each doubling that is taught sharpens.
         **_teacher(tau=0.125),
         num_pairs=1024,  # (noise, text) pairs made by the many-step sampler
-        pair_steps=64,  # steps of that sampler; its errors add up from round to round
         pair_batch_size=32,  # pairs made at once
-        pair_jump="mixture",  # its jump rule
-        # Its grid, temperature, cooling, nucleus and look-ahead, as in `eval`.
-        pair_grid="uniform",
-        pair_temperature=1.0,
-        pair_cooling=0.0,
-        pair_top_p=1.0,
-        pair_look_ahead=0.0,
+        # That sampler; the errors of its steps add up from round to round.
+        pairs=_sampling(steps=64, jump="mixture"),
         real_fraction=0.1,  # share of each batch that is real text with independent noise
     )
 
@@ -227,26 +236,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.jumps = ("cumulative", "euler", "mixture")
     # What autoregressive rows keep of the tokens so far: cache | none (all computed anew).
     evaluation.memories = ("cache",)
-    # How few-step models are sampled, and the base model too in rows of its own; what wins in
-    # docs/quality.md. The base model's other rows have a uniform grid and neither cooling nor
-    # look-ahead nor neighbours.
-    evaluation.few_step_jump = "dispersed"  # cumulative | euler | mixture | dispersed
-    evaluation.grid = "power:0.7"  # time grid: uniform | cosine | power:R
-    evaluation.temperature = 1.0
-    evaluation.top_p = 1.0  # share of the posterior's mass that is drawn from
-    # C: the temperature falls from its value at t=0 to 1-C of it at t=1.
-    evaluation.cooling = 0.7
-    # A: a step of width h asks the network at t + A h.
-    evaluation.look_ahead = 0.5
-    # B: strength by which tokens that a step draws heed those beside them, by counts of the
-    # training text (vocabularies up to 8192, rules mixture and dispersed); 0: not at all.
-    evaluation.neighbours = 0.0
+    # How few-step models are sampled, with `steps` in place of its own; and by `generate`.
+    evaluation.sampling = _sampling()
     evaluation.weights = "ema"  # ema (as the stage uses them) | student
     evaluation.seed = 1
     # unconditional | prefix:K | continuation (prefix:512) | random:SHARE | infill:COUNTxN
     evaluation.task = "unconditional"
-    # Texts that show what can be gamed; one more, "ngram", where the vocabulary is small.
-    evaluation.controls = ("unigram", "shuffled", "repeated")
+    # Texts that show what can be gamed, and what counts of the training text alone can write.
+    evaluation.controls = ("unigram", "shuffled", "repeated", "ngram")
     evaluation.models = ""  # further ones, "LABEL=PATH" or "LABEL=PATH#RUN", comma-separated
     # The first is the main one: "autoregressive" (of the same run) | hf:FOLDER | gguf:FILE |
     # package:NAME/PATH.gguf | ngram:pocketsphinx | ngram:FILE | bundle:PATH, comma-separated.

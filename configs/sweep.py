@@ -5,8 +5,7 @@ python -m launch.sweep --config=configs/sweep.py:smoke --workdir=runs/smoke     
 
 Change an axis on the command line, --config.axes.temperatures='(0.9,1.0)', or in a file like this
 one. `eval` is as in configs/base.py; of its keys those that the axes are about (steps, many_steps,
-jumps, few_step_jump, memories, grid, temperature, top_p, cooling, look_ahead, neighbours, weights)
-have no effect here, and seed is that of the controls.
+jumps, memories, sampling, weights) have no effect here, and seed is that of the controls.
 """
 
 import ml_collections
@@ -29,7 +28,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     axes.top_ps = (1.0,)
     axes.coolings = (0.0,)
     axes.look_aheads = (0.0,)
-    axes.neighbours = (0.0,)
     axes.weights = ("ema",)  # ema | student
     axes.seeds = (0, 1, 2)
 

@@ -28,10 +28,6 @@ def get_config(arg: str = ""):
     pretrain.learning_rate = 3e-3
     pretrain.warmup_steps = 50
 
-    # The vocabulary is small enough for counts of what follows what, and for their control.
-    config.eval.neighbours = 1.0
-    config.eval.controls = (*config.eval.controls, "ngram")
-
     for name, num_steps in (("step_aware", 100), ("distill", 200), ("refine", 150)):
         stage = config[name]
         stage.num_steps = num_steps
@@ -60,7 +56,7 @@ def get_config(arg: str = ""):
             config[name].batch_size = 16
         autoregressive.batch_size = pretrain.batch_size = 16
         config.refine.num_pairs = 64
-        config.refine.pair_steps = 8
+        config.refine.pairs.steps = 8
         config.train.checkpoint_every = 20
         config.train.log_every = 10
         config.eval.num_samples = 16

@@ -2,11 +2,15 @@
 
 import difflib
 import errno
+import importlib.util
 import logging
+import pathlib
 import re
+import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -26,6 +30,90 @@ _TRANSIENT = {
 }
 
 
+# Programs by their names on the command line, `fsdfm NAME`.
+COMMANDS = {
+    "train": ("fsdfm_jax.main", "train the stages of a config, then evaluate"),
+    "generate": ("fsdfm_jax.generate", "text from any model"),
+    "evaluate": ("fsdfm_jax.evaluate", "quality against steps, with intervals"),
+    "sweep": ("launch.sweep", "every combination of steps, temperatures, seeds, .."),
+    "convert": ("fsdfm_jax.convert", "models from one format to another"),
+    "prepare": ("launch.prepare_data", "text into blocks of tokens"),
+    "aot": ("launch.aot_compile", "compile for a pod you don't have"),
+}
+
+
+def main() -> None:
+    """`fsdfm COMMAND ..`, the same as `python -m` its module."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        lines = [f"  {command:10}{what}" for command, (_, what) in COMMANDS.items()]
+        usage = "\n".join(["usage: fsdfm COMMAND [FLAGS]   (fsdfm COMMAND --help)", "", *lines])
+        if name in ("", "-h", "--help", "help"):
+            print(usage)
+            sys.exit(0)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}."
+        print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    del sys.argv[1]
+    add_shared_to_path()
+    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+
+
+# ------------------------------------------------------------------------------- shared folders
+def shared(name: str) -> pathlib.Path:
+    """The folder "configs" or "launch": inside an installed package, beside it in a checkout."""
+    package = pathlib.Path(__file__).parent
+    inside = package / "share" / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def add_shared_to_path() -> None:
+    """Lets `configs` and `launch` be imported; a folder of that name at hand comes first."""
+    place = str(shared("configs").parent)
+    if place not in sys.path:
+        sys.path.append(place)
+
+
+def find_config(spec: str) -> str:
+    """The path of a config file that is given by path or by name.
+
+    Args:
+      spec: "my/config.py:ARG"; "configs/tiny.py:smoke", "tiny.py:smoke" or "tiny:smoke" are found
+        in the installed package too.
+    """
+    path, colon, argument = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        found = shared("configs") / pathlib.Path(path).with_suffix(".py").name
+        if found.is_file() and pathlib.Path(path).parent.name in ("", "configs"):
+            path = str(found)
+    return f"{path}{colon}{argument}"
+
+
+def base_config() -> ConfigDict:
+    """configs/base.py: every key with its default."""
+    spec = importlib.util.spec_from_file_location(
+        "fsdfm_jax_base_config", shared("configs") / "base.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets keys of a config, section by section.
+
+    Raises:
+      ValueError: for a key that isn't declared, with the nearest ones.
+    """
+    known = keys(config)
+    for key in keys(ConfigDict(values)):
+        if key not in known:
+            raise ValueError(unknown_key(key, known))
+    config.update(values)
+
+
+# --------------------------------------------------------------------------------------- programs
 def run(main: Callable[[list[str]], None]) -> None:
     """`app.run`, except that bad input ends with its message on stderr and exit code 2.
 
@@ -53,6 +141,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 processes.leave(1)
             raise
 
+    add_shared_to_path()
     # A line for each accelerator that isn't there is noise to everyone else.
     logging.getLogger("jax").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=_parse)
@@ -68,6 +157,10 @@ if "show_traceback" not in flags.FLAGS:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    argv = [
+        f"--config={find_config(part.partition('=')[2])}" if re.match(r"--?config=", part) else part
+        for part in argv
+    ]
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:

@@ -12,12 +12,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import cli
-from fsdfm_jax.data.prepared import DataSpec, PreparedData, vocab_size
+from fsdfm_jax.data.prepared import PreparedData
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.evaluate import references
 from fsdfm_jax.evaluate import run as run_lib
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
 from fsdfm_jax.training import pipeline
@@ -50,9 +49,6 @@ def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
     runs = [run for run, _ in pipeline.runs(config)]
     settings = plan_lib.Settings.from_config(config.eval)
     run_lib.check_inputs(settings, config.data.block_length)
-    if settings.neighbours or "ngram" in settings.controls:
-        spec = DataSpec.from_config(config.data)
-        ngrams.check_vocab(vocab_size(spec) + (config.path.source == "mask"))
     models_lib.join(dict.fromkeys(runs), models_lib.parse_models(settings.models))
     return pipeline.check(config, folder)
 

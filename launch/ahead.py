@@ -170,7 +170,7 @@ def make_mesh(config: ConfigDict, target: Target) -> Mesh:
 def make_process(config: ConfigDict) -> Process:
     """The noising process of a config; which id ends documents doesn't matter to a program."""
     count = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
-    return process_lib.make_process(config.path, num_tokens=count, eos_id=count - 1)
+    return process_lib.make_process(**config.path, num_tokens=count, eos_id=count - 1)
 
 
 def train_program(name: str, config: ConfigDict, process: Process, mesh: Mesh) -> Program:

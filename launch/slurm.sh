@@ -9,7 +9,7 @@
 #
 #   launch/slurm.sh --nodes=N --gpus=G [options] -- PROGRAM ARGUMENTS
 #   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 --sbatch=--partition=a100 -- \
-#       --config=configs/paper_1b3.py --workdir=/shared/runs/x
+#       --config=configs/paper.py:1.3B --workdir=/shared/runs/x
 #
 # Outside an allocation this submits itself by sbatch; inside one (a job, or the shell of salloc) it
 # starts the tasks by srun. `sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sh

@@ -4,7 +4,7 @@
 #   launch/tpu_pod.sh ACTION --name=NAME --zone=ZONE [options] [-- PROGRAM ARGUMENTS]
 #   launch/tpu_pod.sh run --name=fsdfm --zone=us-west4-a --type=v5litepod-32 --spot \
 #       --setup='mountpoint -q /runs || { sudo mkdir -p /runs; sudo mount 10.0.0.2:/x /runs; }' -- \
-#       --config=configs/paper_1b3.py --workdir=/runs/x --config.mesh.fsdp=16
+#       --config=configs/paper.py:1.3B --workdir=/runs/x --config.mesh.fsdp=16
 #
 # ACTION
 #   run      create, install, start, watch, and all of it again after a preemption, until it is done;

@@ -197,7 +197,7 @@ def test_useful_operations_count_student_and_teacher():
     config = base.get_config()
     base.use_paper_values(config, "0.17B")
     base.use_paper_recipe(config)
-    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=0)
+    process = process_lib.make_process(**config.path, num_tokens=50_257, eos_id=0)
     model = stages.make_stage("distill", config, process).model
     forward = model_flops.forward_flops(model, 1, 1024)
     dense = 12 * (4 + 8) * 768**2 + 768 * 50_257

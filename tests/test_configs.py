@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, quality
+from configs import base
 from fsdfm_jax import cli, main, stages
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data import tokenizer as tokenizer_lib
@@ -30,12 +30,8 @@ SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 ARGUMENTS = {
     "base": [""],
     "tiny": ["", "smoke", "mask"],
-    "paper_170m": [""],
-    "paper_1b3": [""],
-    "paper_1b7": [""],
-    "shipped": ["", "gpu", "smoke"],
-    "quality": ["", *(f"{recipe},{size}" for recipe in quality.RECIPES for size in quality.SIZES)],
-} | {name: list(base.SIZES) for name in SIZED}
+    "paper": [*base.SIZES, *(f"{size},{stage}" for size in base.SIZES for stage in SIZED)],
+}
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
 
@@ -62,9 +58,8 @@ def test_unknown_argument_is_refused(name):
         _load(name, "42B")
 
 
-@pytest.mark.parametrize("name", SIZED)
-def test_default_size_is_the_smallest(name):
-    module = importlib.import_module(f"configs.{name}")
+def test_the_default_of_the_paper_is_its_smallest_network():
+    module = importlib.import_module("configs.paper")
     assert module.get_config() == module.get_config("0.17B")
 
 
@@ -75,7 +70,7 @@ def test_every_file_makes_its_stages(name, arg, tmp_path):
     if first in stages.FEW_STEP:  # starts from weights trained elsewhere
         with pytest.raises(ValueError, match=f"{first}.init_from"):
             main.check(config, tmp_path)
-        process = process_lib.make_process(config.path, num_tokens=2, eos_id=0)
+        process = process_lib.make_process(**config.path, num_tokens=2, eos_id=0)
         stages.make_stage(first, config, process)
         return
     entries, _, _ = main.check(config, tmp_path)
@@ -133,19 +128,20 @@ PAPER = {
     "distill.divergence": "forward_kl",
     "distill.temperature": 1.0,
     "eval.many_steps": 1024,
-    "eval.few_step_jump": "cumulative",
+    "eval.sampling.jump": "cumulative",
+    "eval.sampling.grid": "uniform",
 }
 # Width, blocks, heads, conditioning width.
 PAPER_SIZES = {
-    "paper_170m": (768, 12, 12, 128),
-    "paper_1b3": (2048, 21, 32, 256),
-    "paper_1b7": (2048, 28, 32, 256),
+    "0.17B": (768, 12, 12, 128),
+    "1.3B": (2048, 21, 32, 256),
+    "1.7B": (2048, 28, 32, 256),
 }
 
 
 @pytest.mark.parametrize("name", PAPER_SIZES)
 def test_paper_values(name):
-    config = _load(name, "")
+    config = _load("paper", name)
     assert {key: _get(config, key) for key in PAPER} == PAPER
     model = config.model
     sizes = (model.width, model.num_blocks, model.num_heads, model.cond_width)
@@ -154,11 +150,11 @@ def test_paper_values(name):
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("paper_170m", 0.16e9, 0.18e9), ("paper_1b3", 1.25e9, 1.35e9), ("paper_1b7", 1.65e9, 1.75e9)],
+    [("0.17B", 0.16e9, 0.18e9), ("1.3B", 1.25e9, 1.35e9), ("1.7B", 1.65e9, 1.75e9)],
 )
 def test_paper_sizes_are_their_names(name, low, high):
-    config = _load(name, "")
-    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=50_256)
+    config = _load("paper", name)
+    process = process_lib.make_process(**config.path, num_tokens=50_257, eos_id=50_256)
     stage = stages.make_stage("distill", config, process)
     params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))
     assert low < model_lib.count_params(params) < high
@@ -246,7 +242,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
             "model.mlp_ratio": 1,
             "refine.num_pairs": 2,
             "refine.pair_batch_size": 2,
-            "refine.pair_steps": 1,
+            "refine.pairs.steps": 1,
             "eval.num_samples": 2,
             "eval.batch_size": 2,
         }
@@ -302,7 +298,7 @@ def test_the_record_sees_what_it_should(monkeypatch):
     config = base.get_config()
     with monkeypatch.context() as patch:
         record = _Record(config, patch)
-        process_lib.make_process(config.path, num_tokens=5, eos_id=0)
+        process_lib.make_process(**config.path, num_tokens=5, eos_id=0)
         config.to_dict()
         _ = config.seed  # read by a test, not by the package
         with pytest.raises(AttributeError):

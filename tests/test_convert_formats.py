@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 
 import jax
 import ml_dtypes
@@ -19,16 +18,14 @@ import safetensors.numpy
 import tokenizers
 
 from configs import base
-from fsdfm_jax import generate
 from fsdfm_jax.convert import __main__ as program
 from fsdfm_jax.convert import formats, official, parity, torch_pickle
 from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.convert.formats import Target
-from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import BadFile
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
@@ -322,7 +319,7 @@ FORMS = {
     "folder": ("m", {"to": "safetensors"}),
     "folder_official": ("o", {"to": "safetensors", "layout": "official"}),
     "orbax": ("run", {"to": "orbax"}),
-    "sampler": ("exported", {"to": "sampler", "steps": 2}),
+    "sampler": ("exported", {"to": "sampler", "steps": (2,)}),
 }
 
 
@@ -386,9 +383,9 @@ def test_round_trip(tmp_path, written, of, to):
 
 def test_the_program_and_the_weights_of_a_round_trip_agree(tmp_path, written):
     _, folder = written
-    before = (folder / FORMS["sampler"][0] / "sampler.jaxexport").read_bytes()
+    before = (folder / FORMS["sampler"][0] / "sampler-2.jaxexport").read_bytes()
     formats.write(formats.open_bundle(folder / "m.pth"), _target(tmp_path, "sampler"))
-    assert (tmp_path / "exported" / "sampler.jaxexport").read_bytes() == before
+    assert (tmp_path / "exported" / "sampler-2.jaxexport").read_bytes() == before
 
 
 def test_other_programs_can_read_the_official_names(written):
@@ -609,7 +606,7 @@ REFUSED = {
     "dtype": ("a.pth", {"dtype": "int8"}, "Unknown dtype 'int8'; expected one of float32"),
     "half orbax": ("a", {"to": "orbax", "dtype": "bfloat16"}, "'orbax' holds float32 weights"),
     "half sampler": ("a", {"to": "sampler", "dtype": "bfloat16"}, "holds float32 weights"),
-    "no length": ("a", {"to": "sampler"}, "name the length"),
+    "no length": ("a", {"to": "sampler"}, "length must lie in 1 .. 1048576, got None"),
 }
 
 
@@ -907,271 +904,32 @@ def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
     assert found.provenance["step"] == 1000
     assert found.provenance["source"] == {"file": "shared_dfm_uniform.pth", "format": "official"}
     assert found.block_length is None
-    process = process_lib.make_process(_config().path, num_tokens=61, eos_id=0)
+    process = process_lib.make_process(**_config().path, num_tokens=61, eos_id=0)
     assert type(found.process().source) is type(process.source)
 
 
-# --------------------------------------------------------------------- counts of neighbours
+# ------------------------------------------------------------------- files of earlier versions
 
 
-def _prepare(folder, seed=0):
-    """Prepared text of a corpus in `folder`, at folder/data."""
-    words = ["we", "the", "people", "of", "a", "more", "perfect", "union", "and", "justice"]
-    rng = np.random.default_rng(seed)
-    (folder / "texts").mkdir(parents=True)
-    for i in range(40):
-        (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choice(words, 30)) + f" {i}.")
-    spec = prepared_lib.DataSpec(f"{folder}/texts/*.txt", "text", "bpe", 270, 16, 0.2)
-    return prepared_lib.prepare(spec, folder / "data")
-
-
-def _save_run(folder, config, run, model, prepared):
-    fingerprint = prepared.tokenizer.fingerprint
-    metadata = _metadata(config, run, model, fingerprint, data=prepared.fingerprint)
-    place = folder / "stages" / run / "checkpoints"
-    with checkpoint.Checkpoints(place, retention=checkpoint.Retention()) as checkpoints:
-        params = jax.tree.map(lambda leaf: leaf * np.float32(0.2), _params(model))
-        checkpoints.save(1, {"params": params, "ema": params}, metadata)
-
-
-@pytest.fixture(scope="module")
-def heeding(tmp_path_factory):
-    """(working directory whose run heeds neighbours, its prepared text)."""
-    folder = tmp_path_factory.mktemp("heeding")
-    prepared = _prepare(folder)
-    config = base.get_config()
-    config.pipeline = "autoregressive,pretrain,distill"
-    config.data.block_length = 16
-    config.eval.neighbours, config.eval.few_step_jump = 0.75, "mixture"
-    pipeline_lib.save_config(folder, config)
-    model = _model(vocab_size=270, num_blocks=1)
-    causal = dataclasses.replace(model, causal=True, conditioning="none")
-    _save_run(folder, config, "distill", model, prepared)
-    _save_run(folder, config, "autoregressive", causal, prepared)
-    return folder, prepared
-
-
-def _counts(prepared):
-    return ngrams.count(prepared.source("train"), 270)
-
-
-def _same_counts(found, wanted):
-    for name in ngrams.Counts._fields:
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
-        assert getattr(found, name).dtype == np.int32
-
-
-def _generated(path):
-    """A few samples, drawn as the model says."""
-    options = generate.Options(steps=2, num_samples=3, prompt="we the", seed=4)
-    job = generate.make_job(options, formats.open_bundle(path))
-    assert job.neighbours == 0.75
-    return [tokens_L.tolist() for part in generate.draw(job) for _, _, tokens_L in part]
-
-
-def test_neighbours_of_a_run_are_counted_in_its_text(heeding):
-    folder, prepared = heeding
-    bundle = formats.open_bundle(folder)
-    assert bundle.heeds_neighbours
-    _same_counts(bundle.counts(), _counts(prepared))
-    assert len(bundle.counts().keys_N) > 10  # the text has longer contexts
-    # Once for all models of one text.
-    assert bundle.counts() is formats.open_bundle(folder / "stages/distill").counts()
-
-
-def test_counts_come_along_from_format_to_format(heeding, tmp_path):
-    folder, prepared = heeding
-    counts, tokens = _counts(prepared), _generated(folder)
-    source = folder
-    for form, name in (("file", "a.safetensors"), ("orbax", "b"), ("folder", "c"), ("orbax", "d")):
-        path = tmp_path / "far" / "away" / name  # from the prepared text
-        formats.write(formats.open_bundle(source), Target(path, **FORMS[form][1]))
-        found = formats.open_bundle(path)
-        assert found.heeds_neighbours
-        _same_counts(found.counts(), counts)
-        assert _generated(path) == tokens
-        source = path
-    # A run with its counts is still overwritten as what it is.
-    formats.write(found, Target(path, to="orbax"), overwrite=True)
-    assert "neighbours.npz" in _listing(path)
-
-
-def test_an_exported_sampler_heeds_neighbours(heeding, tmp_path):
-    folder, prepared = heeding
-    target = Target(tmp_path / "a", to="sampler", steps=2)
-    lines = list(program.convert(formats.open_bundle(folder), target, check=True))
-    assert "The exported program draws the library's tokens." in lines
-    found = formats.open_bundle(target.path)
-    _same_counts(found.counts(), _counts(prepared))
-    assert _generated(target.path) == _generated(folder)
-    formats.write(found, Target(tmp_path / "m.safetensors"))
-    _same_counts(formats.open_bundle(tmp_path / "m.safetensors").counts(), _counts(prepared))
-    without = Target(tmp_path / "b", to="sampler", steps=2, jump="euler", neighbours=0.0)
-    list(program.convert(found, without, check=True))
-    other = formats.open_bundle(without.path)
-    assert (other.counts, other.sampling()["few_step_jump"]) == (None, "euler")
-    with pytest.raises(ValueError, match="draws other tokens than the library"):
-        parity.check_program(found, target.path, neighbours=3.0, rows=4)
-    official_file = _target(tmp_path, OFFICIAL_FORMS[0])
-    formats.write(formats.open_bundle(folder), official_file)
-    with pytest.raises(ValueError, match="came without its text's table.*set neighbours to 0"):
-        formats.write(formats.open_bundle(official_file.path), Target(tmp_path / "c", to="sampler"))
-
-
-def test_counts_are_exact_beside_weights_in_bfloat16(heeding, tmp_path):
-    folder, prepared = heeding
+def test_counts_of_an_earlier_version_are_ignored_with_one_warning(tmp_path, caplog):
+    """Files could hold n-gram counts beside their weights, as int32."""
+    bundle = _bundle(block_length=6)
     path = tmp_path / "m.safetensors"
-    formats.write(formats.open_bundle(folder), Target(path, dtype="bfloat16"))
-    _same_counts(formats.open_bundle(path).counts(), _counts(prepared))
-    assert len(_generated(path)) == 3
-
-
-def test_shards_hold_the_counts(heeding, tmp_path, monkeypatch):
-    folder, prepared = heeding
-    bundle, path = formats.open_bundle(folder), tmp_path / "m"
-    size = 4 * bundle.num_params() + sum(part.nbytes for part in bundle.counts())
-    monkeypatch.setattr(safetensors_lib, "MAX_SHARD_BYTES", size * 2 // 3)
-    with pytest.raises(ValueError, match="more than one file"):
-        formats.write(bundle, Target(tmp_path / "m.safetensors"))
-    formats.write(bundle, Target(path, to="safetensors"))
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    held = [safetensors.numpy.load_file(shard) for shard in path.glob("*.safetensors")]
-    assert index["metadata"]["total_size"] == sum(a.nbytes for s in held for a in s.values())
-    assert index["metadata"]["total_size"] == size
-    _same_counts(formats.open_bundle(path).counts(), _counts(prepared))
-
-
-def test_only_models_that_heed_neighbours_carry_counts(heeding, tmp_path):
-    folder, _ = heeding
-    bundle = formats.open_bundle(folder)
-    config = {**bundle.provenance["config"]}
-    config["eval"] = config["eval"] | {"neighbours": 0.0}
-    quiet = dataclasses.replace(bundle, provenance=bundle.provenance | {"config": config})
-    causal = formats.open_bundle(folder, stage="autoregressive")
-    assert causal.counts is not None
-    for i, other in enumerate((quiet, causal)):
-        assert not other.heeds_neighbours
-        path = tmp_path / f"{i}.safetensors"
-        formats.write(other, Target(path))
-        assert set(safetensors.numpy.load_file(path)) == set(other.leaves)
-        assert formats.open_bundle(path).counts is None
-        formats.write(other, Target(tmp_path / "deep" / f"{i}" / "run", to="orbax"))
-        assert _listing(tmp_path / "deep" / f"{i}" / "run") == ["checkpoints", "tokenizer.json"]
-    # The official names are those of the official code, no more.
-    for form in OFFICIAL_FORMS:
-        target = _target(tmp_path, form)
-        formats.write(bundle, target)
-        found = formats.open_bundle(target.path)
-        assert found.counts is None
-        assert not found.heeds_neighbours
-        with pytest.raises(ValueError, match="came without its text's table.*set neighbours to 0"):
-            _generated(target.path)
-
-
-def test_a_vocabulary_too_large_has_no_table(heeding, tmp_path, monkeypatch):
-    folder, _ = heeding
-    monkeypatch.setattr(ngrams, "MAX_VOCAB", 269)
-    bundle = formats.open_bundle(folder)
-    assert bundle.counts is None
-    formats.write(bundle, Target(tmp_path / "m.safetensors"))
-
-
-def test_text_other_than_that_of_the_training_is_refused(heeding, tmp_path):
-    folder, _ = heeding
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    shutil.rmtree(copy / "data")
-    assert formats.open_bundle(copy).counts is None  # it is nowhere
-    _prepare(tmp_path / "other", seed=1)
-    shutil.copytree(tmp_path / "other" / "data", copy / "data")
-    bundle = formats.open_bundle(copy)
-    for use in (
-        bundle.counts,
-        lambda: formats.write(bundle, Target(tmp_path / "run", to="orbax")),
-    ):
-        with pytest.raises(ValueError, match="other text than the model was trained on"):
-            use()
-    assert _listing(tmp_path) == ["copy", "other"]
-
-
-def _damaged(counts):
-    """(what is wrong, counts) of files that aren't whole."""
-    sizes_C = counts.sizes_C.copy()
-    sizes_C[3] += 1
-    yield "its sizes aren't those of what follows", counts._replace(sizes_C=sizes_C)
-    yield "expected four arrays of int32", counts._replace(tokens_Z=counts.tokens_Z[None])
-    yield r"expected the sizes of 270 \+", counts._replace(sizes_C=counts.sizes_C[1:])
-    yield "expected counts of at least 1", counts._replace(counts_Z=counts.counts_Z - 1)
-    keys_N = np.append(counts.keys_N[1:], counts.keys_N[:1])
-    yield "don't come after what they begin with", counts._replace(keys_N=keys_N)
-
-
-def test_damaged_counts_of_a_run_are_refused(heeding, tmp_path):
-    folder, prepared = heeding
-    run = tmp_path / "deep" / "run"
-    formats.write(formats.open_bundle(folder), Target(run, to="orbax"))
-    counts, path = _counts(prepared), run / "neighbours.npz"
-    whole = path.read_bytes()
-    for wrong, damaged in _damaged(counts):
-        np.savez(path, **damaged._asdict())
-        with pytest.raises(BadFile, match=f"run are damaged: .*{wrong}.*; convert the model again"):
-            formats.open_bundle(run).counts()
-    for wrong in (counts.keys_N.astype(np.float32), np.int32(3), np.asarray("text")):
-        np.savez(path, **{**counts._asdict(), "keys_N": wrong})
-        with pytest.raises(BadFile, match="expected four arrays of int32"):
-            formats.open_bundle(run).counts()
-    with zipfile.ZipFile(path, "a") as archive:  # a member that is no array is read as bytes
-        archive.writestr("counts_Z", b"text")
-    with pytest.raises(BadFile, match="are damaged: |is damaged: "):
-        formats.open_bundle(run).counts()
-    fields = counts._asdict()
-    for other in ({**fields, "more": counts.keys_N}, {"keys_N": counts.keys_N}):
-        np.savez(path, **other)
-        with pytest.raises(BadFile, match="npz is damaged: .*; convert the model again"):
-            formats.open_bundle(run).counts()
-    bent = bytearray(whole)
-    bent[len(whole) // 2] ^= 1
-    packed = bytearray(whole)
-    packed[whole.index(b"PK\x01\x02") + 10] = 99  # of a way to pack that nobody knows
-    for raw in (whole[:100], whole[:-1], b"", b"text", bytes(bent), bytes(packed)):
-        path.write_bytes(raw)
-        with pytest.raises(BadFile, match="npz is damaged: .*; convert the model again"):
-            formats.open_bundle(run).counts()
-
-
-def test_damaged_counts_of_a_file_are_refused(heeding, tmp_path):
-    folder, prepared = heeding
-    bundle, file = formats.open_bundle(folder), tmp_path / "m.safetensors"
-    formats.write(bundle, Target(file))
-    raw = bytearray(file.read_bytes())
-    where = raw.index(_counts(prepared).counts_Z.tobytes())
-    raw[where] ^= 1
-    file.write_bytes(raw)
-    _same(formats.open_bundle(file).params(), bundle.params())
-    with pytest.raises(BadFile, match=r"neighbours/counts_Z is damaged .its checksum differs"):
-        formats.open_bundle(file).counts()
-    for wrong, damaged in _damaged(_counts(prepared)):
-        changed = dataclasses.replace(bundle, counts=lambda damaged=damaged: damaged)
-        formats.write(changed, Target(file), overwrite=True)
-        with pytest.raises(BadFile, match=f"m.safetensors are damaged: .*{wrong}"):
-            formats.open_bundle(file).counts()
-    # Some of the four tensors, or as another type.
-    for keep, change, wrong in (
-        (3, {}, r"incomplete: neighbours/counts_Z missing; convert it again"),
-        (
-            4,
-            {"neighbours/keys_N": np.float32},
-            r"than weights .neighbours/keys_N: F32",
-        ),
-        (4, {"neighbours/keys_N": np.int64}, r"than weights .neighbours/keys_N: I64"),
-    ):
-        arrays = {f"neighbours/{k}": v for k, v in _counts(prepared)._asdict().items()}
-        arrays = dict(list(arrays.items())[:keep])
-        arrays = {k: v.astype(change.get(k, np.int32)) for k, v in arrays.items()}
-        safetensors_lib._write_shard(
-            file, iter(arrays.items()), json.dumps(bundle_lib.describe(bundle))
-        )
-        with pytest.raises(BadFile, match=wrong):
-            formats.open_bundle(file)
+    formats.write(bundle, Target(path))
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(path)
+    for name in ("keys_N", "sizes_C"):
+        tensors[f"neighbours/{name}"] = np.arange(3, dtype=np.int32)
+    sums = json.loads(metadata["checksums"])
+    sums |= {n: bundle_lib.checksum(a) for n, a in tensors.items() if n.startswith("neighbours/")}
+    metadata["checksums"] = json.dumps(sums)
+    metadata["checksum"] = safetensors_lib._metadata_checksum(metadata)
+    safetensors.numpy.save_file(tensors, path, metadata)
+    with caplog.at_level("WARNING"):
+        found = formats.open_bundle(path)
+    assert caplog.text.count("n-gram counts of an earlier version") == 1
+    _same(found.params(), bundle.params())
 
 
 # ------------------------------------------------------------------------------ the program
@@ -1346,14 +1104,14 @@ def test_parameters_are_compared_bit_by_bit():
 def test_an_exported_program_is_run_by_the_check(tmp_path):
     flat = {path: array * np.float32(0.3) for path, array in _bundle().arrays()}
     bundle = bundle_lib.from_params(bundle_lib.unflatten(flat), _model(), block_length=6)
-    target = Target(tmp_path / "exported", to="sampler", steps=3)
+    target = Target(tmp_path / "exported", to="sampler", steps=(3,))
     lines = list(program.convert(bundle, target, check=True))
     assert "The exported program draws the library's tokens." in lines
     other = dataclasses.replace(bundle, path=bundle.path | {"power": 9.0})
     with pytest.raises(ValueError, match="draws other tokens than the library"):
-        parity.check_program(other, target.path, jump_rule="cumulative", rows=16)
+        parity.check_program(other, target.path, rows=16)
     with pytest.raises(ValueError, match="draws other tokens than the library"):
-        parity.check_program(bundle, target.path, jump_rule="euler", rows=16)
+        parity.check_program(bundle, target.path, sampling=Sampling(jump="euler"), rows=16)
 
 
 # ------------------------------------------------------------------------- what isn't overwritten
@@ -1408,7 +1166,7 @@ def test_links_are_followed(tmp_path):
 
 def test_choices_without_effect_are_refused(tmp_path, written):
     _, folder = written
-    for choice in ({"steps": 4}, {"length": 3}, {"jump": "euler"}, {"neighbours": 0.0}):
+    for choice in ({"steps": (4,)}, {"length": 3}, {"sampling": Sampling()}):
         target = Target(tmp_path / "m.pth", **choice)
         with pytest.raises(ValueError, match="choices of an exported sampler"):
             formats.write(_bundle(), target)

@@ -13,14 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tables
 from chance import assert_frequencies
 
 from configs import base
-from fsdfm_jax.convert import formats
 from fsdfm_jax.data import tokenizer as tokenizer_lib
-from fsdfm_jax.evaluate import draw, stamps
-from fsdfm_jax.evaluate import models as models_lib
+from fsdfm_jax.evaluate import draw, ngrams, stamps
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.evaluate.draw import Given
 from fsdfm_jax.evaluate.engine import Evaluation
@@ -32,9 +29,10 @@ from fsdfm_jax.evaluate.references import HeldOut
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.evaluate.results import Store
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
-from fsdfm_jax.inference import bundle, ngrams
+from fsdfm_jax.inference import bundle
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
@@ -43,8 +41,6 @@ from fsdfm_jax.stages import autoregressive
 L = 6
 TOKENIZER = tokenizer_lib.train_bpe(["the people of the united states"] * 9, 260)
 V = TOKENIZER.vocab_size
-COUNTS, OTHER_COUNTS = tables.counts(V), tables.counts(V, seed=4)
-TABLE = ngrams.table(COUNTS, V)
 PROCESS = Process(Polynomial(), Source(V), TOKENIZER.eos_id)
 
 
@@ -57,7 +53,7 @@ def _subject(label, stage, seed=0, process=PROCESS, **changes):
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes
     )
     facts = {"run": label, "weights": "ema", "sha256": bundle.content_hash(params)}
-    return Subject(label, stage, params, model, process, TOKENIZER, facts, lambda: TABLE)
+    return Subject(label, stage, params, model, process, TOKENIZER, facts)
 
 
 SUBJECTS = {
@@ -73,17 +69,14 @@ class Models:
 
     tokenizer = TOKENIZER
 
-    def __init__(self, counts=COUNTS, **facts):
-        self._counts, self._facts = counts, facts
+    def __init__(self, **facts):
+        self._facts = facts
 
     def facts(self, label, weights):
         return SUBJECTS[label].facts | self._facts
 
     def open(self, label, weights):
-        return SUBJECTS[label]._replace(read_table=lambda: ngrams.table(self._counts, V))
-
-    def follow_sha256(self, label):
-        return bundle.counts_hash(self._counts)
+        return SUBJECTS[label]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +122,7 @@ def _text(num_samples=5):
     blocks_NL = rng.integers(257, V, size=(2 * num_samples, L)).astype(np.int32)
     unigram_V = np.bincount(blocks_NL.ravel(), minlength=V) / blocks_NL.size
     parts = (blocks_NL[::2], blocks_NL[1::2], None, unigram_V, blocks_NL[0, :2])
-    return HeldOut(*parts, "text")
+    return HeldOut(*parts, "text", lambda: ngrams.fit(blocks_NL, V))
 
 
 def _evaluation(folder, judges_, *, text=None, models_=None, **changes):
@@ -141,7 +134,6 @@ def _evaluation(folder, judges_, *, text=None, models_=None, **changes):
         judges_,
         length=L,
         text=text or _text(),
-        room=draw.capacity(plan),
         store=Store(folder),
     )
     return evaluation, plan
@@ -187,8 +179,8 @@ def _literal_nll(ids):
 def test_stamped_numbers_can_be_recomputed_from_the_saved_samples(finished):
     """By NumPy from the tokens, and from the judge's saved log-likelihoods."""
     folder, rows, plan = finished
-    # Text, controls, autoregressive; the base model many, once in each way, and the few-step one.
-    assert len(rows) == len(plan) == 1 + 3 + 1 + 3 + 2 + 2
+    # Text, controls, autoregressive; the base model, its many steps among them; the few-step one.
+    assert len(rows) == len(plan) == 1 + 4 + 1 + 3 + 2
     for row in rows:
         tokens_NL = np.load(folder / row["samples_file"])["tokens"]
         saved = np.load(folder / row["scores_file"])
@@ -296,9 +288,9 @@ def test_a_further_judge_scores_the_samples_that_are_there(tmp_path, judge, monk
     "changes",
     [
         {"seed": 5},
-        {"temperature": 0.5},
-        {"top_p": 0.5},
-        {"grid": "cosine"},
+        {"sampling.temperature": 0.5},
+        {"sampling.top_p": 0.5},
+        {"sampling.grid": "cosine"},
         {"num_samples": 4},
         {"batch_size": 2},
         {"task": "prefix:2"},
@@ -374,11 +366,11 @@ def test_a_point_killed_between_batches_goes_on_with_the_next_one(tmp_path, judg
     plain = draw._inputs
     seen = []
 
-    def dies_at_the_fourth(point, subject, given, batch_size, index, room):
+    def dies_at_the_fourth(point, subject, given, batch_size, index):
         seen.append(index)
         if index == 3:
             raise KeyboardInterrupt
-        return plain(point, subject, given, batch_size, index, room)
+        return plain(point, subject, given, batch_size, index)
 
     with monkeypatch.context() as patch:
         patch.setattr(draw, "_inputs", dies_at_the_fourth)
@@ -386,10 +378,10 @@ def test_a_point_killed_between_batches_goes_on_with_the_next_one(tmp_path, judg
             evaluation.run(plan[-1:])
     seen.clear()
 
-    def watches(point, subject, given, batch_size, index, room):
+    def watches(point, subject, given, batch_size, index):
         if batch_size == 1:
             seen.append(index)
-        return plain(point, subject, given, batch_size, index, room)
+        return plain(point, subject, given, batch_size, index)
 
     monkeypatch.setattr(draw, "_inputs", watches)
     evaluation, plan = _evaluation(tmp_path, [judge], batch_size=1, watched=0)
@@ -426,7 +418,7 @@ def test_another_model_or_judge_is_another_protocol(tmp_path, judge):
     assert other.protocol(plan[-1])["samples"] == stamp["samples"]
     assert other.protocol(plan[-1]) != stamp
     # Real text doesn't depend on how models are sampled.
-    cold, _ = _evaluation(tmp_path, [judge], temperature=0.5, steps=(1,))
+    cold, _ = _evaluation(tmp_path, [judge], **{"sampling.temperature": 0.5}, steps=(1,))
     assert cold.protocol(plan[0]) == evaluation.protocol(plan[0])
 
 
@@ -444,95 +436,6 @@ def test_the_stamp_says_what_the_number_depends_on(finished):
     assert "bootstrap" in stamp["scoring"]["intervals"]
     assert samples["protocol"] == stamp["scoring"]["protocol"] == stamps.PROTOCOL_VERSION
     assert json.loads(json.dumps(stamp)) == stamp
-
-
-# --------------------------------------------------------------------------------------- neighbours
-HEEDING = {"jumps": ("mixture",), "few_step_jump": "mixture", "steps": (2,), "many_steps": 2}
-
-
-def test_neighbours_are_a_field_of_rows_and_stamps_that_name_the_table(
-    tmp_path, judge, monkeypatch
-):
-    drawn = _counting(monkeypatch)
-    evaluation, plan = _evaluation(tmp_path, [judge], **HEEDING, neighbours=0.5)
-    rows = evaluation.run(plan)
-    assert {(row["stage"], row["neighbours"]) for row in rows} == {
-        (None, None),
-        ("autoregressive", None),
-        ("pretrain", 0.0),
-        ("pretrain", 0.5),
-        ("distill", 0.5),
-    }
-    for row in rows:
-        sampling = row["protocol"]["samples"]["sampling"] or {}
-        heeded = bool(row["neighbours"])
-        assert sampling.get("neighbours") == row["neighbours"]
-        assert sampling.get("follow_sha256") == (bundle.counts_hash(COUNTS) if heeded else None)
-    # Watched, the first samples are what they are.
-    assert len(rows[-1]["per_step"]["entropy_nats"]) == 2
-    point, subject = plan[-1], SUBJECTS["distill"]
-    tokens_NL = np.load(tmp_path / rows[-1]["samples_file"])["tokens"]
-    given = Given(np.zeros((5, L), np.int32), np.zeros((5, L), bool))
-    watched = draw.watch(point, subject, given, tokens_NL, count=2, room=draw.capacity(plan))
-    for path, tokens_L in zip(watched.trajectories, tokens_NL, strict=False):
-        np.testing.assert_array_equal(path.tokens_TL[-1], tokens_L)
-    # Without them, or with another table, samples are others, and are drawn anew.
-    stamp = evaluation.protocol(point)["samples"]
-    plain, others = _evaluation(tmp_path, [judge], **HEEDING)
-    assert plain.protocol(others[-1])["samples"]["sampling"]["follow_sha256"] is None
-    table, _ = _evaluation(
-        tmp_path, [judge], **HEEDING, neighbours=0.5, models_=Models(OTHER_COUNTS)
-    )
-    assert table.protocol(point)["samples"] != stamp
-    before = drawn.total()
-    for other, its in ((plain, others[-1]), (table, point)):
-        (row,) = other.run([its])
-        assert np.any(np.load(tmp_path / row["samples_file"])["tokens"] != tokens_NL)
-    assert drawn.total() == before + 2
-    assert evaluation.run(plan) == rows
-    assert drawn.total() == before + 2
-    # The report tells of them.
-    report = evaluation.report(tmp_path / "report", rows, {})
-    assert " neighbours " in report.splitlines()[2]  # a column: the base model has rows without
-    assert ">neighbours" in (tmp_path / "report" / "report.html").read_text()
-
-
-def test_samples_that_heed_neighbours_are_those_of_the_sampler():
-    point, subject = _point(steps=3, jump="mixture", neighbours=1.5), SUBJECTS["distill"]
-    noise_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))
-    x0_BL = PROCESS.source.sample(noise_key, (3, L))
-    run = generate_lib.make_sampler(subject.model, PROCESS, "mixture")
-    heeded = generate_lib.make_neighbours(1.5, TABLE, "mixture")
-    arguments = (x0_BL, np.zeros((3, L), bool), np.float32([0, 1 / 3, 2 / 3, 1]), 1.0)
-    wanted = run(subject.params, sample_key, *arguments, neighbours=heeded)
-    np.testing.assert_array_equal(_draw(point, count=3).tokens_NL, wanted)
-
-
-def test_a_model_without_a_table_is_refused():
-    subject = SUBJECTS["distill"]._replace(read_table=None)
-    given = Given(np.zeros((3, L), np.int32), np.zeros((3, L), bool))
-    point = _point(jump="mixture", neighbours=1.0)
-    with pytest.raises(ValueError, match="came without its text's table"):
-        draw.draw(point, subject, given, batch_size=3, room=2)
-
-
-def test_a_catalogue_knows_the_tables_of_its_models(tmp_path):
-    fields = {"tokenizer": TOKENIZER, "block_length": L}
-    places = {}
-    for label, strength in (("heeding", 0.5), ("plain", 0.0)):
-        subject = SUBJECTS["distill"]
-        provenance = {"stage": "distill", "config": {"eval": {"neighbours": strength}}}
-        made = bundle.from_params(subject.params, subject.model, **fields, provenance=provenance)
-        made = dataclasses.replace(made, counts=lambda: COUNTS)
-        places[label] = tmp_path / f"{label}.safetensors", {}
-        formats.write(made, formats.Target(places[label][0]))
-    catalogue = models_lib.Catalogue(places)
-    assert catalogue.follow_sha256("heeding") == bundle.counts_hash(COUNTS)
-    assert catalogue.follow_sha256("plain") is None
-    found = catalogue.open("heeding", "ema").read_table()
-    jax.tree.map(np.testing.assert_array_equal, found, TABLE)
-    assert catalogue.open("plain", "ema").read_table is None
-    assert catalogue.open("heeding", "ema").read_table() is found  # on the device once
 
 
 # -------------------------------------------------------------------------------------------- seeds
@@ -566,11 +469,14 @@ def test_controls():
     frozen_NL = np.zeros(real_NL.shape, bool)
     frozen_NL[:, :10] = True
     unigram_V = np.float64([0, 0.5, 0.25, 0.25])
+    sentence = np.int32([3, 4, 5])
+    fitted = lambda: ngrams.fit(real_NL, 9)
+    text = HeldOut(real_NL, None, None, unigram_V, sentence, "text", fitted)
 
     def make(name, frozen_NL=frozen_NL):
-        return draw.control(name, real_NL, frozen_NL, unigram_V, np.int32([3, 4, 5]), 1)
+        return draw.control(name, text, frozen_NL, 1)
 
-    for name in ("unigram", "shuffled", "repeated"):
+    for name in ("unigram", "shuffled", "repeated", "ngram"):
         np.testing.assert_array_equal(make(name)[:, :10], real_NL[:, :10])
         assert make(name).dtype == np.int32
     counts = np.bincount(make("unigram")[:, 10:].ravel(), minlength=4)
@@ -580,33 +486,6 @@ def test_controls():
     np.testing.assert_array_equal(np.sort(shuffled_NL[:, 10:]), np.sort(real_NL[:, 10:]))
     repeated_NL = make("repeated", np.zeros(real_NL.shape, bool))
     assert (repeated_NL == np.resize([3, 4, 5], 40)).all()
-
-
-def test_ngrams_alone_follow_their_counts():
-    """Each token is drawn from what follows the longest context before it; the given are kept."""
-    table = ngrams.table(tables.counts(5), 5)
-    rng = np.random.default_rng(0)
-    real_NL, frozen_NL = rng.integers(5, size=(4000, 6)).astype(np.int32), np.zeros((4000, 6), bool)
-    make = lambda: draw.control(
-        "ngram", real_NL, frozen_NL, np.full(5, 0.2), real_NL[0], 1, count=lambda: tables.counts(5)
-    )
-    made_NL = make()
-    assert made_NL.dtype == np.int32
-    np.testing.assert_array_equal(make(), made_NL)
-    # Contexts by their tokens; those of three are among the texts' first three as well.
-    names = {(i,): i for i in range(5)}
-    for n, key in enumerate(table.keys_N.tolist()):
-        prefix = next(name for name, row in names.items() if row == key // 5)
-        names[*prefix, key % 5] = 5 + n
-    assert {len(name) for name in names} == {1, 2, 3}
-    for name, row in names.items():
-        here_N = np.all(made_NL[:, : len(name)] == name, axis=1)
-        if here_N.sum() > 50:
-            found_V = np.bincount(made_NL[here_N, len(name)], minlength=5)
-            share_V = table.follow_CV[row].astype(np.float64)
-            assert_frequencies(found_V, share_V / share_V.sum())
-    frozen_NL[:, :2] = frozen_NL[:, 4] = True
-    np.testing.assert_array_equal(make()[frozen_NL], real_NL[frozen_NL])
 
 
 def test_collapse_is_exposed_by_the_report(finished):
@@ -626,39 +505,28 @@ def test_collapse_is_exposed_by_the_report(finished):
 
 
 # ---------------------------------------------------------------------------------------- sampling
-def _draw(point, *, count=5, batch_size=3, room=4, given=None):
+def _draw(point, *, count=5, batch_size=3, given=None):
     given = given or Given(np.zeros((count, L), np.int32), np.zeros((count, L), bool))
-    return draw.draw(point, SUBJECTS[point.source], given, batch_size=batch_size, room=room)
+    return draw.draw(point, SUBJECTS[point.source], given, batch_size=batch_size)
 
 
 def _point(**changes):
-    fields = {"kind": "model", "group": "g", "source": "distill", "stage": "distill", "steps": 2}
-    fields |= {"jump": "cumulative", "grid": "uniform", "temperature": 1.0, "top_p": 1.0}
-    fields |= {"cooling": 0.0, "look_ahead": 0.0, "neighbours": 0.0, "weights": "ema", "seed": 1}
-    return Point(**(fields | changes))
+    fields = {"kind": "model", "group": "g", "source": "distill", "stage": "distill"}
+    fields |= {"weights": "ema", "seed": 1}
+    own = {field.name for field in dataclasses.fields(Point)}
+    sampling = Sampling(**{"steps": 2} | {k: v for k, v in changes.items() if k not in own})
+    return Point(**fields | {k: v for k, v in changes.items() if k in own}, sampling=sampling)
 
 
-def test_one_program_for_all_steps_grids_temperatures_and_seeds():
+def test_one_program_for_all_temperatures_and_seeds():
     draw._compile.cache_clear()
-    generate_lib.make_sampler(SUBJECTS["distill"].model, PROCESS, "cumulative")
-    all_points = [
-        _point(steps=steps, grid=grid, temperature=temperature, seed=seed)
-        for steps, grid, temperature, seed in (
-            (1, "uniform", 1.0, 0),
-            (3, "cosine", 0.7, 1),
-            (16, "power:2", 1.1, 2),
-        )
-    ]
-    room = draw.capacity(all_points)
-    assert room == 16
-    for point in all_points:
-        _draw(point, room=room)
+    for temperature, cooling, seed in ((1.0, 0.0, 0), (0.7, 0.5, 1), (1.1, 0.2, 2)):
+        _draw(_point(temperature=temperature, cooling=cooling, seed=seed))
     assert draw._compile.cache_info().misses == 1
-    _draw(_point(top_p=0.9), room=room)
-    assert draw._compile.cache_info().misses == 2
-    for strength in (0.5, 2.0):
-        _draw(_point(jump="mixture", neighbours=strength), room=room)
-    assert draw._compile.cache_info().misses == 3
+    for changes in ({"steps": 1}, {"grid": "cosine"}, {"jump": "euler"}, {"top_p": 0.9}):
+        before = draw._compile.cache_info().misses
+        _draw(_point(**changes))
+        assert draw._compile.cache_info().misses == before + 1
 
 
 def test_samples_are_those_of_the_sampler():
@@ -667,9 +535,8 @@ def test_samples_are_those_of_the_sampler():
     drawn = _draw(point, count=3)
     noise_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))
     x0_BL = PROCESS.source.sample(noise_key, (3, L))
-    run = generate_lib.make_sampler(subject.model, PROCESS, "cumulative")
-    grid = np.float32([0, 1 / 3, 2 / 3, 1])
-    wanted = run(subject.params, sample_key, x0_BL, np.zeros((3, L), bool), grid, 1.0)
+    run = generate_lib.make_sampler(subject.model, PROCESS)
+    wanted = run(subject.params, sample_key, x0_BL, np.zeros((3, L), bool), Sampling(3))
     np.testing.assert_array_equal(drawn.tokens_NL, wanted)
 
 
@@ -688,7 +555,7 @@ def test_given_tokens_stay(source):
     given = Given(np.full((5, L), 7, np.int32), np.broadcast_to(frozen_NL, (5, L)).copy())
     changes = {}
     if source == "autoregressive":
-        changes = {"jump": None, "grid": None, "steps": L, "memory": "cache"}
+        changes = {"steps": L, "memory": "cache"}
     point = _point(source=source, stage=source, temperature=2.0, **changes)
     tokens_NL = _draw(point, given=given).tokens_NL
     assert (tokens_NL[:, :3] == 7).all()
@@ -699,7 +566,7 @@ def test_watched_samples_end_as_the_samples_do():
     point, subject = _point(steps=3), SUBJECTS["distill"]
     given = Given(np.zeros((5, L), np.int32), np.zeros((5, L), bool))
     drawn_NL = _draw(point).tokens_NL
-    watched = draw.watch(point, subject, given, drawn_NL, count=2, room=4)
+    watched = draw.watch(point, subject, given, drawn_NL, count=2)
     assert watched.entropy_RS.shape == watched.changed_RS.shape == (2, 3)
     assert (watched.entropy_RS > 0).all()
     np.testing.assert_allclose(watched.times_S, [0, 1 / 3, 2 / 3], rtol=1e-6)
@@ -714,7 +581,7 @@ def test_watched_samples_end_as_the_samples_do():
 def test_many_steps_are_thinned_but_begin_and_end():
     point, subject = _point(steps=200), SUBJECTS["distill"]
     given = Given(np.zeros((1, L), np.int32), np.zeros((1, L), bool))
-    watched = draw.watch(point, subject, given, given.tokens_NL, count=1, room=256)
+    watched = draw.watch(point, subject, given, given.tokens_NL, count=1)
     (path,) = watched.trajectories
     assert (path.steps[0], path.steps[-1]) == (0, 200)
     assert len(path.steps) == len(path.tokens_TL) == 65
@@ -723,12 +590,12 @@ def test_many_steps_are_thinned_but_begin_and_end():
 
 def test_what_an_autoregressive_model_drew_from():
     causal = SUBJECTS["autoregressive"]
-    how = {"jump": None, "grid": None, "memory": "cache", "temperature": 0.5}
+    how = {"memory": "cache", "temperature": 0.5, "stage": "autoregressive"}
     point = _point(source="autoregressive", steps=L, **how)
     given = Given(np.zeros((2, L), np.int32), np.zeros((2, L), bool))
     given.frozen_NL[:, :2] = True
     drawn_NL = _draw(point, given=given).tokens_NL
-    watched = draw.watch(point, causal, given, drawn_NL, count=2, room=1)
+    watched = draw.watch(point, causal, given, drawn_NL, count=2)
     logits = autoregressive.predict_next(
         causal.params, causal.model, TOKENIZER.eos_id, jnp.asarray(drawn_NL)
     )
@@ -751,12 +618,12 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
     constant = lambda params, model, x_BL, *times: jnp.broadcast_to(
         jnp.asarray(logits)[None, None], (*x_BL.shape, size)
     )
-    monkeypatch.setattr(model_lib, "predict", constant)
+    monkeypatch.setattr(model_lib, "predict", lambda params, model, *inputs: constant(*inputs))
     # A program of its own: by its length no other test gets it from the cache.
     process = Process(Polynomial(), Source(size), TOKENIZER.eos_id)
     subject = SUBJECTS["distill"]._replace(process=process)
     given = Given(np.zeros((rows, length), np.int32), np.zeros((rows, length), bool))
-    tokens_NL = draw.draw(_point(steps=1), subject, given, batch_size=10, room=1).tokens_NL
+    tokens_NL = draw.draw(_point(steps=1), subject, given, batch_size=10).tokens_NL
     found, total = int((tokens_NL > 0).sum()), rows * length
     tail = 1.0 - 1.0 / np.exp(logits.astype(np.float64)).sum()
     assert total * tail > 60

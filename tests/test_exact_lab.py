@@ -14,7 +14,6 @@ import pytest
 from absl import app
 from absl.testing import flagsaver
 from chance import assert_frequencies, assert_mean
-from tables import pairs
 
 from benchmarks import chains, exact_lab
 from benchmarks.chains import Taught
@@ -22,7 +21,7 @@ from fsdfm_jax import stages
 from fsdfm_jax.flow import jumps, losses, paths, sampler, schedules, sources, teacher
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.inference.neighbours import Neighbours
+from fsdfm_jax.flow.sampling import Sampling
 
 ROWS = 50_000
 
@@ -126,102 +125,29 @@ def test_what_samplers_write(rule, source, revealed, options):
     assert_written(small_chain(source=source, revealed=revealed, schedule="cosine"), rule, options)
 
 
-@pytest.mark.parametrize(
-    ("rule", "source", "revealed", "options"),
-    [
-        (jumps.MIXTURE, "uniform", "stay", {"cooling": 0.5}),
-        (jumps.DISPERSED, "uniform", "stay", {"look_ahead": 0.25}),
-        (jumps.MIXTURE, "mask", "stay", {}),
-        pytest.param(jumps.DISPERSED, "mask", "stay", {"top_p": 0.9}, marks=pytest.mark.slow),
-        pytest.param(jumps.MIXTURE, "mask", "jump", {}, marks=pytest.mark.slow),
-    ],
-)
-def test_what_samplers_write_that_heed_neighbours(rule, source, revealed, options):
-    chain = small_chain(3, source=source, revealed=revealed, schedule="cosine")
-    # Cold, so that it shows what the temperature divides.
-    assert_written(chain, rule, {"temperature": 0.5} | options, strength=2.0)
-
-
-def assert_written(chain, rule, options, strength=0.0):
+def assert_written(chain, rule, options):
     """The lab's distribution is that of samples."""
     exact = chains.student(chain, chain.independent_NN, None)
     # A network that is never sure, so that tokens which are shown can move where they may.
-    posterior = lambda t, h: 0.5 * exact(t, h) + 0.5 * (np.arange(len(chain.follow_VV)) < 3) / 3
-    grid = np.array([0, 0.5, 0.75, 1], np.float32)
-    options = {"temperature": 0.8} | options
-    exact_N = chains.run(
-        chain, posterior, rule, grid, chain.noise_N, **options, neighbours=strength
-    )
-    asked = grid[:-1] + options.get("look_ahead", 0.0) * np.diff(grid)
+    vocab_size = chain.process.source.vocab_size
+    posterior = lambda t, h: 0.5 * exact(t, h) + 0.5 * (np.arange(vocab_size) < 3) / 3
+    sampling = Sampling(3, rule.name, "power:1.5", **{"temperature": 0.8} | options)
+    exact_N = chains.run(chain, posterior, sampling, chain.noise_N)
+    grid = sampling.times()
+    asked = grid[:-1] + np.float32(sampling.look_ahead) * np.diff(grid)
     denoise = denoise_by({float(t): posterior(t, 0.5) for t in asked})
-    if strength:
-        heeded = Neighbours(pairs(chain.follow_VV), strength)
-        options |= {"neighbours": heeded, "redraw": chain.process.make_redraw(rule)}
     keys = jax.random.split(jax.random.key(3), 2)
     x_BL = sampler.sample(
         keys[0],
-        denoise,
+        sampling.wrap(denoise),
         chain.process.make_jump(rule),
-        jumps.make_finalize(chain.process.source),
+        chain.process.finalize,
         chain.process.source.sample(keys[1], (ROWS, chain.states_NL.shape[1])),
         grid,
-        **options,
     )
     counts = np.bincount(index_of(chain, x_BL), minlength=len(exact_N))
     # What has no probability in float64 has about FLOOR of it here.
     assert_frequencies(counts, np.where(exact_N < 1e-9, 0, exact_N) / exact_N[exact_N > 1e-9].sum())
-
-
-@pytest.mark.parametrize("source", ["uniform", "mask"])
-def test_neighbours_of_no_strength_are_not_heeded(source):
-    """Positions drawn anew, token by token, are those that jump; in the last step all."""
-    chain = small_chain(3, source=source, schedule="cosine")
-    p_NLV = chains.posterior_at(chain, chain.independent_NN, 0.25)
-    how = {"strength": 0.0, "temperature": 1.0}
-    step_NN = chains.heed(chain, jumps.MIXTURE, p_NLV, 0.25, 0.5, last=False, **how)
-    np.testing.assert_allclose(
-        step_NN, chains.jump(chain, jumps.MIXTURE, p_NLV, 0.25, 0.5), atol=1e-6
-    )
-    last_NN = chains.heed(chain, jumps.MIXTURE, p_NLV, 0.75, 0.25, last=True, **how)
-    expected_NN = chains.transition(chain, chains.final_kernel(chain, p_NLV))
-    np.testing.assert_allclose(last_NN, expected_NN, atol=1e-12)
-
-
-@pytest.mark.parametrize("source", ["uniform", "mask"])
-@pytest.mark.parametrize("rule", [jumps.MIXTURE, jumps.DISPERSED])
-def test_a_step_that_heeds_neighbours_goes_somewhere(rule, source):
-    chain = small_chain(3, source=source)
-    p_NLV = chains.posterior_at(chain, chain.independent_NN, 0.25)
-    how = {"strength": 2.0, "temperature": 0.7}
-    for last in (False, True):
-        step_NN = chains.heed(chain, rule, p_NLV, 0.25, 0.5, last=last, **how)
-        assert (step_NN >= 0).all()
-        np.testing.assert_allclose(step_NN.sum(axis=1), 1, atol=1e-12)
-
-
-@pytest.mark.parametrize("source", ["uniform", "mask"])
-@pytest.mark.parametrize("stationary", [True, False])
-def test_one_step_writes_a_markov_chain(source, stationary):
-    """From noise the posteriors are the marginals; neighbours are all that they lack.
-
-    The first token needn't be stationary: any two tokens side by side follow each other by the same
-    rule, and that is the table.
-    """
-    generator = np.random.default_rng(3)
-    first, *move = generator.dirichlet(np.full(3, 0.5), size=4)
-    move = np.stack(move)
-    if stationary:
-        first = np.linalg.matrix_power(move, 500)[0]
-        np.testing.assert_allclose(first @ move, first, atol=1e-12)
-    chain = chains.make_chain(
-        make_process(source=source), chains.markov_data(first, move, length=4)
-    )
-    posterior = chains.student(chain, chain.independent_NN, None)
-    grid = sampler.uniform_grid(1)
-    written_N = chains.run(chain, posterior, jumps.MIXTURE, grid, chain.noise_N, neighbours=1.0)
-    assert chains.total_variation(written_N, chain.data_N) < 1e-9
-    alone_N = chains.run(chain, posterior, jumps.MIXTURE, grid, chain.noise_N)
-    assert chains.total_variation(alone_N, chain.data_N) > 0.1
 
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])
@@ -354,7 +280,7 @@ def test_a_composition_is_two_steps():
     composed = chains.student(chain, chain.independent_NN, Taught(0.75, target, rule))
     base = chains.student(chain, chain.independent_NN, None)
     eye = np.eye(len(chain.states_NL))
-    twice_NN = chains.run(chain, base, rule, sampler.uniform_grid(2), eye)
+    twice_NN = chains.run(chain, base, Sampling(2, rule.name), eye)
     marginal_NLV = np.einsum("mn,nlv->mlv", twice_NN, chain.shown_NLV)
     np.testing.assert_allclose(composed(0, 1), marginal_NLV, atol=1e-5)
 
@@ -450,7 +376,7 @@ def test_the_temperature_of_an_entropy():
 def test_each_recipe_is_one_that_stages_read(source):
     for name, recipe in exact_lab.RECIPES.items():
         config = exact_lab.lab_config(recipe, source)
-        process = process_lib.make_process(config.path, num_tokens=3, eos_id=0)
+        process = process_lib.make_process(**config.path, num_tokens=3, eos_id=0)
         for stage in config.pipeline.split(","):
             if source == "uniform" or exact_lab._possible(name, source):
                 stages.make_stage(stage, config, process)

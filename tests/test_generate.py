@@ -1,7 +1,6 @@
 """The generation program: its jobs and their lines, going on after a kill, the view, the errors."""
 
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -13,16 +12,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tables
 
 from configs import base
 from fsdfm_jax import generate
 from fsdfm_jax.convert import formats
 from fsdfm_jax.data import tokenizer
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.generate import Options
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import ngrams, prompts
+from fsdfm_jax.inference import job as job_lib
+from fsdfm_jax.inference import prompts, stream, view
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint, pipeline, recipe
@@ -54,8 +54,6 @@ def _bundle(*, source="uniform", causal=False, seed=0, **fields):
 
 
 UNIFORM, MASK, CAUSAL = _bundle(), _bundle(source="mask"), _bundle(causal=True)
-COUNTS = tables.counts(V)
-TABLE = ngrams.table(COUNTS, V)
 NETWORKS = pytest.mark.parametrize("bundle", [UNIFORM, MASK], ids=["uniform", "mask"])
 
 
@@ -106,14 +104,13 @@ class Terminal(io.StringIO):
         ({"length": 0}, "--length must lie in 1 .. 1048576, got 0"),
         ({"num_samples": 0}, "--num_samples must lie in 1 .. 1048576"),
         ({"batch_size": -1}, "--batch_size must lie in 1 .. 1048576, got -1"),
-        ({"steps": 0}, "at least 1 step"),
-        ({"seed": -1}, "seed must be in"),
-        ({"temperature": 0.0}, "temperature must be"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"temperature": -1.0}, "temperature must lie in"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
         ({"look_ahead": -0.5}, r"look_ahead must lie in \[0, 1\], got -0.5"),
-        ({"neighbours": -1.0}, "neighbours must be at least 0 and finite, got -1.0"),
-        ({"jump": "leap"}, "Unknown jump rule 'leap'"),
+        ({"jump": "leap"}, "jump must be one of .*'leap'"),
         ({"grid": "log"}, "Unknown grid 'log'"),
         ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
         ({"stream": True, "output": "o.jsonl"}, "--stream shows texts to you"),
@@ -164,10 +161,7 @@ def test_lengths_and_jumps_by_default():
     assert job(UNIFORM).length == L
     assert job(UNIFORM, length=9).length == 9
     assert job(_bundle(block_length=None)).length == 1024
-    assert job(UNIFORM).jump == "cumulative"
-    configured = _bundle(provenance={"config": {"eval": {"few_step_jump": "mixture"}}})
-    assert job(configured).jump == "mixture"
-    assert job(configured, jump="euler").jump == "euler"
+    assert job(UNIFORM).sampling == Sampling(STEPS)
     assert job(UNIFORM, batch_size=None, num_samples=5).batch_size == 5
     assert job(UNIFORM, batch_size=None, num_samples=70).batch_size == 32
 
@@ -179,11 +173,10 @@ def _call(bundle, templates, *, seed, steps=STEPS, **how):
         bundle.params(),
         bundle.model,
         bundle.process(),
+        Sampling(steps, **how),
         given_BL=np.stack([t.given_L for t in templates]),
         frozen_BL=np.stack([t.frozen_L for t in templates]),
-        steps=steps,
         seed=seed,
-        **how,
     )
 
 
@@ -227,14 +220,7 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
         "prompt": "The state",
         "seed": 4,
         "batch_size": B,
-        "steps": STEPS,
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "cooling": 0.0,
-        "look_ahead": 0.0,
-        "neighbours": 0.0,
-        "grid": "uniform",
-        "jump": "cumulative",
+        "sampling": Sampling(STEPS, temperature=0.5).to_dict(),
         "length": L,
     }
     assert re.fullmatch("[0-9a-f]{16}", model.pop("sha256"))
@@ -247,101 +233,49 @@ def test_a_line_says_what_its_tokens_depend_on(monkeypatch, batch_file):
     }
 
 
+def _sampled(**values):
+    """The bundle as its run was configured to sample it."""
+    provenance = PROVENANCE | {"config": {"eval": {"sampling": Sampling(**values).to_dict()}}}
+    return dataclasses.replace(UNIFORM, provenance=provenance)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         {},
         {"temperature": 1.0, "top_p": 1.0},
         {"top_p": 0.5, "cooling": 0.0},
-        {"look_ahead": 0.0, "grid": "uniform", "neighbours": 1.5},
-        {"neighbours": 0.0, "jump": "euler"},
+        {"look_ahead": 0.0, "grid": "uniform"},
+        {"jump": "euler", "steps": None},
     ],
 )
 def test_samples_are_drawn_as_the_model_says_unless_told_otherwise(monkeypatch, flags):
     trained = {"temperature": 0.8, "top_p": 0.9, "cooling": 0.5, "look_ahead": 0.25}
-    trained |= {"grid": "power:0.7", "neighbours": 0.75}
-    bundle = _heeding(_bundle(), **trained)
-    job = generate.make_job(_options(prompt="The state", **flags), bundle)
-    expected = trained | {"jump": "mixture"} | flags
-    assert {key: getattr(job, key) for key in expected} == expected
+    trained |= {"grid": "power:0.7", "jump": "mixture", "steps": 5}
+    job = generate.make_job(_options(prompt="The state", **flags), _sampled(**trained))
+    given = {"steps": STEPS} | flags
+    expected = Sampling(**trained | {k: v for k, v in given.items() if v is not None})
+    assert job.sampling == expected
     asked, draw = [], generate_lib.generate
-    monkeypatch.setattr(generate_lib, "generate", lambda *a, **k: asked.append(k) or draw(*a, **k))
-    list(generate.draw(job))
-    expected["jump_rule"] = expected.pop("jump")
-    assert [{key: k[key] for key in expected} for k in asked] == [expected] * len(asked)
-    for k in asked:
-        if expected["neighbours"]:
-            jax.tree.map(np.testing.assert_array_equal, k["table"], TABLE)
+    monkeypatch.setattr(
+        generate_lib, "generate", lambda *a, **k: asked.append(a[3]) or draw(*a, **k)
+    )
+    list(job_lib.draw(job))
+    assert asked == [expected] * len(asked)
 
 
-# --------------------------------------------------------------------------------------- neighbours
-def _with_counts(bundle):
-    """The bundle and what follows what in its text."""
-    return dataclasses.replace(bundle, counts=lambda: COUNTS)
+def test_a_former_config_says_how_it_is_sampled_too():
+    config = {"eval": {"few_step_jump": "mixture", "cooling": 0.5, "neighbours": 1.0, "seed": 1}}
+    former = dataclasses.replace(UNIFORM, provenance=PROVENANCE | {"config": config})
+    assert former.sampling() == Sampling(jump="mixture", cooling=0.5)
 
 
-def _heeding(bundle, **trained):
-    """The bundle as its run was told to sample it."""
-    config = {"eval": {"neighbours": 0.75, "few_step_jump": "mixture"} | trained}
-    provenance = PROVENANCE | {"config": config}
-    return _with_counts(dataclasses.replace(bundle, provenance=provenance))
-
-
-def test_neighbours_are_heeded_as_the_library_does(monkeypatch, batch_file):
-    flags = {"batch_file": str(batch_file), "num_samples": 1, "seed": 9}
-    lines = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags, neighbours=1.5))
-    templates = [request.template for request in prompts.read_requests(batch_file, BPE, L)][:B]
-    how = {"seed": 9, "jump_rule": "mixture", "table": TABLE}
-    draw = lambda neighbours: _call(UNIFORM, templates, neighbours=neighbours, **how)
-    wanted_BL = draw(1.5)
-    for line, template, tokens_L in zip(lines, templates, wanted_BL, strict=False):
-        assert line["tokens"] == tokens_L[: template.shown].tolist()
-        assert (line["neighbours"], line["jump"]) == (1.5, "mixture")
-        assert line["follow_sha256"] == bundle_lib.counts_hash(COUNTS)
-    assert (wanted_BL != draw(0.0)).any()
-    # The run's own strength; and no word of a table that isn't heeded.
-    (line, *_) = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags))
-    assert (line["neighbours"], "follow_sha256" in line) == (0.75, True)
-    (line, *_) = _lines(_run(monkeypatch, _heeding(UNIFORM), **flags, neighbours=0.0))
-    assert (line["neighbours"], "follow_sha256" in line) == (0.0, False)
-
-
-def test_neighbours_that_cannot_be_heeded_are_refused(monkeypatch):
-    monkeypatch.setattr(generate_lib, "generate", None)
-    with pytest.raises(ValueError, match="neighbours=0.5 .*came without its text's table.*data/"):
-        _run(monkeypatch, UNIFORM, neighbours=0.5, jump="mixture")
-    for flags in ({"neighbours": 0.5}, {"neighbours": 0.5, "jump": "euler"}):
-        with pytest.raises(ValueError, match="mixture and dispersed do; .*set neighbours to 0"):
-            _run(monkeypatch, _with_counts(UNIFORM), **flags)
-    with pytest.raises(ValueError, match="the rule 'cumulative' leaves out the current token"):
-        _run(monkeypatch, _heeding(UNIFORM), jump="cumulative")
-    lost = dataclasses.replace(_heeding(UNIFORM), counts=None)
-    with pytest.raises(ValueError, match="neighbours=0.75 .*without its text's table"):
-        _run(monkeypatch, lost)
-
-
-def test_a_table_is_not_read_unless_it_is_heeded(monkeypatch):
-    def fail():
-        raise AssertionError
-
-    bundle = dataclasses.replace(UNIFORM, counts=fail)
-    _run(monkeypatch, bundle, num_samples=B)
-    heeding = dataclasses.replace(_heeding(CAUSAL), counts=bundle.counts)
-    prompt = "The state"
-    assert generate.make_job(_options(prompt=prompt), heeding).neighbours == 0.0
-    job = generate.make_job(_options(prompt=prompt, neighbours=2.0, output="a.jsonl"), heeding)
-    assert (job.neighbours, job.stamp["neighbours"]) == (0.0, None)
-
-
-def test_without_a_model_it_is_the_one_that_came_along(monkeypatch, tmp_path):
+def test_without_a_model_it_is_the_bundled_one(monkeypatch):
     opened = []
     monkeypatch.setattr(formats, "open_bundle", lambda path, **k: opened.append(path) or UNIFORM)
-    monkeypatch.setattr(generate, "SHIPPED", tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="Give --workdir=DIR or --checkpoint=PATH; no model came"):
-        generate.run(_options(checkpoint=None), io.StringIO())
-    generate.SHIPPED.touch()
     generate.run(_options(checkpoint=None, num_samples=1), io.StringIO())
-    assert opened == [tmp_path / "model.safetensors"]
+    assert opened == [formats.BUNDLED]
+    assert formats.BUNDLED.is_file()
 
 
 @pytest.mark.parametrize("bundle", [UNIFORM, MASK, CAUSAL], ids=["uniform", "mask", "causal"])
@@ -349,13 +283,12 @@ def test_a_small_nucleus_leaves_the_likeliest(monkeypatch, bundle):
     """So small that it holds one token: the seed of the draws no longer matters."""
     template = prompts.prefix("The state", BPE, L)
     rows = np.stack([template.given_L] * 2), np.stack([template.frozen_L] * 2)
-    options = {"given_BL": rows[0], "frozen_BL": rows[1], "steps": 1}
-    params = bundle.device_params()
-    run = functools.partial(
-        generate_lib.generate, params, bundle.model, bundle.process(), **options, seed=3
-    )
+    given = {"given_BL": rows[0], "frozen_BL": rows[1], "seed": 3}
+    params, model, process = bundle.device_params(), bundle.model, bundle.process()
+    run = lambda **how: generate_lib.generate(params, model, process, Sampling(1, **how), **given)
     sure = run(top_p=1e-6)
     np.testing.assert_array_equal(sure, run(temperature=1e-4))
+    np.testing.assert_array_equal(sure, run(temperature=0.0))
     assert (run() != sure).any()
 
 
@@ -383,7 +316,7 @@ def test_left_to_right(monkeypatch, batch_file, tmp_path):
     prompt_file = tmp_path / "a.txt"
     prompt_file.write_text("The\nof\nthe\n")
     line = _lines(_run(monkeypatch, CAUSAL, batch_file=str(prompt_file), num_samples=1))[2]
-    assert (line["steps"], line["jump"]) == (L, None)
+    assert (line["sampling"]["steps"], line["sampling"]["jump"]) == (L, None)
     assert line["text"].startswith("the")
     monkeypatch.setattr(generate_lib, "generate", None)
     for changes, message in (
@@ -449,12 +382,9 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
     ("changes", "message"),
     [
         ({"seed": 1}, "line 1 is of another job .seed: 0 there, 1 now"),
-        ({"steps": 2}, "steps: 3 there, 2 now"),
-        ({"temperature": 0.5}, "temperature: 1.0 there, 0.5 now"),
-        ({"top_p": 0.5}, "top_p: 1.0 there, 0.5 now"),
-        ({"grid": "cosine"}, "grid: 'uniform' there, 'cosine' now"),
-        ({"jump": "euler"}, "jump: 'cumulative' there, 'euler' now"),
-        ({"neighbours": 0.5, "jump": "mixture", "table": True}, "neighbours: 0.0 there, 0.5 now"),
+        ({"steps": 2}, "'steps': 3.* there, .*'steps': 2"),
+        ({"temperature": 0.5}, "'temperature': 1.0.* there, .*'temperature': 0.5"),
+        ({"grid": "cosine"}, "'grid': 'uniform'.* there, .*'grid': 'cosine'"),
         ({"length": 15}, "length: 16 there, 15 now"),
         ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
         ({"num_samples": 2}, "line 2 is of another job .id: 2 there, 'a' now"),
@@ -469,7 +399,6 @@ def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, cha
     whole = path.read_bytes()
     changes = dict(changes)
     bundle = changes.pop("bundle", UNIFORM)
-    bundle = _with_counts(bundle) if changes.pop("table", False) else bundle
     monkeypatch.setattr(generate_lib, "generate", None)
     with pytest.raises(ValueError, match=message) as error:
         _run(monkeypatch, bundle, **(flags | changes))
@@ -529,10 +458,10 @@ HOSTILE = "\x1b]0;owned\x07[red]a\x9b2J\r\n\tb\x7f"
 
 def test_printable():
     escaped = r"\x1b]0;owned\x07[red]a\x9b2J\r"
-    assert generate.printable(HOSTILE) == escaped + "\n\tb\\x7f"
-    assert generate.printable(HOSTILE, keep="") == escaped + r"\n\tb\x7f"
-    assert generate.printable("naïve 日本 \U0001f600") == "naïve 日本 \U0001f600"
-    assert generate.printable("\ud800") == r"\ud800"
+    assert stream.printable(HOSTILE) == escaped + "\n\tb\\x7f"
+    assert stream.printable(HOSTILE, keep="") == escaped + r"\n\tb\x7f"
+    assert stream.printable("naïve 日本 \U0001f600") == "naïve 日本 \U0001f600"
+    assert stream.printable("\ud800") == r"\ud800"
 
 
 def _always(text, monkeypatch, length=64):
@@ -578,7 +507,7 @@ def test_streaming_changes_no_token_and_shows_each_step(monkeypatch, bundle):
     assert [int(head[1]) for head in heads] == [1, 2, 3] * 2  # of two batches
     assert {int(head[3]) for head in heads} == {shown}
     for step, text in ((steps[2], texts[0]), (steps[5], texts[3])):  # the first of each batch
-        assert step.endswith("changed: " + generate.printable(text[:-1], keep=""))
+        assert step.endswith("changed: " + stream.printable(text[:-1], keep=""))
     if bundle is MASK:
         changed = [int(head[2]) for head in heads[:3]]
         assert sum(changed) == 5  # each gap token once
@@ -591,28 +520,30 @@ def _view(kind, out, bundle=MASK, rows=1, **changes):
     return kind(job, out), job
 
 
-@pytest.mark.parametrize("kind", [generate.View, generate.LiveView])
+@pytest.mark.parametrize("kind", [view.View, view.LiveView])
 def test_views_cope_with_masks_markup_and_control_characters(monkeypatch, kind):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     out = Terminal()
-    view, job = _view(kind, out, rows=2, length=64)
+    shown, job = _view(kind, out, rows=2, length=64)
     mask_id = job.process.source.mask_id
     ids = BPE.encode(HOSTILE)
     noise = np.full((2, 64), mask_id, np.int32)
     state = noise.copy()
     state[0, : len(ids)] = ids
-    with view.batch(job.rows, np.zeros((2, 64), bool), noise):
-        view.on_step(np.int32(0), jax.numpy.asarray(state))
+    frozen = np.zeros((2, 64), bool)
+    with shown.closing():
+        shown.on_step(job.rows, frozen, 0, noise)
+        shown.on_step(job.rows, frozen, 1, state)
     text = out.getvalue()
-    assert f"step 1/3, {len(ids)} of {64 if kind is generate.View else 128} tokens changed" in text
+    assert f"step 1/3, {len(ids)} of {64 if kind is view.View else 128} tokens changed" in text
     assert "\x1b]0;" not in text
     assert "\x07" not in text
     assert "\x9b" not in text
     assert "\x7f" not in text
     assert r"\x1b]0;owned\x07[red]a\x9b2J\r" in text
     assert "░" * 20 in text
-    assert ("noise" in text) == (kind is generate.LiveView)
+    assert ("noise" in text) == (kind is view.LiveView)
 
 
 def test_pieces():
@@ -620,14 +551,14 @@ def test_pieces():
     given_L = tokens_L == tokens_L[0]
     changed_L = np.asarray([False, False, True, True, False, False])
     assert len(tokens_L) == 6
-    pieces = generate.pieces(tokens_L, given_L, changed_L, V, BPE)
+    pieces = stream.pieces(tokens_L, given_L, changed_L, V, BPE)
     assert pieces == [
         ("The", "given"),
         ("░░", "masked"),
         (" of", "changed"),
         (" the", "kept"),  # the end-of-text token has no text
     ]
-    whole = generate.pieces(tokens_L[[0, 3, 4]], given_L[:3], given_L[:3], None, BPE)
+    whole = stream.pieces(tokens_L[[0, 3, 4]], given_L[:3], given_L[:3], None, BPE)
     assert whole == [("The", "given"), (" of the", "kept")]
 
 
@@ -654,7 +585,6 @@ def trained(tmp_path_factory):
     """(checkpoint, tokenizer.json) of a run of random weights."""
     folder = tmp_path_factory.mktemp("run")
     config = base.get_config()
-    base.use_plain_sampler(config)
     config.pipeline = "pretrain,distill"
     config.data.block_length = L
     model = MASK.model

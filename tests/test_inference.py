@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tables
 from chance import assert_frequencies
 
-from fsdfm_jax.flow import sampler
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
 from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
@@ -53,13 +53,19 @@ def _given(tokens=(), num_samples=B, length=L):
 
 def _generate(weights=FEW_STEP, process=UNIFORM_PROCESS, *, given=(), num_samples=B, **changes):
     given_BL, frozen_BL = _given(given, num_samples)
-    wanted = {"given_BL": given_BL, "frozen_BL": frozen_BL, "steps": 3, "seed": 0} | changes
-    return generate_lib.generate(weights.params, weights.model, process, **wanted)
+    rows = {"given_BL": given_BL, "frozen_BL": frozen_BL, "seed": 0}
+    rows |= {name: changes.pop(name) for name in rows if name in changes}
+    sampling = Sampling(**{"steps": 3} | changes)
+    return generate_lib.generate(weights.params, weights.model, process, sampling, **rows)
 
 
-# Each token is followed by the next one.
-CYCLE = np.where(np.roll(np.eye(V), 1, 1) > 0, 0.95, 0.05 / (V - 1)).astype(np.float32)
-HEEDING = {"neighbours": 2.0, "table": tables.pairs(CYCLE), "jump_rule": "dispersed"}
+def _stream(weights=FEW_STEP, process=UNIFORM_PROCESS, *, given=(), num_samples=B, **changes):
+    """The noise and the tokens after each step, [S+1, B, L]."""
+    given_BL, frozen_BL = _given(given, num_samples)
+    rows = {"given_BL": given_BL, "frozen_BL": frozen_BL, "seed": 0}
+    sampling = Sampling(**{"steps": 3} | changes)
+    frames = generate_lib.stream(weights.params, weights.model, process, sampling, **rows)
+    return np.stack(list(frames))
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -78,18 +84,12 @@ def test_shape_and_seed(weights):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "at least 1 step"),
-        ({"seed": -1}, r"seed must be in \[0, 2\^32\), got -1"),
-        ({"seed": 2**32}, "seed must be in"),
-        ({"temperature": 0.0}, "temperature must be greater than 0"),
-        ({"temperature": -1.0}, "temperature must be greater than 0"),
-        ({"temperature": float("nan")}, "temperature must be greater than 0"),
-        ({"temperature": float("inf")}, "temperature must be greater than 0 and finite"),
-        ({"jump_rule": "leap"}, "Unknown jump rule 'leap'"),
-        ({"neighbours": -0.5}, "neighbours must be at least 0 and finite, got -0.5"),
-        ({"neighbours": float("inf")}, "neighbours must be at least 0 and finite"),
-        ({**HEEDING, "jump_rule": "cumulative"}, "mixture and dispersed do; .*'cumulative'"),
-        ({**HEEDING, "table": None}, "came without its text's table.*set neighbours to 0"),
+        ({"steps": 0}, r"Sampling.steps must be a whole number in \[1, "),
+        ({"seed": -1}, r"seed must be a whole number in \[0, 2\^32\), got -1"),
+        ({"seed": 2**32}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"temperature": -1.0}, "temperature must lie in"),
+        ({"jump": "leap"}, "Sampling.jump must be one of .*'leap'"),
         ({"num_samples": 0}, "at least one row"),
         ({"frozen_BL": np.zeros((B, L + 1), bool)}, r"\(16, 5\) and \(16, 6\)"),
         ({"frozen_BL": np.zeros((B, L), np.int32)}, "frozen_BL bools"),
@@ -99,8 +99,6 @@ def test_shape_and_seed(weights):
         ({"given": (MASK,), "process": MASK_PROCESS}, "other than the mask token 5, got 5"),
         ({"weights": CAUSAL, "given": (1, None, 2)}, "can't see text that stands after a gap"),
         ({"weights": CAUSAL, "given": (None, 2)}, "can't see text that stands after a gap"),
-        ({"weights": CAUSAL, "on_step": print}, "nothing to watch"),
-        ({"weights": CAUSAL, "temperature": 0.0}, "temperature"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -127,9 +125,9 @@ def test_given_tokens_are_seen():
 
 def test_the_tokens_are_those_of_the_generator_that_is_exported():
     given_BL, frozen_BL = _given((1, None, 2))
-    run = generate_lib.make_generator(FEW_STEP.model, MASK_PROCESS, "cumulative")
-    grid = sampler.uniform_grid(3)
-    wanted = run(FEW_STEP.params, np.uint32(5), given_BL, frozen_BL, grid, np.float32(0.8))
+    run = generate_lib.make_generator(FEW_STEP.model, MASK_PROCESS)
+    sampling = Sampling(steps=3, temperature=0.8)
+    wanted = run(FEW_STEP.params, np.uint32(5), given_BL, frozen_BL, sampling)
     tokens = _generate(process=MASK_PROCESS, given=(1, None, 2), seed=5, temperature=0.8)
     np.testing.assert_array_equal(tokens, wanted)
 
@@ -170,9 +168,9 @@ def test_buckets():
         (FEW_STEP, UNIFORM_PROCESS, {}),
         (FEW_STEP, MASK_PROCESS, {}),
         (CAUSAL, UNIFORM_PROCESS, {}),
-        (FEW_STEP, UNIFORM_PROCESS, HEEDING),
+        (FEW_STEP, UNIFORM_PROCESS, {"jump": "dispersed"}),
     ],
-    ids=["uniform", "mask", "causal", "neighbours"],
+    ids=["uniform", "mask", "causal", "dispersed"],
 )
 def test_a_row_does_not_depend_on_the_number_of_rows(weights, process, how):
     # 3 and 4 fill their batches, 5 are drawn as 6, of which the last is thrown away.
@@ -184,72 +182,38 @@ def test_a_row_does_not_depend_on_the_number_of_rows(weights, process, how):
 
 
 def test_sizes_of_one_bucket_share_a_program():
-    run = generate_lib.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "mixture", None)
-    for rows in (6, 5):
-        _generate(num_samples=rows, jump_rule="mixture")
-        assert run._cache_size() == 1
+    run = generate_lib._jit_generator(FEW_STEP.model, UNIFORM_PROCESS)
+    _generate(num_samples=6, jump="mixture")
+    compiled = run._cache_size()
+    _generate(num_samples=5, jump="mixture")
     # Rows of their own stay with their templates.
     given_BL = np.arange(5 * L, dtype=np.int32).reshape(5, L) % V
     frozen_BL = np.random.default_rng(0).random((5, L)) < 0.5
-    tokens = _generate(given_BL=given_BL, frozen_BL=frozen_BL, jump_rule="mixture")
+    tokens = _generate(given_BL=given_BL, frozen_BL=frozen_BL, jump="mixture")
     np.testing.assert_array_equal(tokens[frozen_BL], given_BL[frozen_BL])
-    assert run._cache_size() == 1
-
-
-def test_who_watches_sees_the_rows_asked_for():
-    seen = []
-    watch = lambda index, x_BL: seen.append(np.array(x_BL))
-    tokens = _generate(num_samples=5, on_step=watch)
-    assert [x_BL.shape for x_BL in seen] == [(5, L)] * 3
-    np.testing.assert_array_equal(tokens, _generate(num_samples=5))
-
-
-# --------------------------------------------------------------------------------------- neighbours
-@pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
-def test_neighbours_lead_to_pairs_of_the_text_around_what_is_given(process):
-    given, seen = (1, None, None, 4), []
-    watch = lambda index, x_BL: seen.append(np.array(x_BL))
-    flat = _weights(conditioning="additive", scale=0.2)  # it leaves much to heed
-    draw = lambda **how: _generate(flat, process, given=given, **HEEDING | how, on_step=watch)
-    tokens = draw()
-    np.testing.assert_array_equal(seen[-1], tokens)
-    for x_BL in seen:
-        np.testing.assert_array_equal(x_BL[:, [0, 3]], [[1, 4]] * B)
-    assert tokens.min() >= 0
-    assert tokens.max() < (MASK if process is MASK_PROCESS else V)
-    pairs = lambda tokens: np.mean((tokens[:, :2] + 1) % V == tokens[:, 1:3])
-    alone = draw(neighbours=0.0)
-    assert pairs(tokens) > pairs(alone) + 0.2
-    # Without a strength it is the program, and the draw, of a sampler that knows no neighbours.
-    np.testing.assert_array_equal(alone, draw(neighbours=0.0, table=None))
-
-
-def test_tables_and_strengths_are_data():
-    run = generate_lib.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "dispersed", None)
-    one = _generate(**HEEDING)
-    compiled = run._cache_size()
-    changes = ({"table": tables.pairs(CYCLE.T)}, {"neighbours": 3})
-    others = [_generate(**HEEDING | change) for change in changes]
-    assert run._cache_size() == compiled > 0
-    assert all((one != other).any() for other in others)
+    assert run._cache_size() == compiled
 
 
 # ---------------------------------------------------------------------------------------- watching
 @pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
-def test_watching_sees_each_step_in_order_and_changes_nothing(process):
-    seen = []
-    watch = lambda index, x_BL: seen.append((int(index), np.array(x_BL)))
-    tokens = _generate(process=process, given=(1, None, 2), on_step=watch)
-    assert [index for index, _ in seen] == [0, 1, 2]  # all of them before generate returned
-    np.testing.assert_array_equal(seen[-1][1], tokens)
-    np.testing.assert_array_equal(_generate(process=process, given=(1, None, 2)), tokens)
-    for _, x_BL in seen:
-        np.testing.assert_array_equal(x_BL[:, [0, 2]], [[1, 2]] * B)
+def test_streaming_draws_the_same_tokens_step_by_step(process):
+    frames = _stream(process=process, given=(1, None, 2))
+    tokens = _generate(process=process, given=(1, None, 2))
+    assert frames.shape == (4, B, L)
+    np.testing.assert_array_equal(frames[-1], tokens)
+    np.testing.assert_array_equal(frames[:, :, [0, 2]], np.broadcast_to([1, 2], (4, B, 2)))
     noise_BL, _ = generate_lib.draw_noise(process, np.uint32(0), *_given((1, None, 2)))
-    np.testing.assert_array_equal(noise_BL[:, [0, 2]], [[1, 2]] * B)
+    np.testing.assert_array_equal(frames[0], noise_BL)
     if process is MASK_PROCESS:  # the states are in between: masks go, step by step
-        masks = [int((x == MASK).sum()) for x in (np.asarray(noise_BL), *(x for _, x in seen))]
+        masks = [int((x_BL == MASK).sum()) for x_BL in frames]
         assert masks[0] == B * (L - 2) > masks[1] > masks[2] > masks[3] == 0
+    # The rows asked for and no others.
+    assert _stream(process=process, num_samples=5).shape == (4, 5, L)
+
+
+def test_left_to_right_text_cannot_be_streamed():
+    with pytest.raises(ValueError, match="writes each token once"):
+        _stream(CAUSAL)
 
 
 @pytest.mark.parametrize(
@@ -257,20 +221,18 @@ def test_watching_sees_each_step_in_order_and_changes_nothing(process):
 )
 def test_mask_source_never_emits_the_mask(steps, rule):
     for seed in range(4):
-        tokens = _generate(process=MASK_PROCESS, steps=steps, jump_rule=rule, seed=seed)
+        tokens = _generate(process=MASK_PROCESS, steps=steps, jump=rule, seed=seed)
         assert tokens.max() < MASK
 
 
 @pytest.mark.parametrize("process", [UNIFORM_PROCESS, MASK_PROCESS], ids=["uniform", "mask"])
 def test_revealed_tokens_stay_with_a_mask_source_only(process):
-    run = generate_lib.make_sampler(FEW_STEP.model, process, "cumulative")
+    run = generate_lib.make_sampler(FEW_STEP.model, process)
     x0_BL = np.full((B, L), MASK, np.int32)
     x0_BL[:, ::2] = 2  # shown, not frozen
     frozen_BL = np.zeros((B, L), bool)
-    grid = sampler.uniform_grid(3)
-    tokens = np.asarray(
-        run(FEW_STEP.params, jax.random.key(0), x0_BL, frozen_BL, grid, np.float32(1))
-    )
+    sampling = Sampling(steps=3)
+    tokens = np.asarray(run(FEW_STEP.params, jax.random.key(0), x0_BL, frozen_BL, sampling))
     assert (tokens[:, ::2] == 2).all() == (process is MASK_PROCESS)
 
 
@@ -286,23 +248,26 @@ def test_low_temperature_is_the_mode(weights):
 
 
 # --------------------------------------------------------------------------------------- compiling
-def test_one_program_for_all_grids_of_a_length_and_all_temperatures():
-    run = generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
-    assert generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture") is run
-    assert generate_lib.make_sampler(FEW_STEP.model, MASK_PROCESS, "mixture") is not run
-    assert generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "euler") is not run
+def test_one_program_for_all_numbers_of_a_sampling():
+    run = generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS)
+    assert generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS) is run
+    assert generate_lib.make_sampler(FEW_STEP.model, MASK_PROCESS) is not run
     x0_BL, frozen_BL = np.ones((B, L), np.int32), np.zeros((B, L), bool)
+    before = run._cache_size()
     results = [
-        np.asarray(run(FEW_STEP.params, jax.random.key(0), x0_BL, frozen_BL, grid, temperature))
-        for grid in (np.float32([0, 0.5, 1]), np.float32([0, 0.9, 1]))
-        for temperature in (np.float32(1.0), np.float32(0.2))
+        np.asarray(run(FEW_STEP.params, jax.random.key(0), x0_BL, frozen_BL, sampling))
+        for sampling in (
+            Sampling(2, "mixture"),
+            Sampling(2, "mixture", temperature=0.2),
+            Sampling(2, "mixture", cooling=0.9, look_ahead=0.5),
+        )
     ]
-    assert run._cache_size() == 1
-    assert len({result.tobytes() for result in results}) > 1
+    assert run._cache_size() == before + 1
+    assert len({result.tobytes() for result in results}) == 3
 
 
 def test_generate_compiles_once_for_seeds_templates_and_temperatures():
-    run = generate_lib.jit_generator(FEW_STEP.model, UNIFORM_PROCESS, "cumulative", None)
+    run = generate_lib._jit_generator(FEW_STEP.model, UNIFORM_PROCESS)
     _generate()
     compiled = run._cache_size()
     for seed, given, temperature in ((1, (2,), 0.5), (2**32 - 1, (2, None, 3), 0.7)):
@@ -360,7 +325,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text():
 
 
 def test_autoregressive_tokens_of_a_seed_are_those_of_its_sampler():
-    run = generate_lib.make_autoregressive_sampler(CAUSAL.model, L)
+    run = make_autoregressive_sampler(CAUSAL.model, L)
     _, key = jax.random.split(jax.random.key(5))  # the first is that of the noise
     first_B = jnp.full((B,), UNIFORM_PROCESS.eos_id)
     wanted = run(CAUSAL.params, key, first_B, jnp.float32(1))
@@ -368,7 +333,7 @@ def test_autoregressive_tokens_of_a_seed_are_those_of_its_sampler():
 
 
 def test_autoregressive_sampler_takes_the_token_before_the_text():
-    run = generate_lib.make_autoregressive_sampler(CAUSAL.model, L)
+    run = make_autoregressive_sampler(CAUSAL.model, L)
     temperature = jnp.float32(1)
     first, other = (
         np.asarray(run(CAUSAL.params, jax.random.key(0), jnp.full((B,), token), temperature))
@@ -383,11 +348,12 @@ def test_the_observer_draws_the_same_and_says_how_sure_it_was(process):
     steps, temperature, top_p = 3, 0.7, 0.9
     given_BL, frozen_BL = _given([2], num_samples=4)
     x0_BL, key = generate_lib.draw_noise(process, jnp.uint32(3), given_BL, frozen_BL)
-    grid_S1 = sampler.uniform_grid(steps)
+    sampling = Sampling(steps, temperature=temperature, top_p=top_p)
+    grid_S1 = sampling.times()
 
     def run(make):
-        arguments = (jax.random.clone(key), x0_BL, frozen_BL, grid_S1, temperature, top_p)
-        return make(FEW_STEP.model, process, "cumulative")(FEW_STEP.params, *arguments)
+        arguments = (jax.random.clone(key), x0_BL, frozen_BL, sampling)
+        return make(FEW_STEP.model, process)(FEW_STEP.params, *arguments)
 
     plain_BL = run(generate_lib.make_sampler)
     x_BL, seen = run(generate_lib.make_observer)
@@ -416,32 +382,17 @@ def test_the_observer_draws_the_same_and_says_how_sure_it_was(process):
         before_BL = after_BL
 
 
-def test_a_program_for_any_number_of_steps_draws_the_same():
-    given_BL, frozen_BL = _given([], num_samples=4)
-    x0_BL, key = generate_lib.draw_noise(UNIFORM_PROCESS, jnp.uint32(5), given_BL, frozen_BL)
-    run = generate_lib.make_sampler(FEW_STEP.model, UNIFORM_PROCESS, "mixture")
-    compiled = run._cache_size()
-    for steps in (1, 3, 4):
-        grid = sampler.uniform_grid(steps)
-        arguments = (x0_BL, frozen_BL, grid, 1.0)
-        wanted_BL = run(FEW_STEP.params, jax.random.clone(key), *arguments)
-        arguments = (x0_BL, frozen_BL, sampler.pad_grid(grid, 8), 1.0, None, steps)
-        got_BL = run(FEW_STEP.params, jax.random.clone(key), *arguments)
-        np.testing.assert_array_equal(got_BL, wanted_BL)
-    assert run._cache_size() == compiled + 3 + 1
-
-
 # ------------------------------------------------------------------------ left to right, no memory
 def test_without_cache_the_same_tokens_are_drawn():
     first_B = jnp.zeros((4,), jnp.int32)
     given_BL, frozen_BL = _given([3, 1], num_samples=4)
 
     def run(memory):
-        draw = generate_lib.make_autoregressive_sampler(CAUSAL.model, L, memory=memory)
+        draw = make_autoregressive_sampler(CAUSAL.model, L, memory=memory)
         return draw(CAUSAL.params, jax.random.key(1), first_B, 0.8, given_BL, frozen_BL)
 
     cached, anew = run("cache"), run("none")
     np.testing.assert_array_equal(cached, anew)
     assert (np.asarray(cached)[:, :2] == [3, 1]).all()
     with pytest.raises(ValueError, match="Unknown memory='some'"):
-        generate_lib.make_autoregressive_sampler(CAUSAL.model, L, memory="some")
+        make_autoregressive_sampler(CAUSAL.model, L, memory="some")

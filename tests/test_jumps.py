@@ -280,58 +280,6 @@ def test_finalize_with_mask_noise_draws_the_masked_positions(mask_id):
     assert_frequencies(np.bincount(x_BL[mask_id], minlength=4), without / without.sum())
 
 
-# ------------------------------------------------------------------------- positions drawn anew
-
-
-REVEALED = pytest.mark.parametrize("revealed", jumps.REVEALED)
-NOT_YET, LAST = jnp.bool_(False), jnp.bool_(True)
-
-
-def _redraw(rule, mask_id=None, revealed="stay"):
-    return jumps.make_redraw(rule, Polynomial(2.0), Source(4, mask_id=mask_id), revealed)
-
-
-@pytest.mark.parametrize("rule", [MIXTURE, DISPERSED], ids=lambda rule: rule.name)
-def test_the_share_of_positions_drawn_anew_is_beta(rule):
-    t_B, h_B = np.float64([0.0, 0.25, 0.5, 0.5]), np.float64([0.25, 0.5, 0.25, 0.5])
-    xt_BL = jnp.tile(jnp.arange(4)[:, None], (1, N))
-    drawn_BL = np.asarray(_redraw(rule)(jax.random.key(0), xt_BL, t_B, h_B, NOT_YET))
-    assert drawn_BL.dtype == bool
-    beta_B = ((t_B + h_B) ** 2 - t_B**2) / (1 - t_B**2)
-    np.testing.assert_allclose(beta_B, [1 / 16, 8 / 15, 5 / 12, 1.0])
-    if rule is MIXTURE:
-        for drawn_L, beta in zip(drawn_BL, beta_B, strict=True):
-            assert_frequencies([N - drawn_L.sum(), drawn_L.sum()], [1 - beta, beta])
-    else:  # as many in every row, none of few side by side
-        assert np.all(np.abs(drawn_BL.sum(axis=1) - beta_B * N) < 4)
-        assert not np.any(drawn_BL[0, 1:] & drawn_BL[0, :-1])
-    last_BL = _redraw(rule)(jax.random.key(0), xt_BL, t_B, h_B, LAST)
-    assert np.all(last_BL)
-
-
-@REVEALED
-@pytest.mark.parametrize("rule", [MIXTURE, DISPERSED], ids=lambda rule: rule.name)
-def test_with_a_mask_what_is_revealed_is_drawn_anew_only_where_it_may_jump(rule, revealed):
-    xt_BL = jax.random.randint(jax.random.key(1), (8, 500), 0, 4)
-    run = lambda last, **how: np.asarray(
-        _redraw(rule, **how)(jax.random.key(0), xt_BL, 0.25, 0.5, last)
-    )
-    masked_BL, every_BL = np.asarray(xt_BL == 3), run(NOT_YET)
-    wanted_BL = every_BL & masked_BL if revealed == "stay" else every_BL
-    assert 0 < wanted_BL.sum() < every_BL.size
-    np.testing.assert_array_equal(run(NOT_YET, mask_id=3, revealed=revealed), wanted_BL)
-    np.testing.assert_array_equal(run(LAST, mask_id=3, revealed=revealed), masked_BL)
-
-
-@pytest.mark.parametrize("rule", [CUMULATIVE, EULER], ids=lambda rule: rule.name)
-def test_rules_that_leave_out_the_current_token_draw_none_anew(rule):
-    for refuse in (jumps.check_redraw, _redraw):
-        with pytest.raises(ValueError, match=f"mixture and dispersed do; the rule '{rule.name}'"):
-            refuse(rule)
-    for allowed in (MIXTURE, DISPERSED, jumps.get_rule("dispersed")):
-        jumps.check_redraw(allowed)
-
-
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint16, jnp.int8])
 def test_shape_and_dtype_are_kept(dtype):
     logits_BLV = jax.random.normal(jax.random.key(0), (2, 3, 5))

@@ -131,9 +131,6 @@ def test_scripts_pass_shellcheck(script):
         (["slurm.sh", "--nodes=", "--", "--workdir=x"], "--nodes must be"),
         (["slurm.sh", "--", "--config=x"], "no --workdir"),
         (["slurm.sh", "--workdir=x"], "unknown option '--workdir=x'"),
-        (["ship_gpu.sh", "work"], "expected WORKDIR and OUT, got 1"),
-        (["ship_gpu.sh", "--limit=0", "work", "out"], "--limit must be"),
-        (["ship_gpu.sh", "--sise=gpu", "work", "out"], "unknown option '--sise=gpu'"),
         (["tpu_pod.sh"], "unknown action ''"),
         (["tpu_pod.sh", "start", "--name=N"], "--name must be"),
         (["tpu_pod.sh", "start", "--name=n"], "expected --zone"),
@@ -152,51 +149,6 @@ def test_bad_usage_is_refused_by_name(arguments, message):
     assert refused.returncode == 2
     assert message in refused.stderr
     assert refused.stdout == ""
-
-
-# ship_gpu.sh
-
-
-_LEASED = """#!/usr/bin/env bash
-# fsdfm_jax.main makes progress and is stopped, until it has been started three times.
-case $2 in
-  fsdfm_jax.main)
-    work=${4#--workdir=}
-    echo once >>"$work/config.json"
-    head -c 20000000 /dev/zero >"$work/weights"
-    [[ $(wc -l <"$work/config.json") == 3 ]] || exit 7 ;;
-  launch.ship) mkdir -p "${4#--target=}" && wc -l <"$3/config.json" >"${4#--target=}/README.md" ;;
-esac
-"""
-
-
-def test_a_lease_goes_on_from_the_pieces_of_the_one_before(tmp_path):
-    _executable(tmp_path / "python", _LEASED)
-    environment = _environment(PYTHON=tmp_path / "python")
-    out = tmp_path / "out"
-    lease = lambda number: _run(
-        [LAUNCH / "ship_gpu.sh", "--size=smoke", tmp_path / f"work {number}", out], env=environment
-    )
-    for number in (1, 2):  # each on a bare machine
-        ended = lease(number)
-        assert ended.returncode == 7
-        assert f"its state is in {out}" in ended.stderr
-        pieces = sorted(out.iterdir())
-        assert [path.name for path in pieces] == ["state.tar.00", "state.tar.01"]
-        assert max(path.stat().st_size for path in pieces) <= 16 * 10**6
-    assert lease(3).returncode == 0
-    assert [path.name for path in out.iterdir()] == ["shipped"]
-    assert (out / "shipped" / "README.md").read_text().strip() == "3"
-
-
-def test_a_lease_shows_what_it_would_do(tmp_path):
-    command = [LAUNCH / "ship_gpu.sh", "--dry_run", "--limit=60", tmp_path / "w", tmp_path / "o"]
-    train, ship = map(shlex.split, _run(command, env=_environment()).stdout.splitlines())
-    assert train[:2] == ["timeout", "--kill-after=120"]
-    assert train[2:6] == ["60", "python", "-m", "fsdfm_jax.main"]
-    assert train[6].endswith("configs/shipped.py:gpu")
-    assert ship[-2:] == [str(tmp_path / "w"), f"--target={tmp_path / 'o'}/shipped"]
-    assert not list(tmp_path.iterdir())
 
 
 # local.sh

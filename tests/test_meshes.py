@@ -3,7 +3,6 @@
 The whole grid, with several processes, is `python -m benchmarks.meshes`.
 """
 
-import dataclasses
 import functools
 import shutil
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tables
 
 from benchmarks import meshes
 from benchmarks.meshes import Case
@@ -19,9 +17,9 @@ from configs import base
 from fsdfm_jax.evaluate import draw
 from fsdfm_jax.evaluate.models import Subject
 from fsdfm_jax.evaluate.plan import Point
-from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import ngrams
+from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import refine
@@ -99,21 +97,19 @@ def a_network(name, vocab_size=11):
     return stage.model, process, jax.tree.map(noise, fresh)
 
 
-def few_steps(vocab_size=11, jump="cumulative", strength=0.0):
+def few_steps(vocab_size=11, jump="cumulative"):
     model, process, params = a_network("distill", vocab_size)
-    run = generate_lib.make_sampler(model, process, jump)
+    run = generate_lib.make_sampler(model, process)
     noise_key, key = jax.random.split(jax.random.key(3))
     x0_BL = process.source.sample(noise_key, (ROWS, LENGTH))
     frozen_BL = jnp.zeros(x0_BL.shape, bool).at[:, 0].set(True)
-    table = ngrams.table(tables.counts(vocab_size), vocab_size) if strength else None
-    heeded = generate_lib.make_neighbours(strength, table, jump)
-    how = (jnp.asarray(sampler.uniform_grid(4)), 0.9, 0.95, None, 0.0, 0.0, heeded)
-    return run, params, (key, x0_BL, frozen_BL, *how)
+    sampling = Sampling(4, jump, temperature=0.9, top_p=0.95)
+    return run, params, (key, x0_BL, frozen_BL, sampling)
 
 
 def left_to_right(memory="cache"):
     model, process, params = a_network("autoregressive")
-    run = generate_lib.make_autoregressive_sampler(model, LENGTH, memory=memory)
+    run = make_autoregressive_sampler(model, LENGTH, memory=memory)
     first_B = jnp.full((ROWS,), process.eos_id, jnp.int32)
     return run, params, (jax.random.key(3), first_B, jnp.float32(1.0))
 
@@ -122,7 +118,7 @@ def pairs():
     model, process, params = a_network("pretrain")
     config = base.get_config().refine
     config.num_pairs = config.pair_batch_size = ROWS
-    config.pair_steps = 4
+    config.pairs.steps = 4
     settings = refine.read_pair_settings(config)
     run = refine.make_pair_sampler(model, process, settings, length=LENGTH)
     return run, params, (jax.random.key(3),)
@@ -130,7 +126,7 @@ def pairs():
 
 KINDS = {
     "few steps": few_steps,
-    "neighbours": functools.partial(few_steps, jump="dispersed", strength=1.0),
+    "dispersed": functools.partial(few_steps, jump="dispersed"),
     "left to right": left_to_right,
     "left to right, anew": functools.partial(left_to_right, "none"),
     "pairs": pairs,
@@ -164,7 +160,7 @@ def assert_same_tokens(got, want, sizes):
     assert np.any(got != want, axis=1).sum() <= ties, sizes
 
 
-@pytest.mark.parametrize("kind", ["few steps", "neighbours"])
+@pytest.mark.parametrize("kind", ["few steps", "dispersed"])
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_samples_on_a_mesh_are_those_of_one_device(kind, sizes):
     assert_same_tokens(drawn(sizes, kind), drawn_on_one(kind), sizes)
@@ -178,25 +174,19 @@ def test_samples_on_every_mesh_are_those_of_one_device(kind, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("neighbours", [0.0, 1.0])
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_evaluation_draws_the_same_on_a_mesh(sizes, neighbours):
+def test_evaluation_draws_the_same_on_a_mesh(sizes):
     """The last batch is cut; how many rows there are doesn't say how they are spread."""
     model, process, params = a_network("distill")
     given = draw.Given(np.zeros((5, LENGTH), np.int32), np.zeros((5, LENGTH), bool))
-    jump = "mixture" if neighbours else "cumulative"
-    point = Point("model", "distill", "distill", stage="distill", steps=2, jump=jump)
-    point = dataclasses.replace(point, grid="uniform", temperature=1.0, top_p=1.0, seed=4)
-    point = dataclasses.replace(point, cooling=0.0, look_ahead=0.0, neighbours=neighbours)
-    table = ngrams.table(tables.counts(11), 11)
+    point = Point("model", "distill", "distill", stage="distill", sampling=Sampling(2), seed=4)
     found = []
     for where in ((1, 1, 1), sizes):
         draw._compile.cache_clear()
         with mesh_lib.use(meshes.make_mesh(where)):
             spread = mesh_lib.spread(params)
             subject = Subject("distill", "distill", spread, model, process, None, {})
-            subject = subject._replace(read_table=lambda: table)
-            done = draw.draw(point, subject, given, batch_size=3, room=2)
+            done = draw.draw(point, subject, given, batch_size=3)
             found.append(done.tokens_NL)
     assert found[0].shape == (5, LENGTH)
     assert_same_tokens(*found, sizes)

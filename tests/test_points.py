@@ -5,6 +5,7 @@ import pytest
 from configs import base, sweep
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.evaluate.plan import Axes, Point, Settings
+from fsdfm_jax.flow.sampling import Sampling
 
 STAGES = {
     "autoregressive": "autoregressive",
@@ -20,6 +21,10 @@ def _settings(**changes):
     return Settings.from_config(config.eval)
 
 
+def _how(point, *names):
+    return tuple(point.described()[name] for name in names)
+
+
 def _axes(**changes):
     config = sweep.get_config()
     config.update_from_flattened_dict({f"axes.{key}": value for key, value in changes.items()})
@@ -31,13 +36,12 @@ def test_plan_in_full():
         steps=(1, 4),
         many_steps=64,
         jumps=("cumulative", "euler"),
-        few_step_jump="mixture",
         controls=("shuffled",),
-        temperature=0.5,
         seed=3,
+        **{"sampling.jump": "mixture", "sampling.temperature": 0.5},
     )
     plan = plan_lib.plan(settings, STAGES, 128)
-    assert [(p.kind, p.group, p.source, p.steps, p.jump) for p in plan] == [
+    assert [(p.kind, p.group, p.source, *_how(p, "steps", "jump")) for p in plan] == [
         ("real", "held-out text", "real", None, None),
         ("control", "shuffled control", "shuffled", None, None),
         ("model", "autoregressive", "autoregressive", 128, None),
@@ -46,15 +50,15 @@ def test_plan_in_full():
         ("model", "pretrain (cumulative)", "pretrain", 4, "cumulative"),
         ("model", "pretrain (euler)", "pretrain", 1, "euler"),
         ("model", "pretrain (euler)", "pretrain", 4, "euler"),
-        ("model", "pretrain (few-step sampler)", "pretrain", 1, "mixture"),
-        ("model", "pretrain (few-step sampler)", "pretrain", 4, "mixture"),
+        ("model", "pretrain (eval.sampling)", "pretrain", 1, "mixture"),
+        ("model", "pretrain (eval.sampling)", "pretrain", 4, "mixture"),
         ("model", "distill", "distill", 1, "mixture"),
         ("model", "distill", "distill", 4, "mixture"),
         ("model", "refine_2", "refine_2", 1, "mixture"),
         ("model", "refine_2", "refine_2", 4, "mixture"),
     ]
     models = [p for p in plan if p.kind == "model"]
-    assert {(p.temperature, p.top_p, p.weights, p.seed, p.task) for p in models} == {
+    assert {(*_how(p, "temperature", "top_p"), p.weights, p.seed, p.task) for p in models} == {
         (0.5, 1.0, "ema", 3, "unconditional")
     }
     assert len({p.slug for p in plan}) == len(plan)
@@ -64,27 +68,27 @@ def test_plan_in_full():
     assert plan[4].setting == "pretrain-1steps-cumulative-uniform-T0.5"
 
 
-def test_only_the_few_step_sampler_has_its_options():
-    options = {"grid": "power:0.5", "cooling": 0.25, "look_ahead": 0.75, "neighbours": 1.5}
-    plan = plan_lib.plan(_settings(few_step_jump="mixture", **options), STAGES, 9)
-    for point in [p for p in plan if p.jump]:
-        few_step = point.source != "pretrain" or "few-step" in point.group
-        expected = options if few_step else dict.fromkeys(options, 0.0) | {"grid": "uniform"}
-        assert {name: getattr(point, name) for name in options} == expected
+def test_the_base_model_is_sampled_plainly_and_by_eval_sampling():
+    options = {"grid": "power:0.5", "cooling": 0.25, "look_ahead": 0.75}
+    settings = _settings(**{f"sampling.{name}": value for name, value in options.items()})
+    for point in plan_lib.plan(settings, STAGES, 9):
+        if point.sampling is None or point.causal:
+            continue
+        few_step = point.source != "pretrain" or "eval.sampling" in point.group
+        expected = options if few_step else {"grid": "uniform", "cooling": 0.0, "look_ahead": 0.0}
+        assert _how(point, *options) == tuple(expected.values())
 
 
 def test_a_base_model_is_not_sampled_twice_in_one_way():
-    config = base.get_config()
-    base.use_plain_sampler(config)
     for jump, has_own in (("mixture", False), ("dispersed", True)):  # among eval.jumps or not
-        config.eval.few_step_jump = jump
-        groups = {p.group for p in plan_lib.plan(Settings.from_config(config.eval), STAGES, 9)}
-        assert any("few-step" in group for group in groups) == has_own
+        settings = _settings(**{"sampling.jump": jump})
+        groups = {p.group for p in plan_lib.plan(settings, STAGES, 9)}
+        assert any("eval.sampling" in group for group in groups) == has_own
 
 
 def test_an_autoregressive_model_with_and_without_memory():
     plan = plan_lib.plan(_settings(memories=("cache", "none")), {"ar": "autoregressive"}, 9)
-    models = [(p.group, p.memory, p.steps, p.slug) for p in plan if p.kind == "model"]
+    models = [(p.group, p.memory, p.sampling.steps, p.slug) for p in plan if p.kind == "model"]
     assert models == [
         ("ar", "cache", 9, "ar-9steps-T1-s1"),
         ("ar (no cache)", "none", 9, "ar-9steps-T1-anew-s1"),
@@ -93,14 +97,13 @@ def test_an_autoregressive_model_with_and_without_memory():
 
 def test_the_reference_row_goes_by_the_first_rule():
     plan = plan_lib.plan(_settings(jumps=("mixture", "euler"), many_steps=99), STAGES, 9)
-    assert [p.jump for p in plan if p.steps == 99] == ["mixture"]
+    assert [p.sampling.jump for p in plan if _how(p, "steps") == (99,)] == ["mixture"]
 
 
 def test_equal_points_are_one():
     plan = plan_lib.plan(_settings(steps=(1, 8, 1), many_steps=8, jumps=("cumulative",)), STAGES, 9)
-    models = [(p.steps, p.jump) for p in plan if p.source == "pretrain"]
-    few_step = [(1, "dispersed"), (8, "dispersed")]
-    assert models == [(8, "cumulative"), (1, "cumulative"), *few_step]
+    models = [_how(p, "steps", "jump") for p in plan if p.source == "pretrain"]
+    assert models == [(8, "cumulative"), (1, "cumulative")]
 
 
 @pytest.mark.parametrize("task", ["random:0.5", "infill:2x3"])
@@ -124,22 +127,19 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"resamples": 1}, "eval.resamples must be at least 2"),
         ({"jumps": ()}, "eval.jumps is empty"),
         ({"memories": ("all",)}, "eval.memories names the unknown 'all'"),
-        ({"grid": "power:30"}, "eval: grid 'power:30' with 1024 steps"),
-        ({"steps": (1, 0)}, "eval.steps must be at least 1"),
+        ({"sampling.grid": "power:30"}, "eval.steps: Sampling.grid: .*increase strictly"),
+        ({"steps": (1, 0)}, "eval.steps: Sampling.steps must be"),
+        ({"steps": ("1",)}, "eval.steps: Sampling.steps must be"),
+        ({"steps": (1, 2.0)}, "eval.steps: Sampling.steps must be"),
+        ({"steps": (None,)}, "eval.steps: Sampling.steps must be"),
         ({"jumps": ("leap",)}, "eval.jumps names the unknown 'leap'"),
-        ({"few_step_jump": "leap"}, "eval.few_step_jump names the unknown 'leap'"),
+        ({"sampling.jump": "leap"}, "eval.sampling: Sampling.jump must be one of"),
         ({"controls": ("random",)}, "eval.controls names the unknown 'random'"),
         ({"weights": "teacher"}, "eval.weights names the unknown 'teacher'"),
-        ({"temperature": 0.0}, "eval: temperature must be greater than 0"),
-        ({"top_p": 0.0}, r"eval: top_p must lie in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, "eval: top_p"),
-        ({"neighbours": -0.5}, "eval: neighbours must be at least 0 and finite, got -0.5"),
-        (
-            {"neighbours": 0.5, "few_step_jump": "cumulative"},
-            "eval: .*mixture and dispersed do; the rule 'cumulative'",
-        ),
-        ({"grid": "linear"}, "eval: grid 'linear' with 1 steps: Unknown grid 'linear'"),
-        ({"seed": -1}, "eval: seed"),
+        ({"sampling.temperature": -1.0}, "eval.sampling: Sampling.temperature must lie"),
+        ({"sampling.top_p": 0.0}, r"eval.sampling: Sampling.top_p must lie in \(0, 1\], got 0.0"),
+        ({"sampling.grid": "linear"}, "eval.sampling: Sampling.grid: Unknown grid 'linear'"),
+        ({"seed": -1}, "eval.seed: seed must"),
         ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
         ({"models": "runs/other"}, "expected LABEL=PATH"),
         ({"models": "a=x,a=y"}, "each label once"),
@@ -165,7 +165,7 @@ def test_the_sweep_of_the_config_file_is_165_points_and_what_they_are_compared_w
     models = [p for p in plan if p.kind == "model"]
     assert len(models) == 11 * 5 * 3 == len(set(models)) == len({p.slug for p in models})
     assert len({p.setting for p in models}) == 11 * 5
-    assert [p.kind for p in plan[:4]] == ["real", "control", "control", "control"]
+    assert [p.kind for p in plan[:5]] == ["real", *["control"] * 4]
     assert {p.group for p in models} == {"distill"}
 
 
@@ -183,32 +183,11 @@ def test_axes_that_vary_are_named_in_the_group():
     plan = [p for p in plan_lib.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
     assert len(plan) == 2 * 2 * 2 * 2 * 2
     assert len({p.group for p in plan}) == len(plan)
-    point = next(p for p in plan if (p.source, p.jump, p.grid) == ("distill", "euler", "cosine"))
+    point = next(
+        p for p in plan if (p.source, *_how(p, "jump", "grid")) == ("distill", "euler", "cosine")
+    )
     assert point.group == "distill (euler, cosine, top-p 0.9, ema)"
     assert point.slug == "distill-2steps-euler-cosine-T1-p0.9-s0"
-
-
-def test_neighbours_are_an_axis_and_a_setting_of_all_but_left_to_right_models():
-    axes = _axes(
-        models=("distill", "autoregressive"),
-        steps=(2,),
-        jumps=("dispersed",),
-        neighbours=(0.0, 0.5),
-        temperatures=(1.0,),
-        seeds=(0,),
-    )
-    swept = [p for p in plan_lib.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
-    assert [(p.neighbours, p.group, p.slug) for p in swept] == [
-        (0.0, "distill (neighbours 0)", "distill-2steps-dispersed-uniform-T1-s0"),
-        (0.5, "distill (neighbours 0.5)", "distill-2steps-dispersed-uniform-T1-n0.5-s0"),
-        (None, "autoregressive", "autoregressive-128steps-T1-s0"),
-    ]
-    settings = _settings(neighbours=0.5, jumps=("mixture",), few_step_jump="dispersed")
-    plan = plan_lib.plan(settings, STAGES, 128)
-    found = {(p.stage, p.neighbours) for p in plan}
-    assert found == {(None, None), ("autoregressive", None), ("pretrain", 0.0)} | {
-        (stage, 0.5) for stage in ("pretrain", "distill", "refine")
-    }
 
 
 def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
@@ -217,7 +196,7 @@ def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
     )
     plan = [p for p in plan_lib.sweep(axes, _settings(), STAGES, 128) if p.kind == "model"]
     assert len(plan) == 5 * 3  # temperatures and seeds
-    assert {(p.steps, p.jump, p.grid, p.group) for p in plan} == {
+    assert {(*_how(p, "steps", "jump", "grid"), p.group) for p in plan} == {
         (128, None, None, "autoregressive")
     }
 
@@ -234,15 +213,14 @@ def test_no_models_named_is_all_of_them():
     [
         ({"steps": ()}, "axes.steps is empty"),
         ({"seeds": ()}, "axes.seeds is empty"),
-        ({"steps": (0, 1)}, "axes.steps must be at least 1"),
-        ({"jumps": ("leap",)}, "axes.jumps names the unknown"),
+        ({"steps": (0, 1)}, "axes: Sampling.steps must be"),
+        ({"steps": (1.0,)}, "axes: Sampling.steps must be"),
+        ({"jumps": ("leap",)}, "axes: Sampling.jump must be"),
         ({"weights": ("teacher",)}, "axes.weights names the unknown"),
-        ({"grids": ("uniform", "linear")}, "axes: grid 'linear'"),
-        ({"temperatures": (1.0, 0.0)}, "axes: temperature"),
-        ({"top_ps": (0.0,)}, "axes: top_p"),
-        ({"neighbours": ()}, "axes.neighbours is empty"),
-        ({"neighbours": (0.0, -1.0)}, "axes: neighbours must be at least 0"),
-        ({"neighbours": (0.0, 1.0), "jumps": ("mixture", "euler")}, "axes: .*the rule 'euler'"),
+        ({"grids": ("uniform", "linear")}, "axes: Sampling.grid: Unknown grid 'linear'"),
+        ({"temperatures": (1.0, -1.0)}, "axes: Sampling.temperature"),
+        ({"top_ps": (0.0,)}, "axes: Sampling.top_p"),
+        ({"seeds": (0, -1)}, "axes.seeds: seed must"),
     ],
 )
 def test_axes_are_refused(changes, message):
@@ -259,6 +237,6 @@ def test_machines_share_all_points(count):
 
 
 def test_slugs_are_file_names():
-    how = {"jump": "euler", "grid": "power:2", "temperature": 1.0, "top_p": 0.95, "seed": 0}
-    point = Point("model", "g", "other/run 1", "prefix:5", "distill", 2, weights="student", **how)
+    how = {"sampling": Sampling(2, "euler", "power:2", top_p=0.95), "seed": 0}
+    point = Point("model", "g", "other/run 1", "prefix:5", "distill", weights="student", **how)
     assert point.slug == "other-run-1-2steps-euler-power-2-T1-p0.95-student-prefix-5-s0"

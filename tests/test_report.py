@@ -556,21 +556,6 @@ def test_table_fits_a_terminal():
     assert lines[-1].split("…")[1].split()[:3] == ["1024", "0.8", "3"]
 
 
-@pytest.mark.usefixtures("no_png")
-def test_neighbours_are_shown_where_they_differ_and_told_where_they_do_not(tmp_path):
-    rows = [REAL, GOOD | {"neighbours": 0.0}, GOOD | {"slug": "b", "neighbours": 0.5}]
-    assert _lines(rows)[0].split()[1:3] == ["steps", "neighbours"]
-    assert [line.split()[2] for line in _lines(rows)[-2:]] == ["0", "0.5"]
-    folder = _write(tmp_path, rows)
-    text = (folder / "report.html").read_text()
-    assert '<th scope="col" class="n">neighbours</th>' in text  # a number, and sorted as one
-    assert '<td class="n" data-v="0.5">' in text
-    with open(folder / "results.csv", newline="") as file:
-        assert [line["neighbours"] for line in csv.DictReader(file)] == ["", "0.0", "0.5"]
-    same = report.table([REAL, GOOD | {"neighbours": 0.5}])
-    assert ", neighbours 0.5, " in same.splitlines()[0]
-
-
 def test_a_table_says_what_is_the_same():
     rows = [*ROWS, GOOD | {"slug": "b", "weights": "student", "grid": "cosine", "top_p": 0.9}]
     text = report.table(rows)

@@ -7,21 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chance import assert_frequencies
-from tables import pairs
 
 from fsdfm_jax.flow import jumps
-from fsdfm_jax.flow.sampler import (
-    check_grid,
-    make_grid,
-    pad_grid,
-    sample,
-    sample_autoregressive,
-    sample_trajectory,
-    uniform_grid,
-)
+from fsdfm_jax.flow.grids import uniform_grid
+from fsdfm_jax.flow.sampler import make_step_fn, make_steps, sample, sample_trajectory
+from fsdfm_jax.flow.sampling import annealed
 from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
-from fsdfm_jax.inference.neighbours import Neighbours
 from fsdfm_jax.ops import categorical
 from fsdfm_jax.ops.logits import Factored
 
@@ -53,9 +45,13 @@ def setting(source):
 def trajectory(source, key, x0_BL, grid_S1, frozen_BL=LOOSE, temperature=1.0):
     """Compiled once for each source and number of steps, and shared by the tests."""
     jump, finalize, _ = setting(source)
-    return sample_trajectory(
-        key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL, temperature=temperature
-    )
+    cooled = annealed(denoise, temperature)
+    parts = (cooled, jump, finalize, x0_BL, grid_S1, frozen_BL)
+    return sample_trajectory(key, *parts, observe=tokens_after)
+
+
+def tokens_after(logits, x_BL, new_BL):
+    return new_BL
 
 
 @SOURCES
@@ -104,7 +100,7 @@ def test_calls_of_the_network(grid):
 
     _, finalize, x0_BL = setting(UNIFORM)
     _, steps_SBL = sample_trajectory(
-        jax.random.key(1), spy_denoise, spy_jump, finalize, x0_BL, grid
+        jax.random.key(1), spy_denoise, spy_jump, finalize, x0_BL, grid, observe=tokens_after
     )
     jax.effects_barrier()
     # S evaluations, S-1 jumps, each at its own time and width.
@@ -181,45 +177,6 @@ def test_temperature_divides_the_logits():
     np.testing.assert_array_equal(one_BL, two_BL)
 
 
-@SOURCES
-def test_what_is_computed_ahead_changes_nothing(source):
-    """`condition` is asked once, for all steps; each step is given its own part of the answer."""
-    jump, finalize, x0_BL = setting(source)
-    frozen_BL = LOOSE.copy()
-    frozen_BL[:, 1] = True
-    asked = []
-
-    def condition(t_S, h_S):
-        asked.append(t_S.shape)
-        return {"time": t_S, "width": jnp.stack([h_S, -h_S], axis=1)}
-
-    def denoise_ahead(x_BL, ahead):
-        assert ahead["width"].shape == (2,)
-        ones_B = jnp.ones(x_BL.shape[0])
-        return denoise(x_BL, ahead["time"] * ones_B, -ahead["width"][1] * ones_B)
-
-    for grid in (uniform_grid(1), UNEVEN):
-        wanted = trajectory(source, jax.random.key(1), x0_BL, grid, frozen_BL, 0.5)
-        got = sample_trajectory(
-            jax.random.key(1),
-            denoise_ahead,
-            jump,
-            finalize,
-            x0_BL,
-            grid,
-            frozen_BL,
-            temperature=0.5,
-            condition=condition,
-        )
-        for one, two in zip(got, wanted, strict=True):
-            np.testing.assert_array_equal(one, two)
-    assert asked == [(1,), (4,)]
-    # And it is what the network goes by: other times, other tokens.
-    late = lambda t_S, h_S: condition(0 * t_S + 1, h_S)
-    other = sample(jax.random.key(1), denoise_ahead, jump, finalize, x0_BL, UNEVEN, condition=late)
-    assert np.any(other != sample(jax.random.key(1), denoise, jump, finalize, x0_BL, UNEVEN))
-
-
 def test_factored_logits_are_divided_and_drawn_from():
     # The table of tokens as a head of one-hot features: each product has one term, and is exact.
     table_VV = jnp.asarray(TABLE[0])
@@ -232,7 +189,12 @@ def test_factored_logits_are_divided_and_drawn_from():
     jump, finalize, x0_BL = setting(UNIFORM)
     tokens = [
         sample(
-            jax.random.key(1), denoise, jump, finalize, x0_BL, UNEVEN, temperature=jnp.float32(0.5)
+            jax.random.key(1),
+            annealed(denoise, jnp.float32(0.5)),
+            jump,
+            finalize,
+            x0_BL,
+            UNEVEN,
         )
         for denoise in (arrays, factors)
     ]
@@ -260,9 +222,8 @@ def test_a_sweep_over_grids_and_temperatures_compiles_once():
     @jax.jit
     def run(grid_S1, temperature):
         traces.append("run")
-        return sample(
-            jax.random.key(1), counted, jump, finalize, x0_BL, grid_S1, temperature=temperature
-        )
+        cooled = annealed(counted, temperature)
+        return sample(jax.random.key(1), cooled, jump, finalize, x0_BL, grid_S1)
 
     first = run(uniform_grid(4), 1.0)
     before = len(traces)
@@ -280,17 +241,6 @@ def test_dtype_is_kept():
         functools.partial(trajectory, UNIFORM), jax.random.key(1), x0_BL, UNEVEN
     )
     assert x_BL.dtype == steps_SBL.dtype == jnp.uint16
-
-
-def test_uniform_grid():
-    np.testing.assert_array_equal(uniform_grid(4), np.float32([0, 0.25, 0.5, 0.75, 1]))
-    for steps in (1, 2, 3, 7, 10, 100, 1000, 1024):
-        grid = check_grid(uniform_grid(steps))
-        assert grid.dtype == np.float32
-        assert len(grid) == steps + 1
-    for steps in (0, -1):
-        with pytest.raises(ValueError, match=f"at least 1 step, got steps={steps}"):
-            uniform_grid(steps)
 
 
 @pytest.mark.parametrize(
@@ -313,120 +263,11 @@ def test_bad_grids(grid):
             sample(jax.random.key(1), denoise, jump, finalize, x0_BL, values)
 
 
-@pytest.mark.parametrize("grid", [[], [0.0], [[0.0, 1.0]]])
-def test_grids_of_another_shape(grid):
-    with pytest.raises(ValueError, match=r"cumulative times in one dimension"):
-        check_grid(grid)
-
-
-def test_steps_can_be_watched():
-    """on_step is told every state in order, also from within jit, and changes nothing."""
-    jump, finalize, x0_BL = setting(UNIFORM)
-    seen = []
-
-    @jax.jit
-    def watched(key, x0_BL, grid_S1):
-        return sample_trajectory(
-            key,
-            denoise,
-            jump,
-            finalize,
-            x0_BL,
-            grid_S1,
-            on_step=lambda index, x_BL: seen.append((int(index), np.asarray(x_BL))),
-        )
-
-    tokens_BL, _ = watched(jax.random.key(1), x0_BL, UNEVEN)
-    jax.effects_barrier()
-    expected_BL, steps_SBL = trajectory(UNIFORM, jax.random.key(1), x0_BL, UNEVEN)
-    np.testing.assert_array_equal(tokens_BL, expected_BL)
-    assert [index for index, _ in seen] == [0, 1, 2, 3]
-    np.testing.assert_array_equal(np.stack([x_BL for _, x_BL in seen]), steps_SBL)
-
-
-# ---------------------------------------------------------------------- the number of steps as data
-@SOURCES
-def test_steps_as_data_draw_what_the_grid_of_that_length_draws(source):
-    jump, finalize, x0_BL = setting(source)
-    traces = []
-
-    @jax.jit
-    def padded(key, x0_BL, grid_S1, num_steps):
-        traces.append(1)
-        return sample_trajectory(
-            key, denoise, jump, finalize, x0_BL, grid_S1, LOOSE, num_steps=num_steps
-        )
-
-    for grid in (uniform_grid(1), uniform_grid(4), UNEVEN):
-        steps = len(grid) - 1
-        tokens_BL, steps_SBL = trajectory(source, jax.random.key(3), x0_BL, grid)
-        got_BL, got_SBL = padded(jax.random.key(3), x0_BL, pad_grid(grid, 6), steps)
-        np.testing.assert_array_equal(got_BL, tokens_BL)
-        np.testing.assert_array_equal(got_SBL[:steps], steps_SBL)
-        assert not got_SBL[steps:].any()
-    assert len(traces) == 1  # of all numbers of steps
-
-
-@SOURCES
-def test_steps_as_data_heed_neighbours_alike(source):
-    jump, finalize, x0_BL = setting(source)
-    follow_VV = jax.nn.softmax(jnp.asarray(TABLE[2]) * 2, axis=-1)
-    frozen_BL = np.tile(np.arange(L) == 2, (B, 1))
-    x0_BL = jnp.where(frozen_BL, 1, x0_BL)
-
-    @jax.jit
-    def run(grid_S1, strength, num_steps=None):
-        return sample_trajectory(
-            jax.random.key(3),
-            denoise,
-            jump,
-            finalize,
-            x0_BL,
-            grid_S1,
-            frozen_BL,
-            num_steps=num_steps,
-            neighbours=Neighbours(pairs(follow_VV), strength),
-            redraw=jumps.make_redraw(jumps.DISPERSED, Polynomial(), source, "jump"),
-        )
-
-    tokens_BL, steps_SBL = run(UNEVEN, 1.5)
-    got_BL, got_SBL = run(pad_grid(UNEVEN, 6), 1.5, 4)
-    np.testing.assert_array_equal(got_BL, tokens_BL)
-    np.testing.assert_array_equal(got_SBL[:4], steps_SBL)
-    assert np.all(np.asarray(steps_SBL)[:, :, 2] == 1)
-    # The strength is data, and matters.
-    assert np.mean(run(UNEVEN, 0.0)[0] != tokens_BL) > 0.1
-    assert run._cache_size() == 2
-
-
-def test_steps_as_data_compute_the_conditioning_of_each_step():
-    condition = lambda t_S, h_S: jnp.stack([t_S, h_S], axis=1)
-
-    def conditioned(x_BL, th):
-        return denoise(x_BL, jnp.full(B, th[0]), jnp.full(B, th[1]))
-
-    jump, finalize, x0_BL = setting(UNIFORM)
-    wanted_BL, _ = trajectory(UNIFORM, jax.random.key(4), x0_BL, UNEVEN)
-    got_BL = jax.jit(
-        lambda grid_S1, steps: sample(
-            jax.random.key(4),
-            conditioned,
-            jump,
-            finalize,
-            x0_BL,
-            grid_S1,
-            condition=condition,
-            num_steps=steps,
-        )
-    )(pad_grid(UNEVEN, 8), 4)
-    np.testing.assert_array_equal(got_BL, wanted_BL)
-
-
 def test_observing_sees_the_logits_before_and_the_tokens_around_a_step():
     jump, finalize, x0_BL = setting(UNIFORM)
     observe = lambda logits, x_BL, new_BL: (logits[:, 0, 0], x_BL, new_BL)
     x_BL, (logit_SB, before_SBL, after_SBL) = sample_trajectory(
-        jax.random.key(5), denoise, jump, finalize, x0_BL, UNEVEN, temperature=0.5, observe=observe
+        jax.random.key(5), annealed(denoise, 0.5), jump, finalize, x0_BL, UNEVEN, observe=observe
     )
     np.testing.assert_array_equal(before_SBL[0], x0_BL)
     np.testing.assert_array_equal(before_SBL[1:], after_SBL[:-1])
@@ -436,127 +277,14 @@ def test_observing_sees_the_logits_before_and_the_tokens_around_a_step():
         np.testing.assert_allclose(logit_SB[i], logits_BLV[:, 0, 0], rtol=1e-6, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- shapes of grids
-def test_grids_by_name():
-    np.testing.assert_array_equal(make_grid("uniform", 3), uniform_grid(3))
-    thirds = np.arange(4) / 3
-    np.testing.assert_allclose(make_grid("power:2", 3), thirds**2, rtol=1e-6)
-    np.testing.assert_allclose(make_grid("power:0.5", 3), thirds**0.5, rtol=1e-6)
-    cosine = [0, 1 - np.cos(np.pi / 6), 1 - np.cos(np.pi / 3), 1]
-    np.testing.assert_allclose(make_grid("cosine", 3), cosine, rtol=1e-6)
-    for shape in ("uniform", "power:3", "cosine"):
-        assert make_grid(shape, 1).tolist() == [0, 1]
-        assert len(make_grid(shape, 1024)) == 1025
-        assert make_grid(shape, 1024).dtype == np.float32
-
-
-@pytest.mark.parametrize("shape", ["power", "power:0", "power:x", "power:inf", "linear", ""])
-def test_unknown_grids_are_refused(shape):
-    with pytest.raises(ValueError, match=f"Unknown grid '{shape}'"):
-        make_grid(shape, 4)
-
-
-def test_a_grid_that_float32_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="increase strictly"):
-        make_grid("power:40", 1024)
-
-
-def test_padding():
-    padded = pad_grid(UNEVEN, 6)
-    assert padded.dtype == np.float32
-    assert padded.tolist() == [*UNEVEN.tolist(), 1, 1]
-    with pytest.raises(ValueError, match="4 steps doesn't fit into 3"):
-        pad_grid(UNEVEN, 3)
-
-
-# ------------------------------------------------------------------------------------------ nucleus
-POSTERIOR = np.float32([0.4, 0.3, 0.2, 0.1])
-# Of top-p 0.65 the first two are enough.
-CUT = np.float64([4 / 7, 3 / 7, 0, 0])
-
-
-def test_a_nucleus_is_drawn_from_renormalised():
-    rows, length = 400, 50
-    constant = lambda x_BL, t_B, h_B: jnp.broadcast_to(
-        jnp.log(POSTERIOR)[None, None], (rows, length, 4)
-    )
-    source = Source(4)
-    jump = jumps.make_jump(jumps.MIXTURE, Polynomial())
-    finalize = jumps.make_finalize(source)
-    x0_BL = source.sample(jax.random.key(0), (rows, length))
-
-    @jax.jit
-    def run(key, top_p):
-        return sample(key, constant, jump, finalize, x0_BL, uniform_grid(2), top_p=top_p)
-
-    counts = np.bincount(np.asarray(run(jax.random.key(1), 0.65)).ravel(), minlength=4)
-    assert_frequencies(counts, CUT)
-    counts = np.bincount(np.asarray(run(jax.random.key(2), 1.0)).ravel(), minlength=4)
-    assert_frequencies(counts, POSTERIOR.astype(np.float64) / POSTERIOR.sum(dtype=np.float64))
-
-
-def test_left_to_right_draws_from_a_nucleus_too():
-    decode = lambda token_B, position, cache: (
-        jnp.broadcast_to(jnp.log(POSTERIOR)[None], (400, 4)),
-        cache,
-    )
-    tokens_BL = sample_autoregressive(
-        jax.random.key(0), decode, (), jnp.zeros(400, jnp.int32), 50, top_p=0.65
-    )
-    assert_frequencies(np.bincount(np.asarray(tokens_BL).ravel(), minlength=4), CUT)
-
-
-# ----------------------------------------------------------------------- cooling and looking ahead
-def _watch(ahead, **options):
-    """(times asked for, temperatures) of the steps of a sampler whose logits tell them."""
+def test_a_python_loop_over_one_jitted_step_draws_the_same():
+    """How text is streamed: the body of the scan, called from Python."""
     jump, finalize, x0_BL = setting(UNIFORM)
-    asked = []
-
-    def telling(x_BL, t_B, h_B):
-        jax.debug.callback(lambda t, h: asked.append((float(t), float(h))), t_B[0], h_B[0])
-        return jnp.ones((*x_BL.shape, V))
-
-    network = {"condition": lambda t_S, h_S: (t_S, h_S)} if ahead else {}
-    told = (
-        (lambda x_BL, th: telling(x_BL, jnp.full(B, th[0]), jnp.full(B, th[1]))) if ahead else None
-    )
-    _, logit_S = jax.jit(
-        lambda grid_S1, key: sample_trajectory(
-            key,
-            told or telling,
-            jump,
-            finalize,
-            x0_BL,
-            grid_S1,
-            observe=lambda logits, x_BL, new_BL: logits[0, 0, 0],
-            **network,
-            **options,
-        )
-    )(pad_grid(UNEVEN, 6) if "num_steps" in options else UNEVEN, jax.random.key(0))
-    jax.effects_barrier()
-    return np.float32(sorted(asked)), 1 / np.asarray(logit_S)[: len(UNEVEN) - 1]
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("ahead", [False, True])
-def test_steps_look_ahead_and_cool_down(ahead, padded):
-    times_S, widths_S = UNEVEN[:-1], np.diff(UNEVEN)
-    count = {"num_steps": len(times_S)} if padded else {}
-    asked, temperature_S = _watch(ahead, **count)
-    np.testing.assert_allclose(asked, np.stack([times_S, widths_S], 1), atol=1e-6)
-    np.testing.assert_allclose(temperature_S, 1.0)
-    asked, temperature_S = _watch(ahead, look_ahead=0.25, temperature=2.0, cooling=0.6, **count)
-    np.testing.assert_allclose(asked, np.stack([times_S + widths_S / 4, widths_S], 1), atol=1e-6)
-    np.testing.assert_allclose(temperature_S, 2 * (1 - 0.6 * times_S), rtol=1e-6)
-
-
-def test_a_sampler_that_neither_cools_nor_looks_ahead_is_the_plain_one():
-    jump, finalize, x0_BL = setting(UNIFORM)
-    run = jax.jit(
-        lambda **options: sample(
-            jax.random.key(5), denoise, jump, finalize, x0_BL, UNEVEN, **options
-        )
-    )
-    zero = jnp.float32(0.0)
-    np.testing.assert_array_equal(run(), run(cooling=zero, look_ahead=zero))
-    assert np.any(run() != run(cooling=jnp.float32(0.9), look_ahead=zero))
+    frozen_BL = LOOSE.copy()
+    frozen_BL[:, 1] = True
+    step = jax.jit(make_step_fn(denoise, jump, finalize, x0_BL, frozen_BL))
+    x_BL, steps = x0_BL, make_steps(jax.random.key(1), jnp.asarray(UNEVEN))
+    for i in range(len(UNEVEN) - 1):
+        x_BL, _ = step(x_BL, jax.tree.map(lambda leaf, i=i: leaf[i], steps))
+    wanted_BL, _ = trajectory(UNIFORM, jax.random.key(1), x0_BL, UNEVEN, frozen_BL)
+    np.testing.assert_array_equal(x_BL, wanted_BL)

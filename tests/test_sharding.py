@@ -368,7 +368,7 @@ def paper_state(size, conditioning):
     config = base_config.get_config()
     base_config.use_paper_values(config, size)
     config.model.conditioning = conditioning
-    process = process_lib.make_process(config.path, num_tokens=50_257, eos_id=0)
+    process = process_lib.make_process(**config.path, num_tokens=50_257, eos_id=0)
     stage = stages.make_stage("distill", config, process)
     optimizer = optim.make_optimizer(config.optim, config.distill)
     settings = loop_lib.Settings(10, 96, 1, 1, config.distill.ema_decay)
@@ -452,7 +452,7 @@ def test_what_the_program_prints_is_what_it_trains(tmp_path):
     config = base_config.get_config()
     config.pipeline = "pretrain"
     (entry,) = pipeline.entries(config, tmp_path)
-    process = process_lib.make_process(config.path, num_tokens=11, eos_id=0)
+    process = process_lib.make_process(**config.path, num_tokens=11, eos_id=0)
     stage = stages.make_stage(entry.stage, config, process)
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0), None)
     fresh = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), stage.model))

@@ -36,7 +36,7 @@ def make_config():
 
 
 def make_process(config, num_tokens=V):
-    return process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=2)
+    return process_lib.make_process(**config.path, num_tokens=num_tokens, eos_id=2)
 
 
 def make_stage(name, config=None):
@@ -202,8 +202,8 @@ WRONG = [
     ("refine", {"refine.real_fraction": -0.1}, "real_fraction"),
     ("refine", {"refine.num_pairs": 33}, "num_pairs=33.*pair_batch_size=32"),
     ("refine", {"refine.num_pairs": 0}, "num_pairs=0"),
-    ("refine", {"refine.pair_steps": 0}, "pair_steps must be at least 1"),
-    ("refine", {"refine.pair_jump": "leap"}, "Unknown jump rule 'leap'"),
+    ("refine", {"refine.pairs.steps": 0}, "refine.pairs: Sampling.steps must be"),
+    ("refine", {"refine.pairs.jump": "leap"}, "refine.pairs: Sampling.jump must be"),
     ("refine", {"refine.pair_temperature": 0.0}, r"pair_\*: temperature must be"),
     ("refine", {"refine.pair_top_p": 0.0}, r"pair_\*: top_p must lie in \(0, 1\], got 0.0"),
     ("refine", {"refine.pair_cooling": 1.0}, r"pair_\*: cooling must lie in \[0, 1\), got 1.0"),
@@ -641,7 +641,8 @@ def test_real_rows_get_fresh_uniform_noise_and_pairs_are_drawn_evenly():
 def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
     """A network sure that x1 = x0 + 1: the pair shows where its text came from."""
     config = make_config()
-    config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
+    config.refine.update({"num_pairs": 64, "pair_batch_size": 32})
+    config.refine.pairs.steps = 1
     settings = refine.read_pair_settings(config.refine)
     assert settings == (64, 1, 32, jumps.MIXTURE, "uniform", 1.0, 0.0, 1.0, 0.0)
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
@@ -662,7 +663,8 @@ def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_pairs_are_drawn_at_their_temperature(calls, temperature):
     config = make_config()
-    config.refine.update({"num_pairs": 64, "pair_batch_size": 32, "pair_steps": 1})
+    config.refine.update({"num_pairs": 64, "pair_batch_size": 32})
+    config.refine.pairs.steps = 1
     config.refine.pair_temperature = temperature
     settings = refine.read_pair_settings(config.refine)
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
@@ -677,7 +679,8 @@ def test_pairs_are_drawn_at_their_temperature(calls, temperature):
 
 def test_the_pair_sampler_runs_the_network():
     config = make_config()
-    config.refine.update({"num_pairs": 4, "pair_batch_size": 4, "pair_steps": 3})
+    config.refine.update({"num_pairs": 4, "pair_batch_size": 4})
+    config.refine.pairs.steps = 3
     settings = refine.read_pair_settings(config.refine)
     model, process = make_stage("pretrain").model, make_process(config)
     make = refine.make_pair_sampler(model, process, settings, length=L)

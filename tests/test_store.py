@@ -25,7 +25,7 @@ def _row(slug="point", **changes):
 
 def _save(store, slug="point"):
     store.save_arrays(slug, STAMP, ARRAYS)
-    store.save_scores(slug, PROTOCOL, "code", SCORES)
+    store.save_scores(slug, PROTOCOL, 1, SCORES)
 
 
 def _same(row, other):
@@ -69,15 +69,15 @@ def test_scores_of_the_same_samples_stand_beside_each_other(tmp_path):
     store = Store(tmp_path)
     _save(store)
     other = PROTOCOL | {"scoring": {"judge": "b"}}
-    store.save_scores("point", other, "code", {"nll": np.float64([3.0])})
-    store.save_scores("point", PROTOCOL | {"scoring": {"judge": "c"}}, "other code", SCORES)
+    store.save_scores("point", other, 1, {"nll": np.float64([3.0])})
+    store.save_scores("point", PROTOCOL | {"scoring": {"judge": "c"}}, 2, SCORES)
     np.testing.assert_array_equal(store.scores("point", PROTOCOL)["nll"], SCORES["nll"])
     assert store.scores("point", other)["nll"].tolist() == [3.0]
     assert store.scores("point", PROTOCOL | {"scoring": {"judge": "d"}}) is None
-    earlier = store.earlier_scores("point", STAMP, "code")
+    earlier = store.earlier_scores("point", STAMP, 1)
     assert sorted(len(arrays["nll"]) for arrays in earlier) == [1, 2]
-    assert store.earlier_scores("point", {"seed": 2}, "code") == []
-    assert store.earlier_scores("poin", STAMP, "code") == []
+    assert store.earlier_scores("point", {"seed": 2}, 1) == []
+    assert store.earlier_scores("poin", STAMP, 1) == []
 
 
 def test_a_row_without_its_scores_is_none(tmp_path):

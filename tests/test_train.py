@@ -327,7 +327,7 @@ def make_stage(name):
     if name == "guided":
         name = "distill"
         config.distill.guidance, config.distill.guide = 1.0, "short"
-    process = process_lib.make_process(config.path, num_tokens=V, eos_id=2)
+    process = process_lib.make_process(**config.path, num_tokens=V, eos_id=2)
     return stages.make_stage(name, config, process), optim.make_optimizer(
         config.optim, config[name]
     )
@@ -475,7 +475,7 @@ def test_no_checkpoint_of_a_stage_that_cannot_start(tmp_path):
 def test_the_loss_goes_down_on_text_that_can_be_learnt(tmp_path):
     config = make_config()
     config.pretrain.loss = "cross_entropy"
-    process = process_lib.make_process(config.path, num_tokens=V, eos_id=2)
+    process = process_lib.make_process(**config.path, num_tokens=V, eos_id=2)
     stage = stages.make_stage("pretrain", config, process)
     optimizer = optim.make_optimizer(config.optim, config.pretrain)
     constant = lambda start: ({"x1": np.full((B, L), 3, np.int32)} for _ in itertools.count())

@@ -39,16 +39,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("layout", "ours", safetensors_lib.LAYOUTS, "Names in safetensors.")
     flags.DEFINE_enum("dtype", "float32", list(bundle_lib.DTYPES), "Of the weights in TARGET.")
-    flags.DEFINE_integer("steps", None, "Network calls of an exported sampler; 8.", lower_bound=1)
+    flags.DEFINE_list("steps", [], "Programs of an exported sampler; the model's own steps.")
     flags.DEFINE_integer("length", None, "Tokens of an exported sampler.", lower_bound=1)
     flags.DEFINE_enum(
         "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; the model's."
-    )
-    flags.DEFINE_float(
-        "neighbours",
-        None,
-        "Strength in an exported sampler, 0 for none; the model's.",
-        lower_bound=0.0,
     )
     flags.DEFINE_bool("check", False, "Compare SOURCE and TARGET: parameters and logits.")
     flags.DEFINE_float(
@@ -123,7 +117,7 @@ def convert(
         )
         parity.check(found, bound)
         if target.format == "sampler":
-            parity.check_program(source, path, jump_rule=target.jump, neighbours=target.neighbours)
+            parity.check_program(source, path, sampling=target.sampling)
             lines.append("The exported program draws the library's tokens.")
 
     total = _megabytes(source.num_params())
@@ -149,6 +143,14 @@ def convert(
         )
 
 
+def _whole_numbers(words: list[str]) -> tuple[int, ...]:
+    """The numbers of --steps=1,2,4."""
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError:
+        raise ValueError(f"--steps takes whole numbers, got {','.join(words)!r}.") from None
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 3:
         raise app.UsageError("Expected SOURCE and TARGET.")
@@ -166,10 +168,9 @@ def main(argv: list[str]) -> None:
         to=values.to,
         layout=values.layout,
         dtype=values.dtype,
-        steps=values.steps,
+        steps=_whole_numbers(values.steps),
         length=values.length,
-        jump=values.jump,
-        neighbours=values.neighbours,
+        sampling=source.sampling().replace(jump=values.jump) if values.jump else None,
     )
     for line in convert(
         source,

@@ -20,13 +20,15 @@ from fsdfm_jax.convert import exported, official, run_folder
 from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 
+# The bundled model, made by `python -m launch.ship`.
+BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "model.safetensors"
 FORMATS = ("official", "safetensors", "orbax", "sampler")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
 _GPT2_TOKENS = 50_257
-DEFAULT_STEPS = 8
 
 
 def open_bundle(
@@ -69,7 +71,8 @@ def open_bundle(
     if which != "ema" and name in ("sampler", "safetensors"):
         raise ValueError(f"{path} holds one set of weights; leave out which={which!r}.")
     if name == "sampler":
-        bundle = exported.read(path)
+        exported.check(path)
+        bundle = _read_safetensors(path / exported.MODEL, num_heads, given, source)
     elif name == "orbax":
         bundle = run_folder.read(path, which=which, stage=stage)
     elif name == "safetensors":
@@ -122,8 +125,7 @@ def _read_safetensors(path, num_heads, given, source) -> Bundle:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise BadFile(f"{path} doesn't describe a model: {str(error)[:300]}") from error
-    counts = safetensors_lib.take_counts(tensors, str(path))
-    return bundle_lib.from_parts(tensors, description, own, str(path), counts=counts)
+    return bundle_lib.from_parts(tensors, description, own, str(path))
 
 
 def _read_official(path, which, num_heads, given, source) -> Bundle:
@@ -225,18 +227,16 @@ class Target:
       to: one of `FORMATS`, "" tells it by the suffix.
       layout: names in safetensors, "ours" | "official".
       dtype: of the weights in official and safetensors files, "float32" | "bfloat16".
-      steps, length, jump, neighbours: of an exported sampler; None is 8, the model's block length,
-        and what the model is sampled with.
+      steps, length, sampling: of an exported sampler, see `exported.write`.
     """
 
     path: pathlib.Path
     to: str = ""
     layout: str = "ours"
     dtype: str = "float32"
-    steps: int | None = None
+    steps: tuple[int, ...] = ()
     length: int | None = None
-    jump: str | None = None
-    neighbours: float | None = None
+    sampling: Sampling | None = None
 
     @property
     def format(self) -> str:
@@ -285,8 +285,8 @@ def check_target(
         )
     if target.format != "safetensors" and target.layout != "ours":
         raise ValueError("layout is a choice of safetensors; the other formats have one each.")
-    options = ("steps", "length", "jump", "neighbours")
-    given = [name for name in options if getattr(target, name) is not None]
+    options = ("steps", "length", "sampling")
+    given = [name for name in options if getattr(target, name)]
     if given and target.format != "sampler":
         raise ValueError(f"{', '.join(given)}: choices of an exported sampler (--to=sampler) only.")
     if target.format == "official" or target.layout == "official":
@@ -316,7 +316,7 @@ def _check_place(target: Target, source: pathlib.Path | None, overwrite: bool) -
 
 # What a folder of each format holds, as patterns.
 _CONTENTS = {
-    "orbax": ("checkpoints", "tokenizer.json", "neighbours.npz"),
+    "orbax": ("checkpoints", "tokenizer.json"),
     "safetensors": ("model*.safetensors", "model.safetensors.index.json", "*.json"),
 }
 
@@ -399,10 +399,9 @@ def _write(bundle: Bundle, target: Target) -> None:
         exported.write(
             path,
             bundle,
-            steps=DEFAULT_STEPS if target.steps is None else target.steps,
+            steps=target.steps,
             length=target.length,
-            jump_rule=target.jump,
-            neighbours=target.neighbours,
+            sampling=target.sampling,
         )
 
 

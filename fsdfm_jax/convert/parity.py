@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsdfm_jax.convert import exported
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.network import model as model_lib
 
@@ -89,40 +89,30 @@ def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
 
 
 def check_program(
-    source: Bundle,
-    folder: pathlib.Path,
-    *,
-    jump_rule: str | None = None,
-    neighbours: float | None = None,
-    rows: int = 1,
+    source: Bundle, folder: pathlib.Path, *, sampling: Sampling | None = None, rows: int = 1
 ) -> None:
     """ValueError unless an exported sampler draws the library's tokens, half of a row given.
 
-    jump_rule, neighbours: those of `exported.write`.
+    Args:
+      source: the model it was made of.
+      folder: the exported sampler, of whose programs each is checked.
+      sampling: that of `exported.write`.
+      rows: samples that are compared.
     """
-    steps, length = exported.sizes(folder)
+    config = exported.check(folder)
+    length = config["length"]
     rng = np.random.default_rng(0)
     given_BL = rng.integers(0, source.num_tokens, (rows, length)).astype(np.int32)
     frozen_BL = (np.arange(length) < length // 2) & (np.arange(rows) == 0)[:, None]
     inputs = {"seed": 7, "given_BL": given_BL, "frozen_BL": frozen_BL}
-    asked = exported.sampled_by(source, few_step_jump=jump_rule, neighbours=neighbours)
-    how = asked.sampling()
-    heeds = bool(how["neighbours"])
-    table = ngrams.table(source.counts(), source.model.vocab_size) if heeds else None
-    params = source.device_params()
-    found_BL = exported.call(folder, params, table, **inputs)
-    expected_BL = generate_lib.generate(
-        params,
-        exported.portable(source.model),
-        source.process(),
-        steps=steps,
-        jump_rule=how.pop("few_step_jump"),
-        table=table,
-        **how,
-        **inputs,
-    )
-    if not np.array_equal(expected_BL, found_BL):
-        share = float(np.mean(expected_BL != found_BL))
-        raise ValueError(
-            f"The exported program draws other tokens than the library ({share:.1%} of them)."
-        )
+    params, model = source.device_params(), exported.portable(source.model)
+    for steps in config["steps"]:
+        each = (sampling or source.sampling()).replace(steps=steps)
+        found_BL = exported.call(folder, params, each, **inputs)
+        expected_BL = generate_lib.generate(params, model, source.process(), each, **inputs)
+        if not np.array_equal(expected_BL, found_BL):
+            share = float(np.mean(expected_BL != found_BL))
+            raise ValueError(
+                f"The exported program of {steps} steps draws other tokens than the library "
+                f"({share:.1%} of them)."
+            )

@@ -1,72 +1,93 @@
-"""Draws text from the exported sampler in this folder; needs jax, numpy and tokenizers, no more.
+"""Draws text from the exported sampler in this folder.
 
+    pip install -r requirements.txt
     python run.py --prompt "It was" --num_samples 2 --seed 1
+    python run.py --infill "The [8] of the Union" --steps 8
 
-signature.json says what the program takes and gives. Weights and all that has a default there are
-inputs: other weights of the same shapes, other times of as many steps (increasing from 0, noise, to
-1, text) and another temperature work with it as well.
-The program (sampler.jaxexport) is code: run it only if you trust where it came from.
+config.json says what the programs take and give. Weights and numbers are inputs: other weights of
+the same shapes and another temperature work with them as well.
+A program (.jaxexport) is code: run it only if you trust where it came from.
 """
 
 import argparse
 import json
 import pathlib
 import sys
+import types
 
-import numpy as np
-import tokenizers
-from jax import export
+sys.dont_write_bytecode = True  # this folder stays as it was exported
+
+import numpy as np  # noqa: E402
+import safetensors.numpy  # noqa: E402
+import tokenizers  # noqa: E402
+from jax import export  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-# jax.export reads programs with flatbuffers, which `pip install jax` doesn't bring; at the end of
-# the path, so that one that is installed goes first.
-sys.path.append(str(FOLDER / "flatbuffers.zip"))
-sys.path.insert(0, str(FOLDER))  # ngrams.py, of which nothing is to be left here
-sys.dont_write_bytecode = True
 
 
-def sample(
-    prompt: list[int], num_samples: int, seed: int, temperature: float | None = None
-) -> np.ndarray:
-    """Token ids, int32 [B, L]: B = `num_samples` samples, each beginning with `prompt`."""
-    signature = json.loads((FOLDER / "signature.json").read_text(encoding="utf-8"))
-    program = export.deserialize(bytearray((FOLDER / "sampler.jaxexport").read_bytes()))
-    values = {name: np.float32(value) for name, value in signature["defaults"].items()}
-    if temperature is not None:
-        values["temperature"] = np.float32(temperature)
-    length = signature["length"]
-    if len(prompt) >= length or num_samples < 1 or not values["temperature"] > 0:
-        sys.exit(f"Expected a prompt below {length} tokens, num_samples >= 1 and temperature > 0.")
-    with np.load(FOLDER / "weights.npz") as arrays:
-        values["weights"] = dict(arrays)  # "blocks/q_proj/kernel" -> float32 array
-    values["seed"] = np.uint32(seed)
-    values["given"] = np.zeros((num_samples, length), np.int32)  # tokens of the frozen positions
-    values["given"][:, : len(prompt)] = prompt
-    values["frozen"] = np.broadcast_to(np.arange(length) < len(prompt), (num_samples, length))
-    if signature["contexts"] is not None:  # what follows what in the text, which draws heed
-        import ngrams
+def sample(given_BL: np.ndarray, frozen_BL: np.ndarray, *, steps: int, seed: int, **numbers):
+    """Token ids, int32 [B, L]; frozen positions (bool) hold those of `given_BL` (int32).
 
-        with np.load(FOLDER / "neighbours.npz") as arrays:
-            counts = ngrams.Counts(**arrays)
-        values["table"] = ngrams.table(counts, signature["model"]["vocab_size"])._asdict()
-    return np.asarray(program.call(*(values[entry["name"]] for entry in signature["inputs"])))
+    `numbers` replace those of config.json, "temperature" for one.
+    """
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    numbers = config["sampling"] | numbers
+    program = export.deserialize(bytearray((FOLDER / f"sampler-{steps}.jaxexport").read_bytes()))
+    weights = safetensors.numpy.load_file(FOLDER / "model.safetensors")
+    values = {"weights": weights, "seed": np.uint32(seed), "given": given_BL, "frozen": frozen_BL}
+    values |= {
+        name: np.float32(value)
+        for name, value in numbers.items()
+        if name not in values and not isinstance(value, str)
+    }
+    return np.asarray(program.call(*(values[name] for name in config["inputs"])))
 
 
 def main() -> None:
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    length, offered = config["length"], config["steps"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", default="", help="text that every sample begins with")
+    parser.add_argument("--steps", type=int, choices=offered, default=offered[0])
+    parser.add_argument("--prompt", help="text that every sample begins with")
+    parser.add_argument("--infill", help="text with gaps of so many tokens: 'The [8] of the Union'")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument("--temperature", type=float, help="below 1 is more cautious")
+    parser.add_argument("--temperature", type=float, default=config["sampling"]["temperature"])
     args = parser.parse_args()
-    if not (FOLDER / "tokenizer.json").exists():  # without one there is nothing but token ids
-        print(*sample([], args.num_samples, args.seed, args.temperature).tolist(), sep="\n")
-        return
-    tokenizer = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a prompt is text, as in training
-    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids
-    tokens_BL = sample(prompt, args.num_samples, args.seed, args.temperature)
-    print(*tokenizer.decode_batch(tokens_BL.tolist()), sep="\n----\n")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must lie in [0, 2^32), got {args.seed}")
+    if not 0 <= args.temperature < np.finfo(np.float32).max:
+        parser.error(f"--temperature must be at least 0 and finite, got {args.temperature}")
+    if args.num_samples < 1:
+        parser.error(f"--num_samples must be at least 1, got {args.num_samples}")
+    if args.prompt is not None and args.infill is not None:
+        parser.error("--prompt and --infill exclude each other; give one of them")
+
+    tokenizer, shown = None, length
+    given_BL = np.zeros((args.num_samples, length), np.int32)
+    frozen_BL = np.zeros(given_BL.shape, bool)
+    if (FOLDER / "tokenizer.json").exists():
+        tokenizer = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a prompt is text
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        if args.prompt is not None or args.infill is not None:
+            import prompts
+
+            kind = "prompt" if args.infill is None else "infill"
+            encoder = types.SimpleNamespace(encode=encode)
+            try:
+                template = prompts.MAKERS[kind](getattr(args, kind), encoder, length)
+            except ValueError as error:
+                parser.error(str(error))
+            given_BL[:], frozen_BL[:], shown = template
+    elif args.prompt is not None or args.infill is not None:
+        parser.error("there is no tokenizer in this folder: only samples from nothing can be drawn")
+
+    numbers = {"temperature": args.temperature}
+    tokens_BL = sample(given_BL, frozen_BL, steps=args.steps, seed=args.seed, **numbers)
+    for i, tokens in enumerate(tokens_BL[:, :shown].tolist()):
+        print("----" if i else "", end="\n" if i else "")
+        print(tokenizer.decode(tokens) if tokenizer else tokens)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,13 @@ it has no optimiser state.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.inference import bundle as bundle_lib
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.inference.ngrams import Counts
 from fsdfm_jax.training import checkpoint
 from fsdfm_jax.training import pipeline as pipeline_lib
 from fsdfm_jax.training import recipe as recipe_lib
@@ -31,7 +28,6 @@ from fsdfm_jax.training import workdir as workdir_lib
 # has.
 _PARTS = {"ema": "ema", "student": "params", "model": "params"}
 _TOKENIZER = "tokenizer.json"
-_COUNTS = "neighbours.npz"
 
 
 def is_run_folder(path: pathlib.Path) -> bool:
@@ -149,34 +145,7 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     tokenizer = bundle_lib.read_tokenizer(text, f"the tokenizer of {directory}")
     if tokenizer is not None and tokenizer.fingerprint != provenance["tokenizer"]:
         tokenizer = None  # of other text prepared in the same place; the caller may name the right
-    counts = _find_counts(directory, config, metadata)
-    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory), counts=counts)
-
-
-def _find_counts(directory: pathlib.Path, config, metadata) -> Callable[[], Counts] | None:
-    """What follows what: beside a converted model, or counted in the text of a run."""
-    vocab_size = metadata["model"]["vocab_size"]
-    if vocab_size > ngrams.MAX_VOCAB:
-        return None
-    if (directory / _COUNTS).is_file():
-        return lambda: bundle_lib.read_counts(directory / _COUNTS, vocab_size)
-    places = (place.resolve() for place in _data_places(directory, config))
-    place = next((place for place in places if (place / prepared_lib.MANIFEST).is_file()), None)
-    if place is None:
-        return None
-    return lambda: _count(place, metadata["data"], vocab_size)
-
-
-# Most programs open several models of one text.
-@functools.lru_cache(maxsize=2)
-def _count(place: pathlib.Path, fingerprint: str, vocab_size: int) -> Counts:
-    data = prepared_lib.load(place)
-    if data.fingerprint != fingerprint:
-        raise ValueError(
-            f"{place} holds other text than the model was trained on, which neighbours counts; "
-            "prepare that again, or set neighbours to 0."
-        )
-    return ngrams.count(data.source("train"), vocab_size)
+    return bundle_lib.from_parts(leaves, description, tokenizer, str(directory))
 
 
 def _read(
@@ -245,5 +214,3 @@ def write(directory: pathlib.Path, bundle: Bundle) -> None:
     checkpoint.save_once(directory / "checkpoints", step, {"params": params}, metadata)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(directory / _TOKENIZER)
-    if bundle.heeds_neighbours:
-        bundle_lib.write_counts(directory / _COUNTS, bundle.counts())

@@ -9,10 +9,6 @@ Names inside are, by layout,
     ours      paths with "/" ("blocks/q_proj/kernel"), blocks stacked, kernels [in, out]
     official  names of the published checkpoints ("blocks.0.qw.weight"), kernels [out, in]
 
-A model whose draws heed their neighbours (`eval.neighbours`) has what follows what in its text
-beside its weights, as int32 and in the layout "ours" only: other readers of the official one expect
-its names and no others.
-
 Each file carries the checksums of its tensors, which are verified as they are read.
 """
 
@@ -20,18 +16,18 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from fsdfm_jax import io
 from fsdfm_jax.convert import official
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
-from fsdfm_jax.inference.ngrams import Counts
 
 LAYOUTS = ("ours", "official")
 MAX_SHARD_BYTES = 5 * 10**9
@@ -39,7 +35,8 @@ SUFFIX = ".safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
-_COUNTS = {field: f"neighbours/{field}" for field in Counts._fields}
+# Counts that the first version kept beside the weights; read no more.
+_FORMER = "neighbours/"
 _FLOATS = {"F32", "BF16", "F16"}
 
 
@@ -127,14 +124,7 @@ def _sizes(bundle: Bundle, layout: str, dtype: str) -> dict[str, int]:
     if layout == "official":
         shapes = official.state_shapes(bundle)
     each = bundle_lib.DTYPES[dtype].itemsize
-    sizes = {name: int(np.prod(shape)) * each for name, shape in shapes.items()}
-    return sizes | {name: array.nbytes for name, array in _counts(bundle, layout)}
-
-
-def _counts(bundle: Bundle, layout: str) -> list[tuple[str, np.ndarray]]:
-    if layout == "official" or not bundle.heeds_neighbours:
-        return []
-    return [(_COUNTS[field], array) for field, array in bundle.counts()._asdict().items()]
+    return {name: int(np.prod(shape)) * each for name, shape in shapes.items()}
 
 
 def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -143,7 +133,6 @@ def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.n
         return
     for path, array in bundle.arrays():
         yield path, array.astype(bundle_lib.DTYPES[dtype], copy=False)
-    yield from _counts(bundle, layout)
 
 
 def _write_shard(path: pathlib.Path, stream, description: str, tokenizer: str = "") -> None:
@@ -214,20 +203,6 @@ def read(path: pathlib.Path) -> tuple[dict[str, Leaf], dict[str, Any] | None, st
     return tensors, description, tokenizer
 
 
-def take_counts(tensors: dict[str, Leaf], name: str) -> Callable[[], Counts] | None:
-    """Takes what reads the counts of neighbours out of the tensors of `read`; None if none does.
-
-    Raises:
-      BadFile: some of its tensors are missing.
-    """
-    parts = {field: tensors.pop(key) for field, key in _COUNTS.items() if key in tensors}
-    if not parts:
-        return None
-    if missing := [key for field, key in _COUNTS.items() if field not in parts]:
-        raise BadFile(f"{name} is incomplete: {', '.join(missing)} missing; convert it again.")
-    return lambda: Counts(**{field: leaf.read() for field, leaf in parts.items()})
-
-
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
@@ -265,17 +240,26 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Leaf], Mapping[str, str]]:
         raise
     except Exception as error:  # the library raises its own kind and others
         raise BadFile(f"{path} is no safetensors file: {str(error)[:300]}") from error
-    kinds = lambda name: {"I32"} if name in _COUNTS.values() else _FLOATS
-    if wrong := [f"{n[:80]}: {d}" for n, (_, d) in specs.items() if d not in kinds(n)]:
+    former = [name for name in specs if name.startswith(_FORMER)]
+    if wrong := [
+        f"{n[:80]}: {d}" for n, (_, d) in specs.items() if d not in _FLOATS and n not in former
+    ]:
         raise BadFile(f"{path} holds other things than weights ({', '.join(wrong[:20])}).")
     if "fsdfm_jax" in metadata and metadata.get("checksum") != _metadata_checksum(metadata):
         raise BadFile(f"{path} is damaged (the checksum of its metadata differs); copy it again.")
     checksums = bundle_lib.parse_json(metadata.get("checksums", "{}"), f"the metadata of {path}")
     if "checksums" in metadata and set(checksums) != set(specs):
         raise BadFile(f"{path}: its checksums are of other tensors than it holds.")
+    if former:
+        logging.warning(
+            "%s holds n-gram counts of an earlier version (neighbours), which are ignored: the "
+            "model is sampled without them.",
+            path,
+        )
     return {
         name: Leaf(shape, lambda name=name: _read(path, name, checksums.get(name)))
         for name, (shape, _) in specs.items()
+        if name not in former
     }, metadata
 
 
@@ -294,4 +278,4 @@ def _read(path: pathlib.Path, name: str, expected: str | None) -> np.ndarray:
         raise BadFile(
             f"{path}: {name[:80]} is damaged (its checksum differs); copy or convert it again."
         )
-    return array if name in _COUNTS.values() else np.asarray(array, np.float32)
+    return np.asarray(array, np.float32)

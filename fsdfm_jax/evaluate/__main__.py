@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-import fsdfm_jax
 from fsdfm_jax import cli
 from fsdfm_jax.convert import formats
 from fsdfm_jax.data import prepared as prepared_lib
@@ -29,7 +28,7 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
-_DEFAULT_CONFIG = pathlib.Path(fsdfm_jax.__file__).parents[1] / "configs" / "base.py"
+_DEFAULT_CONFIG = cli.shared("configs") / "base.py"
 _CONFIG_GIVEN = cli.config_given(sys.argv)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration; its eval section then replaces that of the run."

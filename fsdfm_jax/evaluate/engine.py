@@ -48,7 +48,6 @@ class Evaluation:
       judges: the first is the main one; there may be none.
       length: L, tokens of a sample.
       text: None where there is no prepared data; the plan then has models only.
-      room: see `draw.capacity`.
       store: of finished points.
     """
 
@@ -60,12 +59,11 @@ class Evaluation:
         *,
         length: int,
         text: HeldOut | None,
-        room: int,
         store: Store,
     ):
         self._settings, self._catalogue, self._judges = settings, catalogue, judges
         self._tokenizer, self._length = catalogue.tokenizer, length
-        self._text, self._room, self._store = text, room, store
+        self._text, self._store = text, store
 
     def run(self, plan: Sequence[Point]) -> list[Row]:
         """The rows of all points, in order; those that are stored are not computed again."""
@@ -78,7 +76,8 @@ class Evaluation:
         return self.finished(plan)
 
     def _calls(self, point: Point) -> int:
-        return (point.steps or 1) * self._num_samples(point)
+        steps = point.sampling.steps if point.sampling else 1
+        return steps * self._num_samples(point)
 
     def finished(self, plan: Sequence[Point]) -> list[Row]:
         """The rows of those points that are stored, by whatever machine, in order."""
@@ -113,14 +112,13 @@ class Evaluation:
             "mauve": _mauve_estimate(scores),
             "bound_nats_per_token": self._bound(point),
         }
-        fields = ("kind", "group", "stage", "steps", "jump", "grid")
-        fields += ("temperature", "top_p", "cooling", "look_ahead", "neighbours")
-        fields += ("memory", "seed", "task")
+        fields = ("kind", "group", "stage", "memory", "seed", "task")
         self._store.add(
             {
                 "slug": point.slug,
                 "setting": point.setting,
                 **{name: getattr(point, name) for name in fields},
+                **point.described(),
                 "run": point.source if point.kind == "model" else None,
                 # Those that were opened: a run without an average has one set of weights.
                 "weights": stamp["model"] and stamp["model"]["weights"],
@@ -154,22 +152,13 @@ class Evaluation:
             return {"tokens": self._text.real_NL, "frozen": given.frozen_NL}
         if point.kind == "control":
             text = self._text
-            tokens_NL = draw.control(
-                point.source,
-                text.real_NL,
-                given.frozen_NL,
-                text.unigram_V,
-                text.sentence,
-                point.seed,
-                count=text.count,
-            )
+            tokens_NL = draw.control(point.source, text, given.frozen_NL, point.seed)
             return {"tokens": tokens_NL, "frozen": given.frozen_NL}
         drawn = draw.draw(
             point,
             self._catalogue.open(point.source, point.weights),
             given,
             batch_size=self._settings.batch_size,
-            room=self._room,
             kept=_Kept(self._store, point.slug, stamp),
         )
         return {
@@ -194,7 +183,6 @@ class Evaluation:
             self._given(point),
             tokens_NL,
             count=count,
-            room=self._room,
         )
         parts = (count, watched.times_S, watched.entropy_RS, watched.changed_RS)
         arrays = {name: np.asarray(part) for name, part in zip(_STEPS, parts, strict=True)}
@@ -217,7 +205,6 @@ class Evaluation:
         settings, facts = self._settings, None
         if point.kind == "model":
             facts = self._catalogue.facts(point.source, point.weights)
-        heeds = bool(point.neighbours)
         of_text = facts is None or point.task != tasks.UNCONDITIONAL
         return {
             "samples": stamps.samples(
@@ -228,7 +215,6 @@ class Evaluation:
                 length=self._length,
                 tokenizer=self._tokenizer.fingerprint,
                 text=self._text.fingerprint if of_text else None,
-                follow=self._catalogue.follow_sha256(point.source) if heeds else None,
             ),
             "scoring": stamps.scoring(
                 judges=self._judge_facts,

@@ -1,13 +1,10 @@
 """The models that are evaluated, from any file, and what a protocol stamp says of each."""
 
 import dataclasses
-import functools
 import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax
 
 from fsdfm_jax import stages
 from fsdfm_jax.convert import formats
@@ -17,9 +14,7 @@ from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.inference.bundle import Bundle
-from fsdfm_jax.inference.ngrams import Table
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
@@ -36,8 +31,6 @@ class Subject(NamedTuple):
       label: its name in tables.
       stage: one of `stages.NAMES`, or "few-step" where the file doesn't say which.
       facts: JSON dict that identifies it, for stamps.
-      read_table: makes the table of its text for `neighbours.draw`, on the default device; None
-        where its text isn't known.
     """
 
     label: str
@@ -47,7 +40,6 @@ class Subject(NamedTuple):
     process: Process
     tokenizer: Tokenizer
     facts: dict[str, Any]
-    read_table: Callable[[], Table] | None = None
 
 
 def catalogue(
@@ -163,9 +155,6 @@ class Catalogue:
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._latest: tuple[tuple[str, str], Subject] | None = None
         bundles = {label: _open(path, **options) for label, (path, options) in places.items()}
-        self._counts = {label: bundle.counts for label, bundle in bundles.items()}
-        self._sha256: dict[str, str] = {}
-        self._tables: dict[str, Table] = {}
         stages_ = {label: _stage_of(bundle) for label, bundle in bundles.items()}
         left_to_right = [label for label, stage in stages_.items() if stage == "autoregressive"]
         self.stage_of = {k: stage for k, stage in stages_.items() if k not in unlisted}
@@ -189,26 +178,6 @@ class Catalogue:
             self.open(label, weights)
         return self._facts[label, weights]
 
-    def has_table(self, label: str) -> bool:
-        """Whether it is known what follows what in a model's text, for `neighbours.draw`."""
-        return self._counts[label] is not None
-
-    def follow_sha256(self, label: str) -> str | None:
-        """Checksum of what follows what in a model's text, None if it isn't known."""
-        if self._counts[label] is None:
-            return None
-        if label not in self._sha256:
-            self._sha256[label] = bundle_lib.counts_hash(self._counts[label]())
-        return self._sha256[label]
-
-    def _table(self, label: str, vocab_size: int) -> Table:
-        """The table of a model's text, once for all models of one text."""
-        sha256 = self.follow_sha256(label)
-        if sha256 not in self._tables:
-            table = ngrams.table(self._counts[label](), vocab_size)
-            self._tables[sha256] = jax.device_put(table)
-        return self._tables[sha256]
-
     def open(self, label: str, weights: str) -> Subject:
         """A model with its parameters on the mesh that is set, or else the default device.
 
@@ -224,11 +193,7 @@ class Catalogue:
             params = bundle.device_params(mesh_lib.put)
             if name not in self._facts:
                 self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
-            subject = _subject(label, bundle, params, self._facts[name])
-            if self.has_table(label):
-                read_table = functools.partial(self._table, label, bundle.model.vocab_size)
-                subject = subject._replace(read_table=read_table)
-            self._latest = name, subject
+            self._latest = name, _subject(label, bundle, params, self._facts[name])
         return self._latest[1]
 
 

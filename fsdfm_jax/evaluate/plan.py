@@ -1,15 +1,18 @@
 """What is evaluated: one point is a model sampled in one way, or a text to compare with."""
 
+import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import tasks
-from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow import jumps
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference.autoregressive import MEMORIES
 
 REAL = "held-out text"
 # Texts that have some of the virtues of good samples and not the others.
@@ -20,6 +23,7 @@ CONTROLS = {
     "repeated": "repeated control",
 }
 WEIGHTS = ("ema", "student")
+SAMPLING_FIELDS = tuple(Sampling().to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +36,8 @@ class Point:
       source: label of the model, or name of the control; "real" for held-out text.
       task: see `tasks`.
       stage: of the model; None, as all that follow, for texts that no model writes.
-      steps: network calls per sample.
-      jump, grid: rule of the jumps and shape of the time grid; None for an autoregressive model.
-      temperature, top_p: of the draws.
-      cooling, look_ahead, neighbours: see `sampler.sample`, the last one by its strength; None for
-        an autoregressive model.
+      sampling: how it is sampled; of an autoregressive model temperature and top_p matter alone,
+        and steps is the length of a block.
       weights: "ema" (as the stage uses them) | "student".
       memory: what an autoregressive model keeps of the tokens so far, "cache" | "none"; None for
         other models.
@@ -48,28 +49,35 @@ class Point:
     source: str
     task: str = tasks.UNCONDITIONAL
     stage: str | None = None
-    steps: int | None = None
-    jump: str | None = None
-    grid: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    cooling: float | None = None
-    look_ahead: float | None = None
-    neighbours: float | None = None
+    sampling: Sampling | None = None
     weights: str | None = None
     memory: str | None = None
     seed: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether an autoregressive model writes it."""
+        return self.stage == "autoregressive"
+
+    def described(self) -> dict[str, Any]:
+        """The sampler as fields of a row; None for what a text or its model doesn't have."""
+        if self.sampling is None:
+            return dict.fromkeys(SAMPLING_FIELDS)
+        values = self.sampling.to_dict()
+        unused = ("jump", "grid", "cooling", "look_ahead") if self.causal else ()
+        return values | dict.fromkeys(unused)
 
     @property
     def setting(self) -> str:
         """Name of all but the seed; points of one setting are repeats."""
         parts = [self.source if self.kind != "control" else f"control-{self.source}"]
         if self.kind == "model":
-            parts += [f"{self.steps}steps", self.jump, self.grid, f"T{self.temperature:.9g}"]
-            parts += [f"p{self.top_p:.9g}" if self.top_p < 1 else None]
-            parts += [f"c{self.cooling:.9g}" if self.cooling else None]
-            parts += [f"a{self.look_ahead:.9g}" if self.look_ahead else None]
-            parts += [f"n{self.neighbours:.9g}" if self.neighbours else None]
+            values = self.described()
+            parts += [f"{values['steps']}steps", values["jump"], values["grid"]]
+            parts += [f"T{values['temperature']:.9g}"]
+            parts += [f"p{values['top_p']:.9g}" if values["top_p"] < 1 else None]
+            parts += [f"c{values['cooling']:.9g}" if values["cooling"] else None]
+            parts += [f"a{values['look_ahead']:.9g}" if values["look_ahead"] else None]
             parts += [self.weights if self.weights != "ema" else None]
             parts += ["anew" if self.memory == "none" else None]
         parts += [self.task if self.task != tasks.UNCONDITIONAL else None]
@@ -89,13 +97,7 @@ class Settings(NamedTuple):
     steps: tuple[int, ...]
     many_steps: int
     jumps: tuple[str, ...]
-    few_step_jump: str
-    grid: str
-    temperature: float
-    top_p: float
-    cooling: float
-    look_ahead: float
-    neighbours: float
+    sampling: Sampling
     weights: str
     seed: int
     task: str
@@ -119,6 +121,10 @@ class Settings(NamedTuple):
         for name in ("steps", "jumps", "memories", "controls"):
             values[name] = tuple(values[name])
         values["judges"] = tuple(j.strip() for j in values["judges"].split(",") if j.strip())
+        try:
+            values["sampling"] = Sampling.from_dict(values["sampling"])
+        except ValueError as error:
+            raise ValueError(f"eval.sampling: {error}") from None
         settings = cls(**values)
         settings._check()
         return settings
@@ -133,22 +139,20 @@ class Settings(NamedTuple):
                 raise ValueError(
                     f"eval.{name} must be at least {least}, got {getattr(self, name)}."
                 )
-        if min(self.steps, default=1) < 1:
-            raise ValueError(f"eval.steps must be at least 1, got {self.steps}.")
         for name, allowed, values in (
             ("jumps", jumps.RULES, self.jumps),
-            ("few_step_jump", jumps.RULES, (self.few_step_jump,)),
-            ("memories", generate_lib.MEMORIES, self.memories),
+            ("memories", MEMORIES, self.memories),
             ("controls", CONTROLS, self.controls),
             ("weights", WEIGHTS, (self.weights,)),
         ):
             check_names(f"eval.{name}", allowed, values)
         if not self.jumps:
             raise ValueError("eval.jumps is empty; give at least one rule for the base model.")
-        names = ("seed", "temperature", "top_p", "cooling", "look_ahead", "neighbours")
-        check_draws("eval", **{name: (getattr(self, name),) for name in names})
-        check_grids("eval", (self.grid,), (*self.steps, self.many_steps))
-        check_rules("eval", (self.neighbours,), (self.few_step_jump,))
+        with _named("eval.seed"):
+            generate_lib.check_seed(self.seed)
+        for steps in (*self.steps, self.many_steps):
+            with _named("eval.steps"):
+                self.sampling.replace(steps=steps)
         tasks.parse(self.task)
         models_lib.parse_models(self.models)
 
@@ -162,37 +166,13 @@ def check_names(key: str, allowed: Iterable[str], values: Iterable[str]) -> None
         )
 
 
-def check_draws(section: str, **values: Iterable[float]) -> None:
-    """ValueError for the first value that no sample can be drawn with, naming the section.
-
-    Args:
-      section: of the config.
-      **values: values by the arguments of `inference.check_settings`.
-    """
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts a config key before the message of a ValueError."""
     try:
-        for name, listed in values.items():
-            for value in listed:
-                generate_lib.check_settings(**{name: value})
-    except ValueError as error:
-        raise ValueError(f"{section}: {error}") from None
-
-
-def check_rules(key: str, strengths: Iterable[float], rules: Iterable[str]) -> None:
-    """ValueError for the first jump rule that heeds no neighbours, where one is to."""
-    try:
-        for name in rules if any(strengths) else ():
-            jumps.check_redraw(jumps.get_rule(name))
+        yield
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-
-
-def check_grids(key: str, grids: Iterable[str], steps: Iterable[int]) -> None:
-    """ValueError for the first grid that can't be made with one of the numbers of steps."""
-    for grid, count in itertools.product(grids, steps):
-        try:
-            sampler.make_grid(grid, count)
-        except ValueError as error:
-            raise ValueError(f"{key}: grid {grid!r} with {count} steps: {error}") from None
 
 
 def texts_to_compare(settings: Settings) -> list[Point]:
@@ -208,10 +188,9 @@ def texts_to_compare(settings: Settings) -> list[Point]:
 def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
     """All points of a report, best reference first.
 
-    The base model is sampled by each rule of `eval.jumps` on a uniform grid, without `cooling`,
-    `look_ahead` or `neighbours` (temperature and nucleus are those of all rows). If the few-step
-    models are sampled otherwise, it is sampled so too: what the sampler brings is seen apart from
-    what training does.
+    The base model is sampled by each rule of `eval.jumps` on a uniform grid at a fixed temperature
+    (which, with the nucleus, is that of all rows). If `eval.sampling` says otherwise, the base
+    model is sampled so too: what the sampler brings is seen apart from what training does.
 
     Args:
       settings: what was asked for.
@@ -219,36 +198,33 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
       length: tokens of a block, which is what an autoregressive model takes network calls.
     """
     result = texts_to_compare(settings)
-    how = {"temperature": settings.temperature, "top_p": settings.top_p}
-    how |= {"weights": settings.weights, "seed": settings.seed, "task": settings.task}
+    how = {"weights": settings.weights, "seed": settings.seed, "task": settings.task}
     left_to_right = tasks.parse(settings.task).left_to_right
+    plain = Sampling(temperature=settings.sampling.temperature, top_p=settings.sampling.top_p)
+
+    def add(label, group, sampling, **own):
+        own |= {"stage": stage_of[label], "sampling": sampling}
+        result.append(Point("model", group, label, **own, **how))
+
     for label, stage in stage_of.items():
+        few_step = [settings.sampling.replace(steps=steps) for steps in settings.steps]
         if stage == "autoregressive":
             for memory in settings.memories * left_to_right:
                 group = label if memory == "cache" else f"{label} (no cache)"
-                own = {"stage": stage, "steps": length, "memory": memory}
-                result.append(Point("model", group, label, **own, **how))
-            continue
-
-        def add(group, steps, sampled, label=label, stage=stage):
-            own = {"stage": stage, "steps": steps} | sampled
-            result.append(Point("model", group, label, **own, **how))
-
-        names = ("grid", "cooling", "look_ahead", "neighbours")
-        few_step = {name: getattr(settings, name) for name in names}
-        few_step |= {"jump": settings.few_step_jump}
-        if stage == "pretrain":
-            plain = dict.fromkeys(names, 0.0) | {"grid": "uniform"}
+                add(label, group, plain.replace(steps=length), memory=memory)
+        elif stage == "pretrain":
             first = settings.jumps[0]
-            add(f"{label} ({first})", settings.many_steps, plain | {"jump": first})
-            for jump, steps in itertools.product(settings.jumps, settings.steps):
-                add(f"{label} ({jump})", steps, plain | {"jump": jump})
-            if few_step not in [plain | {"jump": jump} for jump in settings.jumps]:
-                for steps in settings.steps:
-                    add(f"{label} (few-step sampler)", steps, few_step)
+            many = plain.replace(jump=first, steps=settings.many_steps)
+            add(label, f"{label} ({first})", many)
+            by_rule = [plain.replace(jump=jump) for jump in settings.jumps]
+            for rule, steps in itertools.product(by_rule, settings.steps):
+                add(label, f"{label} ({rule.jump})", rule.replace(steps=steps))
+            if settings.sampling.replace(steps=plain.steps) not in by_rule:
+                for sampling in few_step:
+                    add(label, f"{label} (eval.sampling)", sampling)
         else:
-            for steps in settings.steps:
-                add(label, steps, few_step)
+            for sampling in few_step:
+                add(label, label, sampling)
     return list(dict.fromkeys(result))
 
 
@@ -263,7 +239,6 @@ class Axes(NamedTuple):
     top_ps: tuple[float, ...]
     coolings: tuple[float, ...]
     look_aheads: tuple[float, ...]
-    neighbours: tuple[float, ...]
     weights: tuple[str, ...]
     seeds: tuple[int, ...]
 
@@ -278,22 +253,28 @@ class Axes(NamedTuple):
         for name, values in axes._asdict().items():
             if not values and name != "models":
                 raise ValueError(f"axes.{name} is empty; give at least one value.")
-        if min(axes.steps) < 1:
-            raise ValueError(f"axes.steps must be at least 1, got {axes.steps}.")
-        check_names("axes.jumps", jumps.RULES, axes.jumps)
         check_names("axes.weights", WEIGHTS, axes.weights)
-        check_draws(
-            "axes",
-            seed=axes.seeds,
-            temperature=axes.temperatures,
-            top_p=axes.top_ps,
-            cooling=axes.coolings,
-            look_ahead=axes.look_aheads,
-            neighbours=axes.neighbours,
-        )
-        check_rules("axes", axes.neighbours, axes.jumps)
-        check_grids("axes", axes.grids, axes.steps)
+        for seed in axes.seeds:
+            with _named("axes.seeds"):
+                generate_lib.check_seed(seed)
+        with _named("axes"):
+            axes.samplings()
         return axes
+
+    def samplings(self) -> list[Sampling]:
+        """The product of the axes that say how to sample, grouped by all but steps and
+        temperature."""
+        product = itertools.product(
+            self.grids,
+            self.jumps,
+            self.coolings,
+            self.look_aheads,
+            self.top_ps,
+            self.steps,
+            self.temperatures,
+        )
+        names = ("grid", "jump", "cooling", "look_ahead", "top_p", "steps", "temperature")
+        return [Sampling(**dict(zip(names, values, strict=True))) for values in product]
 
 
 def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
@@ -309,39 +290,34 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
     check_names("axes.models", tuple(stage_of), chosen)
     left_to_right = tasks.parse(settings.task).left_to_right
     result = texts_to_compare(settings)
-    for label, grid, jump, cooling, look_ahead, neighbours, top_p, weights in itertools.product(
-        chosen,
-        axes.grids,
-        axes.jumps,
-        axes.coolings,
-        axes.look_aheads,
-        axes.neighbours,
-        axes.top_ps,
-        axes.weights,
+    for label, weights, sampling, seed in itertools.product(
+        chosen, axes.weights, axes.samplings(), axes.seeds
     ):
-        causal = stage_of[label] == "autoregressive"
-        if causal and not left_to_right:
-            continue
-        details = [] if causal else [jump] * (len(axes.jumps) > 1 or stage_of[label] == "pretrain")
-        details += [grid] * (not causal and len(axes.grids) > 1)
-        details += [f"cooling {cooling:g}"] * (not causal and len(axes.coolings) > 1)
-        details += [f"look-ahead {look_ahead:g}"] * (not causal and len(axes.look_aheads) > 1)
-        details += [f"neighbours {neighbours:g}"] * (not causal and len(axes.neighbours) > 1)
-        details += [f"top-p {top_p:g}"] * (len(axes.top_ps) > 1)
-        details += [weights] * (len(axes.weights) > 1)
-        group = label + (f" ({', '.join(details)})" if details else "")
-        for steps, temperature, seed in itertools.product(
-            axes.steps, axes.temperatures, axes.seeds
-        ):
-            how = {"temperature": temperature, "top_p": top_p, "weights": weights, "seed": seed}
-            if causal:
-                how |= {"steps": length, "memory": "cache"}
-            else:
-                how |= {"steps": steps, "jump": jump, "grid": grid}
-                how |= {"cooling": cooling, "look_ahead": look_ahead, "neighbours": neighbours}
-            how |= {"task": settings.task, "stage": stage_of[label]}
-            result.append(Point("model", group, label, **how))
+        stage = stage_of[label]
+        how = {"weights": weights, "seed": seed, "task": settings.task, "stage": stage}
+        if stage == "autoregressive":
+            if not left_to_right:
+                continue
+            own = Sampling(steps=length, temperature=sampling.temperature, top_p=sampling.top_p)
+            how |= {"sampling": own, "memory": "cache"}
+        else:
+            how |= {"sampling": sampling}
+        result.append(Point("model", _group(axes, label, stage, weights, sampling), label, **how))
     return list(dict.fromkeys(result))
+
+
+def _group(axes: Axes, label: str, stage: str, weights: str, sampling: Sampling) -> str:
+    """The curve that a point of a sweep belongs to: its model and the axes that vary."""
+    details = []
+    if stage != "autoregressive":
+        details += [sampling.jump] * (len(axes.jumps) > 1 or stage == "pretrain")
+        details += [sampling.grid] * (len(axes.grids) > 1)
+        details += [f"cooling {sampling.cooling:g}"] * (len(axes.coolings) > 1)
+        details += [f"look-ahead {sampling.look_ahead:g}"] * (len(axes.look_aheads) > 1)
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    details += [f"top-p {top_p:g}"] * (len(axes.top_ps) > 1)
+    details += [weights] * (len(axes.weights) > 1)
+    return label + (f" ({', '.join(details)})" if details else "")
 
 
 def share(points: Sequence[Point], index: int, count: int) -> list[Point]:

@@ -8,10 +8,9 @@ import numpy as np
 
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data.prepared import PreparedData
-from fsdfm_jax.evaluate import tasks
+from fsdfm_jax.evaluate import ngrams, tasks
+from fsdfm_jax.evaluate.ngrams import NgramModel
 from fsdfm_jax.evaluate.plan import Settings
-from fsdfm_jax.inference import ngrams
-from fsdfm_jax.inference.ngrams import Counts
 
 # Training blocks that the unigram control's frequencies come from.
 _UNIGRAM_BLOCKS = 1024
@@ -28,7 +27,7 @@ class HeldOut(NamedTuple):
       unigram_V: frequencies of tokens in the training text, they add up to 1.
       sentence: ids of a stretch of held-out text.
       fingerprint: of the prepared data.
-      count: counts what follows what in the training text, see `ngrams.count`.
+      ngrams: fits the n-gram control to the training text.
     """
 
     real_NL: np.ndarray
@@ -37,7 +36,7 @@ class HeldOut(NamedTuple):
     unigram_V: np.ndarray
     sentence: np.ndarray
     fingerprint: str
-    count: Callable[[], Counts] | None = None
+    ngrams: Callable[[], NgramModel]
 
 
 def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> HeldOut:
@@ -49,10 +48,8 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
       bound_samples: blocks for bounds, where there are so many.
     """
     source, train = prepared.source("validation"), prepared.source("train")
-    real_NL, reference_ML = (
-        prepared_lib.validation_blocks(source, min(num_samples, len(source))),
-        None,
-    )
+    real_NL = prepared_lib.validation_blocks(source, min(num_samples, len(source)))
+    reference_ML = None
     if len(source) >= 2 * num_samples:  # real text is then compared with other real text
         both = prepared_lib.validation_blocks(source, 2 * num_samples)
         real_NL, reference_ML = both[::2], both[1::2]
@@ -69,7 +66,7 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
         counts_V / counts_V.sum(),
         real_NL[0, : min(_SENTENCE, prepared.block_length)],
         prepared.fingerprint,
-        functools.cache(lambda: ngrams.count(train, vocab_size)),
+        functools.cache(lambda: ngrams.fit(train, vocab_size)),
     )
 
 

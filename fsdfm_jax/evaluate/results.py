@@ -71,16 +71,18 @@ class Store:
         """What the figures of a point under exactly this protocol are aggregated from."""
         return _load(self._directory / self.scores_file(slug, protocol))
 
-    def earlier_scores(self, slug: str, stamp: Any, code: str) -> list[Arrays]:
-        """What other evaluations by the same code made of the same samples."""
+    def earlier_scores(self, slug: str, stamp: Any, version: int) -> list[Arrays]:
+        """What other evaluations by the same version made of the same samples."""
         pattern = self.samples_file(slug, stamp).removesuffix(".npz") + "-*.npz"
         found = map(_load, sorted(self._directory.glob(pattern)))
-        return [arrays for arrays in found if arrays and str(arrays.get("code", "")) == code]
+        return [arrays for arrays in found if arrays and arrays.get("version") == version]
 
-    def save_scores(self, slug: str, protocol: dict[str, Any], code: str, arrays: Arrays) -> None:
-        """Writes what a point's figures are aggregated from; `code`: digest of what made it."""
+    def save_scores(
+        self, slug: str, protocol: dict[str, Any], version: int, arrays: Arrays
+    ) -> None:
+        """Writes what a point's figures are aggregated from; `version`: of the protocol."""
         path = self._directory / self.scores_file(slug, protocol)
-        io.write_arrays(path, arrays | {"code": np.asarray(code)})
+        io.write_arrays(path, arrays | {"version": np.asarray(version)})
 
     def save_arrays(self, slug: str, stamp: Any, arrays: Arrays) -> None:
         """Writes a point's samples, whole or not at all; its batches aren't needed any more."""

@@ -8,8 +8,8 @@ from absl import logging
 
 from fsdfm_jax.data.prepared import PreparedData
 from fsdfm_jax.data.tokenizer import Tokenizer
-from fsdfm_jax.evaluate import draw, references, tasks
 from fsdfm_jax.evaluate import plan as plan_lib
+from fsdfm_jax.evaluate import references, tasks
 from fsdfm_jax.evaluate.engine import Evaluation
 from fsdfm_jax.evaluate.judges import base as judges_base
 from fsdfm_jax.evaluate.judges.scoring import Judge
@@ -17,8 +17,6 @@ from fsdfm_jax.evaluate.models import Catalogue, parse_models
 from fsdfm_jax.evaluate.plan import Point, Settings
 from fsdfm_jax.evaluate.references import HeldOut
 from fsdfm_jax.evaluate.results import Store
-from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import ngrams
 from fsdfm_jax.training import recipe
 
 IN_HOUSE = "autoregressive"  # of `eval.judges`
@@ -88,22 +86,12 @@ def evaluate(
     slugs = [point.slug for point in plan]
     if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
         raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
-    for point in plan:
-        if (point.kind, point.source) == ("control", "ngram"):
-            ngrams.check_vocab(catalogue.tokenizer.vocab_size)
-        if point.neighbours:
-            has_table = catalogue.has_table(point.source)
-            try:
-                generate_lib.check_neighbours(point.neighbours, point.jump, has_table=has_table)
-            except ValueError as error:
-                raise ValueError(f"{point.source}: {error}") from None
     evaluation = make_evaluation(
         settings,
         catalogue,
         prepared,
         Store(directory, index=index, count=count),
         length=length,
-        room=draw.capacity(plan),
     )
     evaluation.run(plan_lib.share(plan, index, count))
     rows = evaluation.finished(plan)
@@ -125,7 +113,6 @@ def make_evaluation(
     store: Store,
     *,
     length: int,
-    room: int,
 ) -> Evaluation:
     """What points are computed with: models, judges and text opened.
 
@@ -133,14 +120,13 @@ def make_evaluation(
       settings, catalogue, prepared: as in `evaluate`.
       store: of finished points.
       length: tokens of a sample.
-      room: see `draw.capacity`.
 
     Raises:
       ValueError: for models, judges and text that don't go together.
     """
     text = None if prepared is None else _read_text(prepared, catalogue.tokenizer, settings)
     judges = open_judges(settings, catalogue)
-    return Evaluation(settings, catalogue, judges, length=length, text=text, room=room, store=store)
+    return Evaluation(settings, catalogue, judges, length=length, text=text, store=store)
 
 
 def _read_text(prepared: PreparedData, tokenizer: Tokenizer, settings: Settings) -> HeldOut:

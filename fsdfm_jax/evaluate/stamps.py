@@ -26,7 +26,6 @@ def samples(
     length: int,
     tokenizer: str,
     text: str | None,
-    follow: str | None = None,
 ) -> dict[str, Any]:
     """What the samples of a point depend on.
 
@@ -36,7 +35,6 @@ def samples(
       num_samples, batch_size, length: how much is drawn.
       tokenizer: fingerprint.
       text: fingerprint of the held-out text if the samples are made of it or around it.
-      follow: checksum of the counts of neighbours that the draws heed.
     """
     return {
         "source": point.source,
@@ -46,22 +44,19 @@ def samples(
         "text": text,
         "tokenizer": tokenizer,
         "model": None if facts is None else dict(facts),
-        "sampling": _sampling(point, facts, min(batch_size, num_samples), follow),
+        "sampling": _sampling(point, facts, min(batch_size, num_samples)),
         "numerics": numerics(),
         "protocol": PROTOCOL_VERSION,
     }
 
 
-def _sampling(
-    point: Point, facts: Mapping[str, Any] | None, batch_size: int, follow: str | None
-) -> dict | None:
+def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) -> dict | None:
     if facts is None:
         return None if point.seed is None else {"seed": point.seed}
-    names = ("steps", "jump", "grid", "temperature", "top_p", "cooling", "look_ahead")
-    names += ("neighbours", "seed", "memory")
-    return {name: getattr(point, name) for name in names} | {
+    return point.described() | {
+        "seed": point.seed,
+        "memory": point.memory,
         "weights": facts["weights"],
-        "follow_sha256": follow,
         "batch_size": batch_size,
         "draws": "two-level inverse CDF, float32, 32-bit uniforms",
     }

@@ -34,7 +34,6 @@ from fsdfm_jax.ops.logits import Logits, map_positions
 
 Jump = Callable[[jax.Array, Logits, jax.Array, jax.Array, jax.Array], jax.Array]
 Finalize = Callable[[jax.Array, Logits, jax.Array], jax.Array]
-Redraw = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 REVEALED = ("stay", "jump")
 
@@ -176,49 +175,6 @@ def make_finalize(source: Source) -> Finalize:
         return map_positions(draw, logits, xt_BL, u_BLU)
 
     return finalize
-
-
-def check_redraw(rule: JumpRule) -> None:
-    """Refuses a rule that doesn't say which positions are drawn anew, see `make_redraw`.
-
-    Raises:
-      ValueError: naming those that do.
-    """
-    if rule.probability is not MIXTURE.probability:
-        names = [r.name for r in RULES.values() if r.probability is MIXTURE.probability]
-        raise ValueError(
-            f"neighbours draws whole posteriors, as the jump rules {' and '.join(names)} do; the "
-            f"rule {rule.name!r} leaves out the current token. Choose one of them, or set "
-            "neighbours to 0."
-        )
-
-
-def make_redraw(rule: JumpRule, schedule: Schedule, source: Source, revealed: str) -> Redraw:
-    """The positions that a rule draws anew, current token or not, whatever is drawn there.
-
-    A position that `mixture` draws from the full posterior with probability beta leaves its token
-    with probability beta m: the other way to say the same. With `dispersed` the positions of a row
-    that are drawn keep apart, in place of those that leave their token.
-
-    Returns:
-      `redraw(key, xt_BL, t_B, h_B, last) -> bool [B, L]`: all positions if `last` (bool scalar), as
-      `make_finalize` does; with a mask source whose tokens stay, and at the end with any, only
-      those still masked.
-
-    Raises:
-      ValueError: see `check_redraw`.
-    """
-    check_redraw(rule)
-
-    def redraw(key, xt_BL, t_B, h_B, last):
-        u_BL = (categorical.dispersed if rule.dispersed else categorical.uniform)(key, xt_BL.shape)
-        drawn_BL = u_BL < _column(schedules.redraw_fraction(schedule, t_B, h_B))
-        drawn_BL = drawn_BL | last
-        if source.mask_id is None:
-            return drawn_BL
-        return drawn_BL & ((xt_BL == source.mask_id) | (revealed == "jump") & ~last)
-
-    return redraw
 
 
 def _column(t_B) -> jax.Array:

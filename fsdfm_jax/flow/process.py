@@ -1,40 +1,73 @@
-"""The noising process of a run: schedule, source, and what a jump does on them."""
+"""The noising process of a run: schedule and source, and how positions move on them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fsdfm_jax.flow import jumps, schedules, sources
-from fsdfm_jax.flow.jumps import Jump, JumpRule, Redraw
+import jax
+
+from fsdfm_jax.flow import jumps, paths, schedules, sources
+from fsdfm_jax.flow.jumps import Finalize, Jump, JumpRule
 from fsdfm_jax.flow.schedules import Schedule
 from fsdfm_jax.flow.sources import Source
 
 
 class Process(NamedTuple):
-    """The noising process that all stages of a run share, and the token between documents.
+    """The noising process that all stages of a run share.
 
-    `revealed` says whether, with a mask source, tokens once revealed "stay" or may "jump" again.
+    >>> process = Process(schedules.Polynomial(), Source(vocab_size=5))
+    >>> x0_BL, x1_BL = jax.numpy.zeros((2, 4), int), jax.numpy.full((2, 4), 3)
+    >>> t_B = jax.numpy.array([0.0, 1.0])
+    >>> process.sample_path(jax.random.key(0), x0_BL, x1_BL, t_B).tolist()
+    [[0, 0, 0, 0], [3, 3, 3, 3]]
+
+    Attributes:
+      schedule: kappa, see `schedules`.
+      source: distribution of the noise x0.
+      eos_id: the token between documents; an autoregressive network reads it first.
+      revealed: with a mask source, whether tokens once revealed "stay" or may "jump" again, as in
+        the official solver; without effect on a uniform source.
     """
 
     schedule: Schedule
     source: Source
-    eos_id: int
+    eos_id: int = 0
     revealed: str = "stay"
+
+    def sample_path(
+        self, key: jax.Array, x0_BL: jax.Array, x1_BL: jax.Array, t_B: jax.Array
+    ) -> jax.Array:
+        """Draws xt of the mixture path, see `paths.sample_path`."""
+        return paths.sample_path(key, self.schedule, x0_BL, x1_BL, t_B)
 
     def make_jump(self, rule: JumpRule) -> Jump:
         """The rule on this process, see `jumps.make_process_jump`."""
         return jumps.make_process_jump(rule, self.schedule, self.source, self.revealed)
 
-    def make_redraw(self, rule: JumpRule) -> Redraw:
-        """What the rule draws anew on this process, see `jumps.make_redraw`."""
-        return jumps.make_redraw(rule, self.schedule, self.source, self.revealed)
+    @property
+    def finalize(self) -> Finalize:
+        """The sampler's last draw, see `jumps.make_finalize`."""
+        return jumps.make_finalize(self.source)
 
 
-def make_process(path: Any, *, num_tokens: int, eos_id: int) -> Process:
-    """The process of `config.path` over a tokenizer's `num_tokens` ids."""
+def make_process(
+    *, schedule: str, power: float, source: str, revealed: str, num_tokens: int, eos_id: int
+) -> Process:
+    """The process that a config's section `path` describes, over a tokenizer's ids.
+
+    Args:
+      schedule, power: see `schedules.make_schedule`.
+      source: see `sources.make_source`.
+      revealed: "stay" | "jump".
+      num_tokens: ids of text; a mask source has one more.
+      eos_id: the token between documents.
+
+    Raises:
+      ValueError: for an unknown name or a power that isn't positive.
+    """
     process = Process(
-        schedules.make_schedule(path.schedule, power=path.power),
-        sources.make_source(path.source, num_tokens=num_tokens),
+        schedules.make_schedule(schedule, power=power),
+        sources.make_source(source, num_tokens=num_tokens),
         eos_id,
-        path.revealed,
+        revealed,
     )
-    process.make_jump(jumps.EULER)  # refuses what no jump can be made of
+    process.make_jump(jumps.EULER)  # checks `revealed`
     return process

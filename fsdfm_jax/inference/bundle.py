@@ -10,8 +10,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import types
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,14 +17,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from fsdfm_jax import io
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import ngrams
-from fsdfm_jax.inference.ngrams import Counts
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
@@ -62,8 +57,6 @@ class Bundle:
       path: the noising process, the keys of `config.path`.
       tokenizer: None where the file holds none and none was named.
       block_length: tokens of the blocks it was trained on, None if unknown.
-      counts: reads what follows what in its text, for `ngrams.table`; None where the file
-        doesn't have it.
       provenance: JSON dict: "stage", "weights" (which of the file's), "step", "ema_decay", "data"
         and "tokenizer" (fingerprints), "code_version", "config", "recipe", "source" (file and
         format); None for what the file doesn't say.
@@ -75,7 +68,6 @@ class Bundle:
     tokenizer: Tokenizer | None
     block_length: int | None
     provenance: Mapping[str, Any]
-    counts: Callable[[], Counts] | None = None
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(path, float32 array) of each parameter, read as the iterator goes on."""
@@ -104,20 +96,14 @@ class Bundle:
         """Ids of text that the network knows: its vocabulary without a mask token."""
         return self.model.vocab_size - (self.path["source"] == "mask")
 
-    @property
-    def heeds_neighbours(self) -> bool:
-        """Whether its draws heed their neighbours unless it is told otherwise."""
-        asked = bool(self.sampling()["neighbours"])
-        return asked and self.counts is not None and not self.model.causal
-
-    def sampling(self) -> dict[str, Any]:
-        """How it is sampled unless it is told otherwise, see `inference.sampling`."""
-        return generate_lib.sampling((self.provenance.get("config") or {}).get("eval"))
+    def sampling(self) -> Sampling:
+        """How it is sampled unless told otherwise: as its config says, or as published."""
+        return read_sampling((self.provenance.get("config") or {}).get("eval") or {})
 
     def process(self) -> Process:
         """Its noising process, over the network's vocabulary."""
         return process_lib.make_process(
-            types.SimpleNamespace(**self.path),
+            **self.path,
             num_tokens=self.num_tokens,
             eos_id=0 if self.tokenizer is None else self.tokenizer.eos_id,
         )
@@ -170,11 +156,6 @@ def checksum(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
 
 
-def counts_hash(counts: Counts) -> str:
-    """sha256 of what follows what in a text, first 16 hex digits."""
-    return checksum(np.concatenate([np.asarray([len(part) for part in counts]), *counts]))
-
-
 def content_hash(params: Params) -> str:
     """sha256 of all parameters with their paths, in their order, first 16 hex digits."""
     content = hashlib.sha256()
@@ -185,7 +166,6 @@ def content_hash(params: Params) -> str:
 
 # ---------------------------------------------------------------------------------- descriptions
 
-_MOST_HEADERS = 2**16  # bytes, of the arrays of a small .npz
 _MOST_JSON = 2**26  # bytes; tokenizers of large vocabularies take a few MB
 FORMAT = 1
 
@@ -206,12 +186,8 @@ def from_parts(
     description: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     name: str,
-    *,
-    counts: Callable[[], Counts] | None = None,
 ) -> Bundle:
     """A bundle of parameters and what `describe` said of them; `name` is the file, for errors.
-
-    `counts` of neighbours are checked when they are read, see `Bundle`.
 
     Raises:
       BadFile: the description isn't one, or the parameters aren't its network's: each missing,
@@ -244,45 +220,7 @@ def from_parts(
             f"{name} was trained with tokenizer {str(trained_with)[:40]}, the one beside it is "
             f"{tokenizer.fingerprint}: their token ids mean different text."
         )
-    if counts is None:
-        return bundle
-    checked = lambda: checked_counts(counts(), model.vocab_size, name)
-    return dataclasses.replace(bundle, counts=functools.cache(checked))
-
-
-def write_counts(path: pathlib.Path, counts: Counts) -> None:
-    """What follows what as a file of its own, for `read_counts`."""
-    io.write_arrays(path, counts._asdict())
-
-
-def read_counts(path: pathlib.Path, vocab_size: int) -> Counts:
-    """What `write_counts` wrote; BadFile if the file isn't of its form, or too large.
-
-    For a vocabulary, whose counts `checked_counts` checks.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(info.file_size for info in archive.infolist())
-        contexts = ngrams.most_contexts(vocab_size)
-        if size > 4 * (2 * contexts * vocab_size + 2 * contexts) + _MOST_HEADERS:
-            raise ValueError(f"{size} bytes of counts for {vocab_size} tokens")
-        with np.load(path, allow_pickle=False) as arrays:
-            return Counts(**arrays)
-    except Exception as error:  # whatever damage makes the readers of zip and npy say
-        raise BadFile(
-            f"{path} is damaged: {first_line(error)}; convert the model again."
-        ) from error
-
-
-def checked_counts(counts: Counts, vocab_size: int, name: str) -> Counts:
-    """The counts of a file; BadFile, naming it, unless they are those of a vocabulary."""
-    try:
-        ngrams.check_counts(counts, vocab_size)
-    except ValueError as error:
-        raise BadFile(
-            f"The counts of neighbours in {name} are damaged: {error}; convert the model again."
-        ) from error
-    return counts
+    return bundle
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:
@@ -296,11 +234,30 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
     sections = [config.get(key) for key in ("data", "eval")] if isinstance(config, dict) else []
     if not all(isinstance(section, dict | None) for section in (config, *sections)):
         raise ValueError("provenance.config is no configuration")
-    said = (config or {}).get("eval") or {}
-    for name, unsaid in generate_lib.PUBLISHED.items():
-        wanted = (str,) if isinstance(unsaid, str) else (int, float)
-        if said.get(name) is not None and type(said[name]) not in wanted:
-            raise ValueError(f"provenance.config.eval.{name} is {str(said[name])[:40]!r}")
+    read_sampling((config or {}).get("eval") or {})
+
+
+# Keys of `eval` that said how to sample before `eval.sampling` did.
+_FORMER_SAMPLING = {
+    "few_step_jump": "jump",
+    **{name: name for name in ("grid", "temperature", "cooling", "top_p", "look_ahead")},
+}
+
+
+def read_sampling(evaluation: Mapping[str, Any]) -> Sampling:
+    """How a model is sampled by the section `eval` of its config; as published where it is silent.
+
+    Raises:
+      ValueError: for a value that `Sampling` refuses.
+    """
+    said = evaluation.get("sampling")
+    if said is None:
+        said = {
+            name: evaluation[former]
+            for former, name in _FORMER_SAMPLING.items()
+            if evaluation.get(former) not in (None, "")
+        }
+    return Sampling.from_dict(said)
 
 
 # Fields that files of earlier versions don't have; they change no result.

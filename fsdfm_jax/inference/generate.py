@@ -2,67 +2,49 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow import sampler
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.flow.sampler import OnStep
-from fsdfm_jax.inference.neighbours import Neighbours
-from fsdfm_jax.inference.ngrams import MAX_VOCAB, Table
+from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import attention
 from fsdfm_jax.ops import logits as logits_lib
 
-# The keys of `eval` that say how a few-step model is sampled, for files that don't say it: as
-# published (arXiv:2509.20624).
-PUBLISHED = {
-    "few_step_jump": jumps.CUMULATIVE.name,
-    "grid": "uniform",
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "cooling": 0.0,
-    "look_ahead": 0.0,
-    "neighbours": 0.0,
-}
 
-
-def sampling(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How a few-step model is sampled unless one says otherwise.
-
-    Args:
-      evaluation: the section `eval` of its configuration, None where nothing is known of it.
-
-    Returns:
-      Values of the keys of `PUBLISHED`: what is said, or as published.
-    """
-    said = {key: value for key, value in (evaluation or {}).items() if value not in (None, "")}
-    return {key: said.get(key, value) for key, value in PUBLISHED.items()}
+def sampler_parts(params: Params, model: ModelConfig, process: Process, sampling: Sampling):
+    """(denoise, jump, finalize) of a network, as `flow.sampler.sample` takes them."""
+    denoise = functools.partial(model_lib.predict, params, model)
+    wrapped = sampling.wrap(denoise, mask_id=process.source.mask_id)
+    return wrapped, process.make_jump(sampling.rule), process.finalize
 
 
 @functools.lru_cache(maxsize=64)
-def make_sampler(model: ModelConfig, process: Process, jump_rule: str) -> Callable[..., jax.Array]:
+def make_sampler(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
     """A jitted few-step sampler.
 
     Args:
       model, process: of the run; equal arguments return the same function, with what it has
         compiled.
-      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed".
 
     Returns:
-      `(params, key, x0_BL, frozen_BL, grid_S1, temperature, top_p=None, num_steps=None, cooling=0,
-      look_ahead=0, neighbours=None) -> x_BL`, everything in it data: only another shape (batch,
-      length, number of steps) compiles again, or an argument that is None in one call and a number
-      in another; neighbours are those of `make_neighbours`. With
-      `num_steps` the grid is padded to any length that is enough, and one program serves all
-      numbers of steps. The grid is not checked inside jit: use `sampler.check_grid`.
+      `(params, key, x0_BL, frozen_BL, sampling) -> x_BL`. The numbers of a `Sampling` are data:
+      only another shape, number of steps, jump rule or grid compiles again.
     """
-    return jax.jit(_make_steps(model, process, jump_rule))
+
+    def run(params: Params, key, x0_BL, frozen_BL, sampling: Sampling):
+        parts = sampler_parts(params, model, process, sampling)
+        return sampler.sample(key, *parts, x0_BL, sampling.times(), frozen_BL)
+
+    return jax.jit(run)
 
 
 class Observed(NamedTuple):
@@ -83,7 +65,7 @@ class Observed(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def make_observer(model: ModelConfig, process: Process, jump_rule: str) -> Callable[..., Any]:
+def make_observer(model: ModelConfig, process: Process) -> Callable[..., Any]:
     """A jitted sampler that is watched: as `make_sampler`, but it returns (x_BL, `Observed`).
 
     It multiplies by the vocabulary twice in each step, so it is no measure of speed.
@@ -97,71 +79,29 @@ def make_observer(model: ModelConfig, process: Process, jump_rule: str) -> Calla
             if process.revealed == "stay":
                 open_BL = open_BL & (x_BL == mask_id)
         count_B = jnp.sum(open_BL, axis=1)
-        entropy_BL = logits_lib.map_positions(entropy, logits)
+        entropy_BL = logits_lib.map_positions(logits_lib.entropy, logits)
         return Observed(
             new_BL,
             jnp.sum(jnp.where(open_BL, entropy_BL, 0.0), axis=1) / count_B,  # 0 / 0 is NaN
             jnp.sum(open_BL & (new_BL != x_BL), axis=1) / jnp.maximum(count_B, 1),
         )
 
-    return jax.jit(_make_steps(model, process, jump_rule, observe=observe))
+    def run(params: Params, key, x0_BL, frozen_BL, sampling: Sampling):
+        parts = sampler_parts(params, model, process, sampling)
+        watch, times = functools.partial(observe, frozen_BL), sampling.times()
+        return sampler.sample_trajectory(key, *parts, x0_BL, times, frozen_BL, observe=watch)
 
-
-def entropy(logits_BLV: jax.Array) -> jax.Array:
-    """Entropy of softmax(logits), nats, float32 [B, L]; logits may hold -inf."""
-    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
-    return -jnp.sum(jnp.where(logp_BLV > -jnp.inf, jnp.exp(logp_BLV) * logp_BLV, 0.0), axis=-1)
-
-
-def _make_steps(
-    model: ModelConfig,
-    process: Process,
-    jump_rule: str,
-    on_step: OnStep | None = None,
-    observe: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """What `make_sampler` and `make_observer` jit: the S steps from given noise."""
-    rule = jumps.get_rule(jump_rule)
-    jump = process.make_jump(rule)
-    finalize = jumps.make_finalize(process.source)
-
-    def run(
-        params: Params,
-        key,
-        x0_BL,
-        frozen_BL,
-        grid_S1,
-        temperature,
-        top_p=None,
-        num_steps=None,
-        cooling=0.0,
-        look_ahead=0.0,
-        neighbours=None,
-    ):
-        denoise = functools.partial(model_lib.predict, params, model)
-        without_mask = top_p is not None or neighbours is not None
-        if without_mask and process.source.mask_id is not None:
-            # No step draws the mask: it may not fill the nucleus, nor what neighbours expect.
-            denoise = _without(denoise, process.source.mask_id)
-        options = {"temperature": temperature, "cooling": cooling, "top_p": top_p}
-        options |= {"look_ahead": look_ahead, "num_steps": num_steps, "on_step": on_step}
-        if neighbours is not None:
-            options |= {"neighbours": neighbours, "redraw": process.make_redraw(rule)}
-        arguments = (key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
-        if observe is None:
-            return sampler.sample(*arguments, **options)
-        watch = functools.partial(observe, frozen_BL)
-        return sampler.sample_trajectory(*arguments, observe=watch, **options)
-
-    return run
-
-
-def _without(denoise, token: int):
-    return lambda *arguments: logits_lib.exclude(denoise(*arguments), token)
+    return jax.jit(run)
 
 
 def draw_noise(process: Process, seed, given_BL, frozen_BL) -> tuple[jax.Array, jax.Array]:
-    """What `make_generator` starts from: noise around the given tokens, and the key of the steps.
+    """Noise around given tokens, and the key of the steps.
+
+    Args:
+      process: whose source is drawn from.
+      seed: uint32 scalar, of everything random.
+      given_BL: int [B, L], of no meaning where nothing is frozen.
+      frozen_BL: bool [B, L].
 
     Returns:
       (x0_BL int32, typed key).
@@ -171,228 +111,117 @@ def draw_noise(process: Process, seed, given_BL, frozen_BL) -> tuple[jax.Array, 
     return jnp.where(frozen_BL, given_BL, x0_BL).astype(jnp.int32), sample_key
 
 
-def make_generator(
-    model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None = None
-) -> Callable[..., jax.Array]:
-    """All of a few-step generation, noise included, as one pure function to jit or to export.
-
-    Args:
-      model, process: of the run.
-      jump_rule: "cumulative" | "euler" | "mixture" | "dispersed".
-      on_step: told the tokens after each step, see `sampler.sample`.
+def make_generator(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
+    """All of few-step generation, noise included, as one pure function to jit or to export.
 
     Returns:
-      `(params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None, cooling=0,
-      look_ahead=0, neighbours=None) -> x_BL`: seed is a uint32 scalar; frozen positions (bool)
-      hold the tokens of given_BL (int32, of no meaning elsewhere); the rest as in `make_sampler`.
+      `(params, seed, given_BL, frozen_BL, sampling) -> x_BL`; arguments as in `draw_noise` and
+      `make_sampler`.
     """
-    run = _make_steps(model, process, jump_rule, on_step)
 
-    def generate_tokens(
-        params: Params, seed, given_BL, frozen_BL, grid_S1, temperature, top_p=None, **how
-    ):
-        x0_BL, sample_key = draw_noise(process, seed, given_BL, frozen_BL)
-        return run(params, sample_key, x0_BL, frozen_BL, grid_S1, temperature, top_p, **how)
-
-    return generate_tokens
-
-
-@functools.lru_cache(maxsize=64)
-def jit_generator(
-    model: ModelConfig, process: Process, jump_rule: str, on_step: OnStep | None
-) -> Callable[..., jax.Array]:
-    """`make_generator`, jitted; equal arguments return the same function, with what it compiled."""
-    return jax.jit(make_generator(model, process, jump_rule, on_step))
-
-
-@functools.lru_cache(maxsize=8)
-def make_autoregressive_sampler(
-    model: ModelConfig, length: int, mask_id: int | None = None, *, memory: str = "cache"
-) -> Callable[..., jax.Array]:
-    """A jitted left-to-right sampler.
-
-    Args:
-      model: causal network.
-      length: L.
-      mask_id: a token that is never drawn, that of a mask source's vocabulary.
-      memory: "cache", keys and values of the tokens so far are kept, one token is computed at a
-        time; or "none", the whole block is computed anew for each token, as a baseline of speed.
-
-    Returns:
-      `(params, key, first_B, temperature, given_BL=None, frozen_BL=None, top_p=None) -> int
-      [B, length]`; `first_B` is the token before the text, the end-of-document token to start a
-      block as the network was trained to; the others as in `sampler.sample_autoregressive`.
-
-    Raises:
-      ValueError: for another `memory`.
-    """
-    if memory not in MEMORIES:
-        raise ValueError(f"Unknown memory={memory!r}; expected one of {', '.join(MEMORIES)}.")
-
-    @jax.jit
-    def run(params: Params, key, first_B, temperature, given_BL=None, frozen_BL=None, top_p=None):
-        step, state = MEMORIES[memory](params, model, first_B.shape[0], length)
-
-        def decode(token_B, position, state):
-            logits_BV, state = step(token_B, position, state)
-            if mask_id is not None:
-                logits_BV = logits_BV.at[:, mask_id].set(-jnp.inf)
-            return logits_BV, state
-
-        return sampler.sample_autoregressive(
-            key,
-            decode,
-            state,
-            first_B,
-            length,
-            given_BL=given_BL,
-            frozen_BL=frozen_BL,
-            temperature=temperature,
-            top_p=top_p,
-        )
+    def run(params: Params, seed, given_BL, frozen_BL, sampling: Sampling):
+        x0_BL, key = draw_noise(process, seed, given_BL, frozen_BL)
+        parts = sampler_parts(params, model, process, sampling)
+        return sampler.sample(key, *parts, x0_BL, sampling.times(), frozen_BL)
 
     return run
 
 
-def _decode_with_cache(params, model, batch, length):
-    return functools.partial(model_lib.decode_step, params, model), model_lib.empty_cache(
-        model, batch, length
-    )
+@functools.lru_cache(maxsize=64)
+def _jit_generator(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
+    return jax.jit(make_generator(model, process))
 
 
-def _decode_anew(params, model, batch, length):
-    def decode(token_B, position, tokens_BL):
-        tokens_BL = jax.lax.dynamic_update_slice(tokens_BL, token_B[:, None], (0, position))
-        logits = model_lib.predict(params, model, tokens_BL)
-        return logits_lib.dense(logits_lib.position(logits, position))[:, 0], tokens_BL
+@functools.lru_cache(maxsize=64)
+def _jit_step(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
+    def step(params, x_BL, inputs, x0_BL, frozen_BL, sampling: Sampling):
+        parts = sampler_parts(params, model, process, sampling)
+        return sampler.make_step_fn(*parts, x0_BL, frozen_BL)(x_BL, inputs)[0]
 
-    return decode, jnp.zeros((batch, length), jnp.int32)
-
-
-# (params, model, batch, length) -> the arguments `decode` and `cache` of
-# `sampler.sample_autoregressive`, by what is kept of the tokens so far.
-MEMORIES = {"cache": _decode_with_cache, "none": _decode_anew}
+    return jax.jit(step)
 
 
 def generate(
     params: Params,
     model: ModelConfig,
     process: Process,
+    sampling: Sampling,
     *,
     given_BL: np.ndarray,
     frozen_BL: np.ndarray,
-    steps: int,
     seed: int,
-    jump_rule: str = "cumulative",
-    grid: str = "uniform",
-    temperature: float = 1.0,
-    cooling: float = 0.0,
-    top_p: float = 1.0,
-    look_ahead: float = 0.0,
-    neighbours: float = 0.0,
-    table: Table | None = None,
-    on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Samples token ids from any network, around given tokens.
 
-    The tokens are those of `make_generator` with `sampler.make_grid(grid, steps)`; an
-    autoregressive network draws them left to right.
-
     Args:
-      params, model: of any stage.
+      params, model: of any stage; an autoregressive network draws left to right.
       process: the noising process it was trained on.
+      sampling: how; an autoregressive network reads temperature and top_p alone.
       given_BL: int [B, L], of no meaning where nothing is frozen.
       frozen_BL: bool [B, L], positions that hold the given token and never move.
-      steps: S, network calls; an autoregressive network always takes L.
       seed: of everything random, in [0, 2^32); see `batch_seed` for more than one batch.
-      jump_rule, grid: of the first S-1 steps, and of all; unused by an autoregressive network, as
-        cooling and look_ahead are.
-      temperature: divides the logits, > 0.
-      top_p: share of the posterior's mass that is drawn from, in (0, 1].
-      cooling, look_ahead: see `sampler.sample`.
-      neighbours: strength by which tokens heed those beside them, see `neighbours.draw`.
-      table: of the text, which this takes, see `ngrams.table`.
-      on_step: called on the host with (index of the step, x_BL after it), in order, S times before
-        this returns. The same function object shares one compiled program.
 
     Returns:
       int32 [B, L].
 
     Raises:
-      ValueError: for values outside their range (`check_settings`), tokens that can't be given
-        (`check_given`), an unknown jump rule, `on_step` with an autoregressive network, or
-        neighbours that can't be heeded (`make_neighbours`).
+      ValueError: for a seed outside its range, or tokens that can't be given (`check_given`).
     """
-    check_settings(
-        steps=steps,
-        seed=seed,
-        temperature=temperature,
-        cooling=cooling,
-        top_p=top_p,
-        look_ahead=look_ahead,
-        neighbours=neighbours,
-    )
+    check_seed(seed)
     check_given(model, process, given_BL, frozen_BL)
     num_rows = len(given_BL)
-    # Who watches is shown the rows that were asked for, and no others.
-    added = 0 if on_step is not None else bucket(num_rows) - num_rows
+    added = bucket(num_rows) - num_rows
     frozen_BL = np.pad(frozen_BL, [(0, added), (0, 0)])
     given_BL = np.where(frozen_BL, np.pad(given_BL, [(0, added), (0, 0)]), 0)
     given_BL, frozen_BL = jnp.asarray(given_BL, jnp.int32), jnp.asarray(frozen_BL)
-    seed, temperature = jnp.uint32(seed), jnp.float32(temperature)
-    nucleus = None if top_p == 1 else jnp.float32(top_p)
     if model.causal:
-        if on_step is not None:
-            raise ValueError(
-                "on_step watches a block being refined; an autoregressive network writes each "
-                "token once, so there is nothing to watch."
-            )
         first_B = jnp.full(given_BL.shape[:1], process.eos_id, jnp.int32)
-        _, sample_key = jax.random.split(jax.random.key(seed))
+        _, sample_key = jax.random.split(jax.random.key(jnp.uint32(seed)))
         run = make_autoregressive_sampler(model, given_BL.shape[1], process.source.mask_id)
-        tokens_BL = run(params, sample_key, first_B, temperature, given_BL, frozen_BL, nucleus)
-        return np.asarray(tokens_BL)[:num_rows]
-    grid_S1 = jnp.asarray(sampler.make_grid(grid, steps))
-    run = jit_generator(model, process, jump_rule, on_step)
-    how = {"cooling": jnp.float32(cooling), "look_ahead": jnp.float32(look_ahead)}
-    how |= {"neighbours": make_neighbours(neighbours, table, jump_rule)}
-    tokens_BL = np.asarray(
-        run(params, seed, given_BL, frozen_BL, grid_S1, temperature, nucleus, **how)
-    )
-    if on_step is not None:
-        jax.effects_barrier()  # the result may be there before the last call is
-    return tokens_BL[:num_rows]
+        how = (jnp.float32(sampling.temperature), given_BL, frozen_BL, sampling.top_p)
+        return np.asarray(run(params, sample_key, first_B, *how))[:num_rows]
+    run = _jit_generator(model, process)
+    return np.asarray(run(params, jnp.uint32(seed), given_BL, frozen_BL, sampling))[:num_rows]
 
 
-def make_neighbours(strength: float, table: Table | None, jump_rule: str) -> Neighbours | None:
-    """What a sampler takes as `neighbours`; None for a strength of 0.
+def stream(
+    params: Params,
+    model: ModelConfig,
+    process: Process,
+    sampling: Sampling,
+    *,
+    given_BL: np.ndarray,
+    frozen_BL: np.ndarray,
+    seed: int,
+) -> Iterator[np.ndarray]:
+    """`generate` step by step: the noise, then the tokens after each step, the last ones its own.
 
-    Args:
-      strength: at least 0.
-      table: of `ngrams.table`; None where a model came without its text's.
-      jump_rule: how the sampler jumps.
+    Arguments and errors as in `generate`.
+
+    Yields:
+      int32 [B, L], S+1 times.
 
     Raises:
-      ValueError: there is no table, or the rule can't heed it (`jumps.check_redraw`).
+      ValueError: also for an autoregressive network, which writes each token once.
     """
-    check_neighbours(strength, jump_rule, has_table=table is not None)
-    if not strength:
-        return None
-    return Neighbours(table, jnp.float32(strength))
-
-
-def check_neighbours(strength: float, jump_rule: str, *, has_table: bool) -> None:
-    """The errors of `make_neighbours`, without a table at hand."""
-    if not strength:
-        return
-    jumps.check_redraw(jumps.get_rule(jump_rule))
-    if not has_table:
+    check_seed(seed)
+    check_given(model, process, given_BL, frozen_BL)
+    if model.causal:
         raise ValueError(
-            f"neighbours={strength:g} needs to know which tokens follow which, and the model came "
-            "without its text's table: sample from the working directory that has its prepared "
-            "text (data/), convert the model from there, or set neighbours to 0. Vocabularies "
-            f"above {MAX_VOCAB} tokens have none."
+            "Only a block that is refined can be streamed; an autoregressive network writes each "
+            "token once."
         )
+    given_BL, frozen_BL = jnp.asarray(given_BL, jnp.int32), jnp.asarray(frozen_BL)
+    x0_BL, key = jax.jit(draw_noise, static_argnums=0)(
+        process, jnp.uint32(seed), given_BL, frozen_BL
+    )
+    steps = sampler.make_steps(key, jnp.asarray(sampling.times()))
+    step, x_BL = _jit_step(model, process), x0_BL
+    yield np.asarray(x_BL)
+    for index in range(sampling.steps):
+        inputs = jax.tree.map(lambda leaf, index=index: leaf[index], steps)
+        x_BL = step(params, x_BL, inputs, x0_BL, frozen_BL, sampling)
+        yield np.asarray(x_BL)
 
 
 def bucket(num_rows: int) -> int:
@@ -426,19 +255,10 @@ def portable(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def check_settings(*, steps: int = 1, seed: int = 0, **options: float) -> None:
-    """Refuses what no sample can be drawn with.
-
-    Args:
-      **options: of `sampler.check_options`.
-
-    Raises:
-      ValueError: steps < 1, a seed outside [0, 2^32), or an option outside its range.
-    """
-    sampler.uniform_grid(steps)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
-    sampler.check_options(**options)
+def check_seed(seed: int) -> None:
+    """ValueError unless a seed is a whole number in [0, 2^32)."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number in [0, 2^32), got {seed!r}.")
 
 
 def check_given(

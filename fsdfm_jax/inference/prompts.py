@@ -12,17 +12,20 @@ before their word, so spaces just before a gap are dropped (its first token brin
 breaks stay), and the text after a gap keeps its leading space.
 """
 
+from __future__ import annotations
+
 import codecs
 import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fsdfm_jax.data.tokenizer import Tokenizer
+if TYPE_CHECKING:  # exported samplers take this file along without the package
+    from fsdfm_jax.data.tokenizer import Tokenizer
 
 _GAP = re.compile(r"(\\?)\[([0-9]+)\]")
 

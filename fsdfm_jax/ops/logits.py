@@ -142,6 +142,12 @@ def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
     return jnp.where(bits >= low, logits, -jnp.inf)
 
 
+def entropy(logits_BLV: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits), nats, float32 [B, L]; logits may hold -inf."""
+    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.where(logp_BLV > -jnp.inf, jnp.exp(logp_BLV) * logp_BLV, 0.0), axis=-1)
+
+
 def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
     """The weighted average of logits, in float32.
 

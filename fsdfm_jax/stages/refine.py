@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow import sampler
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.model import ModelConfig, Params
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import rules
 from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_from_base
@@ -33,57 +35,31 @@ class PairSettings(NamedTuple):
 
     Attributes:
       num_pairs: in all.
-      steps, jump, grid, temperature, cooling, top_p, look_ahead: of the sampler, see
-        `sampler.sample`; grid is a name, see `sampler.make_grid`.
       batch_size: pairs made at once.
+      sampling: the many-step sampler that makes them.
     """
 
     num_pairs: int
-    steps: int
     batch_size: int
-    jump: jumps.JumpRule
-    grid: str
-    temperature: float
-    cooling: float
-    top_p: float
-    look_ahead: float
+    sampling: Sampling
 
 
 def read_pair_settings(config: ConfigDict) -> PairSettings:
     """The settings of a stage's config.
 
     Raises:
-      ValueError: unless pairs come in whole batches and the sampler has a step, or for another
-        value outside its range.
+      ValueError: unless pairs come in whole batches, or for a value that `Sampling` refuses.
     """
     if config.num_pairs < 1 or config.num_pairs % config.pair_batch_size:
         raise ValueError(
             f"refine.num_pairs={config.num_pairs} must be a positive multiple of "
             f"refine.pair_batch_size={config.pair_batch_size}."
         )
-    if config.pair_steps < 1:
-        raise ValueError(f"refine.pair_steps must be at least 1, got {config.pair_steps}.")
     try:
-        sampler.make_grid(config.pair_grid, config.pair_steps)
-        sampler.check_options(
-            temperature=config.pair_temperature,
-            cooling=config.pair_cooling,
-            top_p=config.pair_top_p,
-            look_ahead=config.pair_look_ahead,
-        )
+        sampling = Sampling.from_dict(config.pairs)
     except ValueError as error:
-        raise ValueError(f"refine.pair_*: {error}") from None
-    return PairSettings(
-        num_pairs=config.num_pairs,
-        steps=config.pair_steps,
-        batch_size=config.pair_batch_size,
-        jump=jumps.get_rule(config.pair_jump),
-        grid=config.pair_grid,
-        temperature=config.pair_temperature,
-        cooling=config.pair_cooling,
-        top_p=config.pair_top_p,
-        look_ahead=config.pair_look_ahead,
-    )
+        raise ValueError(f"refine.pairs: {error}") from None
+    return PairSettings(config.num_pairs, config.pair_batch_size, sampling)
 
 
 def make_pair_sampler(
@@ -98,28 +74,16 @@ def make_pair_sampler(
 
     `sharding` is that of what it returns; rows are spread over the mesh while it runs.
     """
-    jump = jumps.make_jump(settings.jump, process.schedule)
-    finalize = jumps.make_finalize(process.source)
-    grid = sampler.make_grid(settings.grid, settings.steps)
-    top_p = None if settings.top_p == 1 else settings.top_p
+    sampling = settings.sampling
+    jump, grid = process.make_jump(sampling.rule), sampling.times()
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def make_pairs(params, key):
         noise_key, sample_key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
         x0_BL = rules.constrain(x0_BL, "rows")
-        x1_BL = sampler.sample(
-            sample_key,
-            functools.partial(model_lib.predict, params, model),
-            jump,
-            finalize,
-            x0_BL,
-            grid,
-            temperature=settings.temperature,
-            cooling=settings.cooling,
-            top_p=top_p,
-            look_ahead=settings.look_ahead,
-        )
+        denoise = sampling.wrap(functools.partial(model_lib.predict, params, model))
+        x1_BL = sampler.sample(sample_key, denoise, jump, process.finalize, x0_BL, grid)
         return x0_BL, x1_BL
 
     return make_pairs

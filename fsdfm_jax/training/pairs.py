@@ -51,7 +51,7 @@ def make_pairs(
     step, metadata = workdir.weights_metadata(base, together=True)
     made_from = {
         "seed": seed,
-        "settings": {**settings._asdict(), "jump": settings.jump.name},
+        "settings": settings._asdict() | {"sampling": settings.sampling.to_dict()},
         "generator": [recipe.digest(metadata["recipe"]), step],
         "data": prepared.fingerprint,
     }

@@ -288,7 +288,7 @@ def run_seed(config: ConfigDict, run: str) -> int:
 
 def make_process(config: ConfigDict, num_tokens: int, eos_id: int = 0) -> Process:
     """The noising process over the tokens of a text."""
-    return process_lib.make_process(config.path, num_tokens=num_tokens, eos_id=eos_id)
+    return process_lib.make_process(**config.path, num_tokens=num_tokens, eos_id=eos_id)
 
 
 def train_settings(config: ConfigDict, stage: str) -> Settings:

@@ -452,7 +452,6 @@ def _setting_columns(rows: Sequence[Row]) -> list[_Column]:
         "top_p": lambda row: row.get("top_p"),
         "cooling": lambda row: row.get("cooling"),
         "look_ahead": lambda row: row.get("look_ahead"),
-        "neighbours": lambda row: row.get("neighbours"),
         "num_samples": lambda row: row.get("num_samples"),
         "seeds": lambda row: row.get("num_seeds", 1),
     }

@@ -164,7 +164,6 @@ _SETTINGS = {
     "top_p": ("top-p", lambda row: _plain(row.get("top_p"))),
     "cooling": ("cooling", lambda row: _plain(row.get("cooling"))),
     "look_ahead": ("look-ahead", lambda row: _plain(row.get("look_ahead"))),
-    "neighbours": ("neighbours", lambda row: _plain(row.get("neighbours"))),
     "grid": ("grid", lambda row: row.get("grid")),
     "weights": ("weights", lambda row: row.get("weights")),
     "task": ("task", lambda row: row.get("task")),

@@ -38,7 +38,6 @@ _IDENTITY = (
     "top_p",
     "cooling",
     "look_ahead",
-    "neighbours",
     "weights",
     "seed",
     "task",

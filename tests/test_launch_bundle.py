@@ -8,11 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from configs import shipped
 from fsdfm_jax import generate
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate.memorised import Ngrams
-from launch import ship
+from launch import bundle as launch_bundle
 
 TEXT = np.arange(1000) % 97
 
@@ -47,82 +46,62 @@ def report(tmp_path):
     return tmp_path
 
 
-def test_what_came_along_is_sampled_as_its_configuration_says():
-    bundle = formats.open_bundle(generate.SHIPPED)
-    said, asked = bundle.provenance["config"]["eval"], shipped.get_config().eval
-    for key in ("few_step_jump", "grid", "temperature", "cooling", "look_ahead", "neighbours"):
-        assert said[key] == asked[key], key
-    assert bundle.heeds_neighbours
-    assert len(bundle.counts().keys_N) > 1000
-    card = (generate.SHIPPED.parent / "README.md").read_text()
-    assert f"{generate.SHIPPED.stat().st_size / 1e6:.1f} MB" in card
+def test_the_bundled_model_is_small_and_its_card_says_so():
+    bundle = formats.open_bundle(formats.BUNDLED)
+    assert bundle.tokenizer is not None
+    assert formats.BUNDLED.stat().st_size < launch_bundle.MAX_BYTES
+    card = (formats.BUNDLED.parent / "README.md").read_text()
+    assert f"{formats.BUNDLED.stat().st_size / 1e6:.1f} MB" in card
 
 
-NGRAMS = Ngrams(TEXT, ship.NGRAM, vocab_size=97)
+NGRAMS = Ngrams(TEXT, launch_bundle.NGRAM, vocab_size=97)
 
 
 def test_rows_are_the_latest_of_the_runs_asked_for(report):
-    rows = ship.read_rows(report, ["pretrain", "refine"], NGRAMS)
+    rows = launch_bundle.read_rows(report, ["pretrain", "refine"], NGRAMS)
     assert {row.figures["slug"]: row.copied for row in rows} == {
         "refine-8": 0.25,
         "real": 0.5,
         "base-8": 0.25,
         "ngram": 1.0,
     }
-    ship.check_copied(rows)
+    launch_bundle.check_copied(rows)
 
 
 def test_a_model_that_repeats_its_text_is_refused(report):
-    rows = ship.read_rows(report, ["distill"], NGRAMS)
+    rows = launch_bundle.read_rows(report, ["distill"], NGRAMS)
     with pytest.raises(ValueError, match="other: 100.000% .* of held-out text 50.000%"):
-        ship.check_copied(rows)
+        launch_bundle.check_copied(rows)
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
     place = report if there else tmp_path / "nowhere"
     with pytest.raises(ValueError, match="has no row of .*step_aware.* its report"):
-        ship.read_rows(place, ["step_aware"], NGRAMS)
+        launch_bundle.read_rows(place, ["step_aware"], NGRAMS)
 
 
-def test_a_card_lists_the_runs_and_their_guides():
-    config = shipped.get_config().to_dict()
-    config["distill"] |= {"guidance": 0.8, "guide": "short", "num_steps": 400}
-    runs = [("autoregressive", "autoregressive"), ("pretrain", "pretrain"), ("distill", "distill")]
-    assert ship.trained(runs, config) == [
-        ("`pretrain`", 8_000, 32),
-        ("`distill`, guided away from `short`", 400, 32),
-    ]
-
-
-def test_the_model_that_comes_along_writes():
-    bundle = formats.open_bundle(generate.SHIPPED)
-    assert generate.SHIPPED.stat().st_size <= ship.MAX_BYTES
+def test_the_bundled_model_writes():
     out = io.StringIO()
-    generate.run(generate.Options(steps=8, num_samples=2), out)
+    generate.run(generate.Options(num_samples=2), out)
     head, text, other = out.getvalue().split("--- sample ")
     assert (head, text[:7]) == ("", "1 of 2:")
     words = text.partition("\n")[2].split()
     assert len(words) > 20  # a block of 128 tokens, of which a word takes two or three
     assert text.partition("\n")[2] != other.partition("\n")[2]
-    card = (generate.SHIPPED.parent / "README.md").read_text()
-    run, step = (bundle.provenance[key] for key in ("run", "step"))
-    assert f"those of `{run}`" in card
-    assert f"step {step:,}" in card
-    assert "20-grams in the training text" in card
 
 
 @pytest.mark.slow
-def test_a_run_is_shipped_and_writes(tmp_path):
+def test_a_run_is_bundled_and_writes(tmp_path):
     run = lambda *command: subprocess.run(
         [sys.executable, "-m", *map(str, command)], capture_output=True, text=True
     )
-    work, target = tmp_path / "run", tmp_path / "shipped"
+    work, target = tmp_path / "run", tmp_path / "bundled"
     pipeline = "--config.pipeline=autoregressive,pretrain,refine"
     trained = run("fsdfm_jax.main", "--config=configs/tiny.py:smoke", f"--workdir={work}", pipeline)
     assert trained.returncode == 0, trained.stderr
-    shipped = run("launch.ship", work, f"--target={target}")
-    assert shipped.returncode == 0, shipped.stderr
+    bundled = run("launch.bundle", work, f"--target={target}")
+    assert bundled.returncode == 0, bundled.stderr
     bundle = formats.open_bundle(target / "model.safetensors")
     assert bundle.provenance["run"] == "refine"
     text = (target / "README.md").read_text()

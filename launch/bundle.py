@@ -1,7 +1,7 @@
-"""A trained model as the package's own: one small file, and a card that says what it is worth.
+"""A trained model as the bundled one: one small file, and a card that says what it is worth.
 
-    python -m launch.ship runs/shipped                     into fsdfm_jax/shipped/
-    python -m launch.ship runs/shipped --target=FOLDER
+    python -m launch.bundle runs/bundled                     into fsdfm_jax/bundled/
+    python -m launch.bundle runs/bundled --target=FOLDER
 
 Takes the last few-step run of a working directory with its report, which the main job has written:
 
@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 import fsdfm_jax
-from fsdfm_jax import cli, generate, io, stages
+from fsdfm_jax import cli, io, stages
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data import prepared as prepared_lib
@@ -34,7 +34,7 @@ from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.training import pipeline
 
 _TARGET = flags.DEFINE_string(
-    "target", str(generate.SHIPPED.parent), "Folder; by default the package's own."
+    "target", str(formats.BUNDLED.parent), "Folder; by default the package's own."
 )
 
 MAX_BYTES = 30 * 10**6
@@ -106,8 +106,8 @@ def check_copied(rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
     judges = list(rows[0].figures["judges"])
-    keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead", "neighbours"]
-    names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead", "neighbours"]
+    keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead"]
+    names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead"]
     names += [f"perplexity by {judge}" for judge in judges]
     names += ["entropy, bits", "distinct-2", "self-BLEU", f"{NGRAM}-grams in the training text"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
@@ -123,19 +123,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def trained(
-    runs: Sequence[tuple[str, str]], config: Mapping[str, Any]
-) -> list[tuple[str, int, int]]:
-    """The runs that the model went through, with steps and rows a step."""
-    result = []
-    for run, stage in runs:
-        own = config[stage]
-        guided = f", guided away from `{own['guide']}`" if own.get("guidance") else ""
-        if stage != "autoregressive":
-            result.append((f"`{run}`{guided}", own["num_steps"], own["batch_size"]))
-    return result
-
-
 def card(
     bundle: Bundle,
     runs: Sequence[tuple[str, str]],
@@ -148,8 +135,9 @@ def card(
     config = said["config"]
     sizes = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
     training = "\n".join(
-        f"| {what} | {steps:,} | {batch_size} |"
-        for what, steps, batch_size in trained(runs, config)
+        f"| `{run}` | {config[stage]['num_steps']:,} | {config[stage]['batch_size']} |"
+        for run, stage in runs
+        if stage != "autoregressive"
     )
     own = [row for row in rows if row.figures["run"] == said["run"]]
     shown = max(own, key=lambda row: row.figures["steps"])
@@ -158,22 +146,21 @@ def card(
         for i, tokens_L in enumerate(shown.tokens_NL[:_SAMPLES], 1)
     )
     most, figures = shown.figures["steps"], shown.figures
-    return f"""# The model that comes with the package
+    return f"""# The bundled model
 
 A few-step discrete flow-matching language model of {bundle.num_params() / 1e6:.1f} million
 parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} network calls:
 `python -m fsdfm_jax.generate --steps=8`.
 
 - **File**: `model.safetensors`, {size / 1e6:.1f} MB: weights in bfloat16 (those of `{said["run"]}`,
-  {said["weights"]}, step {said["step"]:,}), tokenizer, configuration, and counts of which token
-  follows which contexts of up to three in the training text, which its draws heed (`neighbours`).
+  {said["weights"]}, step {said["step"]:,}), tokenizer and configuration.
 - **Network**: width {model.width}, {model.num_blocks} blocks, {model.num_heads} heads; byte-pair
   encoding of {model.vocab_size:,} tokens.
 - **Text**: `{config["data"]["corpus"]}`, {sizes["train"]:,} tokens for training,
   {sizes["validation"]:,} held out. The corpus `sotu` is the annual messages of US presidents, works
   of the US government in the public domain.
 - **Licence**: that of the package, Apache-2.0.
-- **Code**: version {fsdfm_jax.__version__}; `configs/shipped.py` makes it again.
+- **Code**: version {fsdfm_jax.__version__}; `configs/bundled.py` makes it again.
 
 ## Training
 
@@ -201,8 +188,7 @@ n-gram control is text by the counts alone, without the network.
 It has read one kind of text, written by a few dozen people over 230 years, and is too small to have
 learnt more than its sound: sentences seldom make sense, and nothing they say is to be believed. Its
 text has the views and the words of its sources, those of the 19th century included. It is there to
-try the package out. Temperature, cooling and look-ahead are set for 8 steps; 2 or 4 are better with
-`--look_ahead=0.3 --cooling=0.7`.
+try the package out.
 
 ## Samples
 
@@ -212,7 +198,7 @@ The first {_SAMPLES} of {most} steps, not chosen:
 """
 
 
-def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
+def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the model's file and card.
 
     Raises:
@@ -225,9 +211,7 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
         raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")
     prepared = models_lib.prepared_text(folder)
     bundle = formats.open_bundle(folder, stage=few_step[-1])
-    counts = bundle.counts() if bundle.heeds_neighbours else ()
-    size = 2 * bundle.num_params() + sum(part.nbytes for part in counts)
-    size += len(json.dumps(bundle.provenance))
+    size = 2 * bundle.num_params() + len(json.dumps(bundle.provenance))
     if size > MAX_BYTES:
         raise ValueError(
             f"{few_step[-1]} takes {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}."
@@ -235,7 +219,7 @@ def ship(folder: pathlib.Path, target: pathlib.Path) -> None:
     # Not the base model's: the temperature that is set is that of few steps.
     rows = read_rows(folder / "report", few_step[-1:], training_ngrams(prepared))
     check_copied(rows)
-    model = target / generate.SHIPPED.name
+    model = target / formats.BUNDLED.name
     formats.write(bundle, Target(model, dtype="bfloat16"), source=folder, overwrite=True)
     text = card(bundle, runs, prepared, rows, model.stat().st_size)
     io.write_text(target / "README.md", text)
@@ -245,8 +229,8 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("Expected the working directory of a finished main job.")
     target = pathlib.Path(_TARGET.value).expanduser()
-    ship(pathlib.Path(argv[1]).expanduser(), target)
-    print(f"Written: {target / generate.SHIPPED.name} and its card {target / 'README.md'}.")
+    bundle_model(pathlib.Path(argv[1]).expanduser(), target)
+    print(f"Written: {target / formats.BUNDLED.name} and its card {target / 'README.md'}.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+r"""The networks of arXiv:2509.20624, by default with its recipe: pre-training, then distillation.
+
+python -m fsdfm_jax.main --config=configs/paper.py:0.17B --workdir=DIR --config.data.corpus=GLOB
+python -m fsdfm_jax.main --config=configs/paper.py:1.3B,refine --workdir=DIR \
+    --config.refine.init_from=OTHER_DIR/stages/distill
+
+The argument is SIZE or SIZE,STAGE with a size of 0.17B, 1.3B or 1.7B. With a stage, that stage is
+trained alone, by the defaults of configs/base.py.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = "0.17B"):
+    size, _, stage = arg.partition(",")
+    if size not in base.SIZES or (stage and stage not in base.STAGES):
+        raise ValueError(
+            f"configs/paper.py takes SIZE or SIZE,STAGE with a size of {', '.join(base.SIZES)} and "
+            f"a stage of {', '.join(base.STAGES)}, got {arg!r}"
+        )
+    config = base.get_config()
+    base.use_paper_values(config, size)
+    if stage:
+        config.pipeline = stage
+    else:
+        base.use_paper_recipe(config)
+    return config

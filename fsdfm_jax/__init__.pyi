@@ -1,0 +1,45 @@
+from fsdfm_jax.flow.budgets import make_budgets as make_budgets
+from fsdfm_jax.flow.budgets import sample_budgets as sample_budgets
+from fsdfm_jax.flow.grids import make_grid as make_grid
+from fsdfm_jax.flow.grids import uniform_grid as uniform_grid
+from fsdfm_jax.flow.jumps import CUMULATIVE as CUMULATIVE
+from fsdfm_jax.flow.jumps import DISPERSED as DISPERSED
+from fsdfm_jax.flow.jumps import EULER as EULER
+from fsdfm_jax.flow.jumps import MIXTURE as MIXTURE
+from fsdfm_jax.flow.jumps import JumpRule as JumpRule
+from fsdfm_jax.flow.jumps import with_posterior_end as with_posterior_end
+from fsdfm_jax.flow.losses import cross_entropy as cross_entropy
+from fsdfm_jax.flow.losses import distillation_loss as distillation_loss
+from fsdfm_jax.flow.losses import forward_kl as forward_kl
+from fsdfm_jax.flow.losses import jensen_shannon as jensen_shannon
+from fsdfm_jax.flow.losses import path_loss as path_loss
+from fsdfm_jax.flow.process import Process as Process
+from fsdfm_jax.flow.sampler import sample as sample
+from fsdfm_jax.flow.sampler import sample_trajectory as sample_trajectory
+from fsdfm_jax.flow.sampling import Sampling as Sampling
+from fsdfm_jax.flow.sampling import annealed as annealed
+from fsdfm_jax.flow.sampling import midpoint as midpoint
+from fsdfm_jax.flow.sampling import nucleus as nucleus
+from fsdfm_jax.flow.schedules import Cosine as Cosine
+from fsdfm_jax.flow.schedules import Polynomial as Polynomial
+from fsdfm_jax.flow.schedules import cumulative_rate as cumulative_rate
+from fsdfm_jax.flow.schedules import rate as rate
+from fsdfm_jax.flow.schedules import redraw_fraction as redraw_fraction
+from fsdfm_jax.flow.sources import Source as Source
+from fsdfm_jax.flow.teacher import HEUN as HEUN
+from fsdfm_jax.flow.teacher import RK4 as RK4
+from fsdfm_jax.flow.teacher import Quadrature as Quadrature
+from fsdfm_jax.flow.teacher import teacher_logits as teacher_logits
+from fsdfm_jax.inference.bundle import Bundle as Bundle
+from fsdfm_jax.inference.job import generate as generate
+from fsdfm_jax.library import export as export
+from fsdfm_jax.library import load as load
+from fsdfm_jax.library import save as save
+from fsdfm_jax.library import train as train
+from fsdfm_jax.network.config import ModelConfig as ModelConfig
+from fsdfm_jax.network.model import apply as apply
+from fsdfm_jax.network.model import init_params as init_params
+from fsdfm_jax.network.model import predict as predict
+
+__version__: str
+__all__: list[str]

@@ -1,0 +1,276 @@
+"""The package from Python: models in and out, and training on arrays of tokens.
+
+`import fsdfm_jax as fs` has these functions as `fs.load`, `fs.save`, `fs.export` and `fs.train`.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fsdfm_jax import cli, stages
+from fsdfm_jax.convert import formats
+from fsdfm_jax.convert.formats import Target
+from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.flow.process import make_process
+from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference import bundle as bundle_lib
+from fsdfm_jax.inference.bundle import Bundle
+from fsdfm_jax.stages import refine
+from fsdfm_jax.training import optim, state
+from fsdfm_jax.training.metrics import Progress
+
+
+def load(path: str | os.PathLike | None = None, **options: Any) -> Bundle:
+    """Opens a model of any format; parameters are read when they are asked for.
+
+    >>> load().block_length
+    128
+
+    Args:
+      path: a file or folder: official .pth, safetensors, a working directory, an exported sampler;
+        None is the bundled model.
+      **options: of `formats.open_bundle`: which, num_heads, tokenizer, stage, source.
+
+    Raises:
+      ValueError: for a file that is damaged, hostile or of no known format.
+      FileNotFoundError: there is nothing at `path`.
+    """
+    return formats.open_bundle(formats.BUNDLED if path is None else path, **options)
+
+
+def save(
+    model: Bundle, path: str | os.PathLike, *, overwrite: bool = False, **options: Any
+) -> None:
+    """Writes a model, whole or not at all.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(load(), f"{folder}/model.safetensors", dtype="bfloat16")
+    ...     load(f"{folder}/model.safetensors").num_params() == load().num_params()
+    True
+
+    Args:
+      model: from `load` or `train`.
+      path: its suffix says the format (.pth, .safetensors), or `to`.
+      overwrite: whether a model of the same format may be replaced.
+      **options: of `formats.Target`: to ("safetensors" or "orbax" for a folder), layout, dtype.
+
+    Raises:
+      ValueError: if the format has no place for this network, or the target exists.
+    """
+    target = Target(pathlib.Path(path).expanduser(), **options)
+    formats.write(model, target, overwrite=overwrite)
+
+
+def export(
+    model: Bundle,
+    folder: str | os.PathLike,
+    *,
+    steps: int | Sequence[int] = (),
+    length: int | None = None,
+    sampling: Sampling | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Exports a few-step sampler as a folder that runs without this package (`run.py` in it).
+
+    Args:
+      model: from `load` or `train`; not autoregressive.
+      folder: made here.
+      steps: one program for each of these numbers of network calls; none is the sampler's own.
+      length: tokens of a sample; None is the block length that the model was trained on.
+      sampling: how; None is the model's own.
+      overwrite: whether an exported sampler may be replaced.
+
+    Raises:
+      ValueError: for a model that can't be exported, or if the folder exists.
+    """
+    steps = (steps,) if isinstance(steps, int) else tuple(steps)
+    target = Target(pathlib.Path(folder).expanduser(), "sampler")
+    formats.write(
+        model,
+        Target(target.path, "sampler", steps=steps, length=length, sampling=sampling),
+        overwrite=overwrite,
+    )
+
+
+def train(
+    tokens_NL: np.ndarray,
+    *,
+    stage: str = "pretrain",
+    base: Bundle | None = None,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    eos_id: int = 0,
+    model: Mapping[str, Any] | None = None,
+    path: Mapping[str, Any] | None = None,
+    num_steps: int = 1000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    ema_decay: float = 0.999,
+    seed: int = 0,
+    **options: Any,
+) -> Bundle:
+    """Trains one stage on blocks of tokens, on this process's first device.
+
+    For long runs use the program `fsdfm_jax.main`, which checkpoints, resumes and spreads over
+    devices; the stages and the optimiser step are the same.
+
+    >>> text = np.tile(np.arange(8), (64, 2))
+    >>> network = {"width": 16, "num_blocks": 1, "num_heads": 2, "cond_width": 8}
+    >>> small = train(text, vocab_size=8, model=network, num_steps=2, batch_size=8)
+    >>> small.provenance["stage"], small.block_length
+    ('pretrain', 16)
+
+    Args:
+      tokens_NL: int [N, L], blocks of token ids.
+      stage: "pretrain" | "autoregressive", or a few-step stage that starts from `base`:
+        "step_aware" | "distill" | "refine".
+      base: the model to start from; its network, process and tokenizer are kept.
+      tokenizer: of the tokens; None where there is none.
+      vocab_size: number of ids; None takes the tokenizer's, or the largest id plus one.
+      eos_id: token between documents, where there is no tokenizer.
+      model: values of `config.model` (width, num_blocks, num_heads, ..), without `base`.
+      path: values of `config.path` (schedule, power, source, revealed), without `base`.
+      num_steps, batch_size, learning_rate, ema_decay: of the training.
+      seed: of everything random: the same arguments give the same parameters.
+      **options: further values of the stage's section of configs/base.py (warmup_steps, loss,
+        teacher_rule, pairs, ..).
+
+    Returns:
+      The trained model: the average of the weights where `ema_decay` keeps one.
+
+    Raises:
+      ValueError: for tokens that aren't blocks of ids, a few-step stage without `base`, or a value
+        that the configuration refuses.
+    """
+    tokens_NL = _check_tokens(tokens_NL)
+    config = cli.base_config()
+    if stage not in stages.NAMES:
+        raise ValueError(f"Unknown stage {stage!r}; expected one of {', '.join(stages.NAMES)}.")
+    given = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    cli.update(config, {stage: given | {"ema_decay": ema_decay} | options})
+    if base is not None:
+        if model or path or tokenizer:
+            raise ValueError("base brings its network, path and tokenizer; leave these out.")
+        tokenizer, network = base.tokenizer, base.model
+        kept = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "dtype")
+        cli.update(config, {"model": {name: getattr(network, name) for name in kept}})
+        if network.conditioning != "none":
+            cli.update(config, {"model": {"conditioning": network.conditioning}})
+        cli.update(config, {"path": dict(base.path)})
+        vocab_size = base.num_tokens
+    else:
+        cli.update(config, {"model": model or {}, "path": path or {}})
+    if vocab_size is None:
+        vocab_size = int(tokens_NL.max()) + 1 if tokenizer is None else tokenizer.vocab_size
+    if tokens_NL.max() >= vocab_size:
+        raise ValueError(f"tokens_NL holds the id {tokens_NL.max()}, vocab_size is {vocab_size}.")
+    eos_id = eos_id if tokenizer is None else tokenizer.eos_id
+    process = make_process(**config.path, num_tokens=vocab_size, eos_id=eos_id)
+    made = stages.make_stage(stage, config, process)
+    if made.needs is not None:
+        raise ValueError("Guidance takes the program fsdfm_jax.main, which finds its two models.")
+    params = None if base is None else jax.tree.map(jax.numpy.asarray, base.device_params())
+    weights = _fit(made, config, process, tokens_NL, params, base, seed)
+    return bundle_lib.from_params(
+        jax.tree.map(np.asarray, weights),
+        made.model,
+        path=dict(config.path),
+        tokenizer=tokenizer,
+        block_length=tokens_NL.shape[1],
+        provenance={
+            "run": stage,
+            "stage": stage,
+            "weights": "ema" if ema_decay else "student",
+            "step": num_steps,
+            "ema_decay": ema_decay,
+            "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+            "config": config.to_dict(),
+        },
+    )
+
+
+def _check_tokens(tokens_NL: np.ndarray) -> np.ndarray:
+    tokens_NL = np.asarray(tokens_NL)
+    whole = np.issubdtype(tokens_NL.dtype, np.integer)
+    if tokens_NL.ndim != 2 or not tokens_NL.size or not whole or tokens_NL.min() < 0:
+        raise ValueError(
+            "tokens_NL must hold ids of at least 0 in blocks of one length, integers [N, L]; got "
+            f"{tokens_NL.dtype} of shape {tokens_NL.shape}."
+        )
+    return tokens_NL.astype(np.int32)
+
+
+def _fit(made, config, process, tokens_NL, params, base, seed):
+    """The weights after the last step."""
+    own = config[made.name]
+    optimizer = optim.make_optimizer(config.optim, own)
+    init_key, step_key, pair_key = jax.random.split(jax.random.key(seed), 3)
+    batches = _batches(own, tokens_NL, seed)
+    if made.name == "refine":
+        pairs = _make_pairs(own, process, tokens_NL.shape[1], base, params, pair_key)
+        batches = _coupled(own, process, pairs, batches, seed)
+
+    @jax.jit
+    def init(key, params):
+        return state.init_state(made.init_params(key, params), optimizer, ema_decay=own.ema_decay)
+
+    @jax.jit
+    def step(train_state, batch):
+        return state.train_step(
+            train_state,
+            batch,
+            step_key,
+            loss=made.loss,
+            optimizer=optimizer,
+            ema_decay=own.ema_decay,
+        )
+
+    train_state = init(init_key, params)
+    with Progress(f"training {made.name}", total=own.num_steps) as progress:
+        for _ in range(own.num_steps):
+            train_state, metrics = step(train_state, next(batches))
+            progress.advance()
+    if not np.isfinite(metrics["loss"]):
+        raise FloatingPointError(
+            f"The loss of {made.name} is {float(metrics['loss'])}; lower the learning rate."
+        )
+    return state.averaged(train_state)
+
+
+def _batches(own, tokens_NL, seed) -> Iterator[dict[str, np.ndarray]]:
+    """Rows in random order, all of them once an epoch."""
+    generator, left = np.random.default_rng(seed), np.zeros((0,), np.int64)
+    while True:
+        while len(left) < own.batch_size:
+            left = np.concatenate([left, generator.permutation(len(tokens_NL))])
+        rows, left = left[: own.batch_size], left[own.batch_size :]
+        yield {"x1": tokens_NL[rows]}
+
+
+def _make_pairs(own, process, length, base, params, key) -> tuple[np.ndarray, np.ndarray]:
+    settings = refine.read_pair_settings(own)
+    run = refine.make_pair_sampler(base.model, process, settings, length=length)
+    parts = []
+    with Progress("making pairs", total=settings.num_pairs) as progress:
+        for part in range(settings.num_pairs // settings.batch_size):
+            parts.append(jax.tree.map(np.asarray, run(params, jax.random.fold_in(key, part))))
+            progress.advance(settings.batch_size)
+    x0, x1 = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return x0, x1
+
+
+def _coupled(own, process, pairs, batches, seed) -> Iterator[dict[str, np.ndarray]]:
+    for step, batch in enumerate(batches):
+        yield refine.mix_real(
+            pairs,
+            batch["x1"],
+            source_size=process.source.vocab_size,
+            real_fraction=own.real_fraction,
+            seed=seed,
+            step=step,
+        )

@@ -1,0 +1,277 @@
+"""Recorded numbers: what each seed drew and each stage computed, kept while the code moves.
+
+Tokens must come out bit for bit, losses and weights within rounding. After a change on purpose,
+`python -m tests.test_recorded` records anew (`--quick`: all but the smoke run); the diff of
+goldens/recorded.json shows what changed.
+"""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# The package, as this file sees it: where modules move or signatures change, only this part does.
+from configs import base as base_config
+from fsdfm_jax import stages
+from fsdfm_jax.flow import grids, jumps, sampler
+from fsdfm_jax.flow.process import make_process
+from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.stages import refine
+from fsdfm_jax.training import workdir
+
+
+def _network(stage, config, vocab_size):
+    """(model, fresh parameters)."""
+    model = stages.model_config(stage, config.model, vocab_size=vocab_size)
+    return model, model_lib.init_params(jax.random.key(0), model)
+
+
+def _generate(params, model, process, given_BL, frozen_BL, **how):
+    given = {"given_BL": given_BL, "frozen_BL": frozen_BL, "seed": SEED}
+    return generate_lib.generate(params, model, process, Sampling(**how), **given)
+
+
+def _watch(params, model, process, given_BL, frozen_BL, **how):
+    """The tokens after each step, [S, B, L]."""
+    given = {"given_BL": given_BL, "frozen_BL": frozen_BL, "seed": SEED}
+    seen = generate_lib.stream(params, model, process, Sampling(**how), **given)
+    return np.stack(list(seen)[1:])
+
+
+def _sample(params, model, process, given_BL, frozen_BL, *, jump, steps):
+    """The sampler itself, on the bare network."""
+    jump, finalize = process.make_jump(jumps.RULES[jump]), process.finalize
+    denoise = lambda x_BL, t_B, h_B: model_lib.predict(params, model, x_BL, t_B, h_B)
+    noise_key, key = jax.random.split(jax.random.key(SEED))
+    x0_BL = jnp.where(frozen_BL, given_BL, process.source.sample(noise_key, frozen_BL.shape))
+    grid_S1 = grids.make_grid("uniform", steps)
+    run = lambda key: sampler.sample(key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
+    return jax.jit(run)(key)
+
+
+def _pairs(params, model, process, config):
+    settings = refine.read_pair_settings(config.refine)
+    make_pairs = refine.make_pair_sampler(model, process, settings, length=L)
+    return np.stack(make_pairs(params, jax.random.key(SEED)))
+
+
+def _stage_loss(stage, params, average, key, batch, guide):
+    """(loss, metrics); `guide` is (strong, weak), the base weights that guidance compares."""
+    more = (stages.Guide(*guide),) if stage.guided else ()
+    return stage.loss(params, average, key, batch, *more)
+
+
+def _final_weights(folder, run):
+    return workdir.load_weights(folder / "stages" / run).params
+
+
+# ------------------------------------------------------------------------------------ what is drawn
+FILE = pathlib.Path(__file__).parent / "goldens" / "recorded.json"
+V, L, B, SEED = 37, 12, 3, 3_000_000_007
+STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
+FEW_STEP, RULES = STAGES[2:], ("cumulative", "euler", "mixture", "dispersed")
+SOURCES = {
+    "uniform": {},
+    "stay": {"path.source": "mask", "path.power": 2.0},
+    "jump": {"path.source": "mask", "path.revealed": "jump"},
+}
+HOW = {"temperature": 0.7, "top_p": 0.9, "cooling": 0.7, "look_ahead": 0.5, "grid": "power:0.7"}
+PRESET = HOW | {"jump": "dispersed"}
+LITERAL = {"teacher_rule": "rk4", "teacher_jump": "cumulative", "teacher_end": "literal"}
+LITERAL |= {"width_weights": "official", "time_eps": 1e-3, "rate_floor": 1e-8}
+GUIDED = {"guidance": 0.5, "guide_steps": 3}
+CHANGES = {  # of a stage's own section
+    "autoregressive": {"": {}},
+    "pretrain": {"": {}, " cross_entropy": {"loss": "cross_entropy"}},
+    "step_aware": {"": {}, " instantaneous": {"rate": "instantaneous"}, " guided": GUIDED},
+    "distill": {"": {}, " literal": LITERAL, " jsd": {"divergence": "jsd"}, " guided": GUIDED},
+    "refine": {"": {}},
+}
+
+
+def _config(**changes):
+    config = base_config.get_config()
+    config.model.update(width=16, num_blocks=2, num_heads=2, cond_width=8, mlp_ratio=2)
+    config.refine.update(num_pairs=4, pair_batch_size=4)
+    config.refine.pairs.steps = 4
+    for stage in FEW_STEP:
+        config[stage].max_log2_steps = 4
+    config.distill.tau = config.refine.tau = 0.25
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _flat(tree):
+    """Name -> leaf, of parameters or a configuration."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _noised(params, seed=0):
+    """With noise of each array's own, behind whose zeros no mistake would show."""
+    noised = []
+    for name, leaf in _flat(params).items():
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        noised.append(leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32))
+    return jax.tree.unflatten(jax.tree.structure(params), noised)
+
+
+@functools.cache
+def _drawing(source, stage="distill", conditioning="additive"):
+    """(params, model, process) of a small network."""
+    config = _config(**SOURCES[source], **{"model.conditioning": conditioning})
+    process = make_process(**config.path, num_tokens=V, eos_id=2)
+    model, params = _network(stage, config, process.source.vocab_size)
+    return _noised(params), model, process
+
+
+def _given(kind):
+    """(given_BL, frozen_BL): nothing, parts of each row, or its head."""
+    rng = np.random.default_rng(1)
+    given_BL, any_BL = rng.integers(V, size=(B, L)).astype(np.int32), rng.random((B, L)) < 0.4
+    head_BL = np.arange(L)[None] < np.full((B, 1), 4)
+    return given_BL, {"free": any_BL & False, "frozen": any_BL, "head": head_BL}[kind]
+
+
+def _token_cases():
+    """Name -> a function without arguments that draws the tokens."""
+    cases = {"pairs": lambda: _pairs(*_drawing("uniform"), _config())}
+
+    def add(name, function, network, kind, **how):
+        cases[name] = lambda: function(*_drawing(*network), *_given(kind), **how)
+
+    for source, kind in itertools.product(SOURCES, ("free", "frozen")):
+        for rule, steps in itertools.product(RULES, (1, 4)):
+            how = {"steps": steps, "jump": rule}
+            add(f"{rule} {source} {kind} S={steps}", _generate, (source,), kind, **how)
+        add(f"preset {source} {kind}", _generate, (source,), kind, steps=4, **PRESET)
+        how = {"steps": 4, "jump": "mixture"}
+        add(f"sampler itself {source} {kind}", _sample, (source,), kind, **how)
+    for name, value in HOW.items():
+        add(f"cumulative {name}", _generate, ("uniform",), "free", steps=4, **{name: value})
+    add("steps watched", _watch, ("uniform",), "frozen", steps=4)
+    add("official", _generate, ("uniform", "distill", "official"), "frozen", steps=4)
+    add("base model", _generate, ("uniform", "pretrain"), "frozen", steps=4)
+    for value, kind in itertools.product((None, 0.7), ("free", "head")):
+        how = {} if value is None else {"temperature": value, "top_p": value}
+        name, network = f"autoregressive {kind} {value}", ("stay", "autoregressive")
+        add(name, _generate, network, kind, steps=1, **how)
+    return cases
+
+
+# --------------------------------------------------------------------------------- what is computed
+def _metrics(stage_name, changes, conditioning="additive", source="uniform"):
+    """Metrics of a stage's loss and the norm of its gradient."""
+    own = {f"{stage_name}.{key}": value for key, value in changes.items()}
+    config = _config(**own, **SOURCES[source], **{"model.conditioning": conditioning})
+    process = make_process(**config.path, num_tokens=V, eos_id=2)
+    stage = stages.make_stage(stage_name, config, process)
+    base = _network("pretrain", config, process.source.vocab_size)[1]
+    fresh = stage.init_params(jax.random.key(1), base if stage_name in FEW_STEP else None)
+    tokens = np.random.default_rng(2).integers(V, size=(2, 8, L)).astype(np.int32)
+    batch = {"x1": tokens[0]} | ({"x0": tokens[1]} if stage_name == "refine" else {})
+    guide = (_noised(base, 3), _noised(base, 4))
+
+    def loss(params):
+        return _stage_loss(stage, params, _noised(fresh, 2), jax.random.key(3), batch, guide)
+
+    (_, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(_noised(fresh, 1))
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    return {name: float(metric) for name, metric in metrics.items()} | {"gradient": float(norm)}
+
+
+def _loss_cases():
+    """Name -> a function without arguments that computes the metrics."""
+    cases = {"distill masked": lambda: _metrics("distill", {}, source="stay")}
+    for stage, variants in CHANGES.items():
+        for name, changes in variants.items():
+            cases[stage + name] = functools.partial(_metrics, stage, changes)
+    for stage in FEW_STEP:
+        cases[f"{stage} official"] = functools.partial(_metrics, stage, {}, "official")
+    return cases
+
+
+def _smoke(folder):
+    """Run -> its last line of metrics, and each array's sum of squares."""
+    command = [sys.executable, "-m", "fsdfm_jax.main", "--config=configs/tiny.py:smoke"]
+    command += [f"--workdir={folder}", "--noevaluate"]
+    root = FILE.parents[2]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    result = {}
+    for run in STAGES:
+        lines = (folder / "stages" / run / "metrics.jsonl").read_text().splitlines()
+        result[run] = {key: json.loads(lines[-1])[key] for key in ("step", "loss", "grad_norm")}
+        for name, leaf in _flat(_final_weights(folder, run)).items():
+            result[run][name] = float(np.sum(np.square(leaf, dtype=np.float64)))
+    return result
+
+
+def _configuration():
+    """Every key with its default."""
+    return json.loads(json.dumps(_flat(base_config.get_config().to_dict())))
+
+
+# ---------------------------------------------------------------------------------------- the tests
+TOKENS, LOSSES = _token_cases(), _loss_cases()
+
+
+def record(*, smoke):
+    """Everything as the code computes it now, section -> name -> value; what the tests compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = _smoke(pathlib.Path(folder)) if smoke else _recorded("smoke")
+    tokens = {name: np.asarray(draw()).tolist() for name, draw in TOKENS.items()}
+    losses = {name: compute() for name, compute in LOSSES.items()}
+    return {"tokens": tokens, "losses": losses, "smoke": runs, "config": _configuration()}
+
+
+@functools.cache
+def _recorded(section):
+    whole = json.loads(FILE.read_text()) if FILE.is_file() else {}
+    return {name.split("/", 1)[1]: x for name, x in whole.items() if name.startswith(section)}
+
+
+def test_every_case_is_recorded():
+    assert _recorded("tokens").keys() == TOKENS.keys()
+    assert _recorded("losses").keys() == LOSSES.keys()
+    assert _recorded("smoke").keys() == set(STAGES)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens(name):
+    np.testing.assert_array_equal(TOKENS[name](), _recorded("tokens")[name])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    assert LOSSES[name]() == pytest.approx(_recorded("losses")[name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_smoke_run(tmp_path):
+    for run, values in _smoke(tmp_path).items():
+        assert values == pytest.approx(_recorded("smoke")[run], rel=1e-4), run
+
+
+def test_configuration():
+    assert _configuration() == _recorded("config")
+
+
+if __name__ == "__main__":
+    lines = [
+        f"{json.dumps(f'{section}/{name}')}: {json.dumps(value)}"
+        for section, values in record(smoke="--quick" not in sys.argv).items()
+        for name, value in values.items()
+    ]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
