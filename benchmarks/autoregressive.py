@@ -1,4 +1,4 @@
-"""Writing left to right against refining a block: tokens per second and latency, in one run.
+"""Left to right against a block in few steps: tokens per second and latency.
 
     python -m benchmarks.autoregressive --size=0.17B --length=1024 --steps=8 --batches=1,8
     python -m benchmarks.autoregressive --size=tiny --length=128 --steps=8,1024 --cases=all
@@ -18,8 +18,9 @@ from absl import app, flags
 
 from benchmarks import measure
 from fsdfm_jax import stages
-from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Samples at once, comma-separated.")
@@ -37,7 +38,7 @@ def make_cases(
     for name in names:
         if name in CAUSAL:
             model = stages.model_config("autoregressive", config.model, vocab_size=vocab_size)
-            draw = generate_lib.make_autoregressive_sampler(model, length, memory=CAUSAL[name])
+            draw = make_autoregressive_sampler(model, length, memory=CAUSAL[name])
             cases[name, length] = jax.jit(_left_to_right(draw, process, batch)), model
             continue
         model = stages.model_config("distill", config.model, vocab_size=vocab_size)
@@ -52,14 +53,13 @@ def _left_to_right(draw, process, batch):
 
 
 def _few_step(model, process, batch, length, steps):
-    draw = generate_lib.make_sampler(model, process, "cumulative")
-    grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
+    draw = generate_lib.make_sampler(model, process)
     nothing_BL = jnp.zeros((batch, length), bool)
 
     def run(params, key):
         noise_key, key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (batch, length))
-        return draw(params, key, x0_BL, nothing_BL, grid_S1, jnp.float32(1.0))
+        return draw(params, key, x0_BL, nothing_BL, Sampling(steps))
 
     return run
 

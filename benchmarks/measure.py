@@ -93,8 +93,8 @@ def filled(params: Params) -> Params:
     return jax.tree.unflatten(tree, noise)
 
 
-def make_training(config, stage: Stage, loss=None):
-    """(train_step(state, batch, key), init(key) -> state) of a stage, or of another loss for it."""
+def make_training(config, stage: Stage):
+    """(train_step(state, batch, key), init(key) -> state) of a stage."""
     section = config[stage.name]
     optimizer = optim.make_optimizer(config.optim, section)
 
@@ -104,7 +104,7 @@ def make_training(config, stage: Stage, loss=None):
 
     step = functools.partial(
         state.train_step,
-        loss=loss or stage.loss,
+        loss=stage.loss,
         optimizer=optimizer,
         ema_decay=section.ema_decay,
     )

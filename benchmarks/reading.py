@@ -1,4 +1,4 @@
-"""Blocks that can be read per second from a prepared folder, against what training consumes.
+"""Blocks read per second from a prepared folder, against what training consumes.
 
   python -m benchmarks.reading --directory=DIR --tokens_per_second=100000 --threads=1,2,4
 

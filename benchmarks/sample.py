@@ -4,9 +4,8 @@
     python -m benchmarks.sample --size=0.17B --length=128 --steps=8,1024 --cases=ours
 
 A whole sample of S steps in one call, measured in turn with the same sample without one of the
-levers, with the literal form of jumps and draws, and with a bare forward pass of one row, the unit
-of the ratios. Several step counts are measured in turn as well. Weights and tokens are random.
-`--output` writes JSON.
+levers, and with a bare forward pass of one row, the unit of the ratios. Several step counts are
+measured in turn as well. Weights and tokens are random. `--output` writes JSON.
 """
 
 import dataclasses
@@ -17,52 +16,36 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
-from benchmarks import literal, measure
+from benchmarks import measure
 from fsdfm_jax import stages
-from fsdfm_jax.flow import jumps, sampler
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
-from launch import model_flops
+from launch import flops
 
 _UNIT = "forward of one row"
 
-# Case -> (the library's sampler, or parts of it literal; changes of the model's config).
+# Case -> (how times are embedded; changes of the model's config).
 CASES = {
-    "ours": ("library", {}),
-    "times embedded in each step": ("in each step", {}),
-    "logits written down": ("library", {"logits_mib": 0}),
-    "attention in one piece": ("library", {"attention": "manual"}),
-    "attention by jax.nn": ("library", {"attention": "xla"}),
-    "literal": ("literal", {"logits_mib": 0, "attention": "manual"}),
+    "ours": {},
+    "logits written down": {"logits_mib": 0},
+    "attention in one piece": {"attention": "manual"},
+    "attention by jax.nn": {"attention": "xla"},
 }
 
 
 def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
-    """(run(params, key, x0_BL, grid_S1) -> x_BL, model) of a case; cumulative jumps."""
-    how, changes = CASES[name]
-    overrides = ({} if mib is None else {"logits_mib": mib}) | changes
+    """(run(params, key, x0_BL, sampling) -> x_BL, model) of a case."""
+    overrides = ({} if mib is None else {"logits_mib": mib}) | CASES[name]
     config = measure.make_config(size, dtype=dtype, overrides=overrides)
     config.data.block_length = length
     vocab_size = measure.vocab_size(size)
     process = measure.make_process(config, vocab_size)
     model = stages.model_config("distill", config.model, vocab_size=vocab_size)
-    if how == "library":
-        sampler_ = generate_lib.make_sampler(model, process, "cumulative")
+    draw = generate_lib.make_sampler(model, process)
 
-        def run(params, key, x0_BL, grid_S1):
-            nothing_BL = jnp.zeros(x0_BL.shape, bool)
-            return sampler_(params, key, x0_BL, nothing_BL, grid_S1, jnp.float32(1.0))
-
-        return run, model
-    jump = literal.make_jump(process.schedule)
-    finalize = literal.finalize
-    if how == "in each step":
-        jump = process.make_jump(jumps.CUMULATIVE)
-        finalize = jumps.make_finalize(process.source)
-
-    def run(params, key, x0_BL, grid_S1):
-        denoise = lambda x, t, h: model_lib.predict(params, model, x, t, h)
-        return sampler.sample(key, denoise, jump, finalize, x0_BL, grid_S1)
+    def run(params, key, x0_BL, sampling):
+        return draw(params, key, x0_BL, jnp.zeros(x0_BL.shape, bool), sampling)
 
     return run, model
 
@@ -87,9 +70,9 @@ def main(argv: list[str]) -> None:
             init = functools.partial(model_lib.init_params, cfg=model)
             params = jax.jit(lambda key, init=init: measure.filled(init(key)))(key)
         for steps in all_steps:
-            grid_S1 = jnp.asarray(sampler.uniform_grid(steps))
-            compiled, seconds = measure.compile_timed(jax.jit(run), params, key, x0_BL, grid_S1)
-            cases[name, steps] = functools.partial(compiled, params, key, x0_BL, grid_S1)
+            sampling = Sampling(steps)
+            compiled, seconds = measure.compile_timed(jax.jit(run), params, key, x0_BL, sampling)
+            cases[name, steps] = functools.partial(compiled, params, key, x0_BL, sampling)
             rows[name, steps] = measure.compiled_gb(compiled) | {"compile_s": seconds}
 
     plain = dataclasses.replace(model, attention="auto")
@@ -102,13 +85,13 @@ def main(argv: list[str]) -> None:
     seconds = measure.in_turn(cases, rounds=measure.ROUNDS.value)
 
     unit_s = statistics.median(seconds[_UNIT])
-    unit_rate = model_flops.forward_flops(model, 1, length) / unit_s
+    unit_rate = flops.forward_flops(model, 1, length) / unit_s
     named = {" ".join(map(str, k)) if isinstance(k, tuple) else k: v for k, v in seconds.items()}
     result |= {"unit_s": unit_s, "unit_of_ceiling": unit_rate / ceiling, "rounds": named}
     table = []
     for name, steps in rows:
         sample_s = statistics.median(seconds[name, steps])
-        needed = steps * model_flops.forward_flops(model, batch, length)
+        needed = steps * flops.forward_flops(model, batch, length)
         table.append(
             {
                 "case": name,

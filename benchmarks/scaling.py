@@ -18,7 +18,7 @@ from absl import app
 from benchmarks import measure
 from fsdfm_jax import stages
 from fsdfm_jax.flow import process as process_lib
-from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
 
 START = {"batch": 4, "length": 256, "vocabulary": 16_384, "depth": 4, "steps": 4}
@@ -47,9 +47,8 @@ def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
 
     step, init = measure.make_training(config, stage)
     held = {"state": jax.jit(init)(key)}
-    grid_S1 = jnp.asarray(sampler.uniform_grid(values["steps"]))
-    inputs = (key, tokens_BL, jnp.zeros(shape, bool), grid_S1, jnp.float32(1.0))
-    sample = generate_lib.make_sampler(stage.model, process, "cumulative")
+    inputs = (key, tokens_BL, jnp.zeros(shape, bool), Sampling(values["steps"]))
+    sample = generate_lib.make_sampler(stage.model, process)
     drawn = sample.lower(held["state"].params, *inputs).compile()
     made = {"sample": (lambda: drawn(held["state"].params, *inputs), drawn)}
     if not train:

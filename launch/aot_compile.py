@@ -1,91 +1,152 @@
 r"""Compiles the training step and the sampler for chips that aren't there, and says what they take.
 
-    python -m launch.aot_compile --config=configs/paper_1b3.py --topology=v5e:4x4 \
+    python -m launch.aot_compile --config=configs/paper.py:1.3B --topology=v5e:4x4 \
         --config.mesh.fsdp=16
-    python -m launch.aot_compile --config=configs/paper_1b3.py --topology=v5e:8x8,v6e:8x8 \
-        --config.mesh.fsdp=64 --what=train --batch=128,512
-    python -m launch.aot_compile --config=configs/tiny.py --topology=local --largest_batch
+    python -m launch.aot_compile --config=configs/tiny.py --topology=local
+    python -m launch.aot_compile --cases=docs/scaling.csv --markdown=docs/scaling.md
 
 For TPUs the compiler comes with the extra `tpu` (package libtpu) and runs on any machine; "local"
-stands for the devices of this one. Printed for each program: the memory of each chip against what
-it has, operations, bytes moved in its memory, bytes sent to other chips by kind of exchange, all
-with loops counted as often as they run, and the bounds of a roofline on the time and on the share
-of the peak that goes into useful operations (see docs/scaling.md for what these numbers are).
-`--vary` compares values of a key, `--largest_batch` searches the largest batch that fits,
-`--output` writes everything as JSON.
+stands for the devices of this one. Printed for each program: the memory of a chip against what it
+has, the operations that the result needs and their least time, the compiler's own count and the
+collectives. `--largest_batch` looks for the batch that fills the memory.
+
+The last form compiles every row of a CSV file that this version of the compiler hasn't compiled
+yet: the first columns say what, the others are filled in. In the document the table between
+"<!-- NAME -->" and "<!-- /NAME -->" becomes that of the rows whose `table` is NAME.
+docs/scaling.md explains the numbers.
 """
 
-import itertools
+import csv
+import importlib.metadata
+import io as streams
+import pathlib
+import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from configs import base
 from fsdfm_jax import cli, io, stages
-from launch import ahead, ahead_table
-from launch.ahead import Target
+from launch import aot
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/paper_1b3.py.")
-_TOPOLOGY = flags.DEFINE_list(
-    "topology", None, "TPUs to compile for, as v5e:8x8, or local; several separated by commas."
+
+def define_flags() -> None:
+    """The flags of the program; called when it runs as one."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, configs/paper.py:1.3B.")
+    flags.DEFINE_string("topology", None, "TPUs to compile for, as v5e:8x8, or local.")
+    flags.DEFINE_enum(
+        "stage",
+        None,
+        stages.NAMES,
+        "Stage; distill if the pipeline has it, else the last one.",
+    )
+    flags.DEFINE_list("what", list(aot.KINDS), "Programs: train, sampler.")
+    flags.DEFINE_integer(
+        "batch", None, "Rows of a batch, over all chips; the stage's by default.", lower_bound=1
+    )
+    flags.DEFINE_integer("steps", 8, "Steps of the sampler.", lower_bound=1)
+    flags.DEFINE_bool("largest_batch", False, "Look for the batch that fills the memory.")
+    flags.DEFINE_string("cases", None, "CSV file whose rows are compiled and filled in.")
+    flags.DEFINE_string("markdown", None, "Document whose tables --cases replaces.")
+
+
+# Columns of --cases that say what is compiled; `changes` are KEY=VALUE, separated by spaces.
+GIVEN = ("table", "size", "stage", "topology", "data", "fsdp", "tensor", "rows", "changes")
+FOUND = (
+    *("memory", "total", "arguments", "temporaries", "fits", "flops", "least_s"),
+    *("counted_flops", "counted_bytes"),
+    *(f"{kind}{part}" for kind in aot.COLLECTIVES for part in ("", "_bytes")),
+    "compiler",
 )
-_STAGE = flags.DEFINE_enum(
-    "stage", None, stages.NAMES, "Stage; distill, if it is in the pipeline, or the last one of it."
-)
-_WHAT = flags.DEFINE_list("what", list(ahead.KINDS), "Programs: train, sampler.")
-_BATCH = flags.DEFINE_list(
-    "batch", None, "Rows of a batch, over all chips; several by commas. The stage's by default."
-)
-_STEPS = flags.DEFINE_integer("steps", 8, "Steps of the sampler.", lower_bound=1)
-_VARY = flags.DEFINE_multi_string(
-    "vary", [], "KEY=VALUE|VALUE..: a row for each value of a key, as model.remat=none|dots|full."
-)
-_LARGEST = flags.DEFINE_bool("largest_batch", False, "Search the largest batch that fits.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
 
-def rows_of_target(
-    target: Target, config: ConfigDict, name: str, label: str
-) -> Iterator[dict[str, Any]]:
-    """The rows of one target and one configuration, as they are finished."""
-    config = ahead.fit_config(config, target)
-    mesh = ahead.make_mesh(config, target)
-    head = {"topology": target.name, "mesh": "x".join(str(n) for n in mesh.devices.shape)}
-    head |= {"case": label}
-    batches = read_batches(_BATCH.value) or [config[name].batch_size]
-    key = "--batch" if _BATCH.value else f"{name}.batch_size"
-    kinds = _WHAT.value
-    for kind, rows in itertools.product(kinds, batches):
-        ahead.check_rows(kind, name, config, mesh, rows, key)
-    for program in ahead.make_programs(kinds, name, config, mesh, steps=_STEPS.value):
-        known: dict[int, dict[str, Any]] = {}
-        for rows in batches:
-            where = " ".join(part for part in (target.name, label, program.kind) if part)
-            _progress(f"compiling {where}, {rows} rows on {mesh.size} device(s)")
-            known[rows] = ahead.judge(program, rows, target)
-            yield head | {"search": ""} | known[rows]
-        if _LARGEST.value:
-            unit = ahead.unit_of_rows(program.kind, name, config, mesh)
-            # A part of a batch holds rows of both losses.
-            fewest = 2 * config[name].accumulate if program.kind == "train" else 1
-            row = ahead.find_largest(
-                program, target, unit=unit, smallest=fewest, known=known, report=_progress
-            )
-            if row is None:
-                _progress(f"largest batch, {program.kind}: not even one row for each shard fits")
-            else:
-                yield head | {"search": "largest"} | row
+def summary(row: dict[str, Any]) -> str:
+    """What `aot.describe` found of a program, in a few lines of text."""
+    gb = lambda key: "?" if row.get(key) is None else f"{row[key] / 1e9:.3g}"
+    fits = {True: "fits", False: "too large", None: "may fit"}[row["fits"]]
+    least = f", at least {1e3 * row['least_s']:.3g} ms" if row["least_s"] else ""
+    lines = [
+        f"{row['program']}, {row['rows']} rows",
+        f"  memory of a chip  {gb('total')} of {gb('memory')} GB: {fits} "
+        f"(arguments {gb('arguments')}, temporaries {gb('temporaries')})",
+        f"  operations        {row['flops'] / 1e12:.3g} TFLOP needed of each chip{least}",
+    ]
+    if row.get("counted_flops") is not None:
+        lines += [
+            f"  compiler's count  {row['counted_flops'] / 1e12:.3g} TFLOP, "
+            f"{gb('counted_bytes')} GB moved; the body of a loop counts once, below too",
+            *(
+                f"  {kind:18}{row[kind]}, {gb(f'{kind}_bytes')} GB"
+                for kind in aot.COLLECTIVES
+                if kind in row
+            ),
+        ]
+    return "\n".join(lines)
 
 
-def read_batches(asked: list[str] | None) -> list[int]:
-    """Rows of each batch of --batch; ValueError for what is no number."""
-    wrong = [text for text in asked or [] if not text.isdecimal() or int(text) < 1]
-    if wrong:
-        raise ValueError(f"--batch takes numbers of rows above 0, got {wrong[0]!r}.")
-    return [int(text) for text in asked or []]
+def compile_case(case: dict[str, str]) -> dict[str, Any]:
+    """What is found for a row of --cases: a training step of the paper's recipe at some size."""
+    config, rows = base.get_config(), int(case["rows"])
+    base.use_paper_values(config, case["size"])
+    base.use_paper_recipe(config)
+    changes = dict(change.split("=") for change in case["changes"].split())
+    changes |= {f"mesh.{axis}": case[axis] for axis in ("data", "fsdp", "tensor")}
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition(".")
+        config[section][leaf] = type(config[section][leaf])(value)
+    _progress("compiling " + " ".join(case[key] for key in GIVEN if case[key]))
+    target = aot.find_target(case["topology"])
+    _, (program,) = aot.make_programs(["train"], case["stage"], config, target, rows=rows, steps=1)
+    return aot.describe(program, rows, target)
+
+
+def compile_cases(path: pathlib.Path) -> list[dict[str, str]]:
+    """Compiles the rows of a CSV file, fills them in one by one, and returns all of them."""
+    compiler = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    cases = list(csv.DictReader(path.read_text().splitlines()))
+    for number, case in enumerate(cases):
+        if case.get("compiler") == compiler:
+            continue
+        given = {key: case[key] for key in GIVEN}
+        cases[number] = given | compile_case(given) | {"compiler": compiler}
+        stream = streams.StringIO()
+        writer = csv.DictWriter(stream, GIVEN + FOUND, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(cases)
+        io.write_text(path, stream.getvalue())
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def replace_tables(text: str, rows: list[dict[str, str]]) -> str:
+    """A document with the table of each name in `rows` between its markers."""
+    for name in dict.fromkeys(row["table"] for row in rows):
+        table = markdown([row for row in rows if row["table"] == name])
+        between = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text, count = between.subn(lambda match, new=table: match[1] + new + match[2], text)
+        if count != 1:
+            raise ValueError(f'Expected "<!-- {name} -->" .. "<!-- /{name} -->" once, got {count}.')
+    return text
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table of some rows of --cases."""
+    lines = ["| training step | chips, mesh | rows | GB of a chip | fits | at least, ms |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        gb = [f"{float(row[key]) / 1e9:.1f}" if row[key] else "?" for key in ("total", "memory")]
+        cells = [
+            " ".join([row["size"], row["stage"], *(f"`{one}`" for one in row["changes"].split())]),
+            f"{row['topology']}, {row['data']} x {row['fsdp']} x {row['tensor']}",
+            row["rows"],
+            " of ".join(gb),
+            {"True": "yes", "False": "no"}[row["fits"]],
+            f"{1e3 * float(row['least_s']):,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _progress(text: str) -> None:
@@ -93,28 +154,36 @@ def _progress(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    values = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    config = _CONFIG.value
-    name = ahead.choose_stage(config, _STAGE.value)
-    cases = list(ahead.variations(config, _VARY.value))
-    targets = [ahead.find_target(topology) for topology in _TOPOLOGY.value]
-    if _LARGEST.value:
-        for target in targets:
-            ahead.check_memory_known(target)
-    result = {"jax": jax.__version__, "stage": name, "config": config.to_dict(), "rows": []}
-    for target in targets:
-        for label, changed in cases:
-            for row in rows_of_target(target, changed, name, label):
-                result["rows"].append(row)
-                if _OUTPUT.value:  # at once: what is compiled is not lost
-                    io.write_json(_OUTPUT.value, result)
-    print(f"stage {name}, blocks of {config.data.block_length} tokens")
-    print(ahead_table.tables(result["rows"]))
-    if _OUTPUT.value:
-        print(f"written to {_OUTPUT.value}")
+    if values.cases:
+        rows = compile_cases(pathlib.Path(values.cases))
+        if values.markdown:
+            document = pathlib.Path(values.markdown)
+            io.write_text(document, replace_tables(document.read_text(), rows))
+        return
+    config = values.config
+    if config is None or values.topology is None:
+        raise ValueError("Give --config and --topology, or --cases.")
+    pipeline = [name.strip() for name in config.pipeline.split(",")]
+    name = values.stage or ("distill" if "distill" in pipeline else pipeline[-1])
+    target, rows = aot.find_target(values.topology), values.batch or config[name].batch_size
+    mesh, programs = aot.make_programs(
+        values.what, name, config, target, rows=rows, steps=values.steps
+    )
+    sizes = " x ".join(map(str, mesh.devices.shape))
+    print(f"{name} on {target.name}, mesh {sizes}, blocks of {config.data.block_length} tokens")
+    for program in programs:
+        _progress(f"compiling {program.kind}")
+        if not values.largest_batch:
+            print(summary(aot.describe(program, rows, target)), flush=True)
+        elif row := aot.find_largest(program, target, _progress):
+            print(f"largest that fits, {summary(row)}", flush=True)
+        else:
+            print(f"{program.kind}: not even two rows for each shard fit", flush=True)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
+    define_flags()
     cli.run(main)

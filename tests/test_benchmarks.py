@@ -1,43 +1,28 @@
-"""The speed benchmarks: that they count right, and that their reference computes the same thing."""
+"""The speed benchmarks: that they count right, and that all of them are listed."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from chance import assert_frequencies
 
-from benchmarks import autoregressive, literal, measure, sample, scaling, train, waterfall
-from fsdfm_jax.flow import schedules
+from benchmarks import __main__ as listing
+from benchmarks import autoregressive, measure, sample, scaling, train
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.network.config import ModelConfig
-from launch import model_flops
 
-MODEL = ModelConfig(vocab_size=11, width=8, num_blocks=3, num_heads=2, cond_width=4)
 SMALL = {"width": 8, "num_blocks": 2, "num_heads": 2, "cond_width": 4, "remat": "dots"}
 
 
-def test_operations_of_a_forward_pass_are_those_of_its_program():
-    # One block, so that the loop over blocks hides nothing from the compiler's own count. Attention
-    # in one piece has no loop either; the rest of the program (norms, softmax) is not counted.
-    model = ModelConfig(256, 64, 1, 2, 4, attention="manual")
-    batch, length = 2, 128
-    params = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
-    arguments = (params, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch,)))
-    run = jax.jit(lambda p, x, t: model_lib.apply(p, model, x, t))
-    counted = run.lower(*arguments).compile().cost_analysis()["flops"]
-    ours = model_flops.forward_flops(model, batch, length)
-    assert ours == model_flops.trunk_flops(model, batch, length) + model_flops.head_flops(
-        model, batch, length
-    )
-    assert ours <= counted <= 1.1 * ours
-
-
-def test_a_step_counts_student_and_teacher():
-    once = model_flops.forward_flops(MODEL, 1, 16)
-    assert train.step_flops(MODEL, "pretrain", 4, 16) == pytest.approx(12 * once)
-    assert train.step_flops(MODEL, "distill", 4, 16) == pytest.approx((12 + 8) * once)
+def test_every_program_is_listed(capsys):
+    folder = pathlib.Path(listing.__file__).parent
+    modules = [path for path in folder.glob("*.py") if ".run(main)" in path.read_text()]
+    programs = {path.stem for path in modules} | {path.name for path in folder.glob("*.sh")}
+    assert set(listing.DURATIONS) == programs
+    listing.main()
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(programs)
+    assert max(map(len, lines)) <= 110
 
 
 def test_cases_are_timed_in_turn_and_compared_within_a_round():
@@ -58,82 +43,16 @@ def test_growth_is_measured_against_half_the_value():
     assert [row["growth"] for row in scaling.with_growth(rows)] == [None, 3.0, 2.0]
 
 
-def test_a_waterfall_adds_up():
-    parts = {
-        "teacher: trunk": (None, 4, 8.0),
-        "student: trunk forward": (None, 1, 10.0),
-        "student: trunk, both ways": (None, 1, 30.0),
-    }
-    seconds = {
-        "teacher: trunk": [1.0],
-        "student: trunk forward": [2.0],
-        "student: trunk, both ways": [7.0],
-        "optimiser and average": [3.0],
-        waterfall.STEP: [17.0],
-    }
-    rows = waterfall.table_of(seconds, parts, ceiling=10.0, optimiser_floor=1.0)
-    spent = {row["part"]: row["seconds"] for row in rows}
-    assert spent.pop(waterfall.STEP) == pytest.approx(sum(spent.values()))
-    assert spent["student: trunk backward"] == 5.0
-    assert spent["not explained"] == pytest.approx(17.0 - (4 + 2 + 5 + 3))
-    assert rows[0]["floor_s"] == pytest.approx(4 * 8.0 / 10.0)
-
-
-def test_the_literal_jump_is_the_rule():
-    schedule = schedules.make_schedule("polynomial", power=1.0)
-    logits_V = np.array([0.5, -1.0, 2.0, 0.0, -0.5])
-    rows, length, current, t, h = 64, 500, 2, 0.3, 0.25
-    jump = jax.jit(literal.make_jump(schedule))
-    tokens = jump(
-        jax.random.key(0),
-        jnp.broadcast_to(jnp.float32(logits_V)[None, None], (rows, length, 5)),
-        jnp.full((rows, length), current),
-        jnp.full((rows,), t),
-        jnp.full((rows,), h),
-    )
-    p = np.exp(logits_V) / np.exp(logits_V).sum()
-    moves = 1 - np.exp(-(1 - p[current]) * np.log((1 - t) / (1 - t - h)))
-    want = moves * np.where(np.arange(5) == current, 0.0, p) / (1 - p[current])
-    want[current] = 1 - moves
-    assert_frequencies(np.bincount(np.ravel(tokens), minlength=5), want)
-
-
 def small_case(name):
     shape = {"stage": "distill", "size": "tiny", "length": 12, "dtype": "float32"}
-    return train.make_case(name, **shape, overrides=SMALL | {"dropout": 0.0})
-
-
-def test_all_forms_of_the_loss_are_one_loss():
-    # Heads without weights: what student and teacher say depends on no draw, and the forms share
-    # the keys of times, so that all of them have the same value.
-    names = [name for name, (how, _) in train.CASES.items() if how is not None]
-    assert len(names) == 3
-    cases = {name: small_case(name) for name in names}
-    params = model_lib.init_params(jax.random.key(0), cases["literal"][2])
-    size = len(params["head"]["bias"])
-    noise = jax.random.normal(jax.random.key(1), (2, size))
-    student, teacher = (params | {"head": params["head"] | {"bias": bias}} for bias in noise)
-    x1_BL = jax.random.randint(jax.random.key(2), (4, 12), 0, size)
-    values = [
-        step.keywords["loss"](student, teacher, jax.random.key(3), {"x1": x1_BL})[0]
-        for step, _, _ in cases.values()
-    ]
-    np.testing.assert_allclose(values, values[0], rtol=1e-5)
-    # Half of it is the teacher's part, which these two biases alone determine.
-    p, q = (jax.nn.log_softmax(bias) for bias in (noise[1], noise[0]))
-    taught = jnp.sum(jnp.exp(p) * (p - q))
-    same = [
-        step.keywords["loss"](student, student, jax.random.key(3), {"x1": x1_BL})[0]
-        for step, _, _ in cases.values()
-    ]
-    np.testing.assert_allclose(np.subtract(values, same), taught / 2, rtol=1e-4)
+    return train.make_case(name, **shape, overrides=SMALL)[3]
 
 
 def test_every_case_switches_something():
-    plain = small_case("ours")[2]
-    for name, (how, changes) in train.CASES.items():
-        changed = small_case(name)[2]
-        assert (name == "ours") == (how is None and changed == plain), name
+    plain = small_case("ours")
+    for name, changes in train.CASES.items():
+        changed = small_case(name)
+        assert (name == "ours") == (changed == plain), name
         assert all(getattr(changed, key) == value for key, value in changes.items()), name
 
 

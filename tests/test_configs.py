@@ -298,7 +298,7 @@ def test_the_record_sees_what_it_should(monkeypatch):
     config = base.get_config()
     with monkeypatch.context() as patch:
         record = _Record(config, patch)
-        process_lib.make_process(**config.path, num_tokens=5, eos_id=0)
+        pipeline.make_process(config, 5)
         config.to_dict()
         _ = config.seed  # read by a test, not by the package
         with pytest.raises(AttributeError):

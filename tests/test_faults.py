@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torture
 from test_train import (
     EVERYTHING,
     B,
@@ -35,7 +36,6 @@ from test_train import (
     toy_stage,
 )
 
-from benchmarks import torture
 from configs import base as base_config
 from fsdfm_jax import main
 from fsdfm_jax.data import prepared as prepared_lib

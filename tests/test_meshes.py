@@ -1,18 +1,15 @@
-"""What is trained and sampled doesn't depend on the mesh, on the eight CPU devices of conftest.py.
-
-The whole grid, with several processes, is `python -m benchmarks.meshes`.
-"""
+"""What is trained and sampled doesn't depend on the mesh, on eight simulated devices."""
 
 import functools
 import shutil
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
+from meshes import Case
 
-from benchmarks import meshes
-from benchmarks.meshes import Case
 from configs import base
 from fsdfm_jax.evaluate import draw
 from fsdfm_jax.evaluate.models import Subject

@@ -1,8 +1,8 @@
 """Recorded numbers: what each seed drew and each stage computed, kept while the code moves.
 
 Tokens must come out bit for bit, losses and weights within rounding. After a change on purpose,
-`python -m tests.test_recorded` records anew (`--quick`: all but the smoke run); the diff of
-goldens/recorded.json shows what changed.
+`python -m tests.test_recorded [WORKDIR]` records anew (the smoke run too, if it is told where); the
+diff of goldens/recorded.json shows what changed.
 """
 
 import functools
@@ -12,7 +12,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import zlib
 
 import jax
@@ -30,6 +29,10 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.stages import refine
 from fsdfm_jax.training import workdir
+
+
+def _weights(directory):
+    return workdir.load_weights(directory).params
 
 
 def _network(stage, config, vocab_size):
@@ -50,14 +53,16 @@ def _watch(params, model, process, given_BL, frozen_BL, **how):
     return np.stack(list(seen)[1:])
 
 
-def _sample(params, model, process, given_BL, frozen_BL, *, jump, steps):
-    """The sampler itself, on the bare network."""
-    jump, finalize = process.make_jump(jumps.RULES[jump]), process.finalize
+def _sample(params, model, process, given_BL, frozen_BL):
+    """The sampler itself, 4 steps on the bare network."""
+    jump = process.make_jump(jumps.MIXTURE)
     denoise = lambda x_BL, t_B, h_B: model_lib.predict(params, model, x_BL, t_B, h_B)
     noise_key, key = jax.random.split(jax.random.key(SEED))
     x0_BL = jnp.where(frozen_BL, given_BL, process.source.sample(noise_key, frozen_BL.shape))
-    grid_S1 = grids.make_grid("uniform", steps)
-    run = lambda key: sampler.sample(key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL)
+    grid_S1 = grids.uniform_grid(4)
+    run = lambda key: sampler.sample(
+        key, denoise, jump, process.finalize, x0_BL, grid_S1, frozen_BL
+    )
     return jax.jit(run)(key)
 
 
@@ -69,17 +74,14 @@ def _pairs(params, model, process, config):
 
 def _stage_loss(stage, params, average, key, batch, guide):
     """(loss, metrics); `guide` is (strong, weak), the base weights that guidance compares."""
-    more = (stages.Guide(*guide),) if stage.guided else ()
-    return stage.loss(params, average, key, batch, *more)
-
-
-def _final_weights(folder, run):
-    return workdir.load_weights(folder / "stages" / run).params
+    guide = None if stage.needs is None else stages.Guide(*guide)
+    return stage.loss(params, stages.Frozen(average, guide), key, batch)
 
 
 # ------------------------------------------------------------------------------------ what is drawn
-FILE = pathlib.Path(__file__).parent / "goldens" / "recorded.json"
-V, L, B, SEED = 37, 12, 3, 3_000_000_007
+ROOT = pathlib.Path(__file__).parents[1]
+FILE = ROOT / "tests" / "goldens" / "recorded.json"
+V, L, B, SEED = 37, 12, 5, 3_000_000_007
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 FEW_STEP, RULES = STAGES[2:], ("cumulative", "euler", "mixture", "dispersed")
 SOURCES = {
@@ -91,13 +93,14 @@ HOW = {"temperature": 0.7, "top_p": 0.9, "cooling": 0.7, "look_ahead": 0.5, "gri
 PRESET = HOW | {"jump": "dispersed"}
 LITERAL = {"teacher_rule": "rk4", "teacher_jump": "cumulative", "teacher_end": "literal"}
 LITERAL |= {"width_weights": "official", "time_eps": 1e-3, "rate_floor": 1e-8}
-GUIDED = {"guidance": 0.5, "guide_steps": 3}
-CHANGES = {  # of a stage's own section
-    "autoregressive": {"": {}},
-    "pretrain": {"": {}, " cross_entropy": {"loss": "cross_entropy"}},
-    "step_aware": {"": {}, " instantaneous": {"rate": "instantaneous"}, " guided": GUIDED},
-    "distill": {"": {}, " literal": LITERAL, " jsd": {"divergence": "jsd"}, " guided": GUIDED},
-    "refine": {"": {}},
+CHANGES = {name: {} for name in STAGES} | {
+    **{f"{name} official": {"model.conditioning": "official"} for name in FEW_STEP},
+    "pretrain cross_entropy": {"pretrain.loss": "cross_entropy"},
+    "step_aware instantaneous": {"step_aware.rate": "instantaneous"},
+    "distill literal": {f"distill.{key}": value for key, value in LITERAL.items()},
+    "distill jsd": {"distill.divergence": "jsd"},
+    "distill guided": {"distill.guidance": 0.5, "distill.guide": "short"},
+    "distill masked": SOURCES["stay"],
 }
 
 
@@ -120,12 +123,15 @@ def _flat(tree):
 
 
 def _noised(params, seed=0):
-    """With noise of each array's own, behind whose zeros no mistake would show."""
+    """With noise everywhere, for nothing to hide behind zeros, and a liking for tokens shown."""
     noised = []
     for name, leaf in _flat(params).items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        noised.append(leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(jax.tree.structure(params), noised)
+        scale = 1.0 if name == "vocab_embed.embedding" else 0.2
+        noised.append(leaf + scale * rng.standard_normal(leaf.shape).astype(np.float32))
+    noised = jax.tree.unflatten(jax.tree.structure(params), noised)
+    noised["head"]["kernel"] += 0.5 * noised["vocab_embed"]["embedding"].T
+    return noised
 
 
 @functools.cache
@@ -157,25 +163,23 @@ def _token_cases():
             how = {"steps": steps, "jump": rule}
             add(f"{rule} {source} {kind} S={steps}", _generate, (source,), kind, **how)
         add(f"preset {source} {kind}", _generate, (source,), kind, steps=4, **PRESET)
-        how = {"steps": 4, "jump": "mixture"}
-        add(f"sampler itself {source} {kind}", _sample, (source,), kind, **how)
+        add(f"sampler itself {source} {kind}", _sample, (source,), kind)
     for name, value in HOW.items():
-        add(f"cumulative {name}", _generate, ("uniform",), "free", steps=4, **{name: value})
+        add(f"cumulative {name}", _generate, ("uniform",), "free", steps=2, **{name: value})
     add("steps watched", _watch, ("uniform",), "frozen", steps=4)
     add("official", _generate, ("uniform", "distill", "official"), "frozen", steps=4)
     add("base model", _generate, ("uniform", "pretrain"), "frozen", steps=4)
-    for value, kind in itertools.product((None, 0.7), ("free", "head")):
-        how = {} if value is None else {"temperature": value, "top_p": value}
-        name, network = f"autoregressive {kind} {value}", ("stay", "autoregressive")
-        add(name, _generate, network, kind, steps=1, **how)
+    for kind, value in itertools.product(("free", "head"), (1.0, 0.7)):
+        how = {"steps": 1, "temperature": value, "top_p": value}
+        network = ("stay", "autoregressive")
+        add(f"autoregressive {kind} {value}", _generate, network, kind, **how)
     return cases
 
 
 # --------------------------------------------------------------------------------- what is computed
-def _metrics(stage_name, changes, conditioning="additive", source="uniform"):
+def _metrics(case):
     """Metrics of a stage's loss and the norm of its gradient."""
-    own = {f"{stage_name}.{key}": value for key, value in changes.items()}
-    config = _config(**own, **SOURCES[source], **{"model.conditioning": conditioning})
+    stage_name, config = case.split()[0], _config(**CHANGES[case])
     process = make_process(**config.path, num_tokens=V, eos_id=2)
     stage = stages.make_stage(stage_name, config, process)
     base = _network("pretrain", config, process.source.vocab_size)[1]
@@ -192,30 +196,30 @@ def _metrics(stage_name, changes, conditioning="additive", source="uniform"):
     return {name: float(metric) for name, metric in metrics.items()} | {"gradient": float(norm)}
 
 
-def _loss_cases():
-    """Name -> a function without arguments that computes the metrics."""
-    cases = {"distill masked": lambda: _metrics("distill", {}, source="stay")}
-    for stage, variants in CHANGES.items():
-        for name, changes in variants.items():
-            cases[stage + name] = functools.partial(_metrics, stage, changes)
-    for stage in FEW_STEP:
-        cases[f"{stage} official"] = functools.partial(_metrics, stage, {}, "official")
-    return cases
-
-
 def _smoke(folder):
     """Run -> its last line of metrics, and each array's sum of squares."""
-    command = [sys.executable, "-m", "fsdfm_jax.main", "--config=configs/tiny.py:smoke"]
-    command += [f"--workdir={folder}", "--noevaluate"]
-    root = FILE.parents[2]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    command = f"-m fsdfm_jax.main --config=configs/tiny.py:smoke --workdir={folder} --noevaluate"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT, env=env)
     result = {}
     for run in STAGES:
         lines = (folder / "stages" / run / "metrics.jsonl").read_text().splitlines()
         result[run] = {key: json.loads(lines[-1])[key] for key in ("step", "loss", "grad_norm")}
-        for name, leaf in _flat(_final_weights(folder, run)).items():
+        for name, leaf in _flat(_weights(folder / "stages" / run)).items():
             result[run][name] = float(np.sum(np.square(leaf, dtype=np.float64)))
     return result
+
+
+# ---------------------------------------------------------------------------------------- the tests
+TOKENS = _token_cases()
+
+
+def record(folder):
+    """Everything as the code computes it now, section -> name -> value; what the tests compare."""
+    tokens = {name: np.asarray(draw()).tolist() for name, draw in TOKENS.items()}
+    losses = {name: _metrics(name) for name in CHANGES}
+    smoke = _smoke(folder) if folder else _recorded("smoke")
+    return {"tokens": tokens, "losses": losses, "smoke": smoke, "config": _configuration()}
 
 
 def _configuration():
@@ -223,29 +227,13 @@ def _configuration():
     return json.loads(json.dumps(_flat(base_config.get_config().to_dict())))
 
 
-# ---------------------------------------------------------------------------------------- the tests
-TOKENS, LOSSES = _token_cases(), _loss_cases()
-
-
-def record(*, smoke):
-    """Everything as the code computes it now, section -> name -> value; what the tests compare."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = _smoke(pathlib.Path(folder)) if smoke else _recorded("smoke")
-    tokens = {name: np.asarray(draw()).tolist() for name, draw in TOKENS.items()}
-    losses = {name: compute() for name, compute in LOSSES.items()}
-    return {"tokens": tokens, "losses": losses, "smoke": runs, "config": _configuration()}
-
-
-@functools.cache
 def _recorded(section):
-    whole = json.loads(FILE.read_text()) if FILE.is_file() else {}
-    return {name.split("/", 1)[1]: x for name, x in whole.items() if name.startswith(section)}
+    return json.loads(FILE.read_text())[section]
 
 
 def test_every_case_is_recorded():
-    assert _recorded("tokens").keys() == TOKENS.keys()
-    assert _recorded("losses").keys() == LOSSES.keys()
-    assert _recorded("smoke").keys() == set(STAGES)
+    for section, cases in (("tokens", TOKENS), ("losses", CHANGES), ("smoke", STAGES)):
+        assert _recorded(section).keys() == set(cases)
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -253,12 +241,13 @@ def test_tokens(name):
     np.testing.assert_array_equal(TOKENS[name](), _recorded("tokens")[name])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CHANGES)
 def test_losses(name):
-    assert LOSSES[name]() == pytest.approx(_recorded("losses")[name], rel=1e-5)
+    assert _metrics(name) == pytest.approx(_recorded("losses")[name], rel=1e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.optimised  # as users compile it
 def test_the_smoke_run(tmp_path):
     for run, values in _smoke(tmp_path).items():
         assert values == pytest.approx(_recorded("smoke")[run], rel=1e-4), run
@@ -269,9 +258,8 @@ def test_configuration():
 
 
 if __name__ == "__main__":
-    lines = [
-        f"{json.dumps(f'{section}/{name}')}: {json.dumps(value)}"
-        for section, values in record(smoke="--quick" not in sys.argv).items()
-        for name, value in values.items()
-    ]
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    dump, parts = functools.partial(json.dumps, separators=(",", ":")), []
+    for section, values in record(sys.argv[1:] and pathlib.Path(sys.argv[1])).items():
+        entries = [f"{dump(name)}: {dump(value)}" for name, value in values.items()]
+        parts.append(f"{dump(section)}: {{\n" + ",\n".join(entries))
+    FILE.write_text("{" + "\n},\n".join(parts) + "\n}}\n")

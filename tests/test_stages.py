@@ -16,6 +16,7 @@ from configs import base as base_config
 from fsdfm_jax import stages
 from fsdfm_jax.flow import jumps, losses, teacher
 from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.ops.logits import Factored, dense
 from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
@@ -204,11 +205,11 @@ WRONG = [
     ("refine", {"refine.num_pairs": 0}, "num_pairs=0"),
     ("refine", {"refine.pairs.steps": 0}, "refine.pairs: Sampling.steps must be"),
     ("refine", {"refine.pairs.jump": "leap"}, "refine.pairs: Sampling.jump must be"),
-    ("refine", {"refine.pair_temperature": 0.0}, r"pair_\*: temperature must be"),
-    ("refine", {"refine.pair_top_p": 0.0}, r"pair_\*: top_p must lie in \(0, 1\], got 0.0"),
-    ("refine", {"refine.pair_cooling": 1.0}, r"pair_\*: cooling must lie in \[0, 1\), got 1.0"),
-    ("refine", {"refine.pair_look_ahead": 2.0}, r"pair_\*: look_ahead must lie in"),
-    ("refine", {"refine.pair_grid": "log"}, r"pair_\*: Unknown grid 'log'"),
+    ("refine", {"refine.pairs.temperature": -1.0}, r"pairs: Sampling.temperature must lie"),
+    ("refine", {"refine.pairs.top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+    ("refine", {"refine.pairs.cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
+    ("refine", {"refine.pairs.look_ahead": 2.0}, "pairs: Sampling.look_ahead must lie in"),
+    ("refine", {"refine.pairs.grid": "log"}, "pairs: Sampling.grid: Unknown grid 'log'"),
 ]
 
 
@@ -644,7 +645,7 @@ def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
     config.refine.update({"num_pairs": 64, "pair_batch_size": 32})
     config.refine.pairs.steps = 1
     settings = refine.read_pair_settings(config.refine)
-    assert settings == (64, 1, 32, jumps.MIXTURE, "uniform", 1.0, 0.0, 1.0, 0.0)
+    assert settings == (64, 32, Sampling(1, "mixture"))
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
     zeros = jnp.zeros(V)
     params = {"table": 100.0 * jnp.roll(jnp.eye(V), 1, axis=1), "slope": zeros, "bend": zeros}
@@ -665,7 +666,7 @@ def test_pairs_are_drawn_at_their_temperature(calls, temperature):
     config = make_config()
     config.refine.update({"num_pairs": 64, "pair_batch_size": 32})
     config.refine.pairs.steps = 1
-    config.refine.pair_temperature = temperature
+    config.refine.pairs.temperature = temperature
     settings = refine.read_pair_settings(config.refine)
     make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
     logits = np.linspace(0.0, 3.0, V)

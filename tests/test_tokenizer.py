@@ -23,7 +23,7 @@ def bpe():
 
 
 def test_gpt2_known_ids(gpt2):
-    assert gpt2.vocab_size == 50257
+    assert gpt2.vocab_size == tokenizer_lib.SIZES["gpt2"] == 50257
     assert gpt2.eos_id == 50256
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode(" Hello world") == [18435, 995]

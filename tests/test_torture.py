@@ -1,4 +1,4 @@
-"""The torture benchmark: that it kills, that nothing is lost, and that it would notice."""
+"""Runs that are killed again and again: nothing is lost, and it would be noticed."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+import torture
 
-from benchmarks import torture
 from fsdfm_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]

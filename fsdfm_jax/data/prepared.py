@@ -226,7 +226,7 @@ class _Blocks:
 
 
 def vocab_size(spec: DataSpec) -> int:
-    """Ids of the tokenizer that a spec names, without preparing anything.
+    """Ids of the tokenizer that a spec names, without preparing anything or needing a package.
 
     Raises:
       FileNotFoundError, ValueError: as `load` and `tokenizer.load`.
@@ -234,7 +234,8 @@ def vocab_size(spec: DataSpec) -> int:
     if spec.mixture:
         folder, _ = mixture_lib.parse(spec.mixture)[0]
         return tokenizer_lib.load(pathlib.Path(folder).expanduser() / TOKENIZER).vocab_size
-    return spec.vocab_size or tokenizer_lib.load(spec.tokenizer).vocab_size
+    known = spec.vocab_size or tokenizer_lib.SIZES.get(spec.tokenizer)
+    return known or tokenizer_lib.load(spec.tokenizer).vocab_size
 
 
 def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:

@@ -32,6 +32,7 @@ _EOS_NAMES = (
     "<|im_end|>",
     "[SEP]",
 )
+SIZES = {"gpt2": 50_257}  # of tokenizers that `load` knows by name: no files needed
 _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",

@@ -1,11 +1,9 @@
 """A training run that is killed again and again: does it end as if it had not been?
 
-    python -m benchmarks.torture --kills=100 --output=torture.json   20 minutes on 2 busy cores
-
-Runs a stage of the smoke configuration once without a disturbance, and once in a working directory
-of its own whose processes are killed (SIGKILL, with all their children): at any moment from their
-start on, while they train, or as soon as the temporary folder of a checkpoint is seen. The same
-command then goes on. After each kill, and at the end, it is checked that
+Runs a program once without a disturbance, and once in a working directory of its own whose
+processes are killed (SIGKILL, with all their children): at any moment from their start on, while
+they train, or as soon as the temporary folder of a checkpoint is seen. The same command then goes
+on. After each kill, and at the end, it is checked that
 
 - the next process begins with the newest checkpoint that was complete, and no complete one is lost;
 - nothing is lost but the steps since the last save: the save before the one at hand is complete;
@@ -13,8 +11,8 @@ command then goes on. After each kill, and at the end, it is checked that
   each step once with the same values, and the same checkpoints are kept;
 - no temporary folder is left, and no checkpoint was found damaged.
 
-Where a run ends before all kills are used, another one begins. Moments are drawn from --seed; what
-a process has reached by then depends on the machine. Exit code 1 if anything was found.
+Where a run ends before all kills are used, another one begins. Moments are drawn from a seed; what
+a process has reached by then depends on the machine.
 """
 
 import json
@@ -31,17 +29,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
 
-from benchmarks import measure
 from fsdfm_jax import io
 from fsdfm_jax.training import checkpoint
-
-_KILLS = flags.DEFINE_integer("kills", 100, "In all.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_STAGE = flags.DEFINE_string("run_stage", "pretrain", "Stage; one that needs no base weights.")
-_NUM_STEPS = flags.DEFINE_integer("run_steps", 300, "Of a run.", lower_bound=1)
-_EVERY = flags.DEFINE_integer("checkpoint_every", 3, "Steps between two saves.", lower_bound=1)
 
 SAVED = ("step", "params", "ema", "opt_state")
 KINDS = ("any moment", "training", "a save")
@@ -301,44 +291,3 @@ def torture(victim: Victim, folder: pathlib.Path, *, kills: int, seed: int) -> d
         "seconds": round(time.monotonic() - began, 1),
         "faults": faults,
     }
-
-
-def smoke_stage(folder: pathlib.Path) -> Victim:
-    """The real program on the smoke configuration; all processes share one compilation cache."""
-    stage = _STAGE.value
-    changes = {
-        "pipeline": stage,
-        f"{stage}.num_steps": _NUM_STEPS.value,
-        f"{stage}.warmup_steps": 10,
-        f"{stage}.ema_decay": 0.99,
-        "train.checkpoint_every": _EVERY.value,
-        "train.log_every": 1,
-    }
-    program = [sys.executable, "-m", "fsdfm_jax.main", "--config=configs/tiny.py:smoke"]
-    program += ["--noevaluate", *(f"--config.{key}={value}" for key, value in changes.items())]
-    return Victim(
-        command=lambda workdir: [*program, f"--workdir={workdir}"],
-        directory=lambda workdir: workdir / "stages" / stage,
-        checkpoint_every=_EVERY.value,
-        environment={
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        },
-    )
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    with tempfile.TemporaryDirectory() as folder:
-        place = pathlib.Path(folder)
-        result = torture(smoke_stage(place), place, kills=_KILLS.value, seed=_SEED.value)
-    print(json.dumps(result, indent=2))
-    measure.write({"machine": measure.machine(), "torture": result})
-    if result["faults"]:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    app.run(main)

@@ -1,56 +1,29 @@
-"""Does the mesh change what is trained? Every stage on simulated devices, against one device.
-
-    python -m benchmarks.meshes --output=meshes.json
-
-Trains a tiny network for --num_steps steps of each case on one device, on meshes of eight and on
-two processes of four, and goes on elsewhere from checkpoints. Prints the worst relative difference
-of the losses, of the norms of gradients and of the parameters (in units of the largest entry of
-their array). Moments in bfloat16 are rounded either way where two sums differ by rounding, which
-parameters show. The compiler optimises little here: nothing is timed.
-"""
+"""Tiny runs of every stage on meshes of simulated devices, for tests/test_mesh*.py."""
 
 import functools
-import itertools
-import json
-import os
 import pathlib
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks import measure
 from configs import base as base_config
 from fsdfm_jax import io, stages
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.parallel import processes, rules
+from fsdfm_jax.parallel import rules
 from fsdfm_jax.stages.base import Stage
 from fsdfm_jax.training import checkpoint, optim
 from fsdfm_jax.training import loop as loop_lib
 
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "Steps of each case.", lower_bound=1)
-_STAGES = flags.DEFINE_list("stages", list(stages.NAMES), "Stages, comma-separated.")
-_JOINED = flags.DEFINE_list(
-    "joined", None, "HOST:PORT,PROCESS: one of the processes that this program starts itself."
-)
-
 # Sizes of data, fsdp and tensor.
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
-JOINED_MESHES = ((1, 8, 1), (2, 2, 2))  # of two processes
-_PROCESSES = 2
 _DECAY = 0.9
 
 
@@ -180,10 +153,7 @@ def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
 
 
 def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Path) -> None:
-    """Trains a case in a folder, from its newest checkpoint if there is one.
-
-    Over all processes that are joined.
-    """
+    """Trains a case in a folder, from its newest checkpoint if there is one."""
     stage, _, config = make_stage(case)
     mesh = make_mesh(sizes)
     loop_lib.train(
@@ -217,122 +187,3 @@ def difference(got: Trained, want: Trained) -> dict[str, float]:
         "grad_norms": each(got.grad_norms, want.grad_norms),
         "parameters": max(jax.tree.leaves(jax.tree.map(worst, got.params, want.params))),
     }
-
-
-# --------------------------------------------------------------------------------- two processes
-
-
-def run_joined(jobs: Sequence[tuple[Case, Sequence[int], int, pathlib.Path]]) -> None:
-    """`run` of each job's arguments, in order, on two processes of four devices.
-
-    Raises:
-      RuntimeError: where a process ends with another code than 0.
-    """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    root = str(pathlib.Path(__file__).parents[1])
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": root}
-    given = json.dumps([(*job[:3], str(job[3])) for job in jobs])
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.meshes", f"--joined={coordinator},{process}"],
-            env=environment,
-            stdin=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(_PROCESSES)
-    ]
-    for process in started:
-        process.stdin.write(given)
-        process.stdin.close()
-    if any(codes := [process.wait() for process in started]):
-        raise RuntimeError(f"The processes ended with {codes}.")
-
-
-def _work(coordinator: str, process: str) -> None:
-    """One of the processes: does what standard input asks for."""
-    processes.initialize(coordinator, _PROCESSES, int(process))
-    try:
-        for case, sizes, num_steps, directory in json.load(sys.stdin):
-            run(Case(*case), sizes, num_steps, pathlib.Path(directory))
-        processes.barrier("done")
-    except Exception:
-        traceback.print_exc()
-        processes.leave(1)
-
-
-# ----------------------------------------------------------------------------------------- tables
-
-
-def compare(cases: Sequence[Case], num_steps: int) -> Iterator[dict[str, Any]]:
-    """Differences from one device, of each case on each mesh and of each stage on two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        references = {}
-        for case in cases:
-            references[case] = trained(case, (1, 1, 1), num_steps)
-            for sizes in MESHES:
-                got = trained(case, sizes, num_steps)
-                yield _row(case, _name(sizes), difference(got, references[case]))
-        plain = [case for case in cases if case == Case(case.stage)]
-        pairs = list(itertools.product(plain, JOINED_MESHES))
-        places = [pathlib.Path(folder) / str(number) for number in range(len(pairs))]
-        run_joined([(*pair, num_steps, at) for pair, at in zip(pairs, places, strict=True)])
-        for (case, sizes), place in zip(pairs, places, strict=True):
-            name = f"{_name(sizes)}, {_PROCESSES} processes"
-            yield _row(case, name, difference(read(place), references[case]))
-
-
-def compare_resumed(case: Case, num_steps: int) -> Iterator[dict[str, Any]]:
-    """Saved on 2x2x2 after a few steps, then `num_steps` more there and elsewhere."""
-    begun, end = 3, 3 + num_steps
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        run(case, (2, 2, 2), begun, folder / "begun")
-        elsewhere = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4), (1, 1, 1)]
-        places = {_name(sizes): sizes for sizes in elsewhere}
-        joined = {f"{_name(sizes)}, {_PROCESSES} processes": sizes for sizes in JOINED_MESHES}
-        for place in places | joined:
-            shutil.copytree(folder / "begun", folder / place)
-        for place, sizes in places.items():
-            run(case, sizes, end, folder / place)
-        run_joined([(case, sizes, end, folder / place) for place, sizes in joined.items()])
-        # One run to the end is what all of them should have been.
-        run(case, (2, 2, 2), end, folder / "whole")
-        for place in places | joined:
-            compared = difference(read(folder / place), read(folder / "whole"))
-            yield _row(case, f"2x2x2, then {place}", compared)
-
-
-def _name(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _row(case: Case, where: str, compared: dict[str, float]) -> dict[str, Any]:
-    row = {"case": str(case), "mesh": where, **compared}
-    print(json.dumps(row), file=sys.stderr, flush=True)
-    return row
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_disable_most_optimizations", True)
-    logging.set_verbosity(logging.WARNING)
-    if _JOINED.value:
-        _work(*_JOINED.value)
-        return
-    jax.config.update("jax_num_cpu_devices", 8)
-    cases = [case for case in CASES if case.stage in _STAGES.value]
-    rows = list(compare(cases, _NUM_STEPS.value))
-    if "distill" in _STAGES.value:
-        rows += compare_resumed(Case("distill"), _NUM_STEPS.value)
-    measure.print_table(rows)
-    worst = {key: max(row[key] for row in rows) for key in ("losses", "grad_norms", "parameters")}
-    print(f"worst: {worst}")
-    measure.write({"machine": measure.machine(), "num_steps": _NUM_STEPS.value, "runs": rows})
-
-
-if __name__ == "__main__":
-    app.run(main)

@@ -1,0 +1,34 @@
+"""Lists the benchmarks: what each measures, and how long it takes on two CPU cores by default."""
+
+import ast
+import pathlib
+
+DURATIONS = {
+    "train": "5 min",
+    "sample": "5 min",
+    "autoregressive": "25 min",
+    "scaling": "15 min",
+    "accelerator.sh": "30 min",  # of a GPU or TPU
+    "convert": "6 min",
+    "reading": "3 min",
+    "exact_lab": "20 min",
+    "quality": "hours",
+}
+
+
+def summary(name: str) -> str:
+    """The first line of what a program says of itself."""
+    path = pathlib.Path(__file__).with_name(name)
+    if path.suffix == ".sh":
+        return path.read_text().splitlines()[1].removeprefix("# ")
+    return ast.get_docstring(ast.parse(path.with_suffix(".py").read_text())).splitlines()[0]
+
+
+def main() -> None:
+    print("python -m benchmarks.NAME, or benchmarks/accelerator.sh; each says how with --help.")
+    for name, duration in DURATIONS.items():
+        print(f"{name:15} {duration:>6}  {summary(name)}")
+
+
+if __name__ == "__main__":
+    main()

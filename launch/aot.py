@@ -1,0 +1,415 @@
+"""Compiles the programs of a run for devices that needn't be there; reads what the compiler says.
+
+The programs are those that a run compiles itself: a stage's training step with the shardings of
+its state, and the sampler. The figures are the compiler's plan of memory and its count of
+operations (`memory_analysis`, `cost_analysis`), the collectives in the text of the compiled
+program, and the operations that the network needs (`launch.flops`).
+"""
+
+import collections
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fsdfm_jax import stages
+from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.network.model import ModelConfig
+from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.parallel import rules
+from fsdfm_jax.training import loop as loop_lib
+from fsdfm_jax.training import optim
+from launch import flops
+
+KINDS = ("train", "sampler")
+LOCAL = "local"
+_GIB = 2**30
+_INSTALL = "pip install 'fsdfm_jax[tpu]'"
+
+# TPU -> (operations per second of bfloat16 products, from Google Cloud's "System architecture"
+# pages; bytes that the compiler leaves to programs, of 16, 95 and 32 GB).
+TPUS = {
+    "v5e": (197e12, 15.75 * _GIB),
+    "v5p": (459e12, 95.73 * _GIB),
+    "v6e": (918e12, 31.24 * _GIB),
+}
+# Part of the driver's name -> operations per second, dense bfloat16, from NVIDIA's data sheets.
+GPUS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# The TPU library looks for chips and lets one process in at a time; its compiler needs neither.
+_NO_CHIPS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Target(NamedTuple):
+    """Where programs are compiled for.
+
+    Attributes:
+      name: as asked for.
+      devices: all of them, described or real.
+      peak_flops: operations per second of a device, None if unknown.
+      memory: bytes of a device that programs get, None if unknown.
+      described: whether the devices are only a description.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    peak_flops: float | None
+    memory: float | None
+    described: bool
+
+
+def find_target(name: str) -> Target:
+    """The devices of a TPU topology ("v5e:4x4"), or those of this process ("local").
+
+    Raises:
+      ValueError: for a name that is no topology, one the compiler refuses, or where the compiler
+        isn't installed.
+    """
+    if name == LOCAL:
+        devices = jax.devices()
+        peak = next((rate for part, rate in GPUS.items() if part in devices[0].device_kind), None)
+        stats = devices[0].memory_stats() or {}
+        return Target(name, devices, peak, stats.get("bytes_limit"), False)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    if not match or match[1] not in TPUS:
+        raise ValueError(
+            f"Unknown --topology={name!r}; expected {LOCAL!r} or KIND:SHAPE, as v5e:4x4 or "
+            f"v5p:2x2x1, with a kind of {', '.join(TPUS)}."
+        )
+    for key, value in _NO_CHIPS.items():
+        os.environ.setdefault(key, value)
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "not installed" in message:
+            raise ValueError(
+                f"--topology={name} needs the TPU compiler, which isn't installed: {_INSTALL}"
+            ) from error
+        if "INVALID_ARGUMENT" not in message:
+            raise
+        reason = message.split("INVALID_ARGUMENT: ")[-1]
+        raise ValueError(f"The compiler refuses --topology={name}: {reason}") from error
+    return Target(name, description.devices, *TPUS[match[1]], True)
+
+
+# ---------------------------------------------------------------------------------------- programs
+
+
+class Program(NamedTuple):
+    """A program to compile, for any number of rows.
+
+    Attributes:
+      kind: one of `KINDS`.
+      unit: a batch is a multiple of so many rows.
+      lower: rows -> what JAX has lowered.
+      flops: rows -> operations that the result needs, on all devices.
+    """
+
+    kind: str
+    unit: int
+    lower: Callable[[int], Any]
+    flops: Callable[[int], float]
+
+
+def make_programs(
+    kinds: Sequence[str],
+    name: str,
+    config: ConfigDict,
+    target: Target,
+    *,
+    rows: int,
+    steps: int,
+) -> tuple[Mesh, list[Program]]:
+    """The mesh that a config asks for, and programs of a stage on it.
+
+    Args:
+      kinds: some of `KINDS`.
+      name: of the stage.
+      rows: of the batch that the programs are meant for.
+      steps: of the sampler.
+
+    Raises:
+      ValueError: for an unknown kind, a stage without such a program, or a mesh that doesn't fit
+        the devices, the network or the rows; the message names one that does.
+    """
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"--what takes some of {', '.join(KINDS)}, got {list(kinds)}.")
+    if target.described and config.model.attention == "auto":
+        config = config.copy_and_resolve_references()
+        config.model.attention = "xla"  # what "auto" takes there
+    vocab_size = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
+    process = process_lib.make_process(**config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
+    model = stages.model_config(name, config.model, vocab_size=process.source.vocab_size)
+    if "sampler" in kinds and model.causal:
+        raise ValueError(f"Stage {name!r} has no few-step sampler; leave it out with --what=train.")
+    parts = {"train": config[name].accumulate, "sampler": 1}
+    length = config.data.block_length
+    sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
+
+    def check(mesh: Mesh) -> Mesh:
+        mesh_lib.check_heads(mesh, model.num_heads)
+        mesh_lib.state_shardings(mesh, _param_shapes(model))
+        mesh_lib.check_batch_size(mesh, rows, "--batch")
+        most = max(parts[kind] for kind in kinds)
+        if rows % (most * mesh_lib.row_shards(mesh)):
+            raise ValueError(
+                f"--batch={rows} must be a multiple of {name}.accumulate={most} times the "
+                f"{mesh_lib.row_shards(mesh)} data shard(s) of the mesh."
+            )
+        return mesh
+
+    mesh = find_mesh(config.mesh, target, check)
+    lower = {
+        "train": lambda count: lower_train(name, config, process, mesh, count),
+        "sampler": lambda count: lower_sampler(model, process, sampling, mesh, (count, length)),
+    }
+    needed = {
+        "train": lambda count: flops.step_flops(name, config, model, count),
+        "sampler": lambda count: steps * flops.forward_flops(model, count, length),
+    }
+    shards = mesh_lib.row_shards(mesh)
+    return mesh, [Program(kind, shards * parts[kind], lower[kind], needed[kind]) for kind in kinds]
+
+
+def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) -> Mesh:
+    """The mesh of `config.mesh`; ValueError that names the nearest one that passes `check`."""
+    make = lambda sizes: check(mesh_lib.make_mesh(ConfigDict({**asked, **sizes}), target.devices))
+    try:
+        return make({})
+    except ValueError as error:
+        for sizes in _nearest(asked, len(target.devices)):
+            try:
+                make(sizes)
+            except ValueError:
+                continue
+            found = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
+            raise ValueError(f"{error} This mesh fits: {found}") from error
+        raise ValueError(f"{error} No mesh of the {len(target.devices)} devices fits.") from error
+
+
+def _nearest(asked: ConfigDict, count: int) -> Iterator[dict[str, int]]:
+    """Sizes of all meshes of `count` devices, first those with the tensor and fsdp asked for."""
+    sizes = [size for size in range(1, count + 1) if count % size == 0]
+    wanted = max(asked.tensor, 1), asked.fsdp if asked.fsdp > 0 else count
+    meshes = [(t, f) for t, f in itertools.product(sizes, sizes) if count % (t * f) == 0]
+    distance = lambda mesh: [abs(math.log(a / b)) for a, b in zip(mesh, wanted, strict=True)]
+    for tensor, fsdp in sorted(meshes, key=distance):
+        yield dict(zip(rules.AXES, (count // (tensor * fsdp), fsdp, tensor), strict=True))
+
+
+def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, rows: int):
+    """The training step of a stage, lowered for a batch of so many rows."""
+    stage, own = stages.make_stage(name, config, process), config[name]
+    optimizer = optim.make_optimizer(config.optim, own)
+    settings = loop_lib.Settings(
+        num_steps=own.num_steps,
+        batch_size=rows,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        ema_decay=own.ema_decay,
+        accumulate=own.accumulate,
+        max_skipped=config.optim.max_skipped,
+    )
+    loop_lib.check_settings(settings)
+    base = None
+    if name in stages.FEW_STEP:
+        count = process.source.vocab_size
+        base = _param_shapes(stages.model_config("pretrain", config.model, vocab_size=count))
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(loop_lib.make_init(stage, optimizer, settings), _key(), base)
+        shardings = mesh_lib.state_shardings(mesh, abstract)
+        step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
+        tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
+        batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
+        guide = None if stage.needs is None else stages.Guide(base, base)
+        return step.lower(abstract, batch, _key(), guide)
+
+
+def lower_sampler(
+    model: ModelConfig, process: Process, sampling: Sampling, mesh: Mesh, shape: tuple[int, int]
+):
+    """The sampler, lowered for tokens of a shape (B, L), rows over the mesh."""
+    whole, spread = mesh_lib.whole(mesh), mesh_lib.batch_sharding(mesh)
+    shaped = lambda shape, dtype, place: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    placed = lambda leaf, place: shaped(leaf.shape, leaf.dtype, place)
+    params = _param_shapes(model)
+    with jax.set_mesh(mesh):
+        return generate_lib.make_sampler(model, process).lower(
+            jax.tree.map(placed, params, mesh_lib.state_shardings(mesh, params)),
+            placed(_key(), whole),
+            shaped(shape, jnp.int32, spread),
+            shaped(shape, bool, spread),
+            jax.tree.map(lambda _: shaped((), jnp.float32, whole), sampling),
+        )
+
+
+def _key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _param_shapes(model: ModelConfig):
+    return jax.eval_shape(lambda key: model_lib.init_params(key, model), _key())
+
+
+# --------------------------------------------------------------------------------------- compiling
+
+
+def describe(program: Program, rows: int, target: Target) -> dict[str, Any]:
+    """What a program takes of each device; None or left out where it isn't known.
+
+    Returns:
+      In bytes `arguments`, `temporaries` and all together as `total`, and `memory`, what a device
+      has; whether it `fits`; `flops` that the result needs, and `least_s`, the seconds that these
+      take at the peak; `counted_flops` and `counted_bytes` by the compiler, and the number of
+      collectives by kind with their bytes, all of which count the body of a loop once, however
+      often it runs.
+    """
+    row: dict[str, Any] = {"program": program.kind, "rows": rows, "memory": target.memory}
+    row["flops"] = program.flops(rows) / len(target.devices)
+    row["least_s"] = target.peak_flops and row["flops"] / target.peak_flops
+    lowered = program.lower(rows)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"total": needed_bytes(error), "fits": False}
+    plan, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    arguments, total = plan.argument_size_in_bytes, plan.peak_memory_in_bytes
+    if not target.described:  # for a TPU the peak is what the compiler goes by
+        fresh = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        total = arguments + plan.temp_size_in_bytes + fresh + plan.generated_code_size_in_bytes
+    row |= {"arguments": arguments, "temporaries": total - arguments, "total": total}
+    row["fits"] = None if target.memory is None else total <= target.memory
+    row |= {"counted_flops": counted.get("flops"), "counted_bytes": counted.get("bytes accessed")}
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            "JAX can't read the compiled program, as happens where the compiler is newer than "
+            f"jaxlib; install the one that goes with it: {_INSTALL}. It said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    for kind, (count, num_bytes) in collectives(text).items():
+        row |= {kind: count, f"{kind}_bytes": num_bytes}
+    return row
+
+
+def needed_bytes(error: Exception) -> float | None:
+    """What a program that is too large would take, None where the compiler doesn't say.
+
+    Raises:
+      the error itself, if it is about anything else.
+    """
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        raise error
+    found = re.search(r"Used ([\d.]+)([MGT]) of|\(([\d.]+)([MGT])\) exceeds", text)
+    if not found:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return float(number) * {"M": 2**20, "G": _GIB, "T": 2**40}[unit]
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_LINE = re.compile(r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)")
+
+
+def collectives(text: str) -> dict[str, tuple[int, float]]:
+    """{kind: (number, bytes)} of the collectives in the text of a compiled program.
+
+    Each counts once, those in the body of a loop too. The bytes are those of the whole array, as it
+    is before a reduction or after a gathering.
+    """
+    sizes: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    scattered = False  # in a sum of which each device of a TPU keeps a part
+    for line in text.splitlines():
+        if line.endswith("{") and " = " not in line:
+            scattered = line.startswith("%all-reduce-scatter")
+        if not (match := _LINE.search(line)):
+            continue
+        name, shape, opcode, operands = match.groups()
+        sizes[name] = _bytes(shape)
+        kind = opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        given = sum(sizes.get(operand, 0.0) for operand in re.findall(r"%([\w.\-]+)", operands))
+        made = sizes[name] - (given if opcode == "all-gather-start" else 0.0)  # (operand, result)
+        whole = given if kind == "collective-permute" else max(given, made)
+        # The TPU compiler spreads an exchange over several kernels, which name one chain.
+        chain = re.search(r'chain_id="(\d+)"', line)
+        kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
+        found[kind][chain[0] if chain else name] = whole
+    return {kind: (len(each), sum(each.values())) for kind, each in sorted(found.items())}
+
+
+def _bytes(shape: str) -> float:
+    """Bytes of a shape as HLO writes it, of all arrays of a tuple."""
+    total = 0.0
+    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", shape):
+        bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or [0])[0])
+        total += bits / 8 * math.prod(map(int, re.findall(r"\d+", dims)))
+    return total
+
+
+def find_largest(
+    program: Program, target: Target, report: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """`describe` of a batch that nearly fills the memory; None if the smallest doesn't fit.
+
+    Memory is nearly linear in rows: the line through two compilations says where it is full, and a
+    third one checks that. A somewhat larger batch may fit where the compiler recomputes more.
+
+    Args:
+      report: told of each batch that was compiled.
+
+    Raises:
+      ValueError: where the memory of a device isn't known.
+    """
+    if target.memory is None:
+        raise ValueError(
+            f"--largest_batch needs to know the memory of a device, and {target.name} doesn't tell "
+            "it; name a TPU topology, as v5e:4x4."
+        )
+
+    def compiled(count: int) -> dict[str, Any]:
+        row = describe(program, count * program.unit, target)
+        total = "?" if row["total"] is None else f"{row['total'] / 1e9:.2f}"
+        report(f"{row['rows']} rows take {total} of {target.memory / 1e9:.2f} GB")
+        return row
+
+    first, count = 2, 8  # a part of a batch may hold rows of two losses
+    small = compiled(first)
+    if not small["fits"]:
+        return None
+    row = compiled(count)
+    while True:
+        if row["total"] is None:
+            full = (first + count) // 2
+        else:
+            each = max(1.0, (row["total"] - small["total"]) / (count - first))
+            full = first + int((target.memory - small["total"]) // each)
+        if full in (first, count):
+            return row if row["fits"] else small
+        count, row = full, compiled(full)
+        if row["fits"]:
+            return row
