@@ -241,8 +241,17 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
         step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
         tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
         batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
-        guide = None if stage.needs is None else stages.Guide(base, base)
-        return step.lower(abstract, batch, _key(), guide)
+        return step.lower(abstract, batch, _key(), _guide_shapes(stage, base, mesh))
+
+
+def _guide_shapes(stage: stages.Stage, base, mesh: Mesh):
+    """What `stage.needs` names as the shapes of base weights, sharded as parameters are."""
+    if stage.needs is None:
+        return None
+    places = mesh_lib.state_shardings(mesh, base)
+    placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    base = jax.tree.map(placed, base, places)
+    return jax.tree.map(lambda run: base, stage.needs)
 
 
 def lower_sampler(

@@ -54,6 +54,7 @@ def test_operations_of_a_step_count_student_and_teacher():
     dense = 12 * (4 + 8) * 768**2 + 768 * 50_257
     assert forward == 2 * 1024 * (dense + 2 * 12 * 1024 * 768)
     assert flops.step_flops("pretrain", config, model, 96) == 3 * 96 * forward
+    assert flops.step_flops("step_aware", config, model, 96) == 3 * 96 * forward
     config.distill.tau = 2.0**-7  # fewer rows for the teacher than for the data
     taught = 96 - round(96 * few_step.split_budgets(config.distill, "distill")[0].share)
     assert 0 < taught < 48
