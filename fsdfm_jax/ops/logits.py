@@ -1,7 +1,7 @@
 """Logits that are never written down.
 
-Of a sequence of 1,024 tokens over a vocabulary of 50,257 the logits are 196 MiB in float32, several
-times of that with their gradient. The vocabulary head is affine, so they are kept as factors,
+The float32 logits of 1,024 tokens over a vocabulary of 50,257 take 196 MiB, and their gradient as
+much again or more. The vocabulary head is affine, so they are kept as factors,
 
     logits_BLV = features_BLD kernel_DV + bias_V,
 
@@ -10,8 +10,7 @@ and `mean_loss` (losses, with their gradients) multiply out a chunk of positions
 it. An average of logits with weights that add up to 1 is the average of the features, so that the
 teacher's target takes one product and no sum of arrays of that size.
 
-Both functions take an array [B, L, V] as well, all at once: the reference, and what networks
-without factors give.
+Both functions also take an array [B, L, V], all at once: the reference.
 """
 
 import dataclasses
