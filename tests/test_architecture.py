@@ -52,6 +52,7 @@ ONLY = {
 CONFIG_READERS = {
     "main",
     "cli",
+    "library",
     "training.optim",
     "training.pipeline",
     "parallel.mesh",
