@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import importlib.util
 import logging
 import pathlib
 import re
@@ -92,12 +91,7 @@ def find_config(spec: str) -> str:
 
 def base_config() -> ConfigDict:
     """configs/base.py: every key with its default."""
-    spec = importlib.util.spec_from_file_location(
-        "fsdfm_jax_base_config", shared("configs") / "base.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(shared("configs") / "base.py"))["get_config"]()
 
 
 def update(config: ConfigDict, values: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """`write_text` for named arrays in NumPy's .npz format, compressed."""
-    _replace(path, lambda file: np.savez_compressed(file, **arrays))
+    _replace(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:

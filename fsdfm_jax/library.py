@@ -10,16 +10,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from fsdfm_jax import cli, stages
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data.tokenizer import Tokenizer
-from fsdfm_jax.flow.process import make_process
+from fsdfm_jax.flow.process import Process, make_process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import Bundle
+from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.network.model import Params
 from fsdfm_jax.stages import refine
+from fsdfm_jax.stages.base import Stage
 from fsdfm_jax.training import optim, state
 from fsdfm_jax.training.metrics import Progress
 
@@ -27,13 +31,18 @@ from fsdfm_jax.training.metrics import Progress
 def load(path: str | os.PathLike | None = None, **options: Any) -> Bundle:
     """Opens a model of any format; parameters are read when they are asked for.
 
-    >>> load().block_length
+    >>> import fsdfm_jax as fs
+    >>> model = fs.load()
+    >>> model.block_length
     128
 
     Args:
       path: a file or folder: official .pth, safetensors, a working directory, an exported sampler;
         None is the bundled model.
       **options: of `formats.open_bundle`: which, num_heads, tokenizer, stage, source.
+
+    Returns:
+      The model: its network, parameters, tokenizer, noising process and where it came from.
 
     Raises:
       ValueError: for a file that is damaged, hostile or of no known format.
@@ -47,10 +56,11 @@ def save(
 ) -> None:
     """Writes a model, whole or not at all.
 
-    >>> import tempfile
+    >>> import fsdfm_jax as fs, tempfile
+    >>> model = fs.load()
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(load(), f"{folder}/model.safetensors", dtype="bfloat16")
-    ...     load(f"{folder}/model.safetensors").num_params() == load().num_params()
+    ...     fs.save(model, f"{folder}/model.safetensors", dtype="bfloat16")
+    ...     fs.load(f"{folder}/model.safetensors").num_params() == model.num_params()
     True
 
     Args:
@@ -76,6 +86,13 @@ def export(
     overwrite: bool = False,
 ) -> None:
     """Exports a few-step sampler as a folder that runs without this package (`run.py` in it).
+
+    >>> import fsdfm_jax as fs, tempfile
+    >>> model = fs.load()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fs.export(model, f"{folder}/sampler", steps=1)
+    ...     fs.load(f"{folder}/sampler").num_params() == model.num_params()
+    True
 
     Args:
       model: from `load` or `train`; not autoregressive.
@@ -119,11 +136,17 @@ def train(
     For long runs use the program `fsdfm_jax.main`, which checkpoints, resumes and spreads over
     devices; the stages and the optimiser step are the same.
 
-    >>> text = np.tile(np.arange(8), (64, 2))
+    >>> import fsdfm_jax as fs, functools, jax, numpy as np
+    >>> text_NL = np.tile(np.arange(8), (64, 2))
     >>> network = {"width": 16, "num_blocks": 1, "num_heads": 2, "cond_width": 8}
-    >>> small = train(text, vocab_size=8, model=network, num_steps=2, batch_size=8)
-    >>> small.provenance["stage"], small.block_length
-    ('pretrain', 16)
+    >>> how = {"num_steps": 20, "batch_size": 16, "learning_rate": 3e-3}
+    >>> base = fs.train(text_NL, model=network, loss="cross_entropy", **how)
+    >>> model = fs.train(text_NL, stage="distill", base=base, **how)
+    >>> process, (noise_key, key) = model.process(), jax.random.split(jax.random.key(0))
+    >>> denoise = functools.partial(fs.predict, model.params(), model.model)
+    >>> jump, x0_BL = process.make_jump(fs.CUMULATIVE), process.source.sample(noise_key, (4, 16))
+    >>> fs.sample(key, denoise, jump, process.finalize, x0_BL, fs.uniform_grid(2)).shape
+    (4, 16)
 
     Args:
       tokens_NL: int [N, L], blocks of token ids.
@@ -146,11 +169,16 @@ def train(
     Raises:
       ValueError: for tokens that aren't blocks of ids, a few-step stage without `base`, or a value
         that the configuration refuses.
+      FloatingPointError: the training diverged.
     """
     tokens_NL = _check_tokens(tokens_NL)
     config = cli.base_config()
     if stage not in stages.NAMES:
         raise ValueError(f"Unknown stage {stage!r}; expected one of {', '.join(stages.NAMES)}.")
+    if base is None and stage in stages.FEW_STEP:
+        raise ValueError(f"Stage {stage!r} starts from a trained model; give it as base=.")
+    if options.get("init_from"):
+        raise ValueError("init_from names a run of a working directory; give its model as base=.")
     given = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     cli.update(config, {stage: given | {"ema_decay": ema_decay} | options})
     if base is not None:
@@ -172,6 +200,14 @@ def train(
     eos_id = eos_id if tokenizer is None else tokenizer.eos_id
     process = make_process(**config.path, num_tokens=vocab_size, eos_id=eos_id)
     made = stages.make_stage(stage, config, process)
+    if num_steps < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}."
+        )
+    if batch_size % config[stage].accumulate:
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of accumulate={config[stage].accumulate}."
+        )
     if made.needs is not None:
         raise ValueError("Guidance takes the program fsdfm_jax.main, which finds its two models.")
     params = None if base is None else jax.tree.map(jax.numpy.asarray, base.device_params())
@@ -205,14 +241,22 @@ def _check_tokens(tokens_NL: np.ndarray) -> np.ndarray:
     return tokens_NL.astype(np.int32)
 
 
-def _fit(made, config, process, tokens_NL, params, base, seed):
+def _fit(
+    made: Stage,
+    config: ConfigDict,
+    process: Process,
+    tokens_NL: np.ndarray,
+    params: Params | None,
+    base: Bundle | None,
+    seed: int,
+) -> Params:
     """The weights after the last step."""
     own = config[made.name]
     optimizer = optim.make_optimizer(config.optim, own)
     init_key, step_key, pair_key = jax.random.split(jax.random.key(seed), 3)
     batches = _batches(own, tokens_NL, seed)
-    if made.name == "refine":
-        pairs = _make_pairs(own, process, tokens_NL.shape[1], base, params, pair_key)
+    if made.name == "refine" and base is not None and params is not None:
+        pairs = _make_pairs(own, process, tokens_NL.shape[1], base.model, params, pair_key)
         batches = _coupled(own, process, pairs, batches, seed)
 
     @jax.jit
@@ -228,6 +272,7 @@ def _fit(made, config, process, tokens_NL, params, base, seed):
             loss=made.loss,
             optimizer=optimizer,
             ema_decay=own.ema_decay,
+            accumulate=own.accumulate,
         )
 
     train_state = init(init_key, params)
@@ -242,7 +287,7 @@ def _fit(made, config, process, tokens_NL, params, base, seed):
     return state.averaged(train_state)
 
 
-def _batches(own, tokens_NL, seed) -> Iterator[dict[str, np.ndarray]]:
+def _batches(own: ConfigDict, tokens_NL: np.ndarray, seed: int) -> Iterator[dict[str, np.ndarray]]:
     """Rows in random order, all of them once an epoch."""
     generator, left = np.random.default_rng(seed), np.zeros((0,), np.int64)
     while True:
@@ -252,9 +297,16 @@ def _batches(own, tokens_NL, seed) -> Iterator[dict[str, np.ndarray]]:
         yield {"x1": tokens_NL[rows]}
 
 
-def _make_pairs(own, process, length, base, params, key) -> tuple[np.ndarray, np.ndarray]:
+def _make_pairs(
+    own: ConfigDict,
+    process: Process,
+    length: int,
+    model: ModelConfig,
+    params: Params,
+    key: jax.Array,
+) -> tuple[np.ndarray, np.ndarray]:
     settings = refine.read_pair_settings(own)
-    run = refine.make_pair_sampler(base.model, process, settings, length=length)
+    run = refine.make_pair_sampler(model, process, settings, length=length)
     parts = []
     with Progress("making pairs", total=settings.num_pairs) as progress:
         for part in range(settings.num_pairs // settings.batch_size):
@@ -264,7 +316,13 @@ def _make_pairs(own, process, length, base, params, key) -> tuple[np.ndarray, np
     return x0, x1
 
 
-def _coupled(own, process, pairs, batches, seed) -> Iterator[dict[str, np.ndarray]]:
+def _coupled(
+    own: ConfigDict,
+    process: Process,
+    pairs: tuple[np.ndarray, np.ndarray],
+    batches: Iterator[dict[str, np.ndarray]],
+    seed: int,
+) -> Iterator[dict[str, np.ndarray]]:
     for step, batch in enumerate(batches):
         yield refine.mix_real(
             pairs,

@@ -43,6 +43,7 @@ ONLY = {
 CONFIG_READERS = {
     "main",
     "cli",
+    "library",
     "training.optim",
     "training.pipeline",
     "parallel.mesh",

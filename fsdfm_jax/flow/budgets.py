@@ -47,13 +47,24 @@ class Budgets(NamedTuple):
 
 
 def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budgets:
-    """Widths 1, 1/2, .. 2^-max_log2_steps.
+    """Widths 1, 1/2, .. 2^-max_log2_steps (arXiv:2509.20624 App. B).
+
+    >>> import fsdfm_jax as fs
+    >>> budgets = fs.make_budgets(max_log2_steps=3, weights="official", time_eps=0.0)
+    >>> [round(p, 3) for p in budgets.probabilities]
+    [0.067, 0.133, 0.267, 0.533]
+    >>> below, above = budgets.split(tau=0.25)
+    >>> below.log2_steps, above.log2_steps
+    ((3,), (0, 1, 2))
 
     Args:
       max_log2_steps: K >= 0; 10 covers 1 to 1,024 steps.
       weights: "log_uniform" (each width equally often), or "official" (1, 2, 4 .. 2^K from the
         widest to the finest: at K=10 widths of 1/8 and more get 0.73% of the rows).
       time_eps: in [0, 1).
+
+    Returns:
+      The budgets, widest first.
 
     Raises:
       ValueError: for values outside these.
@@ -77,11 +88,27 @@ def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budge
 
 
 def sample_budgets(key: jax.Array, budgets: Budgets, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Draws (t_R, h_R), float32 [R], for `rows` rows.
+    """Draws the time and the width of each row.
+
+    >>> import fsdfm_jax as fs, jax
+    >>> budgets = fs.make_budgets(max_log2_steps=1, weights="log_uniform", time_eps=0.0)
+    >>> t_R, h_R = fs.sample_budgets(jax.random.key(0), budgets, rows=4)
+    >>> h_R.tolist()
+    [1.0, 1.0, 0.5, 0.5]
+    >>> bool((t_R + h_R <= 1).all())
+    True
 
     Widths are stratified over the rows (systematic resampling): each row's width has the right
     probabilities on average over the batch and their counts vary by less than one, which lowers the
     variance of the loss.
+
+    Args:
+      key: typed PRNG key.
+      budgets: from `make_budgets`, or a part of them.
+      rows: R.
+
+    Returns:
+      (t_R, h_R), float32 [R]: the times at which the steps begin, and their widths.
     """
     offset_key, time_key = jax.random.split(key)
     u_R = (jax.random.uniform(offset_key, ()) + jnp.arange(rows)) / rows

@@ -4,9 +4,10 @@ import numpy as np
 
 
 def uniform_grid(steps: int) -> np.ndarray:
-    """The times 0, 1/S .. 1.
+    """The times 0, 1/S .. 1 of the published sampler (arXiv:2509.20624 App. B.1).
 
-    >>> uniform_grid(4).tolist()
+    >>> import fsdfm_jax as fs
+    >>> fs.uniform_grid(4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
 
     Args:
@@ -26,7 +27,8 @@ def uniform_grid(steps: int) -> np.ndarray:
 def make_grid(name: str, steps: int) -> np.ndarray:
     """A grid by name.
 
-    >>> make_grid("power:2", 2).tolist()
+    >>> import fsdfm_jax as fs
+    >>> fs.make_grid("power:2", 2).tolist()
     [0.0, 0.25, 1.0]
 
     Args:

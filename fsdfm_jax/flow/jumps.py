@@ -15,6 +15,12 @@ restricted to tokens other than z:
 With `dispersed` one random number decides which positions of a row jump, so that neighbours rarely
 jump together (`categorical.dispersed`): tokens drawn in one step are independent of each other.
 
+    >>> import fsdfm_jax as fs
+    >>> rules = (fs.CUMULATIVE, fs.EULER, fs.MIXTURE, fs.DISPERSED)
+    >>> t, h, m = 0.5, 0.25, 0.5
+    >>> [round(float(rule.probability(fs.Polynomial(), t, h, m)), 3) for rule in rules]
+    [0.293, 0.221, 0.25, 0.25]
+
 A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that
 sampler and teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h
 ignores t and kappa, so that at most 63% of the positions can move in a step.
@@ -42,10 +48,18 @@ _END = 1.0 - 1e-6
 
 
 class JumpRule(NamedTuple):
-    """P(jump) as a function of (schedule, t, h, m), float32; see the table of the module.
+    """P(jump) by the schedule, the step and the mass m off the diagonal; see the module's table.
 
-    `dispersed`: whether the positions of a row that jump in one step keep away from each other;
-    else they jump independently.
+    >>> import fsdfm_jax as fs
+    >>> never = fs.JumpRule("never", lambda schedule, t, h, m: 0.0 * m)
+    >>> never.probability(fs.Polynomial(), 0.5, 0.25, 1.0)
+    0.0
+
+    Attributes:
+      name: in configs and messages.
+      probability: (schedule, t, h, m) -> P(jump), float32, of the shape of m.
+      dispersed: whether positions of a row that jump in the same step are kept apart; otherwise
+        they jump independently.
     """
 
     name: str
@@ -78,9 +92,23 @@ def get_rule(name: str) -> JumpRule:
 def with_posterior_end(rule: JumpRule) -> JumpRule:
     """The rule, except that a step reaching t=1 draws the position from the full posterior.
 
+    >>> import fsdfm_jax as fs
+    >>> rule = fs.with_posterior_end(fs.CUMULATIVE)
+    >>> t, h, m = 0.75, 0.25, 0.125
+    >>> float(rule.probability(fs.Polynomial(), t, h, m))
+    0.125
+    >>> round(float(fs.CUMULATIVE.probability(fs.Polynomial(), t, h, m)), 3)
+    0.881
+
     In closed form `cumulative` says "jump almost surely off the current token" at t=1, which evicts
     a token held with p=0.9 with probability 0.83 although the path's exact kernel keeps it with
     probability 0.9.
+
+    Args:
+      rule: of the steps that end before t=1.
+
+    Returns:
+      A rule of the same name.
     """
 
     def probability(schedule, t, h, m):

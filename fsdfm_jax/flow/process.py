@@ -13,9 +13,10 @@ from fsdfm_jax.flow.sources import Source
 class Process(NamedTuple):
     """The noising process that all stages of a run share.
 
-    >>> process = Process(schedules.Polynomial(), Source(vocab_size=5))
-    >>> x0_BL, x1_BL = jax.numpy.zeros((2, 4), int), jax.numpy.full((2, 4), 3)
-    >>> t_B = jax.numpy.array([0.0, 1.0])
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=5))
+    >>> x0_BL, x1_BL = jnp.zeros((2, 4), int), jnp.full((2, 4), 3)
+    >>> t_B = jnp.array([0.0, 1.0])
     >>> process.sample_path(jax.random.key(0), x0_BL, x1_BL, t_B).tolist()
     [[0, 0, 0, 0], [3, 3, 3, 3]]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fsdfm_jax.flow.grids import check_grid
 from fsdfm_jax.flow.jumps import Finalize, Jump
@@ -85,21 +86,18 @@ def sample(
     jump: Jump,
     finalize: Finalize,
     x0_BL: jax.Array,
-    grid_S1: jax.Array,
+    grid_S1: jax.Array | np.ndarray,
     frozen_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Draws samples in S steps.
 
-    >>> from fsdfm_jax.flow import grids, jumps
-    >>> from fsdfm_jax.flow.process import Process
-    >>> from fsdfm_jax.flow.schedules import Polynomial
-    >>> from fsdfm_jax.flow.sources import Source
-    >>> process = Process(Polynomial(), Source(vocab_size=5))
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=5))
     >>> knows = lambda x_BL, t_B, h_B: 50.0 * jax.nn.one_hot(jnp.full_like(x_BL, 3), 5)
     >>> noise_key, key = jax.random.split(jax.random.key(0))
     >>> x0_BL = process.source.sample(noise_key, (1, 4))
-    >>> jump, grid = process.make_jump(jumps.MIXTURE), grids.uniform_grid(2)
-    >>> sample(key, knows, jump, process.finalize, x0_BL, grid).tolist()
+    >>> jump, grid = process.make_jump(fs.CUMULATIVE), fs.uniform_grid(2)
+    >>> fs.sample(key, knows, jump, process.finalize, x0_BL, grid).tolist()
     [[3, 3, 3, 3]]
 
     Args:
@@ -127,19 +125,33 @@ def sample_trajectory(
     jump: Jump,
     finalize: Finalize,
     x0_BL: jax.Array,
-    grid_S1: jax.Array,
+    grid_S1: jax.Array | np.ndarray,
     frozen_BL: jax.Array | None = None,
     *,
     observe: Observe = lambda logits, x_BL, new_BL: (),
 ) -> tuple[jax.Array, Any]:
     """As `sample`; also returns what `observe` made of each step.
 
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=5))
+    >>> knows = lambda x_BL, t_B, h_B: 50.0 * jax.nn.one_hot(jnp.full_like(x_BL, 3), 5)
+    >>> jump, x0_BL = process.make_jump(fs.CUMULATIVE), jnp.zeros((1, 4), int)
+    >>> arguments = (jax.random.key(0), knows, jump, process.finalize, x0_BL, fs.uniform_grid(2))
+    >>> changes = lambda logits, x_BL, new_BL: jnp.sum(x_BL != new_BL)
+    >>> x1_BL, changes_S = fs.sample_trajectory(*arguments, observe=changes)
+    >>> int(changes_S.sum())
+    4
+
     Args:
+      key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL: as in `sample`.
       observe: (logits, x_BL, new_BL) -> a tree of arrays, from the logits that a step drew from
         and the tokens before and after it.
 
     Returns:
       (int [B, L], the tree with a leading axis of S).
+
+    Raises:
+      ValueError: if a concrete grid doesn't increase from 0 to 1.
     """
     if not isinstance(grid_S1, jax.core.Tracer):
         grid_S1 = check_grid(grid_S1)

@@ -11,7 +11,7 @@ else a `Sampling` can say are wrappers, denoise -> denoise: `annealed`, `midpoin
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,9 +40,12 @@ class Sampling:
     A pytree: steps, jump and grid are static under jit, the numbers are data and don't recompile.
     An autoregressive model uses `temperature` and `top_p` alone.
 
-    >>> Sampling(steps=4).times().tolist()
+    >>> import fsdfm_jax as fs
+    >>> fs.Sampling(steps=4).times().tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
-    >>> Sampling(cooling=2.0)
+    >>> fs.Sampling(steps=4, temperature=0.9).to_dict()["temperature"]
+    0.9
+    >>> fs.Sampling(cooling=2.0)
     Traceback (most recent call last):
     ...
     ValueError: Sampling.cooling must lie in [0, 1), got 2.0.
@@ -144,6 +147,21 @@ def annealed(
     """Divides the logits by temperature (1 - cooling t), t the time at which the step begins.
 
     Early draws decide what the text is about; late draws have to agree with what is there.
+
+    >>> import fsdfm_jax as fs, jax.numpy as jnp
+    >>> ones = lambda x_BL, t_B, h_B: jnp.ones((*x_BL.shape, 3))
+    >>> denoise = fs.annealed(ones, temperature=0.5, cooling=0.75)
+    >>> x_BL, h_B = jnp.zeros((1, 1), int), jnp.full((1,), 0.5)
+    >>> [float(denoise(x_BL, jnp.full((1,), t), h_B)[0, 0, 0]) for t in (0.0, 1.0)]
+    [2.0, 8.0]
+
+    Args:
+      denoise: (x_BL, t_B, h_B) -> logits; all rows are at one time.
+      temperature: at t=0; 0 takes the likeliest token.
+      cooling: in [0, 1): the temperature at t=1 is (1 - cooling) of that at t=0.
+
+    Returns:
+      A function like `denoise`.
     """
 
     def divided(x_BL, t_B, h_B):
@@ -155,12 +173,40 @@ def annealed(
 
 
 def midpoint(denoise: Denoise, look_ahead: jax.Array | float) -> Denoise:
-    """Evaluates a step from t to t+h at the time t + a h in place of t; 1/2 is the midpoint."""
+    """Evaluates a step from t to t+h at the time t + a h in place of t; 1/2 is the midpoint.
+
+    >>> import fsdfm_jax as fs, jax.numpy as jnp
+    >>> shows_time = lambda x_BL, t_B, h_B: t_B
+    >>> fs.midpoint(shows_time, 0.5)(None, jnp.array([0.25]), jnp.array([0.5])).tolist()
+    [0.5]
+
+    Args:
+      denoise: (x_BL, t_B, h_B) -> logits.
+      look_ahead: a, in [0, 1]; 0 changes nothing.
+
+    Returns:
+      A function like `denoise`.
+    """
     return lambda x_BL, t_B, h_B: denoise(x_BL, t_B + look_ahead * h_B, h_B)
 
 
 def nucleus(denoise: Denoise, top_p: jax.Array | float, *, mask_id: int | None = None) -> Denoise:
-    """Keeps the likeliest tokens of each posterior, see `logits.nucleus`."""
+    """Keeps the likeliest tokens of each posterior (nucleus sampling, arXiv:1904.09751).
+
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> denoise = lambda x_BL, t_B, h_B: jnp.log(jnp.array([[[0.5, 0.25, 0.125, 0.125]]]))
+    >>> logits_BLV = fs.nucleus(denoise, top_p=0.75)(None, None, None)
+    >>> jnp.round(jax.nn.softmax(logits_BLV), 2)[0, 0].tolist()[2:]
+    [0.0, 0.0]
+
+    Args:
+      denoise: (x_BL, t_B, h_B) -> logits.
+      top_p: share of the mass to keep, in (0, 1].
+      mask_id: token of a mask source, excluded first: no step draws it.
+
+    Returns:
+      A function like `denoise`.
+    """
 
     def cut(x_BL, t_B, h_B):
         logits = denoise(x_BL, t_B, h_B)
@@ -179,13 +225,14 @@ def _check_whole(name: str, value: Any) -> None:
         )
 
 
-def _check_number(name: str, value: Any, interval: str, is_inside) -> None:
+def _check_number(name: str, value: Any, interval: str, is_inside: Callable[[Any], bool]) -> None:
     # Under jit a field is a tracer, and any object at all while a tree is rebuilt.
     if value is not None and not isinstance(value, bool | int | float | str | np.generic):
         return
-    # As it is computed with: float32 may round into the interval's open end.
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    with np.errstate(over="ignore"):
-        inside = number and is_inside(float(value)) and is_inside(np.float32(value))
+    inside = False
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        with np.errstate(over="ignore"):
+            # As it is computed with: float32 may round into the interval's open end.
+            inside = is_inside(float(value)) and is_inside(np.float32(value))
     if not inside:
         raise ValueError(f"Sampling.{name} must lie in {interval}, got {value!r}.")

@@ -43,7 +43,19 @@ def _f32(t) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Polynomial:
-    """kappa(t) = t^n, n > 0. The paper uses n = 1 (arXiv:2509.20624 section 3)."""
+    """kappa(t) = t^n, n > 0. The paper uses n = 1 (arXiv:2509.20624 section 3).
+
+    >>> import fsdfm_jax as fs
+    >>> schedule = fs.Polynomial(power=2.0)
+    >>> float(schedule.kappa(0.5)), float(schedule.inverse(0.25))
+    (0.25, 0.5)
+
+    Attributes:
+      power: n.
+
+    Raises:
+      ValueError: unless the power is positive and finite.
+    """
 
     power: float = 1.0
 
@@ -76,7 +88,12 @@ class Polynomial:
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """kappa(t) = 1 - cos(pi t / 2): slow near noise, fast near data (MaskGIT, arXiv:2202.04200)."""
+    """kappa(t) = 1 - cos(pi t / 2): slow near noise, fast near data (MaskGIT, arXiv:2202.04200).
+
+    >>> import fsdfm_jax as fs
+    >>> [round(float(fs.Cosine().kappa(t)), 3) for t in (0.0, 0.5, 1.0)]
+    [0.0, 0.293, 1.0]
+    """
 
     def kappa(self, t):
         # 1 - cos(2a) = 2 sin(a)^2 keeps precision near t=0.
@@ -107,7 +124,20 @@ def make_schedule(name: str, *, power: float = 1.0) -> Schedule:
 
 
 def rate(schedule: Schedule, t: jax.Array, *, floor: float = FLOOR) -> jax.Array:
-    """g(t) = kappa'(t) / (1 - kappa(t)), float32, of the shape of t; units 1/time."""
+    """g(t) = kappa'(t) / (1 - kappa(t)), the rate of the path (arXiv:2407.15595 section 3).
+
+    >>> import fsdfm_jax as fs, jax.numpy as jnp
+    >>> fs.rate(fs.Polynomial(), jnp.array([0.0, 0.5, 0.75])).tolist()
+    [1.0, 2.0, 4.0]
+
+    Args:
+      schedule: kappa.
+      t: times in [0, 1].
+      floor: least value of 1 - kappa, so that the rate at t=1 is finite.
+
+    Returns:
+      float32, of the shape of t, 1/time.
+    """
     return schedule.derivative(t) / jnp.maximum(schedule.remaining(t), floor)
 
 
@@ -124,7 +154,21 @@ def log_survival(
 def cumulative_rate(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """gbar(t,h) of eq. 4.3, float32; t and h broadcast against each other, h > 0; units 1/time."""
+    """gbar(t,h), the mean rate of a step: the cumulative scalar of arXiv:2509.20624 eq. 4.3.
+
+    >>> import fsdfm_jax as fs
+    >>> gbar = lambda t, h: round(float(fs.cumulative_rate(fs.Polynomial(), t, h)), 3)
+    >>> gbar(0.5, 0.25), gbar(0.5, 0.01)
+    (2.773, 2.02)
+
+    Args:
+      schedule: kappa.
+      t, h: times and widths that broadcast against each other, h > 0; t+h is capped at 1.
+      floor: least value of 1 - kappa, so that the rate of a step that reaches t=1 is finite.
+
+    Returns:
+      float32, 1/time.
+    """
     return log_survival(schedule, t, h, floor=floor) / _f32(h)
 
 
@@ -147,7 +191,22 @@ def bounded_cumulative_rate(
 def redraw_fraction(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """beta(t,h), the probability that the path's exact kernel redraws a position."""
+    """beta(t,h), the probability that the path's exact kernel redraws a position.
+
+    beta = (kappa(t+h) - kappa(t)) / (1 - kappa(t)), arXiv:2407.15595 section 3.
+
+    >>> import fsdfm_jax as fs
+    >>> float(fs.redraw_fraction(fs.Polynomial(), 0.5, 0.25))
+    0.5
+
+    Args:
+      schedule: kappa.
+      t, h: times and widths that broadcast against each other; t+h is capped at 1.
+      floor: least value of 1 - kappa(t).
+
+    Returns:
+      float32 in [0, 1].
+    """
     end = jnp.minimum(_f32(t) + _f32(h), 1.0)
     left = jnp.maximum(schedule.remaining(t), floor)
     return jnp.clip(1.0 - schedule.remaining(end) / left, 0.0, 1.0)

@@ -8,11 +8,20 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Distribution of x0.
+    """Distribution of x0, the tokens at t=0.
+
+    >>> import fsdfm_jax as fs, jax
+    >>> fs.Source(vocab_size=6, mask_id=5).sample(jax.random.key(0), (2, 3)).tolist()
+    [[5, 5, 5], [5, 5, 5]]
+    >>> bool((fs.Source(vocab_size=6).sample(jax.random.key(0), (2, 3)) < 6).all())
+    True
 
     Attributes:
       vocab_size: V, ids the network knows, the mask id included where there is one.
       mask_id: None for uniform noise; else the id of [MASK], which every position holds at t=0.
+
+    Raises:
+      ValueError: for fewer than two tokens, or a mask id outside the vocabulary.
     """
 
     vocab_size: int

@@ -5,6 +5,12 @@ the states chain: each evaluation sees the state that jumped from the *previous*
 the weights average logits; of factored ones the features (see `logits`), so that the target costs
 one product with the vocabulary.
 
+    >>> import fsdfm_jax as fs
+    >>> fs.HEUN
+    Quadrature(nodes=(0.0, 0.5), weights=(0.5, 0.5))
+    >>> fs.RK4.nodes
+    (0.0, 0.5, 0.5, 1.0)
+
 Source: arXiv:2509.20624 Algorithm 1 and section 4.2.
 """
 
@@ -22,7 +28,17 @@ Denoise = Callable[[jax.Array, jax.Array, jax.Array], Logits]
 
 
 class Quadrature(NamedTuple):
-    """Where the teacher evaluates, in units of h from t, and how it averages."""
+    """Where the teacher evaluates, and how it averages.
+
+    >>> import fsdfm_jax as fs
+    >>> euler = fs.Quadrature(nodes=(0.0,), weights=(1.0,))
+    >>> sum(euler.weights) == sum(fs.HEUN.weights)
+    True
+
+    Attributes:
+      nodes: in units of h from t.
+      weights: one a node; they add up to 1.
+    """
 
     nodes: tuple[float, ...]
     weights: tuple[float, ...]
@@ -52,6 +68,14 @@ def teacher_logits(
 ) -> Logits:
     """Averaged logits for the step from t to t+h, without gradient.
 
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=3))
+    >>> denoise = lambda x_BL, t_B, h_B: jnp.broadcast_to(t_B[:, None, None], (*x_BL.shape, 3))
+    >>> jump = process.make_jump(fs.with_posterior_end(fs.MIXTURE))
+    >>> xt_BL, t_B, h_B = jnp.zeros((1, 2), int), jnp.array([0.25]), jnp.array([0.5])
+    >>> fs.teacher_logits(jax.random.key(0), fs.HEUN, denoise, jump, xt_BL, t_B, h_B)[0, 0].tolist()
+    [0.375, 0.375, 0.375]
+
     Every evaluation is conditioned on the width h/2 and takes place at min(t + node h, 1). Between
     two evaluations the state jumps by h/2 at the rates of the time just evaluated; nothing is drawn
     after the last one.
@@ -68,6 +92,9 @@ def teacher_logits(
 
     Returns:
       [B, L, V]: a float32 array, or factored where `denoise` gives factored ones.
+
+    Raises:
+      ValueError: if the weights of the rule don't add up to 1.
     """
     half_B = h_B / 2
     keys = jax.random.split(key, len(rule.nodes))

@@ -43,7 +43,7 @@ def sample_autoregressive(
     Returns:
       int [B, length].
     """
-    if frozen_BL is None:
+    if given_BL is None or frozen_BL is None:
         given_BL = jnp.zeros((first_B.shape[0], length), first_B.dtype)
         frozen_BL = jnp.zeros(given_BL.shape, bool)
 

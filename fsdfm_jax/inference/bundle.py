@@ -49,7 +49,14 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A model at rest.
+    """A model at rest: what `load` and `train` give, and `save`, `export` and `generate` take.
+
+    >>> import fsdfm_jax as fs
+    >>> model = fs.load()
+    >>> isinstance(model, fs.Bundle), model.path["schedule"]
+    (True, 'polynomial')
+    >>> model.params()["head"]["bias"].shape == (model.num_tokens,)
+    True
 
     Attributes:
       model: its network.
@@ -111,7 +118,7 @@ class Bundle:
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as {"a/b": leaf}, in their order."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}/{name}" if prefix else name
         flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
@@ -144,16 +151,23 @@ def _expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def from_params(params: Params, model: ModelConfig, **fields: Any) -> Bundle:
     """A bundle of parameters in memory; `fields` are those of `Bundle`, defaults where left out."""
     leaves = {
-        path: Leaf(tuple(np.shape(array)), lambda array=array: np.asarray(array, np.float32))
+        path: Leaf(tuple(np.shape(array)), functools.partial(np.asarray, array, np.float32))
         for path, array in flatten(params).items()
     }
-    defaults = {"path": DEFAULT_PATH, "tokenizer": None, "block_length": None, "provenance": {}}
+    defaults: dict[str, Any] = {
+        "path": DEFAULT_PATH,
+        "tokenizer": None,
+        "block_length": None,
+        "provenance": {},
+    }
     return Bundle(model, leaves, **(defaults | fields))
 
 
 def checksum(array: np.ndarray) -> str:
     """sha256 of an array's bytes in row-major order, first 16 hex digits."""
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+    contiguous = np.ascontiguousarray(array)
+    # An array is a buffer, which numpy's stubs only say from Python 3.12 on.
+    return hashlib.sha256(contiguous).hexdigest()[:16]  # type: ignore[arg-type]
 
 
 def content_hash(params: Params) -> str:

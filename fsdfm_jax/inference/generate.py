@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow.jumps import Finalize, Jump
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.flow.teacher import Denoise
 from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
@@ -20,7 +22,9 @@ from fsdfm_jax.ops import attention
 from fsdfm_jax.ops import logits as logits_lib
 
 
-def sampler_parts(params: Params, model: ModelConfig, process: Process, sampling: Sampling):
+def sampler_parts(
+    params: Params, model: ModelConfig, process: Process, sampling: Sampling
+) -> tuple[Denoise, Jump, Finalize]:
     """(denoise, jump, finalize) of a network, as `flow.sampler.sample` takes them."""
     denoise = functools.partial(model_lib.predict, params, model)
     wrapped = sampling.wrap(denoise, mask_id=process.source.mask_id)
@@ -171,17 +175,17 @@ def generate(
     check_given(model, process, given_BL, frozen_BL)
     num_rows = len(given_BL)
     added = bucket(num_rows) - num_rows
-    frozen_BL = np.pad(frozen_BL, [(0, added), (0, 0)])
-    given_BL = np.where(frozen_BL, np.pad(given_BL, [(0, added), (0, 0)]), 0)
-    given_BL, frozen_BL = jnp.asarray(given_BL, jnp.int32), jnp.asarray(frozen_BL)
+    padded_BL = np.pad(frozen_BL, [(0, added), (0, 0)])
+    given = np.where(padded_BL, np.pad(given_BL, [(0, added), (0, 0)]), 0)
+    around = (jnp.asarray(given, jnp.int32), jnp.asarray(padded_BL))
     if model.causal:
-        first_B = jnp.full(given_BL.shape[:1], process.eos_id, jnp.int32)
+        first_B = jnp.full((len(padded_BL),), process.eos_id, jnp.int32)
         _, sample_key = jax.random.split(jax.random.key(jnp.uint32(seed)))
         run = make_autoregressive_sampler(model, given_BL.shape[1], process.source.mask_id)
-        how = (jnp.float32(sampling.temperature), given_BL, frozen_BL, sampling.top_p)
+        how = (jnp.float32(sampling.temperature), *around, sampling.top_p)
         return np.asarray(run(params, sample_key, first_B, *how))[:num_rows]
     run = _jit_generator(model, process)
-    return np.asarray(run(params, jnp.uint32(seed), given_BL, frozen_BL, sampling))[:num_rows]
+    return np.asarray(run(params, jnp.uint32(seed), *around, sampling))[:num_rows]
 
 
 def stream(
@@ -211,16 +215,16 @@ def stream(
             "Only a block that is refined can be streamed; an autoregressive network writes each "
             "token once."
         )
-    given_BL, frozen_BL = jnp.asarray(given_BL, jnp.int32), jnp.asarray(frozen_BL)
+    held_BL = jnp.asarray(frozen_BL)
     x0_BL, key = jax.jit(draw_noise, static_argnums=0)(
-        process, jnp.uint32(seed), given_BL, frozen_BL
+        process, jnp.uint32(seed), jnp.asarray(given_BL, jnp.int32), held_BL
     )
     steps = sampler.make_steps(key, jnp.asarray(sampling.times()))
     step, x_BL = _jit_step(model, process), x0_BL
     yield np.asarray(x_BL)
     for index in range(sampling.steps):
         inputs = jax.tree.map(lambda leaf, index=index: leaf[index], steps)
-        x_BL = step(params, x_BL, inputs, x0_BL, frozen_BL, sampling)
+        x_BL = step(params, x_BL, inputs, x0_BL, held_BL, sampling)
         yield np.asarray(x_BL)
 
 

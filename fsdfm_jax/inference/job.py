@@ -93,9 +93,11 @@ def make_job(
       stamped: whether to compute the stamp, which reads all parameters.
 
     Raises:
-      ValueError: for a seed outside its range or a prompt that can't be used.
+      ValueError: for a seed outside its range, a prompt that can't be used, or a model without
+        tokenizer.
     """
     generate_lib.check_seed(seed)
+    tokenizer = tokenizer_of(bundle)
     process, model = bundle.process(), generate_lib.portable(bundle.model)
     length = length or bundle.block_length or DEFAULT_LENGTH
 
@@ -110,7 +112,7 @@ def make_job(
         params=bundle.device_params(),
         model=model,
         process=process,
-        tokenizer=bundle.tokenizer,
+        tokenizer=tokenizer,
         rows=rows,
         length=length,
         batch_size=batch_size or min(len(rows), DEFAULT_BATCH),
@@ -163,7 +165,7 @@ def draw(
         # The last batch is filled up with copies of its last row: another shape would recompile.
         padded = rows + rows[-1:] * (job.batch_size - len(rows))
         frozen_BL = np.stack([row.request.template.frozen_L for row in padded])
-        how = {
+        how: dict[str, Any] = {
             "given_BL": np.stack([row.request.template.given_L for row in padded]),
             "frozen_BL": frozen_BL,
             "seed": generate_lib.batch_seed(job.seed, index),
@@ -211,13 +213,11 @@ def generate(
       ValueError: for a model without tokenizer, prompt and infill together, or a value outside its
         range.
     """
-    if model.tokenizer is None:
-        raise ValueError("The model has no tokenizer; load it with tokenizer='gpt2' or a path.")
     if prompt is not None and infill is not None:
         raise ValueError("prompt and infill exclude each other; give one of them.")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-    requests = requests_of(model.tokenizer, prompt=prompt, infill=infill)
+    requests = requests_of(tokenizer_of(model), prompt=prompt, infill=infill)
     job = make_job(
         model, requests, sampling=sampling, num_samples=num_samples, length=length, seed=seed
     )
@@ -226,6 +226,13 @@ def generate(
         for batch in draw(job)
         for _, row, tokens_L in batch
     ]
+
+
+def tokenizer_of(model: Bundle) -> Tokenizer:
+    """The model's tokenizer; ValueError where it has none."""
+    if model.tokenizer is None:
+        raise ValueError("The model has no tokenizer; load it with tokenizer='gpt2' or a path.")
+    return model.tokenizer
 
 
 def requests_of(

@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -212,7 +212,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(text)
 
 
-def _template(tokens: list[int | None], length: int, *, shown: int) -> Template:
+def _template(tokens: Sequence[int | None], length: int, *, shown: int) -> Template:
     given_L, frozen_L, _ = blank(length)
     for i, token in enumerate(tokens):
         if token is not None:

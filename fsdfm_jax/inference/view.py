@@ -122,7 +122,8 @@ class LiveView(View):
                 text.append(printable(piece.text), _STYLES[piece.kind])
             panels.append(rich.panel.Panel(text, title=f"sample {self._rows[i].sample + 1}"))
         summary = rich.text.Text(self.summary(step, changed_BL, rows), "bold")
-        self._live.update(rich.console.Group(summary, *panels), refresh=True)
+        if self._live is not None:
+            self._live.update(rich.console.Group(summary, *panels), refresh=True)
 
     def _pause(self) -> None:
         time.sleep(max(self._due - time.monotonic(), 0))

@@ -7,8 +7,8 @@ Activations are `cfg.dtype`; parameters, residual stream, norms and softmax are 
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -43,6 +43,16 @@ class Modulation(NamedTuple):
 
     blocks_NB6D: jax.Array
     final_B2D: jax.Array
+
+
+def run(
+    module: nn.Module,
+    params: Mapping[str, Any],
+    *inputs: Any,
+    rngs: dict[str, jax.Array] | None = None,
+) -> Any:
+    """What a module makes of its inputs with these parameters."""
+    return module.apply({"params": params}, *inputs, rngs=rngs)
 
 
 linear_init = nn.initializers.xavier_uniform()

@@ -29,6 +29,10 @@ SMALLEST_WIDTH = 2.0**-20
 class ModelConfig:
     """A network, all but its weights.
 
+    >>> import fsdfm_jax as fs
+    >>> fs.ModelConfig(vocab_size=8, width=16, num_blocks=1, num_heads=2, cond_width=8).head_width
+    8
+
     Attributes:
       vocab_size: V, the mask token included where there is one.
       width, num_blocks, num_heads, cond_width: D, N, H, C.
@@ -42,6 +46,9 @@ class ModelConfig:
         is kept, and what "blocked" and "cudnn" attention give, which recompute their scores).
       logits_mib: MiB of a chunk of float32 logits, on each device. Changes no result but by
         rounding. 0 writes all of them down, as arrays: the reference for the other values.
+
+    Raises:
+      ValueError: for sizes that make no network, or an unknown name.
     """
 
     vocab_size: int

@@ -34,7 +34,21 @@ Params = dict[str, Any]
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Fresh parameters, float32; those of the blocks are stacked along a leading axis of N."""
+    """Fresh parameters of a network.
+
+    >>> import fsdfm_jax as fs, jax
+    >>> cfg = fs.ModelConfig(vocab_size=8, width=16, num_blocks=2, num_heads=2, cond_width=8)
+    >>> params = fs.init_params(jax.random.key(0), cfg)
+    >>> params["blocks"]["q_proj"]["kernel"].shape, params["head"]["kernel"].shape
+    ((2, 16, 16), (16, 8))
+
+    Args:
+      key: typed PRNG key.
+      cfg: the network.
+
+    Returns:
+      Nested dicts of float32 arrays; those of the blocks are stacked along a leading axis of N.
+    """
     rngs, tokens_BL = {"params": key}, jnp.zeros((1, 1), jnp.int32)
     head = {
         "kernel": jnp.zeros((cfg.width, cfg.vocab_size), jnp.float32),
@@ -62,6 +76,13 @@ def predict(
 ) -> Logits:
     """Logits of the posterior over x1 at each position.
 
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> cfg = fs.ModelConfig(vocab_size=8, width=16, num_blocks=1, num_heads=2, cond_width=8)
+    >>> params = fs.init_params(jax.random.key(0), cfg)
+    >>> logits = fs.predict(params, cfg, jnp.zeros((2, 4), int), jnp.array([0.0, 0.5]))
+    >>> logits.shape, logits.features_BLD.shape
+    ((2, 4, 8), (2, 4, 16))
+
     Args:
       params: from `init_params` or a checkpoint.
       cfg: the network those parameters belong to.
@@ -84,9 +105,9 @@ def predict(
                 f"{jnp.shape(value)}."
             )
     rngs = {} if key is None else {"dropout": key}
-    features_BLD, _ = blocks.Trunk(cfg, train=key is not None).apply(
-        {"params": params}, xt_BL, _modulation(params, cfg, t_B, h_B), rngs=rngs
-    )
+    modulation = _modulation(params, cfg, t_B, h_B)
+    trunk = blocks.Trunk(cfg, train=key is not None)
+    features_BLD, _ = blocks.run(trunk, params, xt_BL, modulation, rngs=rngs)
     logits = _factored(params, cfg, features_BLD)
     return logits if cfg.logits_mib else logits_lib.dense(logits)
 
@@ -100,7 +121,23 @@ def apply(
     *,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """As `predict`, as one array: float32 [B, L, V]."""
+    """As `predict`, with the logits as one array.
+
+    >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
+    >>> cfg = fs.ModelConfig(vocab_size=8, width=16, num_blocks=1, num_heads=2, cond_width=8)
+    >>> params = fs.init_params(jax.random.key(0), cfg)
+    >>> fs.apply(params, cfg, jnp.zeros((2, 4), int), jnp.array([0.0, 0.5])).shape
+    (2, 4, 8)
+
+    Args:
+      params, cfg, xt_BL, t_B, h_B, key: as in `predict`.
+
+    Returns:
+      float32 [B, L, V].
+
+    Raises:
+      ValueError: if a time or width the network needs is missing, or isn't one per row.
+    """
     return logits_lib.dense(predict(params, cfg, xt_BL, t_B, h_B, key=key))
 
 
@@ -132,8 +169,8 @@ def decode_step(
     if not cfg.causal:
         raise ValueError("Decoding token by token needs a causal network (causal=True).")
     position = jnp.asarray(position, jnp.int32)
-    features_B1D, cache = blocks.Trunk(cfg).apply(
-        {"params": params}, token_B[:, None], None, position, cache
+    features_B1D, cache = blocks.run(
+        blocks.Trunk(cfg), params, token_B[:, None], None, position, cache
     )
     return logits_lib.dense(_factored(params, cfg, features_B1D))[:, 0], cache
 
@@ -203,7 +240,7 @@ def _modulation(
             "each row, got None."
         )
     h_B = None if cfg.conditioning == "none" else h_B
-    return blocks.Conditioner(cfg).apply({"params": params}, t_B, h_B)
+    return blocks.run(blocks.Conditioner(cfg), params, t_B, h_B)
 
 
 def _factored(params: Params, cfg: ModelConfig, features_BLD: jax.Array) -> Factored:

@@ -69,7 +69,7 @@ def attend(
             swap(v_BHMK),
             mask=mask,
             is_causal=causal and mask is None,
-            implementation=implementation,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
         )
     )
 

@@ -16,7 +16,9 @@ Both functions also take an array [B, L, V], all at once: the reference.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,7 @@ class Factored:
 
 
 Logits = jax.Array | Factored
+AnyLogits = TypeVar("AnyLogits")
 
 # `map_positions` holds this fraction of what `mean_loss` holds: its chunks needn't be large, since
 # it adds up no gradient of the head over them, and small ones are nearer to the caches.
@@ -124,6 +127,11 @@ def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
     """
     if isinstance(logits, Factored):
         return dataclasses.replace(logits, top_p=top_p)
+    return _cut(logits, top_p)
+
+
+def _cut(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """`nucleus` of an array."""
     p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     # Numbers that aren't negative are ordered as their bits are: the bits of the threshold are
     # found by halving, which reads the vocabulary 30 times but sorts nothing.
@@ -159,13 +167,14 @@ def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
     """
     if abs(sum(weights) - 1.0) > 1e-6:
         raise ValueError(f"The weights of an average must add up to 1, got {tuple(weights)}.")
-    factored = isinstance(logits[0], Factored)
-    parts = [each.features_BLD if factored else each for each in logits]
-    mean = sum(w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
-    return dataclasses.replace(logits[0], features_BLD=mean) if factored else mean
+    first = logits[0]
+    parts = [each.features_BLD if isinstance(each, Factored) else each for each in logits]
+    terms = [w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True)]
+    mean = functools.reduce(operator.add, terms)
+    return dataclasses.replace(first, features_BLD=mean) if isinstance(first, Factored) else mean
 
 
-def gathered(x):
+def gathered(x: AnyLogits) -> AnyLogits:
     """Logits, if that is what it is, with the head where it is used: in front of a loop, not in it.
 
     Rounded before it is gathered: half the bytes of an exchange.
@@ -191,14 +200,14 @@ def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array
     if not isinstance(logits, Factored):
         return fn(dense(logits), *args)
     held = -(-logits.chunk_size // _MAP_FRACTION)
-    logits = dataclasses.replace(gathered(logits), chunk_size=held)
-    chunks = _Chunks(logits)
+    factored = dataclasses.replace(gathered(logits), chunk_size=held)
+    chunks = _Chunks(factored)
 
     def one(inputs):
         features_BcD, *parts = inputs
-        return fn(_multiply(logits, features_BcD), *parts)
+        return fn(_multiply(factored, features_BcD), *parts)
 
-    inputs = [chunks.split(x) for x in (logits.features_BLD, *args)]
+    inputs = [chunks.split(x) for x in (factored.features_BLD, *args)]
     return chunks.join(loops.map_over(one, inputs))
 
 
@@ -227,8 +236,8 @@ def mean_loss(
     """
     args = jax.lax.stop_gradient(args)
     if not isinstance(logits, Factored):
-        args = [dense(x) if isinstance(x, Factored) else x for x in args]
-        return jnp.mean(position_loss(dense(logits), *args)[:num_rows])
+        arrays = [dense(x) if isinstance(x, Factored) else x for x in args]
+        return jnp.mean(position_loss(dense(logits), *arrays)[:num_rows])
     return _fused_mean(position_loss, num_rows or logits.shape[0], logits, args)
 
 
@@ -390,10 +399,12 @@ def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
     if logits.temperature is not None:
         logits_BcV = logits_BcV / logits.temperature
-    return logits_BcV if logits.top_p is None else nucleus(logits_BcV, logits.top_p)
+    return logits_BcV if logits.top_p is None else _cut(logits_BcV, logits.top_p)
 
 
-def _contract(a, b, axes_a, axes_b):
+def _contract(
+    a: jax.Array, b: jax.Array, axes_a: Sequence[int], axes_b: Sequence[int]
+) -> jax.Array:
     """Sums over the named axes, as one matrix product, accumulated in float32."""
     return jax.lax.dot_general(
         a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=jnp.float32

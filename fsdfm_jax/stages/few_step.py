@@ -183,7 +183,7 @@ def make_loss(
             part = data_loss(model, process, path, frozen, rows.take(0, split))
             value += path.budgets.share * part
             metrics[data_name] = part
-        if split < size:
+        if taught is not None and split < size:
             part = _teacher_loss(model, taught, frozen, teacher_key, rows.take(split, size))
             value += taught.budgets.share * part
             metrics["distillation_loss"] = part
@@ -244,6 +244,8 @@ def _guidance_loss(
 ) -> jax.Array:
     """Forward KL from the posterior of `guided`."""
     del process
+    if frozen.guide is None:
+        raise ValueError("Guidance compares two base models; give their weights, Frozen.guide.")
 
     def loss(student_BLV, strong_BLV, weak_BLV):
         target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance)
