@@ -203,7 +203,9 @@ def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) 
                 continue
             found = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
             raise ValueError(f"{error} This mesh fits: {found}") from error
-        raise ValueError(f"{error} No mesh of the {len(target.devices)} devices fits.") from error
+        raise ValueError(
+            f"{error} No mesh of the {len(target.devices)} devices fits this network and batch."
+        ) from error
 
 
 def _nearest(asked: ConfigDict, count: int) -> Iterator[dict[str, int]]:
@@ -377,7 +379,7 @@ def find_largest(
     """`describe` of a batch that nearly fills the memory; None if the smallest doesn't fit.
 
     Memory is nearly linear in rows: the line through two compilations says where it is full, and a
-    third one checks that. A somewhat larger batch may fit where the compiler recomputes more.
+    third one checks that, or a few more. A somewhat larger batch may fit where the compiler recomputes more.
 
     Args:
       report: told of each batch that was compiled.
@@ -410,6 +412,7 @@ def find_largest(
             full = first + int((target.memory - small["total"]) // each)
         if full in (first, count):
             return row if row["fits"] else small
-        count, row = full, compiled(full)
-        if row["fits"]:
+        count = min(full, 16 * count)  # a line is no guide much further
+        row = compiled(count)
+        if row["fits"] and count == full:
             return row
