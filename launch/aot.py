@@ -378,8 +378,9 @@ def find_largest(
 ) -> dict[str, Any] | None:
     """`describe` of a batch that nearly fills the memory; None if the smallest doesn't fit.
 
-    Memory is nearly linear in rows: the line through two compilations says where it is full, and a
-    third one checks that, or a few more. A somewhat larger batch may fit where the compiler recomputes more.
+    Memory is nearly linear in rows: the line through two compilations says where it is full, and
+    one or a few more check that. A somewhat larger batch may fit where the compiler then recomputes
+    more.
 
     Args:
       report: told of each batch that was compiled.
@@ -410,8 +411,10 @@ def find_largest(
         else:
             each = max(1.0, (row["total"] - small["total"]) / (count - first))
             full = first + int((target.memory - small["total"]) // each)
-        if full in (first, count):
-            return row if row["fits"] else small
+        if row["fits"]:
+            first, small = count, row
+        if full <= first:
+            return small
         count = min(full, 16 * count)  # a line is no guide much further
         row = compiled(count)
         if row["fits"] and count == full:
