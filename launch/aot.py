@@ -204,7 +204,9 @@ def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) 
                 continue
             found = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
             raise ValueError(f"{error} This mesh fits: {found}") from error
-        raise ValueError(f"{error} No mesh of the {len(target.devices)} devices fits.") from error
+        raise ValueError(
+            f"{error} No mesh of the {len(target.devices)} devices fits this network and batch."
+        ) from error
 
 
 def _nearest(asked: ConfigDict, count: int) -> Iterator[dict[str, int]]:
@@ -385,8 +387,9 @@ def find_largest(
 ) -> dict[str, Any] | None:
     """`describe` of a batch that nearly fills the memory; None if the smallest doesn't fit.
 
-    Memory is nearly linear in rows: the line through two compilations says where it is full, and a
-    third one checks that. A somewhat larger batch may fit where the compiler recomputes more.
+    Memory is nearly linear in rows: the line through two compilations says where it is full, and
+    one or a few more check that. A somewhat larger batch may fit where the compiler then recomputes
+    more.
 
     Args:
       report: told of each batch that was compiled.
@@ -417,8 +420,11 @@ def find_largest(
         else:
             each = max(1.0, (row["total"] - small["total"]) / (count - first))
             full = first + int((target.memory - small["total"]) // each)
-        if full in (first, count):
-            return row if row["fits"] else small
-        count, row = full, compiled(full)
         if row["fits"]:
+            first, small = count, row
+        if full <= first:
+            return small
+        count = min(full, 16 * count)  # a line is no guide much further
+        row = compiled(count)
+        if row["fits"] and count == full:
             return row

@@ -238,10 +238,11 @@ def test_a_compiler_that_jax_cannot_read_is_named():
     ("total", "compiled", "best"),
     [
         (lambda rows: 100 + 2 * rows, [16, 64, 448], 448),  # of 450
+        (lambda rows: 100 + rows / 8, [16, 64, 1024, 7200], 7200),
         (lambda rows: 100 + 9 * rows, [16, 64, 96], 96),
         (lambda rows: 100 + 13 * rows, [16, 64], 64),  # the next is 72
         (lambda rows: 100 + 20 * rows, [16, 64, 40], 40),
-        (lambda rows: 100 + rows * rows / 10, [16, 64, 120, 80], 80),
+        (lambda rows: 100 + rows * rows / 10, [16, 64, 120, 88], 88),
         (lambda rows: 100 + 300 * rows, [16], None),
         (lambda rows: 100 + 50 * rows, [16, 64], 16),
         (lambda rows: 100 + 20 * rows + (10_000 if rows > 60 else 0), [16, 64, 40], 40),
@@ -342,7 +343,7 @@ def test_where_a_mesh_does_not_fit_one_that_does_is_named(mesh, rows, message, f
     with pytest.raises(ValueError, match=message) as caught:
         make(["sampler"], "distill", config, rows=rows)
     if fits is None:
-        assert str(caught.value).endswith("No mesh of the 8 devices fits.")
+        assert str(caught.value).endswith("No mesh of the 8 devices fits this network and batch.")
         return
     named = re.findall(r"--config\.mesh\.(\w+)=(\d+)", str(caught.value))
     assert tuple(int(size) for _, size in named) == fits
