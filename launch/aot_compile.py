@@ -125,10 +125,10 @@ def replace_tables(text: str, rows: list[dict[str, str]]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table of some rows of --cases."""
+    """The table of the rows of --cases that are filled in."""
     lines = ["| training step | chips, mesh | rows | GB of a chip | fits | at least, ms |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
+    for row in (row for row in rows if row["compiler"]):
         gb = [f"{float(row[key]) / 1e9:.1f}" if row[key] else "?" for key in ("total", "memory")]
         cells = [
             " ".join([row["size"], row["stage"], *(f"`{one}`" for one in row["changes"].split())]),
@@ -161,8 +161,9 @@ def main(argv: list[str]) -> None:
     pipeline = [name.strip() for name in config.pipeline.split(",")]
     name = _STAGE.value or ("distill" if "distill" in pipeline else pipeline[-1])
     target, rows = aot.find_target(_TOPOLOGY.value), _BATCH.value or config[name].batch_size
+    wanted = None if _LARGEST.value else rows
     mesh, programs = aot.make_programs(
-        _WHAT.value, name, config, target, rows=rows, steps=_STEPS.value
+        _WHAT.value, name, config, target, rows=wanted, steps=_STEPS.value
     )
     sizes = " x ".join(map(str, mesh.devices.shape))
     print(f"{name} on {target.name}, mesh {sizes}, blocks of {config.data.block_length} tokens")
