@@ -137,7 +137,7 @@ def make_programs(
     config: ConfigDict,
     target: Target,
     *,
-    rows: int,
+    rows: int | None,
     steps: int,
 ) -> tuple[Mesh, list[Program]]:
     """The mesh that a config asks for, and programs of a stage on it.
@@ -145,7 +145,7 @@ def make_programs(
     Args:
       kinds: some of `KINDS`.
       name: of the stage.
-      rows: of the batch that the programs are meant for.
+      rows: of the batch that the programs are meant for, None if any will do.
       steps: of the sampler.
 
     Raises:
@@ -169,6 +169,8 @@ def make_programs(
     def check(mesh: Mesh) -> Mesh:
         mesh_lib.check_heads(mesh, model.num_heads)
         mesh_lib.state_shardings(mesh, _param_shapes(model))
+        if rows is None:
+            return mesh
         mesh_lib.check_batch_size(mesh, rows, "--batch")
         most = max(parts[kind] for kind in kinds)
         if rows % (most * mesh_lib.row_shards(mesh)):

@@ -357,6 +357,7 @@ def test_rows_make_whole_parts():
     _, programs = make(aot.KINDS, "distill", config, rows=48)
     assert [program.unit for program in programs] == [24, 8]  # the sampler makes no parts
     make(["sampler"], "distill", config, rows=16)
+    make(aot.KINDS, "distill", config, rows=None)
     with pytest.raises(ValueError, match=r"--batch=16 must be a multiple of distill.accumulate=3"):
         make(aot.KINDS, "distill", config, rows=16)
 
@@ -473,6 +474,13 @@ def test_a_table_is_compiled_row_by_row(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match='"<!-- one -->" .. "<!-- /one -->" once, got 0'):
         aot_compile.replace_tables("nothing", done)
+
+
+def test_the_table_of_the_document_is_that_of_the_file():
+    with open(ROOT / "docs" / "scaling.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert aot_compile.replace_tables(text, rows) == text
 
 
 # ------------------------------------------------------------------------- the real TPU's compiler
