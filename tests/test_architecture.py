@@ -12,7 +12,7 @@ PACKAGE = ROOT / "fsdfm_jax"
 # A folder, or a module at the top, imports from itself and from those before it.
 ORDER = (
     *("io", "parallel", "cli", "ops", "flow", "network", "stages"),
-    *("data", "training", "inference", "convert", "evaluate"),
+    *("data", "exact", "training", "inference", "convert", "evaluate"),
     *("library", "samples", "generate", "main", "__main__"),
 )
 # Arrays only: these folders know nothing of flow matching.
@@ -24,7 +24,7 @@ ONLY = {
     "orbax": {"training.checkpoint", "parallel.processes"},
     "etils": {"training.checkpoint"},
     "tensorflow_datasets": {"data.tfds"},
-    "tokenizers": {"data.tokenizer", "convert.run_exported"},
+    "tokenizers": {"data.tokenizer", "convert.run_exported", "exact.documents", "exact.hmm_fit"},
     "grain": {"data.prepared"},
     "array_record": {"data.shards"},
     "apache_beam": {"data.beam"},

@@ -30,6 +30,8 @@ SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 ARGUMENTS = {
     "base": [""],
     "tiny": ["", "smoke", "mask"],
+    "sudoku": ["4x4", "6x6", "9x9"],
+    "hmm": [""],
     "paper": [*base.SIZES, *(f"{size},{stage}" for size in base.SIZES for stage in SIZED)],
 }
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
