@@ -24,7 +24,7 @@ from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import run as run_lib
 from fsdfm_jax.evaluate.models import Catalogue
 from fsdfm_jax.evaluate.plan import Settings
-from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
@@ -50,7 +50,7 @@ _PLACES = ("judges", "models")
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     """Sets what the command line doesn't say of `config.eval` to what the run was configured with.
 
-    What older runs and files from elsewhere don't say of the sampler is as published.
+    What a run or a file from elsewhere doesn't say of the sampler is as published.
 
     Args:
       config: changed in place; as it is where --config names a file.
@@ -63,12 +63,18 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
-    for key, value in (generate_lib.PUBLISHED | (stored.get("eval") or {})).items():
-        if key in keys and f"eval.{key}" not in given:  # an older run may have had other keys
-            try:
+    evaluation = dict(stored.get("eval") or {})
+    try:
+        sampling = bundle_lib.read_sampling(evaluation).to_dict()
+        for key, value in sampling.items():
+            if f"eval.sampling.{key}" not in given:
+                config.eval.sampling[key] = value
+        for key, value in evaluation.items():
+            known = key in keys and key != "sampling"  # an older run may have had other keys
+            if known and f"eval.{key}" not in given:
                 config.eval[key] = tuple(value) if isinstance(value, list) else value
-            except TypeError as error:
-                raise ValueError(f"The configuration stored with the model: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The configuration stored with the model: {error}") from None
 
 
 def main(argv: list[str]) -> None:
