@@ -12,7 +12,6 @@ DURATIONS = {
     "convert": "6 min",
     "reading": "3 min",
     "exact_lab": "20 min",
-    "quality": "hours",
 }
 
 

@@ -122,7 +122,7 @@ def _sampling(**values) -> ml_collections.ConfigDict:
 def use_annealed_sampler(sampling: ml_collections.ConfigDict) -> None:
     """The preset for few steps: dispersed jumps, long first steps, annealing, midpoints.
 
-    docs/quality.md has its perplexities at equal entropy beside the published sampler's.
+    docs/findings.md has its figures beside the published sampler's.
     """
     sampling.jump, sampling.grid = "dispersed", "power:0.7"
     sampling.cooling, sampling.look_ahead = 0.7, 0.5

@@ -137,7 +137,7 @@ def make_programs(
     config: ConfigDict,
     target: Target,
     *,
-    rows: int,
+    rows: int | None,
     steps: int,
 ) -> tuple[Mesh, list[Program]]:
     """The mesh that a config asks for, and programs of a stage on it.
@@ -145,7 +145,7 @@ def make_programs(
     Args:
       kinds: some of `KINDS`.
       name: of the stage.
-      rows: of the batch that the programs are meant for.
+      rows: of the batch that the programs are meant for, None if any will do.
       steps: of the sampler.
 
     Raises:
@@ -169,6 +169,8 @@ def make_programs(
     def check(mesh: Mesh) -> Mesh:
         mesh_lib.check_heads(mesh, model.num_heads)
         mesh_lib.state_shardings(mesh, _param_shapes(model))
+        if rows is None:
+            return mesh
         mesh_lib.check_batch_size(mesh, rows, "--batch")
         most = max(parts[kind] for kind in kinds)
         if rows % (most * mesh_lib.row_shards(mesh)):
@@ -204,7 +206,9 @@ def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) 
                 continue
             found = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
             raise ValueError(f"{error} This mesh fits: {found}") from error
-        raise ValueError(f"{error} No mesh of the {len(target.devices)} devices fits.") from error
+        raise ValueError(
+            f"{error} No mesh of the {len(target.devices)} devices fits this network and batch."
+        ) from error
 
 
 def _nearest(asked: ConfigDict, count: int) -> Iterator[dict[str, int]]:
@@ -241,8 +245,17 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
         step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
         tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
         batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
-        guide = None if stage.needs is None else stages.Guide(base, base)
-        return step.lower(abstract, batch, _key(), guide)
+        return step.lower(abstract, batch, _key(), _guide_shapes(stage, base, mesh))
+
+
+def _guide_shapes(stage: stages.Stage, base, mesh: Mesh):
+    """What `stage.needs` names as the shapes of base weights, sharded as parameters are."""
+    if stage.needs is None:
+        return None
+    places = mesh_lib.state_shardings(mesh, base)
+    placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    base = jax.tree.map(placed, base, places)
+    return jax.tree.map(lambda run: base, stage.needs)
 
 
 def lower_sampler(
@@ -376,8 +389,9 @@ def find_largest(
 ) -> dict[str, Any] | None:
     """`describe` of a batch that nearly fills the memory; None if the smallest doesn't fit.
 
-    Memory is nearly linear in rows: the line through two compilations says where it is full, and a
-    third one checks that. A somewhat larger batch may fit where the compiler recomputes more.
+    Memory is nearly linear in rows: the line through two compilations says where it is full, and
+    one or a few more check that. A somewhat larger batch may fit where the compiler then recomputes
+    more.
 
     Args:
       report: told of each batch that was compiled.
@@ -408,8 +422,11 @@ def find_largest(
         else:
             each = max(1.0, (row["total"] - small["total"]) / (count - first))
             full = first + int((target.memory - small["total"]) // each)
-        if full in (first, count):
-            return row if row["fits"] else small
-        count, row = full, compiled(full)
         if row["fits"]:
+            first, small = count, row
+        if full <= first:
+            return small
+        count = min(full, 16 * count)  # a line is no guide much further
+        row = compiled(count)
+        if row["fits"] and count == full:
             return row

@@ -132,10 +132,10 @@ def replace_tables(text: str, rows: list[dict[str, str]]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table of some rows of --cases."""
+    """The table of the rows of --cases that are filled in."""
     lines = ["| training step | chips, mesh | rows | GB of a chip | fits | at least, ms |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
+    for row in (row for row in rows if row["compiler"]):
         gb = [f"{float(row[key]) / 1e9:.1f}" if row[key] else "?" for key in ("total", "memory")]
         cells = [
             " ".join([row["size"], row["stage"], *(f"`{one}`" for one in row["changes"].split())]),
@@ -169,8 +169,9 @@ def main(argv: list[str]) -> None:
     pipeline = [name.strip() for name in config.pipeline.split(",")]
     name = values.stage or ("distill" if "distill" in pipeline else pipeline[-1])
     target, rows = aot.find_target(values.topology), values.batch or config[name].batch_size
+    wanted = None if values.largest_batch else rows
     mesh, programs = aot.make_programs(
-        values.what, name, config, target, rows=rows, steps=values.steps
+        values.what, name, config, target, rows=wanted, steps=values.steps
     )
     sizes = " x ".join(map(str, mesh.devices.shape))
     print(f"{name} on {target.name}, mesh {sizes}, blocks of {config.data.block_length} tokens")

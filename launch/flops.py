@@ -40,6 +40,6 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
     if "teacher_rule" in own:
         taught = rows - few_step.rows_of_path(rows, *few_step.split_budgets(own, name))
         passes += len(teacher.get_rule(own.teacher_rule).nodes) * taught
-    if own.guidance:
+    if own.get("guidance"):
         passes += 2 * (rows - taught)
     return student + forward_flops(model, passes * own.accumulate, length)

@@ -54,6 +54,7 @@ def test_operations_of_a_step_count_student_and_teacher():
     dense = 12 * (4 + 8) * 768**2 + 768 * 50_257
     assert forward == 2 * 1024 * (dense + 2 * 12 * 1024 * 768)
     assert flops.step_flops("pretrain", config, model, 96) == 3 * 96 * forward
+    assert flops.step_flops("step_aware", config, model, 96) == 3 * 96 * forward
     config.distill.tau = 2.0**-7  # fewer rows for the teacher than for the data
     taught = 96 - round(96 * few_step.split_budgets(config.distill, "distill")[0].share)
     assert 0 < taught < 48
@@ -237,10 +238,11 @@ def test_a_compiler_that_jax_cannot_read_is_named():
     ("total", "compiled", "best"),
     [
         (lambda rows: 100 + 2 * rows, [16, 64, 448], 448),  # of 450
+        (lambda rows: 100 + rows / 8, [16, 64, 1024, 7200], 7200),
         (lambda rows: 100 + 9 * rows, [16, 64, 96], 96),
         (lambda rows: 100 + 13 * rows, [16, 64], 64),  # the next is 72
         (lambda rows: 100 + 20 * rows, [16, 64, 40], 40),
-        (lambda rows: 100 + rows * rows / 10, [16, 64, 120, 80], 80),
+        (lambda rows: 100 + rows * rows / 10, [16, 64, 120, 88], 88),
         (lambda rows: 100 + 300 * rows, [16], None),
         (lambda rows: 100 + 50 * rows, [16, 64], 16),
         (lambda rows: 100 + 20 * rows + (10_000 if rows > 60 else 0), [16, 64, 40], 40),
@@ -341,7 +343,7 @@ def test_where_a_mesh_does_not_fit_one_that_does_is_named(mesh, rows, message, f
     with pytest.raises(ValueError, match=message) as caught:
         make(["sampler"], "distill", config, rows=rows)
     if fits is None:
-        assert str(caught.value).endswith("No mesh of the 8 devices fits.")
+        assert str(caught.value).endswith("No mesh of the 8 devices fits this network and batch.")
         return
     named = re.findall(r"--config\.mesh\.(\w+)=(\d+)", str(caught.value))
     assert tuple(int(size) for _, size in named) == fits
@@ -355,6 +357,7 @@ def test_rows_make_whole_parts():
     _, programs = make(aot.KINDS, "distill", config, rows=48)
     assert [program.unit for program in programs] == [24, 8]  # the sampler makes no parts
     make(["sampler"], "distill", config, rows=16)
+    make(aot.KINDS, "distill", config, rows=None)
     with pytest.raises(ValueError, match=r"--batch=16 must be a multiple of distill.accumulate=3"):
         make(aot.KINDS, "distill", config, rows=16)
 
@@ -471,6 +474,13 @@ def test_a_table_is_compiled_row_by_row(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match='"<!-- one -->" .. "<!-- /one -->" once, got 0'):
         aot_compile.replace_tables("nothing", done)
+
+
+def test_the_table_of_the_document_is_that_of_the_file():
+    with open(ROOT / "docs" / "scaling.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert aot_compile.replace_tables(text, rows) == text
 
 
 # ------------------------------------------------------------------------- the real TPU's compiler

@@ -235,7 +235,7 @@ def _inodes(folder):
 KILLED = """
 import os, signal, sys
 from test_beam_prepare import _prepare, _spec
-from fsdfm_jax import shards
+from fsdfm_jax.data import shards
 place, countdown = sys.argv[3], int(sys.argv[4])
 
 def deadly(name):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from chance import assert_frequencies, assert_mean
 
-from fsdfm_jax.flow import jumps, sampler, teacher
+from fsdfm_jax.flow import jumps, sampler, sampling, teacher
 from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
 
@@ -74,9 +74,8 @@ def run(which, key, x0_BL, grid_S1, frozen_BL, temperature):
     finalize_branches = [jumps.make_finalize(package_source(p)) for p in PROGRAMS]
     jump = lambda *args: jax.lax.switch(which, jump_branches, *args)
     finalize = lambda *args: jax.lax.switch(which, finalize_branches, *args)
-    x_BL = sampler.sample(
-        key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL, temperature=temperature
-    )
+    at_temperature = sampling.annealed(denoise, temperature)
+    x_BL = sampler.sample(key, at_temperature, jump, finalize, x0_BL, grid_S1, frozen_BL)
     return jnp.bincount(jnp.sum(x_BL * PLACES[None], axis=-1), length=len(STATES))
 
 

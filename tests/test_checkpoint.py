@@ -181,16 +181,16 @@ def test_part_reads_only_the_part(tmp_path, monkeypatch):
     """The moments are twice the weights; generation must not hold them."""
     with Checkpoints(tmp_path, retention=Retention()) as checkpoints:
         checkpoints.save(1, {"params": {"w": jnp.ones(1000)}, "moments": jnp.ones(4_000_000)}, {})
-    loaded = []
-    load = checkpoint.ocp.load
+    handler, asked = checkpoint.ocp.handlers.PyTreeHandler, []
+    load = handler.load
 
-    def spy(*args, **kwargs):
-        loaded.append(load(*args, **kwargs))
-        return loaded[-1]
+    def spy(self, directory, abstract):
+        asked.append(abstract)
+        return load(self, directory, abstract)
 
-    monkeypatch.setattr(checkpoint.ocp, "load", spy)
+    monkeypatch.setattr(handler, "load", spy)
     restore_part(tmp_path, ("params",))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) == 4000
+    assert sum(leaf.size for leaf in jax.tree.leaves(asked)) == 1000
 
 
 def test_errors_name_the_leaves(tmp_path):
@@ -303,7 +303,7 @@ def test_orbax_is_quiet_but_warnings_pass(tmp_path):
 CHILD = """
     import os, signal, sys, threading, time
     import jax.numpy as jnp
-    from fsdfm_jax.checkpoint import Checkpoints, Retention
+    from fsdfm_jax.training.checkpoint import Checkpoints, Retention
 
     directory, moment = sys.argv[1:]
     state = lambda step: {f"w{i}": jnp.full(100_000, 100.0 * step + i) for i in range(30)}
@@ -332,7 +332,7 @@ CHILD = """
 READER = """
     import sys
     import jax, numpy as np
-    from fsdfm_jax.checkpoint import restore_part
+    from fsdfm_jax.training.checkpoint import restore_part
 
     assert jax.device_count() == 1
     part = restore_part(sys.argv[1], ("ema", "step"))
@@ -380,11 +380,12 @@ def test_one_device_process_reads_what_eight_devices_saved(tmp_path):
 
 def test_saving_once(tmp_path):
     tree = {"params": {"kernel": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)}}
-    checkpoint.save_once(tmp_path / "new", 7, tree, {"a": [1]})
+    checkpoint.save_once(tmp_path / "new", 7, tree | {"step": np.int32(7)}, {"a": [1]})
     assert checkpoint.latest_step(tmp_path / "new") == 7
     assert checkpoint.read_metadata(tmp_path / "new") == {"a": [1]}
     read = restore_part(tmp_path / "new", ("params",))["params"]
     np.testing.assert_array_equal(read["kernel"], tree["params"]["kernel"])
+    assert restore_part(tmp_path / "new", ("step",))["step"] == 7
     with pytest.raises(ValueError, match="exists already"):
         checkpoint.save_once(tmp_path / "new", 8, tree, {})
     with pytest.raises(ValueError, match="arrays only, but 'params/kernel' is float"):
@@ -692,7 +693,7 @@ def test_lack_of_rights_or_memory_is_no_damage(tmp_path, monkeypatch, error):
     def load(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoint.ocp, "load", load)
+    monkeypatch.setattr(checkpoint.ocp.handlers.PyTreeHandler, "load", load)
     with Checkpoints(tmp_path / "checkpoints", retention=Retention()) as checkpoints:
         with pytest.raises(OSError, match="cannot be read now"):
             checkpoints.restore_latest(abstract(states[1], on_one_device))
@@ -802,6 +803,125 @@ def test_a_directory_that_cannot_be_written_any_more(tmp_path, monkeypatch):
         Checkpoints(tmp_path / "file" / "below", retention=Retention())
 
 
+# ------------------------------------------------------------------------- names, reading back
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[!a]", "a*", "wh?t", "%20 #&", "ünï"])
+def test_a_name_is_no_pattern(tmp_path, name, warnings):
+    """Also where a folder beside it matches."""
+    beside = tmp_path / "run1" / "checkpoints"
+    two_checkpoints(beside.parent)
+    before = sorted(beside.rglob("*"))
+    states = two_checkpoints(tmp_path / name)
+    directory = tmp_path / name / "checkpoints"
+    with Checkpoints(directory, retention=Retention(keep=1)) as checkpoints:
+        step, state = checkpoints.restore_latest(abstract(states[2], on_one_device))
+        assert step == 2
+        assert_same_bits(state, states[2])
+        checkpoints.save(3, state, {})
+        assert checkpoints.steps() == [3]
+    assert_same_bits(restore_part(directory, ("small",))["small"], states[2]["small"])
+    checkpoint.save_once(tmp_path / name / "once", 7, {"w": np.ones(4)}, {})
+    assert restore_part(tmp_path / name / "once", ("w",))["w"].tolist() == [1, 1, 1, 1]
+    assert sorted(beside.rglob("*")) == before
+    assert warnings == []
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\\", "\udcff"])
+def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
+    """TensorStore would write a\\b into a/b."""
+    directory = tmp_path / name / "checkpoints"
+    uses = (
+        lambda: Checkpoints(directory, retention=Retention()),
+        lambda: checkpoint.save_once(directory, 1, {"w": np.ones(4)}, {}),
+        lambda: restore_part(directory, ("w",)),
+        lambda: checkpoint.latest_step(directory),
+        lambda: checkpoint.newest_step(directory),
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match=r"cannot be kept below .*(backslash|UTF-8).*another"):
+            use()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def once_written(monkeypatch):
+    """Sets what happens to the folder of each checkpoint that has been written."""
+    save_async, happens = checkpoint.ocp.save_async, []
+
+    class Response:
+        def __init__(self, folder, response):
+            self._folder, self._response = pathlib.Path(folder), response
+
+        def result(self):
+            self._response.result()
+            for change in happens:
+                change(self._folder)
+
+    def spy(folder, *args, **kwargs):
+        return Response(folder, save_async(folder, *args, **kwargs))
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", spy)
+    return happens.append
+
+
+def spoil_arrays(folder):
+    """One bit of the largest file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(MISHAPS["flipped"](largest.read_bytes()))
+
+
+# As where the storage layer could not find what it had written.
+LOST = {
+    "index": lambda folder: (folder / "checked_state" / "manifest.ocdbt").unlink(),
+    "metadata": lambda folder: (folder / "_CHECKPOINT_METADATA").write_text("{}"),
+    "all": lambda folder: shutil.rmtree(folder),
+}
+
+
+@UNHEEDED
+@pytest.mark.parametrize("lost", LOST)
+def test_a_save_that_cannot_be_read_back_fails(tmp_path, once_written, lost):
+    state = make_state()
+    with Checkpoints(tmp_path / "c", retention=Retention(keep=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        once_written(LOST[lost])
+        checkpoints.save(2, state, {})
+        with pytest.raises(SaveFailed, match=r"step 2 .* be read back .* there: 1\. .*resumes"):
+            checkpoints.wait()
+    assert (tmp_path / "c" / "1").exists()  # nothing was removed for it
+    with Checkpoints(tmp_path / "c", retention=Retention()) as checkpoints:
+        step, restored = checkpoints.restore_latest(abstract(state))
+    assert step == 1
+    assert_same_bits(restored, state)
+
+
+@UNHEEDED
+def test_the_arrays_of_the_first_save_are_read_back(tmp_path, once_written, monkeypatch):
+    once_written(spoil_arrays)
+    noise = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    state = {"w": noise, "n": np.asarray(3, np.int32), "wide": jnp.ones((8, 4), jnp.bfloat16)}
+    with Checkpoints(tmp_path / "c", retention=Retention()) as checkpoints:
+        checkpoints.save(1, state, {})
+        with pytest.raises(SaveFailed, match=r"step 1 .* cannot be read back .* there: none\."):
+            checkpoints.wait()
+    with pytest.raises(SaveFailed, match="cannot be read back"):
+        checkpoint.save_once(tmp_path / "once", 1, state, {})
+    assert not (tmp_path / "once").exists()
+    # The smallest ones only, where there are many.
+    monkeypatch.setattr(checkpoint, "_READ_BACK", 4 + 2 * 8 * 4)
+    handler, asked = checkpoint.ocp.handlers.PyTreeHandler, []
+    load = handler.load
+    spy = lambda self, folder, tree: asked.append(sorted(tree)) or load(self, folder, tree)
+    monkeypatch.setattr(handler, "load", spy)
+    with Checkpoints(tmp_path / "d", retention=Retention()) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+    assert asked == [["n", "wide"]]
+
+
 TWO = """
     import os, pathlib, resource, sys, time
     import jax, jax.numpy as jnp, numpy as np
@@ -812,8 +932,8 @@ TWO = """
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from fsdfm_jax import checkpoint
-    from fsdfm_jax.checkpoint import Checkpoints, Retention, restore_part
+    from fsdfm_jax.training import checkpoint
+    from fsdfm_jax.training.checkpoint import Checkpoints, Retention, restore_part
 
     assert (jax.process_count(), jax.device_count()) == (2, 8)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -30,6 +30,8 @@ SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 ARGUMENTS = {
     "base": [""],
     "tiny": ["", "smoke", "mask"],
+    "sudoku": ["4x4", "6x6", "9x9"],
+    "hmm": [""],
     "paper": [*base.SIZES, *(f"{size},{stage}" for size in base.SIZES for stage in SIZED)],
 }
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
@@ -305,5 +307,5 @@ def test_the_record_sees_what_it_should(monkeypatch):
             optim.make_optimizer(config.optim, config.path)
     leaves = set(record.read)
     path = {"path.schedule", "path.power", "path.source", "path.revealed"}
-    assert leaves == path | {"optim.moment_dtype"}  # read before what is missing
+    assert leaves == path | {"path", "optim.moment_dtype"}  # read before what is missing
     assert record.missing == {"path.num_steps"}

@@ -607,6 +607,7 @@ REFUSED = {
     "half orbax": ("a", {"to": "orbax", "dtype": "bfloat16"}, "'orbax' holds float32 weights"),
     "half sampler": ("a", {"to": "sampler", "dtype": "bfloat16"}, "holds float32 weights"),
     "no length": ("a", {"to": "sampler"}, "length must lie in 1 .. 1048576, got None"),
+    "backslash": ("a\\b", {"to": "orbax"}, "backslash.*; choose another folder"),
 }
 
 
@@ -616,6 +617,13 @@ def test_targets_that_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=message):
         formats.write(_bundle(), Target(tmp_path / file, **fields))
     assert _listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["out [x]", "a*b?"])
+def test_a_folder_of_any_name(tmp_path, name):
+    bundle = _bundle()
+    formats.write(bundle, Target(tmp_path / name, to="orbax"))
+    _same(formats.open_bundle(tmp_path / name).params(), bundle.params())
 
 
 def test_suffixes_in_capitals_and_folders_that_are_made(tmp_path):

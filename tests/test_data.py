@@ -362,7 +362,7 @@ try:
     app.run(prepare_data.main)
 except SystemExit as end:
     assert not end.code, end.code
-from fsdfm_jax import data
+from fsdfm_jax.data import prepared as data
 next(data.Batches(data.load("{tmp_path}/data").source("train"), batch_size=4, seed=0).iterate())
 for name in ("tensorflow", "pandas", "apache_beam"):
     assert name not in sys.modules, name

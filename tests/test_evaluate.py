@@ -618,7 +618,7 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
     constant = lambda params, model, x_BL, *times: jnp.broadcast_to(
         jnp.asarray(logits)[None, None], (*x_BL.shape, size)
     )
-    monkeypatch.setattr(model_lib, "predict", lambda params, model, *inputs: constant(*inputs))
+    monkeypatch.setattr(model_lib, "predict", constant)
     # A program of its own: by its length no other test gets it from the cache.
     process = Process(Polynomial(), Source(size), TOKENIZER.eos_id)
     subject = SUBJECTS["distill"]._replace(process=process)

@@ -41,7 +41,7 @@ from fsdfm_jax import main
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data import shards
 from fsdfm_jax.network.config import ModelConfig
-from fsdfm_jax.training import checkpoint, recipe, workdir
+from fsdfm_jax.training import checkpoint, pipeline, recipe, workdir
 from fsdfm_jax.training import loop as loop_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -469,7 +469,7 @@ def test_a_step_that_never_ends_is_ended_with_its_stacks(tmp_path, whole, where)
     threads = job.said.count("(most recent call first):")
     assert threads >= 2
     frames = job.said.partition("Timeout (")[2]
-    assert re.search(r'fsdfm_jax/train\.py", line \d+ in train', frames)
+    assert re.search(r'fsdfm_jax/training/loop\.py", line \d+ in train', frames)
     assert ("toy_job.py" in frames and "in batches" in frames) == (where == "--wait_at=6")
     assert torture.steps_of(directory) == [5]
     ends_like(directory, whole)
@@ -610,6 +610,6 @@ def test_retention_and_watchdog_come_from_the_config():
     values = {"keep_checkpoints": 3, "keep_every": 5, "keep_best": 7, "best_metric": "path_loss"}
     config.train.update(values | {"watchdog_minutes": 11.0})
     config.optim.max_skipped, config.pretrain.accumulate = 13, 17
-    found = main.train_settings(config, "pretrain")
+    found = pipeline.train_settings(config, "pretrain")
     assert found.retention == checkpoint.Retention(3, 5, 7, "path_loss")
     assert (found.watchdog_minutes, found.max_skipped, found.accumulate) == (11.0, 13, 17)

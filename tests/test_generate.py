@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import generate
+from fsdfm_jax import samples as generate
 from fsdfm_jax.convert import formats
 from fsdfm_jax.data import tokenizer
 from fsdfm_jax.flow.sampling import Sampling
-from fsdfm_jax.generate import Options
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference import job as job_lib
 from fsdfm_jax.inference import prompts, stream, view
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.samples import Options
 from fsdfm_jax.training import checkpoint, pipeline, recipe
 
 ROOT = pathlib.Path(__file__).parents[1]

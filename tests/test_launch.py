@@ -304,7 +304,7 @@ def test_local_second_signal_ends_everything_at_once(stub):
 TOY = """
 import sys
 import jax
-from fsdfm_jax import processes
+from fsdfm_jax.parallel import processes
 flags = dict(part.lstrip("-").partition("=")[::2] for part in sys.argv[1:])
 processes.initialize(flags["coordinator"], int(flags["num_processes"]), int(flags["process_id"]))
 said = processes.everyone_says(str(10 + jax.process_index()))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from fsdfm_jax import generate
+from fsdfm_jax import samples as generate
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate.memorised import Ngrams
 from launch import bundle as launch_bundle

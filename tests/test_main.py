@@ -31,9 +31,8 @@ from fsdfm_jax.training import pairs as pairs_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
-# Text, three controls, autoregressive, pretrain at 4, 1, 2 steps and by the few-step sampler at
-# 1, 2, three stages at 1, 2.
-ROWS = 1 + 3 + 1 + 3 + 2 + 3 * 2
+# Text, four controls, autoregressive, pretrain at 4, 1, 2 steps, three stages at 1, 2.
+ROWS = 1 + 4 + 1 + 3 + 3 * 2
 TINY = {
     "data.vocab_size": 300,
     "data.block_length": 8,
@@ -244,6 +243,12 @@ def test_workdir_may_not_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         main.check(_config("no/such/*.txt"), tmp_path / "file")
+
+
+def test_workdir_must_be_able_to_hold_checkpoints(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="backslash.*; choose another folder"):
+        _run_here(monkeypatch, _config("no/such/*.txt"), tmp_path / "a\\b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check_gives_each_run_its_recipe(tmp_path):

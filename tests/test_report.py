@@ -226,9 +226,9 @@ def test_csv_is_flat(tmp_path):
         lines = list(csv.DictReader(file))
     columns = list(lines[0])
     assert columns[:4] == ["slug", "setting", "kind", "group"]
-    assert {"weights", "top_p", "num_samples", "device"} <= set(columns[:21])
+    assert {"weights", "top_p", "num_samples", "device"} <= set(columns[:20])
     ends = ("", "_low", "_high", "_count")
-    assert columns[21:25] == [f"entropy_nats{end}" for end in ends]
+    assert columns[20:24] == [f"entropy_nats{end}" for end in ends]
     assert {f"own/{way}/{key}_low" for way in ("ids", "text") for key in ORDER} <= set(columns)
     assert columns[-2:] == ["notes", "flags"]
     assert [line["group"] for line in lines] == [row["group"] for row in ROWS]

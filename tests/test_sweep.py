@@ -51,7 +51,7 @@ AXES = {
     "eval.bound_samples": 0,
     "eval.resamples": 50,
 }
-POINTS = 4 + 3 * 2 * 2 + 2 * 2  # text and controls, distill, autoregressive
+POINTS = 5 + 3 * 2 * 2 + 2 * 2  # text and controls, distill, autoregressive
 TIMES = ("milliseconds_per_sample", "compile_seconds")
 
 
@@ -189,13 +189,13 @@ def test_more_points_join_those_that_are_there(world, whole):
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"axes.steps": (0,)}, (), "axes.steps must be at least 1"),
+        ({"axes.steps": (0,)}, (), "axes: Sampling.steps must be a whole number in [1"),
         ({"axes.models": ("refine",)}, (), "axes.models names the unknown 'refine'"),
         ({}, ("--host=2/2",), "--host must be I/N with 0 <= I < N, got '2/2'"),
         ({"eval.num_samples": 1000, "eval.task": "prefix:4"}, (), "eval.num_samples=1000"),
         ({"eval.judges": "gguf:none.gguf"}, (), "none.gguf"),
         ({"eval.models": "distill=RUN#pretrain"}, (), "choose another label"),
-        ({"axes.grids": ("power:30",)}, (), "grid 'power:30' with 1024 steps"),
+        ({"axes.grids": ("power:30",)}, (), "Grid 'power:30' with 1024 steps"),
     ],
 )
 def test_sweeps_are_refused_in_one_line(world, changes, flags, message):
@@ -215,7 +215,7 @@ def test_sweeps_are_refused_in_one_line(world, changes, flags, message):
 # --------------------------------------------------------------------- python -m fsdfm_jax.evaluate
 def test_evaluating_a_working_directory(world):
     flags = (f"--workdir={world.run_folder}", f"--output={world.folder / 'evaluated'}")
-    out = world.run("fsdfm_jax.evaluate", "", {"eval.temperature": 0.9}, *flags)
+    out = world.run("fsdfm_jax.evaluate", "", {"eval.sampling.temperature": 0.9}, *flags)
     rows = _rows(world.folder / "evaluated")
     # What isn't said on the command line is as the run had it.
     assert [row["num_samples"] for row in rows] == [4] * len(rows)
@@ -236,7 +236,7 @@ def test_evaluating_one_run_next_to_another_model(world):
     world.run("fsdfm_jax.evaluate", "", changes, *flags)
     rows = _rows(output)
     # The autoregressive run judges and is no row, as it wasn't asked for.
-    others = {"other (mixture)", "other (few-step sampler)"}
+    others = {"other (mixture)", "other (eval.sampling)"}
     assert {row["group"] for row in rows} == {"held-out text", "distill"} | others
     assert all("autoregressive" in row["judges"] for row in rows)
 

@@ -23,8 +23,9 @@ from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
+from fsdfm_jax.training import checkpoint
 
-# The bundled model, made by `python -m launch.ship`.
+# The bundled model, made by `python -m launch.bundle`.
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "model.safetensors"
 FORMATS = ("official", "safetensors", "orbax", "sampler")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
@@ -291,6 +292,8 @@ def check_target(
         raise ValueError(f"{', '.join(given)}: choices of an exported sampler (--to=sampler) only.")
     if target.format == "official" or target.layout == "official":
         official.check_layout(bundle.model)
+    if target.format == "orbax":
+        checkpoint.absolute(target.path.resolve())  # a path that can't hold one is refused
     _check_place(target, source, overwrite)
 
 

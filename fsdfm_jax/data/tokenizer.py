@@ -81,12 +81,18 @@ class Tokenizer:
         self._backend = backend
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with no special token added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of `text`, with no special token added.
+
+        Raises:
+          ValueError: a word of it is not in the vocabulary, and the tokenizer has no token for
+            unknown ones; so do the other ways of encoding.
+        """
+        return self._known(self._backend.encode, [text], text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, encoded in parallel."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        texts = list(texts)
+        encodings = self._known(self._backend.encode_batch_fast, texts, texts)
         return [encoding.ids for encoding in encodings]
 
     def encode_with_offsets(
@@ -96,8 +102,25 @@ class Tokenizer:
 
         The tokens of a character that takes several all have its place.
         """
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        texts = list(texts)
+        encodings = self._known(self._backend.encode_batch, texts, texts)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def _known(self, encode, texts: Sequence[str], argument):
+        """encode(argument); names the first unknown word of `texts` where the library refuses."""
+        try:
+            return encode(argument, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            cut = self._backend.pre_tokenizer
+            for text in texts:
+                words = [text] if cut is None else [w for w, _ in cut.pre_tokenize_str(text)]
+                unknown = next((word for word in words if word not in self.vocabulary), None)
+                if unknown is not None:
+                    raise ValueError(
+                        f"{unknown!r} is not in the vocabulary of the tokenizer "
+                        f"({self.vocab_size} tokens); change the text"
+                    ) from None
+            raise ValueError(f"the text can't be encoded: {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; end-of-text and other special tokens are left out.

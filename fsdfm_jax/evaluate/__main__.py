@@ -50,7 +50,7 @@ _PLACES = ("judges", "models")
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     """Sets what the command line doesn't say of `config.eval` to what the run was configured with.
 
-    What a run or a file from elsewhere doesn't say of the sampler is as published.
+    What older runs and files from elsewhere don't say of the sampler is as published.
 
     Args:
       config: changed in place; as it is where --config names a file.
@@ -63,17 +63,16 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     if _CONFIG_GIVEN:
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
-    evaluation = dict(stored.get("eval") or {})
+    evaluation = stored.get("eval") or {}
+    values = {key: value for key, value in evaluation.items() if key in keys and key != "sampling"}
+    sampling = bundle_lib.read_sampling(evaluation).to_dict()
+    values |= {f"sampling.{name}": value for name, value in sampling.items()}
+    values = {key: value for key, value in values.items() if f"eval.{key}" not in given}
     try:
-        sampling = bundle_lib.read_sampling(evaluation).to_dict()
-        for key, value in sampling.items():
-            if f"eval.sampling.{key}" not in given:
-                config.eval.sampling[key] = value
-        for key, value in evaluation.items():
-            known = key in keys and key != "sampling"  # an older run may have had other keys
-            if known and f"eval.{key}" not in given:
-                config.eval[key] = tuple(value) if isinstance(value, list) else value
-    except (TypeError, ValueError) as error:
+        config.eval.update_from_flattened_dict(
+            {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        )
+    except TypeError as error:
         raise ValueError(f"The configuration stored with the model: {error}") from None
 
 

@@ -57,7 +57,10 @@ def make_grid(name: str, steps: int) -> np.ndarray:
         raise ValueError(
             f"Unknown grid {name!r}; expected 'uniform', 'cosine' or 'power:R' with R > 0."
         )
-    return check_grid(shares**power)
+    try:
+        return check_grid(shares**power)
+    except ValueError as error:
+        raise ValueError(f"Grid {name!r} with {steps} steps: {error}") from None
 
 
 def check_grid(grid_S1) -> np.ndarray:

@@ -51,6 +51,33 @@ def dispersed(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return _to_unit(start_B1 + steps_L[None])
 
 
+def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """Logits of the likeliest tokens alone, the fewest whose probabilities add up to `top_p`.
+
+    All others become -inf; tokens as likely as the last one kept are kept too. What is drawn from
+    is the rest renormalised (nucleus sampling, arXiv:1904.09751).
+
+    Args:
+      logits: [..., V].
+      top_p: scalar in (0, 1]; 1 keeps everything, up to rounding of the sum.
+    """
+    p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    # Numbers that aren't negative are ordered as their bits are: the bits of the threshold are
+    # found by halving, which reads the vocabulary 30 times but sorts nothing.
+    bits = jax.lax.bitcast_convert_type(p, jnp.int32)
+    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(bits >= middle, p, 0.0), axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros((*p.shape[:-1], 1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, above_one)))
+    return jnp.where(bits >= low, logits, -jnp.inf)
+
+
 def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws ids from softmax(logits); logits float [..., V], may hold -inf; returns int32 [...]."""
     return pick(uniform(key, (*logits.shape[:-1], NUMBERS)), logits)

@@ -1,7 +1,7 @@
 """Logits that are never written down.
 
-Of a sequence of 1,024 tokens over a vocabulary of 50,257 the logits are 196 MiB in float32, several
-times of that with their gradient. The vocabulary head is affine, so they are kept as factors,
+The float32 logits of 1,024 tokens over a vocabulary of 50,257 take 196 MiB, and their gradient as
+much again or more. The vocabulary head is affine, so they are kept as factors,
 
     logits_BLV = features_BLD kernel_DV + bias_V,
 
@@ -10,8 +10,7 @@ and `mean_loss` (losses, with their gradients) multiply out a chunk of positions
 it. An average of logits with weights that add up to 1 is the average of the features, so that the
 teacher's target takes one product and no sum of arrays of that size.
 
-Both functions take an array [B, L, V] as well, all at once: the reference, and what networks
-without factors give.
+Both functions also take an array [B, L, V], all at once: the reference.
 """
 
 import dataclasses
@@ -19,12 +18,12 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from fsdfm_jax.ops import loops
+from fsdfm_jax.ops import categorical, loops
 from fsdfm_jax.parallel import rules
 
 
@@ -62,7 +61,7 @@ class Factored:
         return (*self.features_BLD.shape[:-1], self.kernel_DV.shape[-1])
 
 
-Logits = jax.Array | Factored
+Logits: TypeAlias = jax.Array | Factored
 AnyLogits = TypeVar("AnyLogits")
 
 # `map_positions` holds this fraction of what `mean_loss` holds: its chunks needn't be large, since
@@ -117,37 +116,10 @@ def exclude(logits: Logits, token: int) -> Logits:
 
 
 def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
-    """Logits of the likeliest tokens alone, the fewest whose probabilities add up to `top_p`.
-
-    All others become -inf; tokens as likely as the last one kept are kept too. What is drawn from
-    is the rest renormalised (nucleus sampling, arXiv:1904.09751).
-
-    Args:
-      logits: [..., V], or factored.
-      top_p: scalar in (0, 1]; 1 keeps everything, up to rounding of the sum.
-    """
+    """`categorical.nucleus` of logits that may be factored."""
     if isinstance(logits, Factored):
         return dataclasses.replace(logits, top_p=top_p)
-    return _cut(logits, top_p)
-
-
-def _cut(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """`nucleus` of an array."""
-    p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    # Numbers that aren't negative are ordered as their bits are: the bits of the threshold are
-    # found by halving, which reads the vocabulary 30 times but sorts nothing.
-    bits = jax.lax.bitcast_convert_type(p, jnp.int32)
-    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(jnp.where(bits >= middle, p, 0.0), axis=-1, keepdims=True) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low = jnp.zeros((*p.shape[:-1], 1), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, above_one)))
-    return jnp.where(bits >= low, logits, -jnp.inf)
+    return categorical.nucleus(logits, top_p)
 
 
 def entropy(logits_BLV: jax.Array) -> jax.Array:
@@ -400,7 +372,7 @@ def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
     if logits.temperature is not None:
         logits_BcV = logits_BcV / logits.temperature
-    return logits_BcV if logits.top_p is None else _cut(logits_BcV, logits.top_p)
+    return logits_BcV if logits.top_p is None else categorical.nucleus(logits_BcV, logits.top_p)
 
 
 def _contract(

@@ -5,12 +5,14 @@ that all of them see; only the first process writes files there, checkpoints asi
 process writes its part.
 """
 
+import asyncio
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+T = TypeVar("T")
+
 # Of a program that was asked to end (SIGTERM), as shells count: 128 + 15.
 STOPPED = 143
 
 # Longer than anything that one process does alone, as preparing text or evaluating.
-_BARRIER_MILLISECONDS = 30 * 24 * 3600 * 1000
+_BARRIER_SECONDS = 30 * 24 * 3600
 
 
 class Stopped(SystemExit):
@@ -87,10 +91,11 @@ def barrier(name: str) -> None:
     if jax.process_count() == 1:
         return
     # JAX has no public wait on hosts: `sync_global_devices` waits on the devices, whose
-    # collectives give up after seconds (CPU) or block the accelerator.
-    from jax._src import distributed
+    # collectives give up after seconds (CPU) or block the accelerator. Orbax has one.
+    from orbax.checkpoint import v1 as ocp
 
-    distributed.global_state.client.wait_at_barrier(name, _BARRIER_MILLISECONDS)
+    wait = ocp.multihost.sync_global_processes
+    asyncio.run(wait(name, operation_id=__name__, timeout=_BARRIER_SECONDS))
 
 
 def everyone_says(text: str) -> list[str]:
@@ -104,23 +109,39 @@ def everyone_says(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
+def together(action: Callable[[], T], *kinds: type[Exception]) -> T:
+    """`action()` in every process; where it raises in one, all of them raise.
+
+    Args:
+      action: what each process does alone.
+      kinds: what the others raise as the kind it is, the mildest first; else they raise OSError.
+    """
+    value, error, rank = None, None, ""
+    try:
+        value = action()
+    except jax.errors.JaxRuntimeError:  # another process is gone: nobody is there to be told
+        raise
+    except Exception as raised:
+        error = raised
+        ranks = [i for i, kind in enumerate(kinds) if isinstance(error, kind)]
+        rank = str(ranks[0] if ranks else len(kinds))
+    said = everyone_says(f"{rank}{error}" if error else "")
+    worst = max(text[:1] for text in said)
+    if error is not None and rank == worst:
+        raise error
+    for process, text in enumerate(said):
+        if worst and text.startswith(worst):
+            raise (*kinds, OSError)[int(worst)](f"process {process}: {text[1:]}")
+    return value
+
+
 def from_first(action: Callable[[], Iterable[int]]) -> list[int]:
     """The integers (int32) that `action()` gives in the first process, in all of them.
 
     What decides how all go on is looked up by one: a folder that several hosts share need not look
     the same to all at one moment. Where it raises, all raise: OSError in the other processes.
     """
-    values, error = [], None
-    if is_first():
-        try:
-            values = list(action())
-        except Exception as raised:
-            error = raised
-    failed = everyone_says(str(error) or repr(error) if error else "")[0]
-    if error is not None:
-        raise error
-    if failed:
-        raise OSError(f"process 0: {failed}")
+    values = together(lambda: list(action()) if is_first() else [])
     if jax.process_count() > 1:
         count = _everyones(np.int32(len(values)))[0]
         values = np.asarray(values if is_first() else np.zeros(count), np.int32)

@@ -1,36 +1,35 @@
-"""Saving training states, and restoring them or nothing; the only file that knows Orbax.
+"""Training checkpoints: saved in the background, restored bit for bit or not at all.
 
-A checkpoint is the leaves of one pytree under their path names ("params/block/kernel",
-"opt_state/1/0/mu/block/kernel"), stored as nested dicts, plus one JSON dict of metadata. Containers
-(NamedTuples, tuples, empty optimiser states, None) are not stored: they come back from the abstract
-state that `Checkpoints.restore` is given, and a part can be read without knowing them.
+The only file that knows Orbax's checkpoints, through its public API. One is a folder
+`directory/<step>`: the leaves of a pytree under their path names ("opt_state/1/0/mu/block/kernel")
+and one JSON record of step, metadata, metrics, the shape, dtype and checksum of each leaf, and a
+digest of all that. Containers (NamedTuples, tuples, None) come from the abstract state given to
+`restore`; a part can be read without them.
 
     with Checkpoints(directory, retention=Retention(keep=2)) as checkpoints:
         found = checkpoints.restore_latest(abstract_state)  # (step, state) or None
         checkpoints.save(step, state, {"stage": "pretrain"})  # returns once the state is copied
 
-Each leaf is stored with its checksum (`checksums`), and these, the names, shapes, dtypes,
-the step, the metrics and the metadata with a digest of all of it. What is read is checked: a state
-comes back bit for bit or not at all. A damaged checkpoint is a `DamagedCheckpoint`, an intact one
-of another state a `NotACheckpoint`. Checkpoints from before the checksums are read unchecked.
-
-With several processes each of them makes every call of a `Checkpoints`, and `directory` is one they
-share; all come to the same result or the same kind of error. The functions below it read on their
-own: any process may call them alone, unless the arrays it asks for lie on other processes too.
+Reading raises `DamagedCheckpoint` for anything but what was saved, `NotACheckpoint` where there is
+none or one of another state, OSError where rights or memory are missing. Checkpoints from before
+the checksums are read unchecked. All processes of a job call each method of a `Checkpoints`, on a
+folder that they share, with the same result or the same kind of error; the functions read alone.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import fnmatch
+import functools
 import hashlib
 import json
 import logging
 import math
+import operator
 import os
-import random
-import threading
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,12 +40,22 @@ from fsdfm_jax.parallel import processes
 from fsdfm_jax.training.checksums import checksums
 
 PyTree = Any
+PathLike = str | os.PathLike
+Leaves = dict[str, jax.ShapeDtypeStruct]
 Sharding = jax.sharding.Sharding
-T = TypeVar("T")
+
+_READ_BACK = 256 * 2**20  # bytes of arrays that are read back after the first save
+_MOST_IN_FLIGHT = 256 * 2**20  # bytes that `save_once` writes at once
+_RUNNING, _BETWEEN_LOOKS = "running", 1.0  # seconds between looks at the saves of others
+# Names of the part of a checkpoint that has the arrays: with checksums, and from before them.
+_CHECKED, _UNCHECKED = "checked_state", "state"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are being written or removed
+_REMEDY = "; run the training command again: it goes back to the checkpoint before"
+_log = logging.getLogger("absl")
 
 
-class NotACheckpoint(ValueError):  # noqa: N818 - named after what it says
-    """The directory holds no such checkpoint, or not one of this tree; the message says which."""
+class NotACheckpoint(ValueError):  # noqa: N818
+    """There is no such checkpoint, or it is one of another state; the message says which."""
 
 
 class DamagedCheckpoint(NotACheckpoint):
@@ -54,22 +63,18 @@ class DamagedCheckpoint(NotACheckpoint):
 
 
 class SaveFailed(OSError):  # noqa: N818
-    """A checkpoint could not be written; the message says why and which complete ones there are."""
+    """A checkpoint could not be written or read back; the message names the complete ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints survive a save; any one reason is enough.
+    """Which checkpoints survive a save; any one reason is enough. ValueError for other numbers.
 
     Attributes:
       keep: The newest so many; at least 1.
       keep_every: Those whose step is a multiple of this; 0: none.
-      keep_best: So many with the lowest value of `metric` (the newer of two equal ones); 0: none. A
-        checkpoint without that metric, or where it is not finite, is never among them.
+      keep_best: So many with the lowest finite `metric`, the newer of two equal ones; 0: none.
       metric: Name of an entry of the `metrics` of a save.
-
-    Raises:
-      ValueError: A number is too small or no integer, or `metric` is empty.
     """
 
     keep: int = 2
@@ -78,126 +83,102 @@ class Retention:
     metric: str = "loss"
 
     def __post_init__(self):
-        for name, least, meaning in (
-            ("keep", 1, "how many of the newest checkpoints stay"),
-            ("keep_every", 0, "a number of steps, 0 for none"),
-            ("keep_best", 0, "a number of checkpoints, 0 for none"),
-        ):
+        for name, least in (("keep", 1), ("keep_every", 0), ("keep_best", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be at least {least} ({meaning}), got {value!r}")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be at least {least} and an integer, got {value!r}")
         if not isinstance(self.metric, str) or not self.metric:
             raise ValueError(f"metric must be the name of a metric, got {self.metric!r}")
 
     def survivors(self, metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
         """The steps that stay, of {step: its metrics}."""
-        policies = ocp.training.preservation_policies
-        found = [
-            ocp.training.CheckpointMetadata(step, path="", metadata=None, metrics=metrics[step])
-            for step in sorted(metrics)
-        ]
-        value = lambda values: values.get(self.metric, math.nan)
-        ranked = [checkpoint for checkpoint in found if math.isfinite(value(checkpoint.metrics))]
-        rules = [(policies.LatestN(self.keep), found)]
-        if self.keep_every:
-            rules.append((policies.EveryNSteps(self.keep_every), found))
-        if self.keep_best:  # given only those that can be best: of few it keeps all
-            best = policies.BestN(get_metric_fn=value, reverse=True, n=self.keep_best)
-            rules.append((best, ranked))
-        context = policies.PreservationContext()
-        return {
-            checkpoint.step
-            for rule, candidates in rules
-            for checkpoint, stays in zip(
-                candidates, rule.should_preserve(candidates, context=context), strict=True
-            )
-            if stays
-        }
+        steps = sorted(metrics)
+        rank = lambda step: (metrics[step].get(self.metric, math.nan), -step)
+        best = sorted((step for step in steps if math.isfinite(rank(step)[0])), key=rank)
+        regular = {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        return regular.union(steps[-self.keep :], best[: self.keep_best])
 
 
 class Checkpoints:
     """The checkpoints of one training run: `directory/<step>`, written in the background.
 
-    Opening the directory creates it where needed and removes what a killed save left there, so only
-    the job that trains opens it; readers use `restore_part` and `read_metadata`, which change
-    nothing.
+    Opening makes the directory and removes what a killed save left there, so only the job that
+    trains opens it. ValueError if it is no place for one, OSError if it can't be made or cleaned.
 
     Args:
       directory: Folder of the checkpoints.
-      retention: Which checkpoints survive a save.
-
-    Raises:
-      ValueError: `directory` is a file.
-      OSError: It cannot be made or cleaned.
+      retention: Which of them survive a save.
+      in_place: Save numpy arrays without a copy, and nothing compressed.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, retention: Retention):
-        self._directory = _absolute(directory)
-        self._retention = retention
-        # {step: metrics} of those with intact metadata, in the first process: it removes old ones.
+    def __init__(self, directory: PathLike, *, retention: Retention, in_place: bool = False):
+        self._directory, self._retention = absolute(directory), retention
+        self._context = _context(everyone=True)
+        if in_place:
+            self._context.memory.deepcopy_host_arrays = False
+            self._context.memory.write_concurrent_bytes = _MOST_IN_FLIGHT
+            self._context.array.saving.use_compression = False
+        # {step: metrics} of the intact ones, in the first process, which removes old ones.
         self._metrics: dict[int, dict[str, float]] = {}
-        steps = processes.from_first(self._open)
-        self._check_that_it_is_shared()
-        self._newest = max(steps, default=None)
+        self._newest = max(processes.from_first(self._open), default=None)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
-        self._saves = 0
+        self._unread = _READ_BACK  # bytes of the next save to read back
+        if jax.process_count() > 1:
+            self._check_place()
 
     def _open(self) -> list[int]:
         if self._directory.exists() and not self._directory.is_dir():
             raise ValueError(f"{self._directory} is a file; give the folder of the checkpoints")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for folder in self._directory.iterdir():
-                if _TEMPORARY in folder.name:
-                    folder.rmtree()
+            for folder in self._directory.glob(f"*{_TEMPORARY}*"):
+                folder.rmtree()
         except OSError as error:
             raise OSError(
                 f"the folder of checkpoints {self._directory} cannot be made or cleaned up: "
                 f"{_short(error)}; make it writable and run the same command"
             ) from error
         steps = _steps(self._directory)
-        for step in steps:
-            # A damaged one is neither counted nor removed; `restore_latest` names it.
+        for step in steps:  # a damaged one is never removed; `restore_latest` names it
             with contextlib.suppress(DamagedCheckpoint):
                 self._metrics[step] = _read_record(self._directory, step).metrics
         return steps
 
-    def _check_that_it_is_shared(self) -> None:
-        """With a folder for each host, the first save would never be complete."""
-        if jax.process_count() == 1:
-            return
-        probe = lambda number: self._directory / f"probe.{number}{_TEMPORARY}"
+    def _check_place(self) -> None:
+        """Before Orbax begins: what one process can't write, others would await for minutes."""
+        probe = lambda owner: self._directory / f"probe-{owner}{_TEMPORARY}"
 
         def put() -> list[int]:
-            number = random.SystemRandom().randrange(2**31)
-            probe(number).mkdir()
-            return [number]
-
-        (number,) = processes.from_first(put)
+            if not self._directory.is_dir():  # it would be made, perhaps below an unmounted volume
+                raise FileNotFoundError(f"the folder {self._directory} has vanished")
+            probe(os.getpid()).mkdir(exist_ok=True)
+            return [os.getpid()]
 
         def look() -> None:
-            if not probe(number).exists():
+            if not probe(owner).exists():
                 raise OSError(
                     f"{self._directory} is not the same folder for all processes; give a --workdir "
                     "that they share"
                 )
 
+        (owner,) = processes.from_first(put)
         try:
-            _together(look)
+            processes.together(look)
         finally:
             if processes.is_first():
-                probe(number).rmdir()
+                probe(owner).rmdir()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, exc_type, *exc_info) -> None:
-        try:
-            self.close()
-        except SaveFailed as error:
-            if exc_type is None:
-                raise
-            _log.warning("%s", error)  # what went wrong first is what must be told
+        if exc_type is None:
+            self.wait()
+        elif self._saving is not None:  # alone: the other processes may not come here
+            error = self._saving[1].exception()
+            if error is not None:  # what went wrong first is what must be told
+                _log.warning("%s", error)
 
     def save(
         self,
@@ -206,142 +187,119 @@ class Checkpoints:
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies `state` to the host and starts to write it; the caller may donate it right after.
+        """Copies `state` and writes it in the background; the caller may donate it right after.
 
-        The checkpoint appears under its name only once it is complete; those that `retention` does
-        not keep go after that. A save that is still running is waited for first.
+        A checkpoint appears under its name once it is complete. Then it is read back: its record
+        and the list of its arrays, after the first save also the arrays, the smallest up to
+        `_READ_BACK`. Then those that `retention` doesn't keep are removed.
 
         Args:
           step: Optimiser steps completed; larger than that of every checkpoint in the directory.
-          state: Pytree of arrays (jax or numpy), none empty. Keys must not contain "/" or ".".
-          metadata: JSON dict, returned by `metadata` (tuples come back as lists).
-          metrics: {name: number}, for `retention`; None: this one is never among the best.
+          state: Arrays of JAX or NumPy, none of them empty, in nested containers.
+          metadata: JSON dict to store with it.
+          metrics: Has `Retention.metric` where that is used; None: never among the best.
 
         Raises:
-          ValueError: `step` does not increase, a leaf is no array or empty, a name is not usable,
-            `metadata` is no JSON, or `metrics` has numbers but not the one `retention` goes by.
-          SaveFailed: This save could not begin, or the one before could not be completed.
+          ValueError: One of these is not as described.
+          SaveFailed: It can't be written, or the save before could not be.
         """
-        leaves, metadata = _checked_leaves(state), _checked_metadata(metadata)
-        metrics = self._checked_metrics(metrics)
+        metric = self._retention.metric
+        if self._retention.keep_best and metrics is not None and metric not in metrics:
+            raise ValueError(
+                f"the best checkpoints go by {metric!r}, but the metrics are {sorted(metrics)}; "
+                "give it, or None for a checkpoint that is never among the best"
+            )
+        leaves = _checked_leaves(state)
         self.wait()
         if self._newest is not None and step <= self._newest:
             raise ValueError(
                 f"checkpoints must have increasing steps: got {step}, but {self._directory} "
                 f"already has step {self._newest}"
             )
-        record = _record(int(step), leaves, metadata, metrics)
+        record = _record(int(step), leaves, metadata, metrics or {})
         try:
-            _together(self._check_that_it_can_be_written)
-            _align_operations()
-            context = ocp.Context()
-            context.asynchronous.create_directories_asynchronously = False  # as above
-            with context:
+            self._check_place()
+            with self._context:
                 response = ocp.save_async(
                     self._directory / str(int(step)),
                     _nest(leaves),
                     checkpointable_name=_CHECKED,
                     custom_metadata=record,
                 )
-        except jax.errors.JaxRuntimeError:  # another process is gone, nothing is to be mended here
+        except jax.errors.JaxRuntimeError:  # another process is gone: nothing to mend here
             raise
         except Exception as error:  # whatever the layers below raise
-            raise self._failed(int(step), error) from error
-        self._saves += 1
-        done: concurrent.futures.Future = concurrent.futures.Future()
-        self._saving = int(step), done
-        threading.Thread(
-            target=self._complete, args=(done, response, int(step), metrics), daemon=True
-        ).start()
+            raise self._failed(int(step), "could not be written to", error) from error
+        self._saving = int(step), self._thread.submit(self._complete, response, record)
 
-    def _checked_metrics(self, metrics: Mapping[str, float] | None) -> dict[str, float]:
-        if metrics is None:
-            return {}
-        if self._retention.keep_best and self._retention.metric not in metrics:
-            raise ValueError(
-                f"the best checkpoints go by {self._retention.metric!r}, but the metrics are "
-                f"{sorted(metrics)}; give it, or None for a checkpoint that is never among the best"
-            )
-        return {str(name): float(value) for name, value in metrics.items()}
-
-    def _check_that_it_can_be_written(self) -> None:
-        """Before Orbax begins: of a folder it can't make, its threads wait for minutes."""
-        if jax.process_index() != 0:
-            return
-        if not self._directory.is_dir():  # it would be made, perhaps below an unmounted volume
-            raise FileNotFoundError(f"the folder {self._directory} has vanished")
-        probe = self._directory / f"probe{_TEMPORARY}"
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
-
-    def _complete(
-        self, done: concurrent.futures.Future, response, step: int, metrics: dict[str, float]
-    ) -> None:
-        """In the background: waits until all is written, then removes what need not be kept."""
+    def _complete(self, response: ocp.AsyncResponse, record: dict[str, Any]) -> str:
+        """In the background: waits until all is written, reads it back, removes old ones."""
+        step, what = record["step"], "could not be written to"
         try:
-            try:
-                response.result()
-            except jax.errors.JaxRuntimeError:
-                raise
-            except Exception as error:  # whatever the layers below raise
-                failed = self._failed(step, error)
-                _tell_others(f"{self._directory}/{self._saves}", str(failed))
-                raise failed from error
-            if jax.process_index() == 0:
-                self._metrics[step] = metrics
-                self._remove_old()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    def _remove_old(self) -> None:
-        survivors = self._retention.survivors(self._metrics)
-        for old in sorted(self._metrics.keys() - survivors):
-            # Renamed first: killed half-way, it is not taken for a checkpoint.
-            try:
+            response.result()
+            if not processes.is_first():
+                return "saved"
+            what = "was written but cannot be read back from"
+            read = _read_back(self._directory, record, self._unread)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # whatever the layers below raise
+            raise self._failed(step, what, error) from error
+        self._unread = 0
+        self._metrics[step] = read.metrics
+        for old in sorted(self._metrics.keys() - self._retention.survivors(self._metrics)):
+            try:  # renamed first: killed half-way, it is not taken for a checkpoint
                 going = self._directory / f"{old}.old{_TEMPORARY}"
                 (self._directory / str(old)).rename(going).rmtree()
             except OSError as error:
                 _log.warning("checkpoint %d could not be removed: %s", old, _short(error))
             del self._metrics[old]
+        return "saved"
 
-    def _failed(self, step: int, error: BaseException) -> SaveFailed:
+    def _failed(self, step: int, what: str, error: Exception) -> SaveFailed:
         try:
-            complete = ", ".join(map(str, _steps(self._directory))) or "none"
+            complete = [str(other) for other in _steps(self._directory) if other != step]
         except OSError:
-            complete = "unknown, it can't be listed"
+            complete = ["unknown, it can't be listed"]
         return SaveFailed(
-            f"the checkpoint of step {step} could not be written to {self._directory}: "
-            f"{_short(error)}. Complete checkpoints there: {complete}. Free space or make it "
-            "writable, and run the same command: it goes on from the newest"
+            f"the checkpoint of step {step} {what} {self._directory}: {_short(error)}. Complete "
+            f"checkpoints there: {', '.join(complete) or 'none'}. Free space or make it writable, "
+            "and run the same command: it resumes from the newest"
         )
 
+    def wait(self) -> None:
+        """Waits until a running save is complete; SaveFailed if that failed in any process.
+
+        Orbax's threads of the other processes then wait for that one for minutes: end the program
+        without joining them.
+        """
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        states = [_RUNNING]
+        while _RUNNING in states:
+            concurrent.futures.wait([saving], _BETWEEN_LOOKS)
+            state = saving.result if saving.done() else lambda: _RUNNING
+            states = processes.everyone_says(processes.together(state, SaveFailed))
+        self._newest = step
+
     def restore_latest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
-        """The newest checkpoint that is intact: (its step, the state), or None if there is none.
+        """(step, state) of the newest checkpoint that is intact, or None if there is none.
 
         Damaged ones that are newer are each named in a warning and moved to the folder "damaged"
-        beside `directory`, once an intact one has been read.
-
-        Args:
-          abstract_state: As for `restore`.
-
-        Raises:
-          DamagedCheckpoint: There are checkpoints, but none is intact; nothing was moved.
-          NotACheckpoint: The newest intact one is not of this state. Nothing was moved.
-          ValueError: An abstract leaf has no sharding.
-          OSError: A checkpoint can't be read for another reason, such as missing rights.
+        beside `directory`. Nothing is moved where it raises, as `restore` does for the newest
+        intact one, or DamagedCheckpoint where none is.
         """
-        wanted, damaged = _wanted(abstract_state), {}
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                leaves = self._restore(wanted, step)
+                state = self.restore(abstract_state, step)
             except DamagedCheckpoint as error:
                 damaged[step] = str(error).removesuffix(_REMEDY)
                 continue
-            processes.from_first(lambda damaged=damaged, step=step: self._set_aside(damaged, step))
+            processes.from_first(lambda step=step: self._set_aside(damaged, step))
             self._newest = step
-            return step, _rebuilt(abstract_state, leaves)
+            return step, state
         if damaged:
             raise DamagedCheckpoint(
                 f"no checkpoint in {self._directory} is intact: {'; '.join(damaged.values())}. "
@@ -350,8 +308,8 @@ class Checkpoints:
         return None
 
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> list[int]:
+        folder = self._directory.with_name("damaged")
         for bad, what in damaged.items():
-            folder = self._directory.with_name("damaged")
             folder.mkdir(exist_ok=True)
             new, number = folder / str(bad), 1
             while new.exists():
@@ -372,23 +330,20 @@ class Checkpoints:
         Returns:
           The state, bit for bit as it was saved, in the containers of `abstract_state`. Leaves of
           64-bit dtypes that JAX is not configured for are numpy arrays.
-
-        Raises:
-          DamagedCheckpoint: It is not what was saved.
-          NotACheckpoint: There is no such checkpoint, or its leaves have other names, shapes or
-            dtypes; the message lists them.
-          ValueError: An abstract leaf has no sharding.
         """
-        steps, wanted = self.steps(), _wanted(abstract_state)
-        leaves = self._restore(wanted, _chosen(steps, step, self._directory))
-        return _rebuilt(abstract_state, leaves)
-
-    def _restore(self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int) -> dict[str, Any]:
-        """Every process reads its part without waiting for others; then they agree how it went."""
-        directory = self._directory
-        record = _read_record_together(directory, step)
-        _check_same(record.leaves, wanted, directory)
-        return _load_checked(directory, record, wanted, together=True)
+        self.wait()
+        wanted = _named_leaves(abstract_state)
+        for name, leaf in wanted.items():
+            if getattr(leaf, "sharding", None) is None:
+                raise ValueError(
+                    f"abstract leaf {name!r} has no sharding; build it as "
+                    "jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+                )
+            wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        record = _find(self._directory, step, together=True)
+        _check_same(record.leaves, wanted, self._directory)
+        leaves = _load(self._directory, record, wanted, together=True)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints in the directory, damaged ones too; waits for a running save."""
@@ -396,92 +351,38 @@ class Checkpoints:
         return processes.from_first(lambda: _steps(self._directory))
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint with intact metadata; waits for a running save."""
+        """As the function, in all processes; waits for a running save."""
         self.wait()
-        latest = lambda: [] if (step := latest_step(self._directory)) is None else [step]
+        latest = lambda: [step for step in [latest_step(self._directory)] if step is not None]
         return next(iter(processes.from_first(latest)), None)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON dict saved with a checkpoint (None: the newest).
-
-        Raises:
-          DamagedCheckpoint: Its metadata is not what was saved.
-          NotACheckpoint: There is no such checkpoint.
-        """
-        step = _chosen(self.steps(), step, self._directory)
-        return _together(lambda: _read_record(self._directory, step).metadata)
-
-    def wait(self) -> None:
-        """Waits until a running save is complete.
-
-        With several processes, all of them raise if one could not write its part. Orbax's threads
-        of the others wait for that one for minutes, so the program should end without joining them.
-
-        Raises:
-          SaveFailed: It could not be completed (once: the save is over after that).
-        """
-        if self._saving is None:
-            return
-        (step, saving), self._saving = self._saving, None
-        while not concurrent.futures.wait([saving], _BETWEEN_LOOKS).done:
-            if failed := _told_by_others(f"{self._directory}/{self._saves}"):
-                raise SaveFailed(failed)
-        saving.result()
-        self._newest = step
-
-    def close(self) -> None:
-        """Waits for a running save; the object ends here.
-
-        Raises:
-          SaveFailed: As `wait`.
-        """
+        """As `read_metadata`, in all processes; waits for a running save."""
         self.wait()
+        return _find(self._directory, step, together=True).metadata
+
+    close = wait
 
 
-def save_once(
-    directory: str | os.PathLike, step: int, state: PyTree, metadata: Mapping[str, Any]
-) -> None:
+def save_once(directory: PathLike, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
     """Writes one checkpoint into a new directory, with next to no memory besides `state` itself.
 
-    For conversion: unlike `Checkpoints.save` it returns when all is on the disk, copies nothing and
-    doesn't compress (float weights hardly shrink).
+    For conversion: it returns when all is on the disk, copies nothing and doesn't compress (float
+    weights hardly shrink). Where it raises, as `Checkpoints.save` does, it leaves nothing.
 
     Args:
       directory: Folder of the checkpoints, made here.
       step, state, metadata: As in `Checkpoints.save`; numpy arrays, not changed meanwhile.
-
-    Raises:
-      ValueError: As `Checkpoints.save`, or the directory has checkpoints already.
-      SaveFailed: It could not be written; what was is removed.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     if directory.exists():
         raise ValueError(f"{directory} exists already; a new folder was expected")
-    leaves, metadata = _checked_leaves(state), _checked_metadata(metadata)
-    context = ocp.Context()
-    context.asynchronous.create_directories_asynchronously = False
-    context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = _MOST_IN_FLIGHT
-    context.array.saving.use_compression = False
-    record = _record(int(step), leaves, metadata, {})
     try:
-        with context:
-            ocp.save(
-                directory / str(int(step)),
-                _nest(leaves),
-                checkpointable_name=_CHECKED,
-                custom_metadata=record,
-            )
-    except Exception as error:  # whatever the layers below raise
-        if directory.exists():
-            directory.rmtree(missing_ok=True)
-        raise SaveFailed(
-            f"the checkpoint of step {step} could not be written to {directory}: {_short(error)}. "
-            "Free space or make it writable, and run the same command"
-        ) from error
-
-
-_MOST_IN_FLIGHT = 256 * 2**20  # bytes
+        with Checkpoints(directory, retention=Retention(), in_place=True) as checkpoints:
+            checkpoints.save(step, state, metadata)
+    except BaseException:
+        directory.rmtree(missing_ok=True)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,24 +390,22 @@ class Record:
     """What is known of a checkpoint before its arrays are read.
 
     Attributes:
-      step: Under which it was saved.
+      step, metadata, metrics: As given to `Checkpoints.save`.
       leaves: Name -> abstract leaf.
       checksums: Name -> checksum; None in checkpoints from before the checksums.
-      metadata: The JSON dict that was saved with it.
-      metrics: Those it was saved with.
       digest: Of all this, "" where there are no checksums.
     """
 
     step: int
-    leaves: dict[str, jax.ShapeDtypeStruct]
-    checksums: dict[str, str] | None
+    leaves: Leaves
     metadata: dict[str, Any]
-    metrics: dict[str, float]
-    digest: str
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    checksums: dict[str, str] | None = None
+    digest: str = ""
 
 
 def restore_part(
-    directory: str | os.PathLike,
+    directory: PathLike,
     names: tuple[str, ...],
     step: int | Record | None = None,
     *,
@@ -518,238 +417,270 @@ def restore_part(
     Args:
       directory: Folder that a `Checkpoints` wrote.
       names: Subtrees or leaves: "ema", "step", "params/embed".
-      step: Which checkpoint; None is the newest. Its record in place of its number spares reading
-        that anew, which takes longer than a small leaf; `together` reads it anew.
+      step: Which checkpoint; None is the newest. Its record saves reading that once more, which
+        takes longer than a small leaf.
       sharding: Of all leaves, or a function (leaf name, abstract leaf) -> sharding; None puts all
         on this process's first device.
       together: All processes of a job call, with the same step, as they must where the sharding has
         devices of several; they come to the same result or the same kind of error.
 
     Returns:
-      {name: subtree}: nested dicts of arrays (a tuple becomes a dict with keys "0", "1", ...; the
-      name of a leaf gives the array). Leaves of 64-bit dtypes that JAX is not configured for are
-      numpy arrays.
-
-    Raises:
-      DamagedCheckpoint: What was read is not what was saved; it never goes back by itself.
-      NotACheckpoint: There is no such checkpoint, or it has no such subtree.
+      {name: subtree}: nested dicts of arrays, a tuple as a dict with keys "0", "1", ...; for a leaf
+      the array. Leaves of 64-bit dtypes that JAX is not configured for are numpy arrays.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     if isinstance(names, str):
         raise ValueError(f"names is a tuple of subtree names, got the string {names!r}")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if together:
-        number = _together(lambda: _existing(directory, step))
-        record = _read_record_together(directory, number)
-    else:
-        record = read_record(directory, step)
-    wanted = {}
+    record = _find(directory, step, together=together)
+    wanted: Leaves = {}
     for part in names:
-        wanted |= _part(record.leaves, part, directory)
-    for name, leaf in wanted.items():
-        place = sharding(name, leaf) if callable(sharding) else sharding
-        wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for name, leaf in _part(record.leaves, part, directory).items():
+            place = sharding(name, leaf) if callable(sharding) else sharding
+            wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     if not (together or all(leaf.sharding.is_fully_addressable for leaf in wanted.values())):
         raise ValueError("the sharding has devices of other processes; all of them read together")
-    tree = _nest(_load_checked(directory, record, wanted, together=together))
-    return {part: _lookup(tree, part) for part in names}
+    tree = _nest(_load(directory, record, wanted, together=together))
+    return {part: functools.reduce(operator.getitem, part.split("/"), tree) for part in names}
 
 
-def read_record(directory: str | os.PathLike, step: int | Record | None = None) -> Record:
-    """What is known of a checkpoint before its arrays are read.
-
-    Args:
-      directory: Folder that a `Checkpoints` wrote.
-      step: Which checkpoint; None is the newest; a record of it is given back as it is.
-
-    Raises:
-      DamagedCheckpoint: It is not what was saved.
-      NotACheckpoint: There is no such checkpoint.
-    """
-    directory = _absolute(directory)
-    number = _existing(directory, step)
-    return step if isinstance(step, Record) else _read_record(directory, number)
+def read_record(directory: PathLike, step: int | Record | None = None) -> Record:
+    """The record of a checkpoint, None: of the newest; one that is given is given back."""
+    return _find(absolute(directory), step)
 
 
-def leaf_shapes(
-    directory: str | os.PathLike, part: str, step: int | Record | None = None
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """{name within `part`: abstract leaf} of one subtree of a checkpoint, without reading it.
-
-    Raises:
-      DamagedCheckpoint: Its metadata is not what was saved.
-      NotACheckpoint: There is no such checkpoint, or it has no such subtree.
-    """
-    directory = _absolute(directory)
+def leaf_shapes(directory: PathLike, part: str, step: int | Record | None = None) -> Leaves:
+    """{name within `part`: abstract leaf} of one subtree."""
     inside = _part(read_record(directory, step).leaves, part, directory)
     return {name.removeprefix(f"{part}/"): leaf for name, leaf in inside.items()}
 
 
-def read_metadata(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
-    """The JSON dict of a checkpoint, read without opening the directory for training.
-
-    Raises:
-      DamagedCheckpoint: It is not what was saved.
-      NotACheckpoint: There is no such checkpoint.
-    """
+def read_metadata(directory: PathLike, step: int | None = None) -> dict[str, Any]:
+    """The JSON dict saved with a checkpoint, None: with the newest."""
     return read_record(directory, step).metadata
 
 
-def newest_step(directory: str | os.PathLike) -> int | None:
+def newest_step(directory: PathLike) -> int | None:
     """Step of the newest checkpoint, damaged or not; the directory may be missing or empty.
 
     What reads weights takes this one, so that a damaged checkpoint is refused and not passed over.
     """
-    directory = _absolute(directory)
-    return max(_steps(directory), default=None) if directory.is_dir() else None
+    return max(_steps(absolute(directory)), default=None)
 
 
-def latest_step(directory: str | os.PathLike) -> int | None:
-    """Step of the newest checkpoint with intact metadata; the directory may be missing or empty.
-
-    Newer ones whose metadata is damaged are skipped with a warning, as a run does that goes on.
-    """
-    directory = _absolute(directory)
-    if not directory.is_dir():
-        return None
+def latest_step(directory: PathLike) -> int | None:
+    """As `newest_step`, but passes over damaged records with a warning, as training does."""
+    directory = absolute(directory)
     for step in reversed(_steps(directory)):
         try:
-            _read_record(directory, step)
+            return _read_record(directory, step).step
         except DamagedCheckpoint as error:
             _log.warning("%s", error)
-        else:
-            return step
     return None
 
 
-def _record(
-    step: int, leaves: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, float]
-) -> dict[str, Any]:
-    """The JSON dict stored with a checkpoint; `_read_record` is the way back."""
+def absolute(directory: PathLike) -> epath.Path:
+    """The path of a folder of checkpoints; ValueError where the storage layer can't keep any."""
+    path = _Path(os.fspath(directory)).expanduser()
+    if "://" not in os.fspath(directory):
+        path = path.absolute()
+    is_text = str(path) == str(path).encode(errors="replace").decode()
+    if "\\" in str(path) or not is_text:
+        backslash = "has a backslash, which the storage layer takes for a separator"
+        raise ValueError(
+            f"checkpoints cannot be kept below {str(path)!r}: the path "
+            f"{backslash if is_text else 'is not valid UTF-8'}; choose another folder"
+        )
+    return path
+
+
+# ------------------------------------------------------------------------------------- records
+
+
+def _record(step: int, leaves, metadata, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The JSON dict stored with a checkpoint; `_parsed` is the way back."""
     sums = checksums(leaves)
-    record = {
+    try:
+        metadata = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint metadata must be a JSON dict: {error}") from error
+    content = {
         "step": step,
         "metadata": metadata,
-        # JSON has no NaN
-        "metrics": {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()},
+        "metrics": {name: repr(float(value)) for name, value in metrics.items()},  # may be NaN
         "leaves": {
-            name: [str(np.dtype(leaf.dtype)), list(leaf.shape), sums[name]]
-            for name, leaf in leaves.items()
+            name: [str(leaf.dtype), list(leaf.shape), sums[name]] for name, leaf in leaves.items()
         },
     }
-    return record | {"sha256": _digest(record)}
+    return content | {"sha256": _digest(content)}
 
 
-def _digest(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True, allow_nan=False, separators=(",", ":"))
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_record(directory: epath.Path, step: int) -> Record:
-    """Raises DamagedCheckpoint unless the metadata is what was saved under this step."""
+def _parsed(record: Mapping[str, Any]) -> Record:
+    """Raises anything unless this is what `_record` made."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    if record["sha256"] != _digest(content):
+        raise ValueError("it is not what was saved")
+    leaves, sums = {}, {}
+    for name, (dtype, shape, checksum) in content["leaves"].items():
+        leaves[name] = jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
+        sums[name] = checksum
+    metrics = {name: float(value) for name, value in content["metrics"].items()}
+    return Record(content["step"], leaves, content["metadata"], metrics, sums, record["sha256"])
+
+
+def _read_record(directory: epath.Path, step: int, *, arrays: bool = False) -> Record:
+    """With `arrays` also looks whether the storage layer lists all of them."""
     folder = directory / str(step)
     # Which of the two it is stands in the name of a folder, so that a change within a file cannot
     # turn a checkpoint with checksums into one without.
     checked = (folder / _CHECKED).is_dir()
-    try:
-        with _alone():
-            found = ocp.metadata(folder, _CHECKED if checked else _UNCHECKED)
+    with _reading(directory, step, "its metadata"), _context():
+        found = ocp.metadata(folder, _CHECKED if checked else _UNCHECKED)
+        listed = {
+            name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+            for name, leaf in _named_leaves(found.metadata).items()
+        }
         if not checked:
-            leaves = _named_leaves(found.metadata)
-            leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
-            return Record(step, leaves, None, found.custom_metadata or {}, {}, "")
-        record = dict(found.custom_metadata or {})
-        digest = record.pop("sha256", None)
-        if digest != _digest(record):
-            raise _damaged(directory, step, "its metadata is not what was saved")
-        if record["step"] != step:
-            raise _damaged(directory, step, f"it was saved as step {record['step']}")
-        leaves, sums = {}, {}
-        for name, (dtype, shape, checksum) in record["leaves"].items():
-            leaves[name] = jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
-            sums[name] = checksum
-        metrics = {name: float(value) for name, value in record["metrics"].items()}
-    except DamagedCheckpoint:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        _raise_unless_damage(error, directory, step)
-        raise _damaged(directory, step, f"its metadata cannot be read ({_short(error)})") from error
-    return Record(step, leaves, sums, record["metadata"], metrics, digest)
+            return Record(step, listed, found.custom_metadata or {})
+        record = _parsed(found.custom_metadata or {})
+    if record.step != step:
+        raise _damaged(directory, step, f"it was saved as step {record.step}")
+    if arrays and listed != record.leaves:
+        raise _damaged(directory, step, "not all of its arrays are there")
+    return record
 
 
-def _read_record_together(directory: epath.Path, step: int) -> Record:
-    """`_read_record` in all processes; OSError in all of them unless all read the same one."""
+def _find(directory: epath.Path, step: int | Record | None, *, together: bool = False) -> Record:
+    """The record of a checkpoint, None: of the newest; `together`: the same in all processes."""
 
-    def look() -> None:
-        if not (directory / str(step)).is_dir():
-            raise OSError(
-                f"the checkpoint of step {step} in {directory} is not there for this process, but "
-                "for another one; give a folder that all of them share"
+    def find() -> Record:
+        if not directory.is_dir():
+            raise NotACheckpoint(f"there is no directory {directory}; give one a run saved into")
+        number, steps = step.step if isinstance(step, Record) else step, _steps(directory)
+        if not steps:
+            raise NotACheckpoint(
+                f"there is no complete checkpoint in {directory}; give the directory that a run "
+                "saved into, the one whose folders are step numbers"
             )
+        if number not in (None, *steps):
+            raise NotACheckpoint(f"there is no step {number} in {directory}; it has {steps}")
+        known = isinstance(step, Record)
+        return step if known else _read_record(directory, steps[-1] if number is None else number)
 
-    _together(look)
-    record = _together(lambda: _read_record(directory, step))
-    if len(set(processes.everyone_says(record.digest))) > 1:
+    if not together:
+        return find()
+    record = processes.together(find, DamagedCheckpoint)
+    if len(set(processes.everyone_says(f"{record.step} {record.digest}"))) > 1:
         raise OSError(
-            f"the processes read different metadata of step {step} in {directory}; give a folder "
-            "that all of them share"
+            f"the processes read different checkpoints in {directory}; give a folder that all of "
+            "them share"
         )
     return record
 
 
-def _load_checked(
-    directory: epath.Path,
-    record: Record,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    *,
-    together: bool,
-) -> dict[str, Any]:
-    """Reads leaves (some or all) of a checkpoint and raises DamagedCheckpoint if one is not right.
+# -------------------------------------------------------------------------------------- arrays
 
-    With `together` all processes call, and it raises in all of them or in none.
+
+def _read_back(directory: epath.Path, record: Mapping[str, Any], limit: int) -> Record:
+    """Raises unless what was written can be read; the smallest arrays up to `limit` bytes."""
+    found = _read_record(directory, record["step"], arrays=True)
+    if found.digest != record["sha256"]:
+        raise _damaged(directory, found.step, "its metadata is that of another save")
+    nbytes = lambda name: found.leaves[name].size * found.leaves[name].dtype.itemsize
+    wanted: Leaves = {}
+    for name in sorted(found.leaves, key=nbytes):
+        limit -= nbytes(name)
+        if limit >= 0:
+            wanted[name] = found.leaves[name]
+    if wanted:
+        _load(directory, found, wanted)
+    return found
+
+
+def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> dict[str, Any]:
+    """Checked leaves, in the order of `wanted`; those without a sharding as numpy arrays.
+
+    By Orbax's handler of pytrees: `ocp.load` numbers its calls and names the barriers of the next
+    save by that number, so processes that have read a different number of times would never meet.
     """
-    agree = _together if together else lambda action: action()
-    leaves = agree(lambda: _load(directory, record, wanted))
+    agree = lambda act: processes.together(act, DamagedCheckpoint) if together else act()
+    folder = directory / str(record.step) / (_UNCHECKED if record.checksums is None else _CHECKED)
+    abstract = {}
+    for name, leaf in wanted.items():  # an array of JAX would silently lose half of 64 bits
+        as_jax = leaf.sharding and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+        abstract[name] = leaf if as_jax else np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+    async def load() -> PyTree:
+        return await (await ocp.handlers.PyTreeHandler().load(folder, _nest(abstract)))
+
+    def run() -> PyTree:
+        with _context():
+            return asyncio.run(load())
+
+    def read() -> dict[str, Any]:  # in a thread: a notebook's has a loop already
+        with (
+            _reading(directory, record.step, "it"),
+            concurrent.futures.ThreadPoolExecutor(1) as thread,
+        ):
+            return jax.block_until_ready(_named_leaves(thread.submit(run).result()))
+
+    leaves = agree(read)
+    sums = {} if record.checksums is None else checksums(leaves)
 
     def check() -> None:
         for name, leaf in leaves.items():
             if (leaf.shape, leaf.dtype) != (wanted[name].shape, wanted[name].dtype):
                 raise _damaged(directory, record.step, f"leaf {name!r} has another shape or dtype")
-        if record.checksums is None:
-            return
         wrong = [name for name, value in sums.items() if value != record.checksums[name]]
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
             raise _damaged(directory, record.step, f"the checksums of {shown} are wrong")
 
-    sums = {} if record.checksums is None else checksums(leaves)
     agree(check)
     return {name: leaves[name] for name in wanted}
 
 
-def _load(
-    directory: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, Any]:
-    """Reads this process's part of the leaves, without a word to the others."""
-    abstract = {
-        # An array of JAX would lose half of the bits without a word.
-        name: leaf
-        if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
-        else np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-        for name, leaf in wanted.items()
-    }
+def _context(*, everyone: bool = False) -> ocp.Context:
+    """Orbax's settings: without `everyone` this process waits for no other one."""
+    context = ocp.Context()
+    context.file.path_class = _Path
+    context.asynchronous.create_directories_asynchronously = False  # so that `save` raises
+    context.pytree.loading.partial_load = True
+    if not everyone:
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def _reading(directory: epath.Path, step: int, what: str) -> Iterator[None]:
+    """Makes a DamagedCheckpoint of anything that a damaged file can raise.
+
+    Lack of rights or memory is no damage, nor is a folder that was removed: these are OSErrors.
+    """
     try:
-        with _alone(partial=len(wanted) < len(record.leaves)):
-            tree = ocp.load(
-                directory / str(record.step),
-                _nest(abstract),
-                checkpointable_name=_UNCHECKED if record.checksums is None else _CHECKED,
+        yield
+    except Exception as error:
+        codes = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied")
+        lacking = any(code in str(error) for code in codes)
+        gone = not (directory / str(step)).is_dir()
+        if gone or lacking or isinstance(error, MemoryError | PermissionError):
+            reason = (
+                "its folder is not there (any more) for this process" if gone else _short(error)
             )
-            return jax.block_until_ready(_named_leaves(tree))
-    except Exception as error:  # a damaged file can raise anything
-        _raise_unless_damage(error, directory, record.step)
-        raise _damaged(directory, record.step, f"it cannot be read ({_short(error)})") from error
+            raise OSError(
+                f"the checkpoint of step {step} in {directory} cannot be read now: {reason}"
+            ) from error
+        raise _damaged(directory, step, f"{what} cannot be read ({_short(error)})") from error
 
 
 def _damaged(directory: epath.Path, step: int, what: str) -> DamagedCheckpoint:
@@ -758,156 +689,69 @@ def _damaged(directory: epath.Path, step: int, what: str) -> DamagedCheckpoint:
     )
 
 
-_REMEDY = "; run the training command again: it goes back to the checkpoint before"
-
-
-def _raise_unless_damage(error: Exception, directory: epath.Path, step: int) -> None:
-    """Lack of rights or memory says nothing about the checkpoint, and going back loses work."""
-    text = str(error)
-    if isinstance(error, MemoryError | PermissionError) or any(
-        code in text for code in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied")
-    ):
-        raise OSError(
-            f"the checkpoint of step {step} in {directory} cannot be read now: {_short(error)}"
-        ) from error
-
-
 def _short(error: BaseException) -> str:
     """What was at the bottom of an error, in one line; some texts are pages."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).removesuffix(_REMEDY).split()) or type(error).__name__
     for details in (" [source locations=", " [tensorstore_spec"):
         text = text.partition(details)[0]
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
-def _alone(partial: bool = False) -> ocp.Context:
-    """Orbax's settings for reading by this process alone: it waits for no other one."""
-    context = ocp.Context()
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.pytree.loading.partial_load = partial
-    return context
+def _check_same(saved: Leaves, wanted: Mapping[str, Any], directory: epath.Path) -> None:
+    """Raises NotACheckpoint with every leaf that differs (the first of many)."""
+    problems = [f"missing in the checkpoint: {name}" for name in wanted if name not in saved]
+    problems += [f"only in the checkpoint: {name}" for name in saved if name not in wanted]
+    for name, new in wanted.items():
+        old = saved.get(name, new)
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            problems.append(
+                f"{name}: saved {old.dtype}{list(old.shape)}, expected {new.dtype}{list(new.shape)}"
+            )
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if problems[20:] else []
+        raise NotACheckpoint(
+            f"the checkpoint in {directory} is not one of this state (another configuration?):\n  "
+            + "\n  ".join(problems[:20] + more)
+        )
 
 
-def _together(action: Callable[[], T]) -> T:
-    """`action()` in every process; it raises in all of them if it raised in one.
-
-    All raise the same kind: DamagedCheckpoint if nothing worse came up anywhere.
-    """
-    if jax.process_count() == 1:
-        return action()
-    value, error = None, None
-    try:
-        value = action()
-    except Exception as raised:
-        error = raised
-    kind = "" if error is None else "d" if isinstance(error, DamagedCheckpoint) else "w"
-    said = processes.everyone_says(f"{kind}{error}" if kind else "")
-    worst = next((k for k in ("w", "d") if any(text.startswith(k) for text in said)), "")
-    if not worst:
-        return value
-    if error is not None and kind == worst:
-        raise error
-    process = next(i for i, text in enumerate(said) if text.startswith(worst))
-    raise (DamagedCheckpoint if worst == "d" else OSError)(
-        f"process {process}: {said[process][1:]}"
-    )
+def _keep_message(record: logging.LogRecord) -> bool:
+    """False for Orbax's progress reports and the tracebacks of its threads, raised here anyway."""
+    if os.path.join("orbax", "checkpoint", "") not in record.pathname:
+        return True
+    return record.levelno > logging.INFO and "_SignalingThread" not in str(record.msg)
 
 
-def _tell_others(about: str, text: str) -> None:
-    """Leaves a note for `_told_by_others`; unlike `_together` it needs nobody to listen."""
-    if jax.process_count() > 1:
-        from orbax.checkpoint._src.futures.signaling_client import get_signaling_client
-
-        note = f"process {jax.process_index()}: {text}"
-        get_signaling_client().key_value_set(f"{__name__}/{about}", note, allow_overwrite=True)
+_log.addFilter(_keep_message)
 
 
-def _told_by_others(about: str) -> str | None:
-    if jax.process_count() == 1:
-        return None
-    from orbax.checkpoint._src.futures.signaling_client import get_signaling_client
-
-    return get_signaling_client().key_value_try_get(f"{__name__}/{about}")
+# --------------------------------------------------------------------------- folders and names
 
 
-def _align_operations() -> None:
-    """Lets all processes number their next save alike.
+class _Path(type(epath.Path())):
+    """A path that is no pattern itself: Orbax globs below the folder of a step."""
 
-    Orbax puts a counter of its operations into the names of its barriers, so processes that have
-    read a different number of checkpoints would wait for each other in vain.
-    """
-    if jax.process_count() == 1:
-        return
-    from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
-
-    numbers = processes.everyone_says(OperationIdGenerator.get_current_operation_id())
-    reached = max(int(text) for text in numbers)
-    while int(OperationIdGenerator.get_current_operation_id()) < reached:
-        OperationIdGenerator.next_operation_id()
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        """What lies under this folder and matches."""
+        first, _, rest = pattern.partition("/")
+        for path in self.iterdir() if self.is_dir() else ():
+            if fnmatch.fnmatchcase(path.name, first):
+                yield from path.glob(rest) if rest else (path,)
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    """Steps that have a folder, in order."""
-    names = [folder.name for folder in directory.iterdir() if folder.is_dir()]
+    """Steps that have a folder, in order; none where there is no directory."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    names = [folder.name for folder in folders if folder.is_dir()]
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-
-
-def _existing(directory: epath.Path, step: int | Record | None) -> int:
-    if not directory.is_dir():
-        raise NotACheckpoint(f"there is no directory {directory}; give the one a run saved into")
-    if isinstance(step, Record):
-        step = step.step
-    return _chosen(_steps(directory), step, directory)
-
-
-def _chosen(steps: list[int], step: int | None, directory: epath.Path) -> int:
-    if not steps:
-        raise NotACheckpoint(
-            f"there is no complete checkpoint in {directory}; give the directory that a run saved "
-            "into, the one whose folders are step numbers"
-        )
-    if step is not None and step not in steps:
-        raise NotACheckpoint(f"there is no step {step} in {directory}; it has {steps}")
-    return steps[-1] if step is None else int(step)
-
-
-def _wanted(abstract_state: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    wanted = _named_leaves(abstract_state)
-    for name, leaf in wanted.items():
-        if getattr(leaf, "sharding", None) is None:
-            raise ValueError(
-                f"abstract leaf {name!r} has no sharding; build it as "
-                "jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
-            )
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in wanted.items()
-    }
-
-
-def _rebuilt(abstract_state: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    names = _named_leaves(abstract_state)
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in names])
-
-
-def _part(saved: Mapping[str, Any], part: str, directory) -> dict[str, Any]:
-    """The leaves of one subtree, or the one leaf of that name; NotACheckpoint if there is none."""
-    inside = {k: v for k, v in saved.items() if k == part or k.startswith(part + "/")}
-    if not inside:
-        tops = sorted({name.split("/")[0] for name in saved})
-        raise NotACheckpoint(
-            f"the checkpoint in {directory} has no part {part!r}; it has {', '.join(tops)}"
-        )
-    return inside
 
 
 def _checked_leaves(state: PyTree) -> dict[str, Any]:
     leaves = _named_leaves(state)
     for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array) and not hasattr(leaf, "__array_interface__"):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             raise ValueError(
                 f"a state holds arrays only, but {name!r} is {type(leaf).__name__}; "
                 "put numbers into arrays and everything else into the metadata"
@@ -916,21 +760,9 @@ def _checked_leaves(state: PyTree) -> dict[str, Any]:
             raise ValueError(
                 f"leaf {name!r} has no elements (shape {list(leaf.shape)}); leave it out"
             )
+        if isinstance(leaf, np.generic):  # which Orbax refuses
+            leaves[name] = np.asarray(leaf)
     return leaves
-
-
-def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint metadata must be a JSON dict: {error}") from error
-
-
-def _absolute(directory) -> epath.Path:
-    path = epath.Path(directory).expanduser()
-    return (
-        path if "://" in os.fspath(directory) else path.absolute()
-    )  # Orbax refuses relative paths
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -941,14 +773,25 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        if not keys or any(not key or "/" in key or "." in key for key in keys):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "." in name or "" in name.split("/") or name.count("/") != len(path) - 1:
             raise ValueError(
                 f"leaf {jax.tree_util.keystr(path)!r} cannot be named in a checkpoint: a state is "
                 'a container whose keys are not empty and have no "/" and no "."'
             )
-        leaves["/".join(keys)] = leaf
+        leaves[name] = leaf
     return leaves
+
+
+def _part(saved: Leaves, part: str, directory: PathLike) -> Leaves:
+    """The leaves of one subtree, or the one leaf of that name; NotACheckpoint if there is none."""
+    inside = {name: leaf for name, leaf in saved.items() if f"{name}/".startswith(f"{part}/")}
+    if not inside:
+        tops = sorted({name.split("/")[0] for name in saved})
+        raise NotACheckpoint(
+            f"the checkpoint in {directory} has no part {part!r}; it has {', '.join(tops)}"
+        )
+    return inside
 
 
 def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -956,53 +799,5 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
     return tree
-
-
-def _lookup(tree: PyTree, name: str) -> PyTree:
-    for key in name.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], directory) -> None:
-    """Raises NotACheckpoint with every leaf that differs (the first of many)."""
-    problems = [f"missing in the checkpoint: {name}" for name in wanted if name not in saved]
-    problems += [f"only in the checkpoint: {name}" for name in saved if name not in wanted]
-    for name in wanted:
-        if name not in saved:
-            continue
-        old, new = saved[name], wanted[name]
-        if (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype):
-            problems.append(
-                f"{name}: saved {old.dtype}{list(old.shape)}, expected {new.dtype}{list(new.shape)}"
-            )
-    if problems:
-        shown = problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
-        raise NotACheckpoint(
-            f"the checkpoint in {directory} is not one of this state (another configuration?):\n  "
-            + "\n  ".join(shown)
-        )
-
-
-def _keep_record(record: logging.LogRecord) -> bool:
-    """False for Orbax's own progress reports, some 30 lines a save; warnings and errors stay.
-
-    But for the tracebacks of its threads: what stopped them is raised here, in one sentence.
-    """
-    if _ORBAX_FOLDER not in record.pathname:
-        return True
-    return record.levelno > logging.INFO and "_SignalingThread" not in str(record.msg)
-
-
-# Names of the part of a checkpoint that has the arrays: with checksums, and from before them.
-_CHECKED, _UNCHECKED = "checked_state", "state"
-_BETWEEN_LOOKS = 1.0  # seconds between looks whether another process has failed to save
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are being written or removed
-_ORBAX_FOLDER = os.path.join("orbax", "checkpoint", "")
-_log = logging.getLogger("absl")
-_log.addFilter(_keep_record)

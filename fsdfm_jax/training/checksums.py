@@ -1,17 +1,17 @@
-"""Checksums of arrays that don't depend on how an array is spread over devices.
+"""Checksums of arrays, the same on every sharding, computed without gathering anything.
 
-The sum over all elements of a hash of (position, bits) does not care where an element lies or in
-which order the sum is taken, and in integers modulo 2^32 it is exact. So it is computed where the
-array is: element by element and one reduction, nothing is gathered.
+A checksum is two sums over all elements of a hash of (position, bits), modulo 2^32. The order of
+the sum and the place of an element don't matter, so devices hash what they hold and exchange two
+words. Arrays of NumPy are hashed on the host, a piece at a time.
 
     checksums({"w": w})  ->  {"w": "1f0c5a9e77d2b340"}
 
-Two such sums with different hashes give 64 bits. A change of one element always changes the first
-(for elements of up to 32 bits), any other change is missed with probability about 2^-64. They are
-against accidents, not against forgery. Mixing function: the finaliser of MurmurHash3 (Appleby 2011,
-public domain).
+A change of one element of up to 32 bits always changes the first sum. Any other change is missed
+with probability about 2^-64. They detect accidents, not forgery. The mixing function is the
+finaliser of MurmurHash3 (Appleby 2011, public domain).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,60 +19,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, str]:
     """{name: 16 hexadecimal digits} of arrays; equal bits of equal shapes give equal checksums.
 
     Args:
-      leaves: {name: array} of any shape and dtype, jax (with several processes each of them calls
-        this with its part of the same global arrays) or numpy (hashed on this process alone).
+      leaves: {name: array} of any shape and dtype. Global JAX arrays of several processes are
+        hashed together: every process calls. NumPy arrays are hashed by this process alone.
     """
-    return {name: "".join(f"{word:08x}" for word in _sums_of(x)) for name, x in leaves.items()}
+    # One leaf after the other: simulated devices can deadlock on several collectives at once.
+    return {name: "{:08x}{:08x}".format(*_sums_of(leaf)) for name, leaf in leaves.items()}
 
 
-def _sums_of(leaf: Any) -> np.ndarray:
-    """Both sums; one leaf after the other.
-
-    Several programs at once that exchange something and don't depend on each other can wait for
-    each other's threads for ever where devices are simulated, and copies of a whole numpy state
-    would be its size again.
-    """
-    if isinstance(leaf, jax.Array):
-        return _fetch(_sums_where_it_is(leaf, leaf.ndim))
-    leaf = np.asarray(leaf, order="C")
-    ndim = leaf.ndim
-    if leaf.dtype.itemsize > 4:  # JAX may have no such dtype: words along one axis more
-        leaf = leaf[..., None].view(np.uint32)
-    return _fetch(_sums_where_it_is(jax.device_put(leaf, jax.local_devices()[0]), ndim))
-
-
-def _sums_where_it_is(leaf: jax.Array, ndim: int) -> jax.Array:
+def _sums_of(leaf: Any) -> tuple[int, int]:
+    if not isinstance(leaf, jax.Array):
+        return _host_sums(np.asarray(leaf, order="C"))
     mesh = getattr(leaf.sharding, "mesh", None)
     if mesh is None:
         mesh = jax.sharding.Mesh(np.array(list(leaf.sharding.device_set)), ("devices",))
     with jax.set_mesh(mesh):  # the caller's mesh may be another one than this leaf's
-        return _sums(leaf, ndim=ndim)
+        sums = _sums(leaf)
+    first, second = np.asarray(sums.addressable_data(0)).tolist()  # every device has both
+    return first, second
 
 
-def _fetch(sums: jax.Array) -> np.ndarray:
-    return np.asarray(sums.addressable_data(0))  # every device has both sums
+@jax.jit
+def _sums(leaf: jax.Array) -> jax.Array:
+    """Both sums, uint32[2]."""
+    pair = _hashes(_words(leaf), *_position(leaf.shape))
+    # One reduction of both: with two of them the compiler keeps a hash, as large as the leaf.
+    zero, add = np.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
+    return jnp.stack(jax.lax.reduce(pair, (zero, zero), add, range(leaf.ndim)))
 
 
-def _checksum(leaf: jax.Array, *, ndim: int) -> jax.Array:
-    """Two sums, uint32[2]; a leaf with more than `ndim` axes has its words along the last one."""
-    words = _words(leaf) if leaf.ndim == ndim else [leaf[..., i] for i in range(leaf.shape[-1])]
-    inner, outer = _position(leaf.shape[:ndim])
+def _host_sums(array: np.ndarray) -> tuple[int, int]:
+    row = math.prod(array.shape[_counted_axes(array.shape) :])
+    words = array.reshape(-1).view(f"u{min(array.itemsize, 4)}")
+    words = words.reshape(array.size, max(array.itemsize // 4, 1))  # [elements, words of one]
+    sums = [0, 0]
+    for start in range(0, array.size, row or 1):
+        for inner in range(0, row, _PIECE):
+            piece = words[start + inner : start + min(inner + _PIECE, row)].astype(np.uint32)
+            position = np.arange(len(piece), dtype=np.uint32) + np.uint32(inner)
+            pair = _hashes(list(piece.T), position, np.array([start // row], np.uint32))
+            sums = [
+                (total + int(values.sum(dtype=np.uint64))) % 2**32
+                for total, values in zip(sums, pair, strict=True)
+            ]
+    return sums[0], sums[1]
+
+
+def _hashes(words: list[Array], inner: Array, outer: Array) -> tuple[Array, Array]:
+    """Two hashes of each element: its words, the lowest first, at position (outer, inner)."""
     first = _mix(inner * _ODD + _mix(outer + _ODD))
     second = _mix(first ^ _SALT)
     for word in words:
         first = _mix(first ^ word)
         second = _mix(second + word * _ODD)
-    # One reduction of both: with two of them the compiler keeps `first`, as large as the leaf.
-    zero, add = np.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
-    return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, range(ndim)))
-
-
-_sums = jax.jit(_checksum, static_argnames="ndim")
+    return first, second
 
 
 def _words(leaf: jax.Array) -> list[jax.Array]:
@@ -90,16 +96,22 @@ def _words(leaf: jax.Array) -> list[jax.Array]:
 
 
 def _position(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 that together are different for all elements.
+    """Two uint32 per element, (inner, outer), that together differ for all elements.
 
     The flat index within the last axes, as many as one word can count, and that of the axes before:
     one flat index would wrap round in arrays of more than 2^32 elements.
     """
+    first = _counted_axes(shape)
+    return _flat_index(shape, range(first, len(shape))), _flat_index(shape, range(first))
+
+
+def _counted_axes(shape: tuple[int, ...]) -> int:
+    """The first of the last axes whose positions one word can count."""
     first, size = len(shape), 1
     while first and size * shape[first - 1] <= _COUNTED:
         first -= 1
         size *= shape[first]
-    return _flat_index(shape, range(first, len(shape))), _flat_index(shape, range(first))
+    return first
 
 
 def _flat_index(shape: tuple[int, ...], axes: range) -> jax.Array:
@@ -110,7 +122,7 @@ def _flat_index(shape: tuple[int, ...], axes: range) -> jax.Array:
     return index
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Array) -> Array:
     """A bijection of 32-bit words in which each bit of the input reaches each of the output."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
@@ -118,5 +130,6 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 _COUNTED = 2**32  # positions that one word tells apart
+_PIECE = 2**15  # elements hashed at once on the host: what its cache holds
 _ODD = np.uint32(0x9E3779B9)
 _SALT = np.uint32(0x5BD1E995)

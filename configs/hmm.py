@@ -1,0 +1,31 @@
+"""A language with a known law: a hidden Markov model fitted to the text, sampled without end.
+
+python -m fsdfm_jax.exact --task=hmm
+python -m fsdfm_jax.main --config=configs/hmm.py --workdir=runs/hmm --noevaluate
+
+The first command fits the law and writes its documents to runs/data/hmm. The law itself,
+runs/data/hmm/law.npz, gives the probability of every sample and the exact posterior.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    if arg:
+        raise ValueError(f"configs/hmm.py takes no argument, got {arg!r}")
+    config = base.get_config()
+    config.pipeline = "pretrain"
+    data = config.data
+    data.corpus = "runs/data/hmm/train.jsonl"
+    data.validation = "runs/data/hmm/validation.jsonl"
+    data.tokenizer = "runs/data/hmm/tokenizer.json"
+    data.block_length = 128
+    config.model.dropout = 0.0
+    pretrain = config.pretrain
+    pretrain.loss = "cross_entropy"
+    pretrain.num_steps = 3_000
+    pretrain.batch_size = 32
+    pretrain.learning_rate = 2e-3
+    pretrain.warmup_steps = 100
+    pretrain.ema_decay = 0.999
+    return config

@@ -1,0 +1,155 @@
+"""Samples of a model of a known law against that law.
+
+The law gives the probability of each sample. Its mean negative logarithm alone can be bought: a
+model that always writes the likeliest text is below the law's own entropy. So samples are compared
+in their k-grams as well, and in their own conditional entropies, which say at what entropy a
+likelihood was reached:
+
+    nll        mean of -log p(sample) / L, nats a token
+    excess     nll less the entropy of the law; 0 for the law, below 0 for sharpened samples
+    kl_k       KL of the samples' k-gram frequencies to the law's k-grams, k = 1, 2, 3
+    entropy_k  H(x_k | x_1 .. x_(k-1)) of the samples' k-gram frequencies
+
+Frequencies of few samples are farther from the law and lower in entropy than the model itself, so
+that the same figures are given of samples of the law, as many and as long.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import special
+
+from fsdfm_jax.exact import hmm, intervals
+from fsdfm_jax.exact.hmm import Law
+from fsdfm_jax.exact.intervals import Figure
+
+ORDERS = (1, 2, 3)
+_CONTROLS = 8  # sets of samples of the law
+FLAGGED = 4.0  # standard errors
+
+
+class Report(NamedTuple):
+    """The verdict on N samples.
+
+    Attributes:
+      figures: of the samples, see the module; and distinct, the share of distinct samples.
+      law: the mean of each figure over sets of samples of the law, and its spread from set to set.
+      flags: what shows that samples are not those of the law, in words; () if nothing does.
+    """
+
+    figures: dict[str, Figure]
+    law: dict[str, tuple[float, float]]
+    flags: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "figures": {name: figure._asdict() for name, figure in self.figures.items()},
+            "law": {name: {"mean": m, "spread": s} for name, (m, s) in self.law.items()},
+            "flags": list(self.flags),
+        }
+
+
+def judge(law: Law, tokens_NL: np.ndarray, *, resamples: int = 200, seed: int = 0) -> Report:
+    """Judges free samples.
+
+    Args:
+      law: the truth.
+      tokens_NL: int [N, L], independent samples, N >= 2.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+
+    Raises:
+      ValueError: for ids that are no tokens of the law, or fewer than 2 samples.
+    """
+    tokens_NL = np.asarray(tokens_NL)
+    if tokens_NL.ndim != 2 or len(tokens_NL) < 2 or tokens_NL.shape[1] < max(ORDERS):
+        raise ValueError(
+            f"expected at least 2 samples of at least {max(ORDERS)} tokens, got shape "
+            f"{tokens_NL.shape}"
+        )
+    count, length = tokens_NL.shape
+    figures = intervals.centred_bootstrap(
+        _statistics(law, tokens_NL), count, resamples=resamples, seed=seed
+    )
+    entropy = block_entropy_per_token(law, length)
+    nll = figures["nll"]
+    figures["excess"] = Figure(*(value - entropy.value for value in nll[:3]), count)
+    figures["distinct"] = intervals.share(len(np.unique(tokens_NL, axis=0)), count)
+    expected = law_figures(law, count, length)
+    return Report(figures, expected, _flags(figures, expected))
+
+
+def _flags(figures: dict[str, Figure], expected: dict[str, tuple[float, float]]) -> tuple[str, ...]:
+    flags = []
+    for name, (mean, spread) in expected.items():
+        if abs(figures[name].value - mean) > FLAGGED * spread:
+            flags.append(
+                f"{name} is {figures[name].value:.4f}; samples of the law have {mean:.4f} "
+                f"(standard deviation {spread:.4f})"
+            )
+    if figures["distinct"].value < 1:
+        repeats = round((1 - figures["distinct"].value) * figures["distinct"].count)
+        flags.append(f"{repeats} samples repeat another one")
+    return tuple(flags)
+
+
+@functools.lru_cache
+def block_entropy_per_token(law: Law, length: int) -> Figure:
+    """The entropy of a block of the law over its length, nats a token; see `hmm.block_entropy`."""
+    found = hmm.block_entropy(law, np.random.default_rng(1), 8192, length)
+    return Figure(*(value / length for value in found[:3]), found.count)
+
+
+@functools.lru_cache
+def law_figures(law: Law, count: int, length: int) -> dict[str, tuple[float, float]]:
+    """(mean, standard deviation) of each figure over sets of samples of the law.
+
+    The standard deviation, of few sets, is known to a quarter of its value.
+    """
+    rng, everything = np.random.default_rng(2), np.arange(count)
+    drawn = (hmm.sample(law, rng, count, length) for _ in range(_CONTROLS))
+    values = [_statistics(law, tokens_NL)(everything) for tokens_NL in drawn]
+    result = {}
+    for name in values[0]:
+        of_sets = np.array([each[name] for each in values])
+        result[name] = float(of_sets.mean()), float(of_sets.std(ddof=1))
+    return result
+
+
+def _statistics(law: Law, tokens_NL: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+    """All figures of the samples in given rows [N]."""
+    nll_N = -hmm.log_likelihoods(law, tokens_NL) / tokens_NL.shape[1]
+    grams = {k: _Grams(law, tokens_NL, k) for k in ORDERS}
+
+    def statistics(rows):
+        result = {"nll": float(nll_N[rows].mean())}
+        times_N = np.bincount(rows, minlength=len(nll_N))
+        shorter = 0.0
+        for k in ORDERS:
+            result[f"kl_{k}"], entropy = grams[k].figures(times_N)
+            result[f"entropy_{k}"], shorter = entropy - shorter, entropy
+        return result
+
+    return statistics
+
+
+class _Grams:
+    """The k-grams of samples, counted for any selection of samples."""
+
+    def __init__(self, law: Law, tokens_NL: np.ndarray, k: int):
+        place = law.vocab_size ** np.arange(k)[::-1]
+        windows = np.lib.stride_tricks.sliding_window_view(tokens_NL, k, axis=1)
+        kinds, kind = np.unique(windows.astype(np.int64) @ place, return_inverse=True)
+        self._kind, self._per_sample = kind.ravel(), windows.shape[1]
+        grams = kinds[:, None] // place % law.vocab_size
+        self._log_p = hmm.log_likelihoods(law, grams.astype(np.int32))
+
+    def figures(self, times_N: np.ndarray) -> tuple[float, float]:
+        """(KL of the frequencies to the law, their entropy), nats; each sample so many times."""
+        weights = np.repeat(times_N.astype(np.float64), self._per_sample)
+        share = np.bincount(self._kind, weights, len(self._log_p)) / weights.sum()
+        entropy = -float(special.xlogy(share, share).sum())
+        return -entropy - float(share @ self._log_p), entropy

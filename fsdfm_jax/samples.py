@@ -1,0 +1,220 @@
+"""The logic of the program `fsdfm_jax.generate`: its flags, the job they describe, the output."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from typing import TextIO
+
+from absl import app, flags, logging
+
+from fsdfm_jax import io
+from fsdfm_jax.convert import formats
+from fsdfm_jax.flow import jumps
+from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference import generate as generate_lib
+from fsdfm_jax.inference import job as job_lib
+from fsdfm_jax.inference.bundle import Bundle
+from fsdfm_jax.inference.job import Job
+from fsdfm_jax.inference.stream import printable
+from fsdfm_jax.inference.view import LiveView, View
+from fsdfm_jax.training import pipeline
+
+_MOST = 2**20  # of rows, and of tokens in one: more is a slip
+_SAMPLING = ("steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, see `define_flags`; None leaves a value to the model."""
+
+    workdir: str | None = None
+    checkpoint: str | None = None
+    stage: str = ""
+    which: str = "ema"
+    num_heads: int | None = None
+    tokenizer: str = ""
+    source: str = ""
+    prompt: str | None = None
+    infill: str | None = None
+    batch_file: str | None = None
+    length: int | None = None
+    num_samples: int = 4
+    batch_size: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    jump: str | None = None
+    grid: str | None = None
+    temperature: float | None = None
+    cooling: float | None = None
+    top_p: float | None = None
+    look_ahead: float | None = None
+    output: str | None = None
+    stream: bool = False
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """The model's sampler with what the flags say otherwise; ValueError for a bad value."""
+        given = {name: getattr(self, name) for name in _SAMPLING}
+        return default.replace(**{k: value for k, value in given.items() if value is not None})
+
+
+def define_flags() -> None:
+    """Defines a flag for each of `Options`; the program does, importing this file doesn't."""
+    default = Options()
+    text = lambda name, help_: flags.DEFINE_string(name, getattr(default, name), help_)
+    number = lambda name, help_: flags.DEFINE_integer(name, getattr(default, name), help_)
+    real = lambda name, help_: flags.DEFINE_float(name, getattr(default, name), help_)
+    choice = lambda name, values, help_: flags.DEFINE_enum(
+        name, getattr(default, name), values, help_
+    )
+    text("workdir", "Working directory of a trained run.")
+    text("checkpoint", "Any model file or folder that the package reads, in place of --workdir.")
+    text("stage", "Run of a working directory to sample from; the last one trained by default.")
+    choice("which", ["ema", "student", "teacher", "model"], "Which of the checkpoint's weights.")
+    number("num_heads", "Attention heads, where the checkpoint doesn't say.")
+    text("tokenizer", '"gpt2" or a tokenizer.json, where the checkpoint holds none.')
+    choice("source", ["", "uniform", "mask"], "Noise, where the checkpoint doesn't say.")
+    text("prompt", "Text that every sample begins with.")
+    text("infill", 'Text with gaps of so many tokens to fill in: "The [8] of the Union".')
+    text("batch_file", 'Prompts: .jsonl of {"prompt" or "infill": .., "id": ..}, or .txt lines.')
+    number("length", "Tokens of a block; by default that of the training, else 1024.")
+    number("num_samples", "Samples of each prompt.")
+    number("batch_size", "Rows of one call of the sampler; by default all of them, at most 32.")
+    number("seed", "Seed of the samples.")
+    number("steps", "Network calls per sample; an autoregressive model takes one a token.")
+    choice("jump", list(jumps.RULES), "Jump rule; this and the next five default to the model's.")
+    text("grid", "Time grid: uniform, cosine or power:R.")
+    real("temperature", "Divides the logits; 0 takes the likeliest token.")
+    real("cooling", "C in [0, 1): the temperature falls to 1 - C of it at the end.")
+    real("top_p", "Share of the mass that is drawn from.")
+    real("look_ahead", "A in [0, 1]: a step of width h evaluates the network at t + A h.")
+    text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
+    flags.DEFINE_bool("stream", default.stream, "Show the text as it is refined.")
+
+
+def check_options(options: Options) -> None:
+    """Refuses flags that can't work together, before anything is read.
+
+    Raises:
+      ValueError: naming the flags.
+    """
+    if options.workdir is not None and options.checkpoint is not None:
+        raise ValueError("Give either --workdir=DIR or --checkpoint=PATH, and not both.")
+    names = ("prompt", "infill", "batch_file")
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them.")
+    for name in ("length", "num_samples", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= _MOST:
+            raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
+    generate_lib.check_seed(options.seed)
+    options.sampling(Sampling())
+    if options.stream and (options.batch_file or options.output):
+        raise ValueError("--stream shows texts to you; leave out --batch_file and --output.")
+    if options.output and options.output == options.batch_file:
+        raise ValueError(f"--output and --batch_file are the same file, {options.output!r}.")
+    if options.output and pathlib.Path(options.output).suffix != ".jsonl":
+        raise ValueError(f"--output must be a .jsonl file, got {options.output!r}.")
+
+
+def open_model(options: Options) -> Bundle:
+    """The model that the flags name, with a tokenizer that fits it.
+
+    Raises:
+      ValueError: if there is no tokenizer, or one of another vocabulary; see `formats.open_bundle`.
+    """
+    if options.workdir is not None:
+        pipeline.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
+    path = pathlib.Path(options.workdir or options.checkpoint or formats.BUNDLED).expanduser()
+    passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
+    bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})
+    if bundle.tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer; give the one it was trained with: --tokenizer=gpt2, or "
+            "--tokenizer=PATH of a tokenizer.json."
+        )
+    return bundle
+
+
+def make_job(options: Options, bundle: Bundle) -> Job:
+    """All that is to be drawn.
+
+    Raises:
+      ValueError: for a prompt that can't be used, by its line if it is one of a file; or --stream
+        of an autoregressive model.
+    """
+    if options.stream and bundle.model.causal:
+        raise ValueError(
+            "--stream shows a block being refined; an autoregressive model writes each token "
+            "once. Leave it out."
+        )
+    requests = job_lib.requests_of(
+        bundle.tokenizer,
+        prompt=options.prompt,
+        infill=options.infill,
+        batch_file=options.batch_file,
+    )
+    return job_lib.make_job(
+        bundle,
+        requests,
+        sampling=options.sampling(bundle.sampling()),
+        num_samples=options.num_samples,
+        length=options.length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        stamped=bool(options.batch_file or options.output),
+    )
+
+
+def print_samples(job: Job, out: TextIO, view: View | None = None) -> None:
+    """Draws a job and prints its texts, each under a line that names it."""
+    clean = printable if out.isatty() else lambda text: text
+    for batch in job_lib.draw(job, on_step=view.on_step if view else None):
+        for i, row, tokens_L in batch:
+            shown = tokens_L[: row.request.template.shown].tolist()
+            calls = job.sampling.steps
+            head = f"--- sample {i + 1} of {len(job.rows)}: {job.name}, {calls} network calls"
+            print(head, file=out)
+            print(clean(job.tokenizer.decode(shown)), file=out, flush=True)
+
+
+def _print_line(line: dict, out: TextIO) -> None:
+    print(json.dumps(line), file=out, flush=True)
+
+
+def run(options: Options, out: TextIO) -> None:
+    """Does what the flags say; `out` gets the texts, or lines of JSON and nothing else.
+
+    Raises:
+      ValueError, OSError: for what the user can mend; then nothing has been written.
+    """
+    check_options(options)
+    job = make_job(options, open_model(options))
+    logging.info("Sampling %d rows from %s.", len(job.rows), job.name)
+    if options.output:
+        path = pathlib.Path(options.output).expanduser()
+        start = job_lib.rows_written(path, job)
+        if start:
+            print(f"{path} holds {start} of {len(job.rows)} samples already.", file=sys.stderr)
+        emit = functools.partial(io.append_jsonl, path)
+        job_lib.write_lines(job, emit, start=start, progress=True)
+    elif options.batch_file:
+        # A bar on stderr and lines on one terminal would overwrite each other. `out` is held
+        # here because the bar redirects sys.stdout to itself.
+        emit = functools.partial(_print_line, out=out)
+        job_lib.write_lines(job, emit, start=0, progress=not out.isatty())
+    elif options.stream:
+        view = (LiveView if out.isatty() else View)(job, out)
+        with view.closing():
+            print_samples(job, out, view)
+    else:
+        print_samples(job, out)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    names = [field.name for field in dataclasses.fields(Options)]
+    run(Options(**{name: flags.FLAGS[name].value for name in names}), sys.stdout)
