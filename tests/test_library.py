@@ -1,0 +1,71 @@
+"""Models in and out, and training from Python on arrays of tokens."""
+
+import jax
+import numpy as np
+import pytest
+
+import fsdfm_jax as fs
+
+TEXT_NL = np.tile(np.arange(8), (16, 2))
+NETWORK = {"width": 16, "num_blocks": 1, "num_heads": 2, "cond_width": 8, "dropout": 0.0}
+HOW = {"num_steps": 3, "batch_size": 4, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return fs.train(TEXT_NL, model=NETWORK, **HOW)
+
+
+def _equal(one, other):
+    same = jax.tree.map(np.array_equal, one.params(), other.params())
+    return all(jax.tree.leaves(same))
+
+
+def test_training_is_a_function_of_its_arguments(base):
+    assert base.model.vocab_size == 8
+    assert base.block_length == 16
+    assert base.provenance["step"] == 3
+    assert _equal(base, fs.train(TEXT_NL, model=NETWORK, **HOW))
+    assert not _equal(base, fs.train(TEXT_NL, model=NETWORK, **HOW, seed=1))
+
+
+def test_a_few_step_stage_starts_from_its_base(base, tmp_path):
+    # At a learning rate of next to nothing the base is what comes out, and its conditioning is new.
+    how = HOW | {"learning_rate": 1e-12}
+    student = fs.train(TEXT_NL, stage="distill", base=base, **how, ema_decay=0.0)
+    assert student.model.conditioning == "additive"
+    np.testing.assert_allclose(
+        student.params()["head"]["kernel"], base.params()["head"]["kernel"], atol=1e-6
+    )
+    fs.save(student, tmp_path / "student.safetensors")
+    assert _equal(student, fs.load(tmp_path / "student.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        (TEXT_NL[0], {}, r"integers \[N, L\]"),
+        (TEXT_NL.astype(np.float32), {}, r"integers \[N, L\]"),
+        (TEXT_NL - 1, {}, "at least 0"),
+        (TEXT_NL, {"vocab_size": 7}, "vocab_size is 7"),
+        (TEXT_NL, {"stage": "distil"}, "expected one of autoregressive"),
+        (TEXT_NL, {"stage": "refine"}, "give it as base="),
+        (TEXT_NL, {"init_from": "pretrain"}, "give its model as base="),
+        (TEXT_NL, {"batch_size": 0}, "at least 1"),
+        (TEXT_NL, {"accumulate": 3}, "multiple of accumulate=3"),
+        (TEXT_NL, {"warmup": 3}, "pretrain.warmup_steps"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(text, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fs.train(text, **({"model": NETWORK} | HOW | changes))
+
+
+def test_a_base_brings_its_own_network(base):
+    with pytest.raises(ValueError, match="leave these out"):
+        fs.train(TEXT_NL, stage="distill", base=base, model=NETWORK, **HOW)
+
+
+def test_texts_need_a_tokenizer(base):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        fs.generate(base)
