@@ -16,7 +16,10 @@ def _stage(**values):
     stage.accumulate = 1  # parts that a batch is computed in, one after the other, to save memory
     stage.learning_rate = 1e-5  # peak
     stage.warmup_steps = 0  # linear warm-up from 0
-    stage.final_lr_fraction = 0.1  # cosine decay ends at this fraction of the peak
+    # The last steps, in which the learning rate falls linearly, constant before; while it is
+    # constant a run may be given another num_steps and decay_steps. 0: half a cosine all the way.
+    stage.decay_steps = 0
+    stage.final_lr_fraction = 0.1  # the decay ends at this fraction of the peak
     stage.ema_decay = 0.9995  # per step; 0 keeps no average (the EMA then equals the weights)
     # Run to start from, by name or folder (OTHER_DIR/stages/RUN); "" is the stage before it in the
     # pipeline, as it always is for later rounds of a repeated stage.
@@ -177,19 +180,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     model.logits_mib = 128  # MiB of a chunk of float32 logits, on each device; 0: no chunks
 
     config.optim = optim = ml_collections.ConfigDict()
+    # adamw (paper) | muon (the blocks' matrices, AdamW for the rest; one learning rate for both)
+    optim.name = "adamw"
     optim.b1 = 0.9
     optim.b2 = 0.95
     optim.eps = 1e-8
     optim.weight_decay = 0.03
     optim.clip_norm = 1.0  # of the global gradient
-    optim.moment_dtype = "float32"  # of Adam's first moment: float32 | bfloat16
+    optim.moment_dtype = "float32"  # of the first moment: float32 | bfloat16
     # Steps in a row that are skipped where a loss or gradient isn't finite, before the run stops.
     optim.max_skipped = 0
 
     config.autoregressive = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
     config.pretrain = _stage(learning_rate=3e-4, batch_size=128, ema_decay=0.0)
     config.pretrain.time_eps = 1e-3  # t ~ U[0, 1 - time_eps)
-    config.pretrain.loss = "path"  # path (eq. 3.8) | cross_entropy (same minimiser, see the stage)
+    # P: times are drawn with a density (1 - t)^(1/P - 1) and weighted back; 1: all alike (paper).
+    config.pretrain.time_power = 1.0
+    # path (eq. 3.8) | cross_entropy | rate_cross_entropy (same minimiser, see the stage)
+    config.pretrain.loss = "path"
     config.pretrain.rate_floor = 1e-8  # floor of 1 - kappa in the weight g(t) of the loss
     config.step_aware = _stage(**_budgets())
     config.distill = _stage(

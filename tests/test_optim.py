@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from configs import base as base_config
+from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.training import optim
 
 
@@ -45,6 +46,17 @@ def test_without_warm_up_the_first_step_is_at_the_peak():
     assert got[0] == pytest.approx(0.5)
     assert got[5] == pytest.approx(0.5 * 0.55)
     assert got[10] == pytest.approx(0.05)  # the default, a tenth
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_a_constant_rate_then_a_linear_decay(warmup):
+    """By hand: constant from the warm-up on, in the last 5 of 20 steps straight to its end."""
+    got = learning_rates(make(warmup_steps=warmup, num_steps=20, decay_steps=5), 23)
+    expected = np.full(23, 0.5)
+    expected[:warmup] = 0.5 * np.arange(warmup) / max(warmup, 1)
+    expected[15:20] = 0.5 - 0.45 * np.arange(5) / 5
+    expected[20:] = 0.05
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -100,6 +112,8 @@ def test_the_papers_values_are_the_defaults():
         ({"num_steps": 0}, "num_steps >= 1, got 0"),
         ({"warmup_steps": 11}, "warmup_steps must lie between 0 and num_steps=10, got 11"),
         ({"warmup_steps": -1}, "warmup_steps .* got -1"),
+        ({"warmup_steps": 4, "decay_steps": 7}, "decay_steps .* = 10 - 4, got 7"),
+        ({"decay_steps": -1}, "decay_steps .* got -1"),
     ],
 )
 def test_wrong_lengths_are_refused(stage, message):
@@ -132,3 +146,94 @@ def test_other_dtypes_of_the_moment_are_refused(dtype):
     message = f"Unknown optim.moment_dtype='{dtype}'; expected float32 or bfloat16"
     with pytest.raises(ValueError, match=message):
         make(optimizer={"moment_dtype": dtype})
+
+
+# ------------------------------------------------------------------------------------------- Muon
+def muon(**values):
+    return make(optimizer={"name": "muon", "clip_norm": 1e3} | values, final_lr_fraction=1.0)
+
+
+def network(conditioning="additive", causal=False):
+    """Shapes of a small network's parameters, and random arrays of them."""
+    cfg = model_lib.ModelConfig(7, 8, 3, 2, 4, conditioning=conditioning, causal=causal)
+    params = model_lib.init_params(jax.random.key(0), cfg)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return params, jax.tree.unflatten(tree, drawn)
+
+
+def named(tree):
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in found}
+
+
+MATRICES = {
+    f"blocks/{name}/kernel"
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj", "mlp_in", "mlp_out")
+}
+
+
+def test_muon_makes_the_blocks_matrices_orthogonal():
+    """Of a first gradient G = U S V' the momentum has its direction; the update is near U V'."""
+    params, grads = network()
+    transformation = muon()
+    updates, _ = transformation.update(grads, transformation.init(params), params)
+    updates, grads = named(updates), named(grads)
+    for name in MATRICES:
+        for update, grad in zip(updates[name], grads[name], strict=True):
+            u, _, vt = np.linalg.svd(grad, full_matrices=False)
+            sizes = np.linalg.svd(update, compute_uv=False)
+            # The iteration leaves singular values between about 0.7 and 1.2.
+            scale = 0.5 * 0.2 * np.sqrt(max(grad.shape))
+            assert np.all((0.3 * scale < sizes) & (sizes < 1.3 * scale)), name
+            cosine = -np.sum(update * (u @ vt)) / np.linalg.norm(update) / np.sqrt(len(sizes))
+            assert cosine > 0.95, name
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    params, grads = network()
+    transformation = muon(weight_decay=0.1)
+    adamw = optax.adamw(0.5, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, nesterov=True)
+    opt_state, adam_state = transformation.init(params), adamw.init(params)
+    for grad in (grads, jax.tree.map(lambda x: -0.5 * x, grads)):
+        updates, opt_state = transformation.update(grad, opt_state, params)
+        expected, adam_state = adamw.update(grad, adam_state, params)
+    updates, expected = named(updates), named(expected)
+    assert updates.keys() > MATRICES
+    for name in updates.keys() - MATRICES:
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "official", "additive"])
+def test_muon_has_one_moment_for_matrices_and_two_for_the_rest(conditioning):
+    params, _ = network(conditioning, causal=conditioning == "none")
+    opt_state = muon(moment_dtype="bfloat16").init(params)
+    sizes = {name: x.size for name, x in named(params).items()}
+    matrices = sum(sizes[name] for name in MATRICES)
+    held = [x for x in jax.tree.leaves(opt_state) if x.size > 3]
+    assert sum(x.size for x in held if x.dtype == jnp.bfloat16) == sum(
+        size for size in sizes.values() if size > 3
+    )
+    assert sum(x.size for x in held if x.dtype == jnp.float32) == sum(
+        size for name, size in sizes.items() if name not in MATRICES and size > 3
+    )
+    assert matrices > sum(sizes.values()) / 3
+
+
+def test_muon_decays_weights_apart_from_the_gradient():
+    params, grads = network()
+    without, with_decay = muon(), muon(weight_decay=0.1)
+    plain, _ = without.update(grads, without.init(params), params)
+    decayed, _ = with_decay.update(grads, with_decay.init(params), params)
+    expected = jax.tree.map(lambda u, w: u - 0.5 * 0.1 * w, plain, params)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7),
+        decayed,
+        expected,
+    )
+
+
+def test_another_optimiser_is_refused():
+    with pytest.raises(ValueError, match="Unknown optim.name='adam'; expected one of adamw, muon"):
+        make(optimizer={"name": "adam"})

@@ -180,6 +180,7 @@ WRONG = [
     ("distil", {}, "Unknown stage 'distil'; expected one of autoregressive, pretrain"),
     *((name, {"model.conditioning": "none"}, "model.conditioning") for name in stages.FEW_STEP),
     ("pretrain", {"pretrain.loss": "elbo"}, "pretrain.loss 'elbo'.*path, cross_entropy"),
+    ("pretrain", {"pretrain.time_power": 0.5}, "pretrain.time_power must be at least 1, got 0.5"),
     ("pretrain", {"pretrain.time_eps": 0.0}, r"pretrain.time_eps must lie in \(0, 1\), got 0"),
     ("pretrain", {"pretrain.time_eps": 1.0}, "pretrain.time_eps"),
     ("pretrain", {"pretrain.rate_floor": 0.0}, "rate_floor must lie in"),
@@ -288,7 +289,9 @@ def literal_path_loss(log_p, xt, x1, weight_B):
 def test_stratified_times_are_uniform_per_row_and_one_per_stratum():
     rows, keys, eps = 4, 6000, 0.25
     draw = jax.vmap(lambda key: pretrain.stratified_times(key, rows, time_eps=eps))
-    times = np.asarray(draw(jax.random.split(jax.random.key(0), keys))) / (1 - eps)
+    times, weights = draw(jax.random.split(jax.random.key(0), keys))
+    assert np.all(np.asarray(weights) == 1)
+    times = np.asarray(times) / (1 - eps)
     assert times.min() >= 0
     assert times.max() < 1
     strata = np.sort(np.floor(times * rows), axis=1)
@@ -297,11 +300,30 @@ def test_stratified_times_are_uniform_per_row_and_one_per_stratum():
         assert_frequencies(np.histogram(row, 16, (0, 1))[0], np.full(16, 1 / 16))
 
 
-@pytest.mark.parametrize("name", ["path", "cross_entropy"])
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_pretrain_losses_equal_their_equations(calls, name, power):
+def test_times_of_another_density_are_weighted_back():
+    """By their distribution 1 - (1 - t)^(1/2), and by means of powers of t under the weights."""
+    rows, keys, eps = 4, 20_000, 0.01
+    draw = jax.vmap(lambda key: pretrain.stratified_times(key, rows, time_eps=eps, power=2.0))
+    times, weights = map(np.asarray, draw(jax.random.split(jax.random.key(0), keys)))
+    assert times.min() >= 0
+    assert times.max() < 1 - eps
+    share = (1 - np.sqrt(1 - times)) / (1 - np.sqrt(eps))
+    np.testing.assert_array_equal(
+        np.sort(np.floor(share * rows), axis=1), np.tile(np.arange(rows), (keys, 1))
+    )
+    for row in share.T:
+        assert_frequencies(np.histogram(row, 16, (0, 1))[0], np.full(16, 1 / 16))
+    for power in range(4):  # of a uniform time: (1 - eps)^n / (n + 1)
+        got = (weights * times**power).mean()
+        assert got == pytest.approx((1 - eps) ** power / (power + 1), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["path", "cross_entropy", "rate_cross_entropy"])
+@pytest.mark.parametrize(("power", "time_power"), [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0)])
+def test_pretrain_losses_equal_their_equations(calls, name, power, time_power):
     config = make_config()
     config.pretrain.loss, config.path.power = name, power
+    config.pretrain.time_power = time_power
     params, x1 = table(), make_batch()["x1"]
     value, _ = make_stage("pretrain", config).loss(params, None, jax.random.key(1), {"x1": x1})
     (call,) = calls
@@ -313,7 +335,11 @@ def test_pretrain_losses_equal_their_equations(calls, name, power):
     want = {
         "path": literal_path_loss(log_p, xt, x1, g),
         "cross_entropy": -np.take_along_axis(log_p, x1[..., None], -1)[..., 0],
+        "rate_cross_entropy": -np.take_along_axis(log_p, x1[..., None], -1)[..., 0] * g[:, None],
     }[name]
+    if time_power == 2:  # the density is 1 / (2 sqrt(1 - t)), up to its norm
+        end = np.sqrt(1e-3)
+        want = want * (2 * np.sqrt(1 - t) * (1 - end) / (1 - 1e-3))[:, None]
     np.testing.assert_allclose(value, want.mean(), rtol=1e-5)
 
 

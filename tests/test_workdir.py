@@ -243,6 +243,31 @@ def test_keys_that_leave_the_weights_alone(trained, key, value):
     recipe_lib.check_recipe(trained, _recipe({"seed": 0}, **{key: value}))
 
 
+LENGTHS = {"distill.num_steps": 20, "distill.decay_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "refused"),
+    [
+        (15, {}, ""),
+        (15, {"distill.num_steps": 30}, ""),
+        (15, {"distill.num_steps": 18, "distill.decay_steps": 3}, ""),
+        (15, {"distill.decay_steps": 6}, "decay_steps"),  # would have begun before
+        (15, {"distill.num_steps": 19}, "num_steps"),
+        (15, {"distill.decay_steps": 0}, "decay_steps"),  # a cosine
+        (15, {"distill.num_steps": 30, "distill.learning_rate": 1e-3}, "learning_rate"),
+        (16, {"distill.num_steps": 30}, "num_steps"),  # has begun
+    ],
+)
+def test_the_length_is_free_while_the_learning_rate_is_constant(tmp_path, step, changes, refused):
+    _save(tmp_path, stage="distill", recipe=_recipe(**LENGTHS), steps=(step,))
+    if not refused:
+        recipe_lib.check_recipe(tmp_path, _recipe(**LENGTHS | changes))
+        return
+    with pytest.raises(ValueError, match=rf"\(distill.{refused}: [^;]*\)"):
+        recipe_lib.check_recipe(tmp_path, _recipe(**LENGTHS | changes))
+
+
 def test_a_mixture_goes_on_wherever_its_folders_are():
     mixture = lambda text, **more: _recipe(**{"data.mixture": text}, **more)
     first = mixture("/here/a=0.9,/here/b=0.1")

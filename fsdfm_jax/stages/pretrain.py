@@ -1,13 +1,19 @@
 """Base model: the posterior over data tokens, learnt from noised text, t ~ U[0, 1 - eps).
 
-Two losses with the same minimiser, the clean posterior:
+Three losses with the same minimiser, the clean posterior:
 
-    path            generalised KL at the rate g(t), eq. 3.8 of arXiv:2509.20624
-    cross_entropy   -log p(x1 | xt) at all positions, arXiv:2407.15595 section 3
+    path                 generalised KL at the rate g(t), eq. 3.8 of arXiv:2509.20624
+    cross_entropy        -log p(x1 | xt) at all positions, arXiv:2407.15595 section 3
+    rate_cross_entropy   the same at the rate g(t): weights of times as in the path loss
 
 Where xt already shows the data, the path loss is g(t) (1 - p(xt)), whose gradient vanishes with
 p(xt): a fresh network sits on a plateau until it finds out that shown tokens can be copied. The
-logarithm of the cross-entropy has no plateau, which is what a run of minutes needs.
+logarithm of the cross-entropy has no plateau, which is what a run of minutes needs. As few tokens
+are noise late, its plain mean has little of them, where most of a sampler's steps are made right;
+the rate makes up for that, and each noised token counts alike.
+
+Rows late in time weigh much and hold few noised tokens. With `time_power` above 1 there are more of
+them, at a smaller weight: the same expectation, at less variance.
 """
 
 import jax
@@ -23,18 +29,30 @@ from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_fresh
 
 
-def stratified_times(key: jax.Array, rows: int, *, time_eps: float) -> jax.Array:
-    """A time in each of `rows` equal strata of [0, 1 - time_eps), float32, in random order.
+def stratified_times(
+    key: jax.Array, rows: int, *, time_eps: float, power: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """A time in each of `rows` strata of [0, 1 - time_eps), in random order, and its weight.
 
-    Each row's time is uniform, as with independent draws; their mean loss varies less.
+    Each row's time has a density that goes as (1 - t)^(1/power - 1), as with independent draws;
+    their mean loss varies less. A weight is the uniform density over that one, its mean is 1.
+
+    Returns:
+      (t_B, weight_B), float32.
     """
     order_key, offset_key = jax.random.split(key)
     strata = jax.random.permutation(order_key, rows)
-    return (strata + jax.random.uniform(offset_key, (rows,))) / rows * (1.0 - time_eps)
+    share_B = (strata + jax.random.uniform(offset_key, (rows,))) / rows
+    if power == 1:
+        return share_B * (1.0 - time_eps), jnp.ones(rows)
+    # 1 - t = s^power with s uniform in (last, 1].
+    last = time_eps ** (1.0 / power)
+    s_B = 1.0 - share_B * (1.0 - last)
+    return 1.0 - s_B**power, power * s_B ** (power - 1.0) * (1.0 - last) / (1.0 - time_eps)
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads `loss`, `time_eps` and `rate_floor`.
+    """The stage; reads `loss`, `time_eps`, `time_power` and `rate_floor`.
 
     Raises:
       ValueError: for an unknown loss, or values outside their range.
@@ -46,31 +64,45 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
             "unbounded at t=1."
         )
 
-    def path(logits, xt_BL, x1_BL, t_B):
-        weight_B = schedules.rate(process.schedule, t_B, floor=rate_floor)
-        weight_BL = jnp.broadcast_to(weight_B[:, None], xt_BL.shape)
-        return logits_lib.mean_loss(losses.path_loss, logits, xt_BL, x1_BL, weight_BL)
-
-    def cross_entropy(logits, xt_BL, x1_BL, t_B):
-        del xt_BL, t_B
-        return logits_lib.mean_loss(losses.cross_entropy, logits, x1_BL)
-
-    by_name = {"path": path, "cross_entropy": cross_entropy}
-    if config.loss not in by_name:
+    if not config.time_power >= 1:
         raise ValueError(
-            f"Unknown pretrain.loss {config.loss!r}; expected one of {', '.join(by_name)}."
+            f"pretrain.time_power must be at least 1, got {config.time_power}; 1 draws all times "
+            "alike, 2 more of the late ones."
         )
-    data_loss = by_name[config.loss]
+    if config.loss not in _LOSSES:
+        raise ValueError(
+            f"Unknown pretrain.loss {config.loss!r}; expected one of {', '.join(_LOSSES)}."
+        )
+    position_loss, has_rate = _LOSSES[config.loss]
+    time_power = config.time_power
 
     def loss(params, frozen, key, batch):
         del frozen
         noise_key, time_key, path_key, dropout_key = jax.random.split(key, 4)
         x1_BL = batch["x1"]
         x0_BL = process.source.sample(noise_key, x1_BL.shape)
-        t_B = stratified_times(time_key, x1_BL.shape[0], time_eps=time_eps)
+        t_B, weight_B = stratified_times(
+            time_key, x1_BL.shape[0], time_eps=time_eps, power=time_power
+        )
+        if has_rate:
+            weight_B *= schedules.rate(process.schedule, t_B, floor=rate_floor)
         xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
         logits = model_lib.predict(params, model, xt_BL, t_B, key=dropout_key)
-        value = data_loss(logits, xt_BL, x1_BL, t_B)
+        weight_BL = jnp.broadcast_to(weight_B[:, None], xt_BL.shape)
+        value = logits_lib.mean_loss(position_loss, logits, xt_BL, x1_BL, weight_BL)
         return value, {"loss": value}
 
     return Stage("pretrain", model, start_fresh(model), loss)
+
+
+def _weighted_cross_entropy(logits_BLV, xt_BL, x1_BL, weight_BL):
+    del xt_BL
+    return weight_BL * losses.cross_entropy(logits_BLV, x1_BL)
+
+
+# Loss of a position, and whether its weight has the rate g(t).
+_LOSSES = {
+    "path": (losses.path_loss, True),
+    "cross_entropy": (_weighted_cross_entropy, False),
+    "rate_cross_entropy": (_weighted_cross_entropy, True),
+}

@@ -1,21 +1,42 @@
-"""The optimiser as an optax chain: clipping, then AdamW on a warm-up and cosine schedule."""
+"""The optimiser as an optax chain: clipping, then AdamW or Muon on a schedule with warm-up.
 
+Muon (Jordan et al. 2024, arXiv:2502.16982) moves a matrix by its momentum made orthogonal, so that
+all directions move alike. It is for the matrices of the blocks; embeddings, head, adaLN, norms and
+biases keep AdamW, in its Nesterov form. An update is scaled to the size that Adam's has, so that
+both take one learning rate, and those found for AdamW carry over.
+"""
+
+import re
+
+import jax
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
+
+# Of the matrices that Muon moves, [N, in, out] each: a stack of one matrix a block.
+_MUON = re.compile(r"(^|/)blocks/(q_proj|k_proj|v_proj|out_proj|mlp_in|mlp_out)/kernel$")
+_MUON_MOMENTUM = 0.95
+_MUON_RMS = 0.2  # of an update at learning rate 1, about Adam's (arXiv:2502.16982 section 2.2)
 
 
 def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with the values of arXiv:2509.20624 App. B where the config keeps them.
+    """AdamW with the values of arXiv:2509.20624 App. B where the config keeps them, or Muon.
 
     Args:
-      optim: `config.optim` (betas, eps, weight decay, clipping, dtype of the first moment). The
-        second moment stays float32: at a decay near 1 its changes are below what bfloat16 holds.
-      stage: the stage's config (`num_steps`, `learning_rate`, `warmup_steps`, `final_lr_fraction`).
+      optim: `config.optim` (name, betas, eps, weight decay, clipping, dtype of the first moment).
+        The second moment stays float32: at a decay near 1 its changes are below what bfloat16
+        holds. Muon has none, and a momentum of its own in place of the betas.
+      stage: the stage's config (`num_steps`, `learning_rate`, `warmup_steps`, `decay_steps`,
+        `final_lr_fraction`).
 
     Raises:
-      ValueError: if the warm-up is longer than the stage, the stage has no step, or the dtype is
-        another.
+      ValueError: if warm-up and decay don't fit into the stage, the stage has no step, or the name
+        or the dtype is another.
     """
+    if optim.name not in _BY_NAME:
+        raise ValueError(
+            f"Unknown optim.name={optim.name!r}; expected one of {', '.join(_BY_NAME)}."
+        )
     if optim.moment_dtype not in ("float32", "bfloat16"):
         raise ValueError(
             f"Unknown optim.moment_dtype={optim.moment_dtype!r}; expected float32 or bfloat16."
@@ -27,22 +48,73 @@ def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransf
             f"warmup_steps must lie between 0 and num_steps={stage.num_steps}, "
             f"got {stage.warmup_steps}."
         )
-    learning_rate = optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0 if stage.warmup_steps else stage.learning_rate,
-        peak_value=stage.learning_rate,
+    if not 0 <= stage.decay_steps <= stage.num_steps - stage.warmup_steps:
+        raise ValueError(
+            f"decay_steps must lie between 0 and num_steps - warmup_steps = {stage.num_steps} - "
+            f"{stage.warmup_steps}, got {stage.decay_steps}."
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        _BY_NAME[optim.name](optim, _learning_rate(stage)),
+    )
+
+
+def _learning_rate(stage: ConfigDict) -> optax.Schedule:
+    """Linear warm-up; then half a cosine to the end, or constant and linear over `decay_steps`."""
+    peak, end = stage.learning_rate, stage.learning_rate * stage.final_lr_fraction
+    if stage.decay_steps:
+        pieces = [
+            optax.schedules.linear_schedule(0.0, peak, stage.warmup_steps),
+            optax.schedules.constant_schedule(peak),
+            optax.schedules.linear_schedule(peak, end, stage.decay_steps),
+        ]
+        decay_start = stage.num_steps - stage.decay_steps
+        return optax.schedules.join_schedules(pieces, [stage.warmup_steps, decay_start])
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0 if stage.warmup_steps else peak,
+        peak_value=peak,
         warmup_steps=stage.warmup_steps,
         # optax divides by decay_steps - warmup_steps.
         decay_steps=max(stage.num_steps, stage.warmup_steps + 1),
-        end_value=stage.learning_rate * stage.final_lr_fraction,
+        end_value=end,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(
-            learning_rate,
-            b1=optim.b1,
-            b2=optim.b2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            mu_dtype=optim.moment_dtype,
-        ),
+
+
+def _adamw(optim: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mu_dtype=optim.moment_dtype,
     )
+
+
+def _muon(optim: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    return contrib.muon(
+        learning_rate,
+        beta=_MUON_MOMENTUM,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mu_dtype=optim.moment_dtype,
+        adam_b1=optim.b1,
+        adam_b2=optim.b2,
+        adam_weight_decay=optim.weight_decay,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=_MUON_RMS,
+    )
+
+
+_BY_NAME = {"adamw": _adamw, "muon": _muon}
+
+
+def _matrices(params):
+    """Which axes of a parameter are those of a matrix, or None where AdamW moves it."""
+
+    def one(path, leaf):
+        del leaf
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return contrib.MuonDimensionNumbers(1, 2) if _MUON.search(name) else None
+
+    return jax.tree_util.tree_map_with_path(one, params)

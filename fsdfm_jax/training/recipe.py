@@ -16,7 +16,7 @@ from typing import Any
 import fsdfm_jax
 from fsdfm_jax.data.prepared import DataSpec
 from fsdfm_jax.network.config import ModelConfig
-from fsdfm_jax.training import workdir
+from fsdfm_jax.training import checkpoint, workdir
 
 # Of a training state, a recipe and a configuration.
 FORMAT = 3
@@ -123,10 +123,13 @@ def check_recipe(directory: pathlib.Path, wanted: Mapping[str, Any]) -> None:
     if saved is None:
         return
     check_format(directory, saved)
-    ours, theirs = _flat(wanted), _flat(saved.get("recipe", {}))
+    step = checkpoint.latest_step(directory / "checkpoints")
+    saved_recipe = saved.get("recipe", {})
+    free = _free_lengths(wanted, saved_recipe, saved.get("stage"), step)
+    ours, theirs = _flat(wanted), _flat(saved_recipe)
     different = [
         f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
-        for key in sorted(ours.keys() | theirs.keys())
+        for key in sorted((ours.keys() | theirs.keys()) - free)
         if ours.get(key) != theirs.get(key)
     ]
     if different:
@@ -135,6 +138,18 @@ def check_recipe(directory: pathlib.Path, wanted: Mapping[str, Any]) -> None:
             f"({'; '.join(different)}). Give the old values to continue it, or choose "
             "another --workdir."
         )
+
+
+def _free_lengths(ours: dict, theirs: dict, stage: str | None, step: int) -> set[str]:
+    """Keys of a run's length that made no difference to its weights up to `step`.
+
+    Those of both recipes, as long as the learning rate is constant under either.
+    """
+    for recipe in (ours, theirs):
+        own = recipe.get(stage, {})
+        if not own.get("decay_steps") or step > own["num_steps"] - own["decay_steps"]:
+            return set()
+    return {f"{stage}.num_steps", f"{stage}.decay_steps"}
 
 
 def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
