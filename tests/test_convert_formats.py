@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import jax
 import ml_dtypes
@@ -174,7 +177,10 @@ def test_number_of_heads(tmp_path):
         official.load(path)
 
 
-PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+PREFIXES = (
+    *("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."),
+    *("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module._fsdp_wrapped_module."),
+)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -183,14 +189,60 @@ def test_wrappers_leave_their_prefixes(tmp_path, prefix):
     _same(
         official.load(_write_pth(tmp_path / "a.pth", student_ema_model=state))[0], _params(_model())
     )
-    # A module inside was compiled, and the state dict stands alone.
+    # A module inside was wrapped, and the state dict stands alone.
     state = _state()
-    inner = {name.replace("blocks.1.", "blocks.1._orig_mod."): a for name, a in state.items()}
+    inner = {name.replace("blocks.1.", f"blocks.1.{prefix}"): a for name, a in state.items()}
     assert inner.keys() != state.keys()
-    inner = {prefix + name: array for name, array in inner.items()}
+    inner = {f"_orig_mod.{name}": array for name, array in inner.items()}
     pending = {name: torch_pickle.Pending(name, a.dtype, a.shape) for name, a in inner.items()}
     torch_pickle.write(tmp_path / "b.pth", pending, inner.items())
     _same(official.load(tmp_path / "b.pth")[0], _params(_model()))
+
+
+def test_weights_under_state_dict(tmp_path):
+    path, state = tmp_path / "a.pth", _state()
+    pending = {name: torch_pickle.Pending(name, a.dtype, a.shape) for name, a in state.items()}
+    for tree in (
+        {"state_dict": pending, "epoch": 3},
+        {"state_dict": {"model": pending}},
+        {"model": {"state_dict": pending}, "optimizer": {}},
+        {"state_dict": {"state_dict": pending}},
+    ):
+        torch_pickle.write(path, tree, state.items())
+        _same(official.load(path)[0], _params(_model()))
+        assert formats.open_bundle(path).provenance["weights"] == "model"
+    # Where both are there, the name that is known counts.
+    torch_pickle.write(path, {"state_dict": {}, "model": pending}, state.items())
+    _same(official.load(path)[0], _params(_model()))
+    torch_pickle.write(path, {"state_dict": [1]}, [])
+    with pytest.raises(BadFile, match="holds a list, expected a dict of weights"):
+        official.load(path)
+
+
+def test_names_that_are_there_are_told(tmp_path):
+    state = {f"net.{name}": array for name, array in _state().items()}
+    with pytest.raises(BadFile, match=r"vocab_embed.weight: missing; .*; it has net\.\w+"):
+        official.load(_write_pth(tmp_path / "a.pth", model=state))
+    pending = {n: torch_pickle.Pending(n, a.dtype, a.shape) for n, a in state.items()}
+    torch_pickle.write(tmp_path / "b.pth", pending, state.items())
+    with pytest.raises(BadFile, match=r"\(keys: net\.\w+.*Choose with which"):
+        official.load(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("kind", ["pickles", "tar"])
+def test_files_from_before_torch_1_6_are_told_so(tmp_path, kind):
+    path = tmp_path / "old.pth"
+    if kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(tarfile.TarInfo("storages"))
+    else:
+        parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {})
+        path.write_bytes(b"".join(pickle.dumps(part, 2) for part in parts))
+    for read in (official.load, formats.open_bundle):
+        with pytest.raises(
+            BadFile, match="old.pth is a PyTorch .* before torch 1.6.*save it again"
+        ):
+            read(path)
 
 
 def test_state_dicts_that_are_none(tmp_path):

@@ -8,7 +8,7 @@ The names are those of the published checkpoints of arXiv:2509.20624. Blocks are
 leading axis here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head
 width and has no counterpart. Only conditioning "none" and "official" have an official layout.
 
-PyTorch is not needed, and nothing that a file has pickled is ever run (see torch_file.py).
+PyTorch is not needed, and nothing that a file has pickled is ever run (see torch_pickle.py).
 """
 
 import os
@@ -61,7 +61,9 @@ _BLOCK = {
 }
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _BUFFER = "rotary_emb.inv_freq"
-_WRAPPERS = {"module", "_orig_mod"}  # DistributedDataParallel's and torch.compile's
+# Parts of names that wrappers add: DistributedDataParallel, torch.compile, FSDP and activation
+# checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -190,7 +192,7 @@ class StateFile:
         """
         if which not in WHICH:
             raise ValueError(f"Unknown which={which!r}; expected one of {', '.join(WHICH)}.")
-        tree = self.tree
+        tree = _unwrapped(self.tree)
         if not isinstance(tree, dict):
             raise BadFile(f"{self.path} holds a {type(tree).__name__}, expected a dict of weights.")
         if any(_plain_name(name) == "vocab_embed.weight" for name in tree):
@@ -207,7 +209,7 @@ class StateFile:
                 f"{self.path} has no weights {which!r} (key {WHICH[which]!r}); it has {has} "
                 f"(keys: {keys}). Choose with which."
             )
-        state = present[found]
+        state = _unwrapped(present[found])
         if not isinstance(state, dict):
             raise BadFile(f"{self.path}: the weights {found!r} are no dict of tensors.")
         return self._tensors(state), found
@@ -239,6 +241,13 @@ class StateFile:
         """Optimiser steps, where the file says so."""
         step = self.tree.get("step") if isinstance(self.tree, dict) else None
         return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _unwrapped(tree: Any) -> Any:
+    """What is under "state_dict", where some trainers put the weights."""
+    while isinstance(tree, dict) and not tree.keys() & WHICH.values() and "state_dict" in tree:
+        tree = tree["state_dict"]
+    return tree
 
 
 def _plain_name(name: Any) -> str:
@@ -318,7 +327,10 @@ def infer_config(tensors: Mapping[str, Leaf], num_heads: int | None = None) -> M
         if name not in tensors or len(tensors[name].shape) != rank
     ]
     if problems:
-        raise BadFile("This is no official state dict: " + bundle_lib.listed(problems))
+        found = ", ".join(name[:60] for name in list(tensors)[:5]) or "nothing"
+        raise BadFile(
+            f"This is no official state dict: {bundle_lib.listed(problems)}; it has {found}."
+        )
     vocab_size, width = tensors["vocab_embed.weight"].shape
     cond_width = tensors["time_embedding.mlp.0.weight"].shape[0]
     hidden = tensors["blocks.0.mlp.0.weight"].shape[0]
