@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import zipfile
 
 import jax
 import ml_dtypes
