@@ -1,4 +1,4 @@
-"""Objectives for few-step students, minimised with exact sums on a chain that can be written down.
+"""Objectives for few-step students, minimised with exact sums on a small chain.
 
     python -m benchmarks.step_laws --steps=1,2 --seeds=0 --output=step_laws.json
 
@@ -116,15 +116,18 @@ def step(chain: Chain, steps: int, *, real: bool = False, further=(1.0,)) -> Los
 def posterior(chain: Chain, steps: int, *, drop: bool = False) -> Loss:
     """KL of the student's posterior of its answer x1 to the path's, at states inside each step."""
     shown_NLV, length = jnp.asarray(chain.shown_NLV), chain.states_NL.shape[1]
+    times_S = [[(j + (k + 0.5) / _LEVELS) / steps for k in range(_LEVELS)] for j in range(steps)]
+    wanted = {
+        s: chains.posterior_at(chain, chain.independent_NN, s) for times in times_S for s in times
+    }
 
     def inside(start_N, answers_NLV, t, s):
-        share = (s - t) / (1 - t)
-        wanted_NLV = chains.posterior_at(chain, chain.independent_NN, s)
+        share, wanted_NLV = (s - t) / (1 - t), wanted[s]
         moved_NLV = (1 - share) * shown_NLV + share * answers_NLV
         single_LNN = jnp.stack([moved_NLV[:, i] @ shown_NLV[:, i].T for i in range(length)])
         total = 0.0
         for i in range(length):
-            others_NN = jnp.prod(single_LNN[jnp.arange(length) != i], axis=0)
+            others_NN = jnp.prod(single_LNN[np.arange(length) != i], axis=0)
             # P(state at s, answer of position i | state at t).
             stayed_NN = (1 - share) * shown_NLV[:, i] @ shown_NLV[:, i].T
             seen_NNV = stayed_NN[..., None] + share * shown_NLV[None, :, i]
@@ -145,8 +148,7 @@ def posterior(chain: Chain, steps: int, *, drop: bool = False) -> Loss:
         for j, start_N in enumerate(student_laws(chain, logits_SNLV, apart=True)[:-1]):
             answers_NLV = jax.nn.softmax(logits_SNLV[j], axis=-1)
             start_N, t = jax.lax.stop_gradient(start_N), j / steps
-            times = [t + (k + 0.5) / _LEVELS / steps for k in range(_LEVELS)]
-            total += sum(inside(start_N, answers_NLV, t, s) for s in times) / _LEVELS
+            total += sum(inside(start_N, answers_NLV, t, s) for s in times_S[j]) / _LEVELS
         return total
 
     return loss

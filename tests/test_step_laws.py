@@ -46,3 +46,13 @@ def test_one_step_finds_the_joint_law(name):
         logits = step_laws.minimise(step_laws.RECIPES[name](CHAIN, 1), start, updates=300)
         p_N = np.asarray(step_laws.student_laws(CHAIN, logits)[-1])
     assert chains.total_variation(p_N, CHAIN.data_N) < 0.05  # the base: 0.618
+
+
+@pytest.mark.parametrize("name", step_laws.RECIPES)
+def test_every_objective_falls(name):
+    with jax.enable_x64(True):
+        start = 0.5 * step_laws.base_logits(CHAIN, 1)  # warmer than the data
+        loss = step_laws.RECIPES[name](CHAIN, 1)
+        if name != "posterior_drop":  # whose value isn't what its gradient is of
+            assert loss(step_laws.minimise(loss, start, updates=20)) < loss(start)
+        assert np.isfinite(jax.jit(jax.grad(loss))(start)).all()
