@@ -12,6 +12,7 @@ DURATIONS = {
     "convert": "6 min",
     "reading": "3 min",
     "exact_lab": "20 min",
+    "step_laws": "10 min",
 }
 
 

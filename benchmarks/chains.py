@@ -14,6 +14,7 @@ Letters: N states, R rows of an enumeration, B, L, V, S as in the package.
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -216,7 +217,7 @@ def final_kernel(chain: Chain, p_NLV: np.ndarray) -> np.ndarray:
 def transition(chain: Chain, kernel_NLV: np.ndarray) -> np.ndarray:
     """Positions move independently given the state: [N, L, V] to [N, N]."""
     parts = [kernel_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(chain.states_NL.T)]
-    return functools.reduce(np.multiply, parts)
+    return functools.reduce(operator.mul, parts)
 
 
 def run(chain: Chain, posterior: Posterior, sampling: Sampling, start: np.ndarray) -> np.ndarray:
