@@ -184,13 +184,8 @@ def train(
     if base is not None:
         if model or path or tokenizer:
             raise ValueError("base brings its network, path and tokenizer; leave these out.")
-        tokenizer, network = base.tokenizer, base.model
-        kept = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "dtype")
-        cli.update(config, {"model": {name: getattr(network, name) for name in kept}})
-        if network.conditioning != "none":
-            cli.update(config, {"model": {"conditioning": network.conditioning}})
-        cli.update(config, {"path": dict(base.path)})
-        vocab_size = base.num_tokens
+        tokenizer, vocab_size = base.tokenizer, base.num_tokens
+        _take_over(config, base)
     else:
         cli.update(config, {"model": model or {}, "path": path or {}})
     if vocab_size is None:
@@ -200,34 +195,40 @@ def train(
     eos_id = eos_id if tokenizer is None else tokenizer.eos_id
     process = make_process(**config.path, num_tokens=vocab_size, eos_id=eos_id)
     made = stages.make_stage(stage, config, process)
-    if num_steps < 1 or batch_size < 1:
-        raise ValueError(
-            f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}."
-        )
-    if batch_size % config[stage].accumulate:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of accumulate={config[stage].accumulate}."
-        )
+    _check_sizes(num_steps, batch_size, config[stage].accumulate)
     if made.needs is not None:
         raise ValueError("Guidance takes the program fsdfm_jax.main, which finds its two models.")
     params = None if base is None else jax.tree.map(jax.numpy.asarray, base.device_params())
     weights = _fit(made, config, process, tokens_NL, params, base, seed)
+    said = {"run": stage, "stage": stage, "step": num_steps, "ema_decay": ema_decay}
+    said |= {"weights": "ema" if ema_decay else "student", "config": config.to_dict()}
+    said |= {"tokenizer": None if tokenizer is None else tokenizer.fingerprint}
     return bundle_lib.from_params(
         jax.tree.map(np.asarray, weights),
         made.model,
         path=dict(config.path),
         tokenizer=tokenizer,
         block_length=tokens_NL.shape[1],
-        provenance={
-            "run": stage,
-            "stage": stage,
-            "weights": "ema" if ema_decay else "student",
-            "step": num_steps,
-            "ema_decay": ema_decay,
-            "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
-            "config": config.to_dict(),
-        },
+        provenance=said,
     )
+
+
+def _take_over(config: ConfigDict, base: Bundle) -> None:
+    """Sets the network and the path to those of a model."""
+    kept = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "dtype")
+    cli.update(config, {"model": {name: getattr(base.model, name) for name in kept}})
+    if base.model.conditioning != "none":
+        cli.update(config, {"model": {"conditioning": base.model.conditioning}})
+    cli.update(config, {"path": dict(base.path)})
+
+
+def _check_sizes(num_steps: int, batch_size: int, accumulate: int) -> None:
+    if num_steps < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}."
+        )
+    if batch_size % accumulate:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of accumulate={accumulate}.")
 
 
 def _check_tokens(tokens_NL: np.ndarray) -> np.ndarray:

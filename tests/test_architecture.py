@@ -253,3 +253,12 @@ def test_files_and_public_names_have_docstrings(name):
         and node.name != "main"  # of a program; its module describes it
     ]
     assert not missing, missing
+
+
+@EACH
+def test_modules_and_functions_can_be_read_at_a_sitting(name):
+    if name.split(".")[0] in {"flow", "ops", "network", "stages"}:
+        assert len(FILES[name].read_text().splitlines()) <= 400
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 100, node.name
