@@ -38,7 +38,12 @@ def test_the_gradient_of_a_joint_law_is_a_sum_over_single_positions(steps, j):
     np.testing.assert_allclose(found, expected, atol=1e-12 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["end_to_end", "step", "step_noised"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("end_to_end", marks=SLOW), "step", pytest.param("step_noised", marks=SLOW)]
+)
 def test_one_step_finds_the_joint_law(name):
     with jax.enable_x64(True):
         base = step_laws.base_logits(CHAIN, 1)
