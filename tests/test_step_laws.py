@@ -42,7 +42,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("end_to_end", marks=SLOW), "step", pytest.param("step_noised", marks=SLOW)]
+    "name",
+    [pytest.param("end_to_end", marks=SLOW), "step", pytest.param("step_noised", marks=SLOW)],
 )
 def test_one_step_finds_the_joint_law(name):
     with jax.enable_x64(True):
