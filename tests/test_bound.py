@@ -23,6 +23,8 @@ from fsdfm_jax.flow.sources import Source
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 L, TOKENS = 3, 3
 MASK = TOKENS
 TEXTS = np.array(list(itertools.product(range(TOKENS), repeat=L)))

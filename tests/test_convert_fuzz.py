@@ -22,6 +22,8 @@ from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.network.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(
     vocab_size=11,
     width=8,

@@ -10,7 +10,8 @@ from chance import assert_frequencies
 
 from fsdfm_jax.ops import categorical as categorical_lib
 
-pytestmark = pytest.mark.optimised  # draws by the million take longer than compiling them
+# Draws by the million take longer than compiling them.
+pytestmark = [pytest.mark.optimised, pytest.mark.slow]
 
 N = 50_000
 categorical = jax.jit(categorical_lib.draw)

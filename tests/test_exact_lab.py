@@ -23,6 +23,8 @@ from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
 
+pytestmark = pytest.mark.slow
+
 ROWS = 50_000
 
 

@@ -8,6 +8,8 @@ import tiny_law
 
 from fsdfm_jax.exact import hmm, hmm_fit
 
+pytestmark = pytest.mark.slow
+
 LAW = tiny_law.make(num_states=3, num_words=4, seed=3)
 
 

@@ -8,6 +8,8 @@ import tiny_law
 
 from fsdfm_jax.exact import hmm, hmm_judge
 
+pytestmark = pytest.mark.slow
+
 LAW = tiny_law.make(num_states=4, num_words=5, seed=2)
 
 

@@ -9,6 +9,8 @@ import tiny_law
 from fsdfm_jax.exact import hmm, hmm_posterior
 from fsdfm_jax.flow import grids, jumps, sampler, schedules, sources
 
+pytestmark = pytest.mark.slow
+
 LAW = tiny_law.make()
 SCHEDULES = pytest.mark.parametrize("schedule", [schedules.Polynomial(2.0), schedules.Cosine()])
 UNIFORM, MASK = sources.Source(3), sources.Source(4, mask_id=3)

@@ -27,6 +27,8 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = tokenizer.train_bpe(["the people of the united states"] * 9, 277)
 V, EOS = TOKENIZER.vocab_size, TOKENIZER.eos_id
 MODEL = ModelConfig(
