@@ -17,6 +17,8 @@ import time
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = {
     "pipeline": "autoregressive,pretrain,distill",
