@@ -82,9 +82,6 @@ def use_paper_values(config: ml_collections.ConfigDict, size: str) -> None:
     for name in ("step_aware", "distill", "refine"):
         config[name].num_steps = 500_000
         config[name].warmup_steps = 10_000
-    config.refine.num_pairs = 256_000
-    config.refine.pair_batch_size = 256
-    config.refine.pairs.steps = 256
     config.train.checkpoint_every = 5_000
     config.train.log_every = 100
 
@@ -207,15 +204,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         # `pretrain`, by name or folder (OTHER_DIR/stages/pretrain).
         guide="",
     )
-    config.refine = _stage(
-        # On pairs, data is what learns the coupling, and each doubling that is taught sharpens.
-        **_teacher(tau=0.125),
-        num_pairs=1024,  # (noise, text) pairs made by the many-step sampler
-        pair_batch_size=32,  # pairs made at once
-        # That sampler; the errors of its steps add up from round to round.
-        pairs=_sampling(steps=64, jump="mixture"),
-        real_fraction=0.1,  # share of each batch that is real text with independent noise
-    )
+    config.refine = refine = _stage()
+    refine.max_log2_steps = 3  # K: samples of 1, 2, 4 .. 2^K steps, each with as many rows
+    # The base model whose law is matched: a run of `pretrain`, by name or folder, or "base", the
+    # run that the stage starts from.
+    refine.teacher = "pretrain"
+    refine.noise = (0.3, 0.97)  # bounds of the share of tokens by which outcomes are compared
+    refine.auxiliary_updates = 2  # of the auxiliary network before each of the student
+    refine.auxiliary_rate = 2.0  # its learning rate, in units of the stage's
 
     config.mesh = mesh = ml_collections.ConfigDict()
     # Sizes of the axes; they multiply to the number of devices, one may be -1: what is left.

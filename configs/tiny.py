@@ -35,7 +35,8 @@ def get_config(arg: str = ""):
         stage.learning_rate = 1e-3
         stage.warmup_steps = 10
         stage.ema_decay = 0.98
-        stage.rate_floor = 0.05  # small batches: a row near t=1 would drown the others
+        if name != "refine":
+            stage.rate_floor = 0.05  # small batches: a row near t=1 would drown the others
 
     if arg == "mask":  # masked diffusion, same backbone and budget
         config.path.source = "mask"
@@ -55,8 +56,6 @@ def get_config(arg: str = ""):
             config[name].num_steps = 20
             config[name].batch_size = 16
         autoregressive.batch_size = pretrain.batch_size = 16
-        config.refine.num_pairs = 64
-        config.refine.pairs.steps = 8
         config.train.checkpoint_every = 20
         config.train.log_every = 10
         config.eval.num_samples = 16

@@ -16,13 +16,11 @@ from fsdfm_jax import cli, stages
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data.tokenizer import Tokenizer
-from fsdfm_jax.flow.process import Process, make_process
+from fsdfm_jax.flow.process import make_process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import Bundle
-from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
-from fsdfm_jax.stages import refine
 from fsdfm_jax.stages.base import Stage
 from fsdfm_jax.training import optim, state
 from fsdfm_jax.training.metrics import Progress
@@ -161,7 +159,8 @@ def train(
       num_steps, batch_size, learning_rate, ema_decay: of the training.
       seed: of everything random: the same arguments give the same parameters.
       **options: further values of the stage's section of configs/base.py (warmup_steps, loss,
-        teacher_rule, pairs, ..).
+        teacher_rule, ..). Where they name base models (refine's `teacher`, distill's `guide`),
+        give the models; `teacher` is `base` where that is a base model.
 
     Returns:
       The trained model: the average of the weights where `ema_decay` keeps one.
@@ -179,6 +178,8 @@ def train(
         raise ValueError(f"Stage {stage!r} starts from a trained model; give it as base=.")
     if options.get("init_from"):
         raise ValueError("init_from names a run of a working directory; give its model as base=.")
+    networks = {key: value for key, value in options.items() if isinstance(value, Bundle)}
+    options |= dict.fromkeys(networks, "given")
     given = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     cli.update(config, {stage: given | {"ema_decay": ema_decay} | options})
     if base is not None:
@@ -196,10 +197,9 @@ def train(
     process = make_process(**config.path, num_tokens=vocab_size, eos_id=eos_id)
     made = stages.make_stage(stage, config, process)
     _check_sizes(num_steps, batch_size, config[stage].accumulate)
-    if made.needs is not None:
-        raise ValueError("Guidance takes the program fsdfm_jax.main, which finds its two models.")
-    params = None if base is None else jax.tree.map(jax.numpy.asarray, base.device_params())
-    weights = _fit(made, config, process, tokens_NL, params, base, seed)
+    needed = {key: _base_model(key, networks.get(key, base)) for key in made.needs}
+    params = None if base is None else _on_device(base)
+    weights = _fit(made, config, tokens_NL, params, needed, seed)
     said = {"run": stage, "stage": stage, "step": num_steps, "ema_decay": ema_decay}
     said |= {"weights": "ema" if ema_decay else "student", "config": config.to_dict()}
     said |= {"tokenizer": None if tokenizer is None else tokenizer.fingerprint}
@@ -211,6 +211,20 @@ def train(
         block_length=tokens_NL.shape[1],
         provenance=said,
     )
+
+
+def _on_device(bundle: Bundle) -> Params:
+    return jax.tree.map(jax.numpy.asarray, bundle.device_params())
+
+
+def _base_model(key: str, bundle: Bundle | None) -> Params:
+    """Weights of a base model that a stage reads."""
+    if bundle is None or bundle.model.causal or bundle.model.conditioning != "none":
+        raise ValueError(
+            f"{key} must be a base model, of stage 'pretrain'; give it as {key}= where base isn't "
+            "one."
+        )
+    return _on_device(bundle)
 
 
 def _take_over(config: ConfigDict, base: Bundle) -> None:
@@ -245,41 +259,41 @@ def _check_tokens(tokens_NL: np.ndarray) -> np.ndarray:
 def _fit(
     made: Stage,
     config: ConfigDict,
-    process: Process,
     tokens_NL: np.ndarray,
     params: Params | None,
-    base: Bundle | None,
+    needed: dict[str, Params],
     seed: int,
 ) -> Params:
     """The weights after the last step."""
     own = config[made.name]
     optimizer = optim.make_optimizer(config.optim, own)
-    init_key, step_key, pair_key = jax.random.split(jax.random.key(seed), 3)
+    turns = optim.make_turns(config.optim, own, made)
+    init_key, step_key = jax.random.split(jax.random.key(seed), 3)[:2]
     batches = _batches(own, tokens_NL, seed)
-    if made.name == "refine" and base is not None and params is not None:
-        pairs = _make_pairs(own, process, tokens_NL.shape[1], base.model, params, pair_key)
-        batches = _coupled(own, process, pairs, batches, seed)
 
     @jax.jit
     def init(key, params):
-        return state.init_state(made.init_params(key, params), optimizer, ema_decay=own.ema_decay)
+        params = made.init_params(key, params)
+        return state.init_state(params, optimizer, ema_decay=own.ema_decay, turns=turns)
 
     @jax.jit
-    def step(train_state, batch):
+    def step(train_state, batch, needed):
         return state.train_step(
             train_state,
             batch,
             step_key,
+            needed,
             loss=made.loss,
             optimizer=optimizer,
             ema_decay=own.ema_decay,
             accumulate=own.accumulate,
+            turns=turns,
         )
 
     train_state = init(init_key, params)
     with Progress(f"training {made.name}", total=own.num_steps) as progress:
         for _ in range(own.num_steps):
-            train_state, metrics = step(train_state, next(batches))
+            train_state, metrics = step(train_state, next(batches), needed)
             progress.advance()
     if not np.isfinite(metrics["loss"]):
         raise FloatingPointError(
@@ -296,40 +310,3 @@ def _batches(own: ConfigDict, tokens_NL: np.ndarray, seed: int) -> Iterator[dict
             left = np.concatenate([left, generator.permutation(len(tokens_NL))])
         rows, left = left[: own.batch_size], left[own.batch_size :]
         yield {"x1": tokens_NL[rows]}
-
-
-def _make_pairs(
-    own: ConfigDict,
-    process: Process,
-    length: int,
-    model: ModelConfig,
-    params: Params,
-    key: jax.Array,
-) -> tuple[np.ndarray, np.ndarray]:
-    settings = refine.read_pair_settings(own)
-    run = refine.make_pair_sampler(model, process, settings, length=length)
-    parts = []
-    with Progress("making pairs", total=settings.num_pairs) as progress:
-        for part in range(settings.num_pairs // settings.batch_size):
-            parts.append(jax.tree.map(np.asarray, run(params, jax.random.fold_in(key, part))))
-            progress.advance(settings.batch_size)
-    x0, x1 = (np.concatenate(side) for side in zip(*parts, strict=True))
-    return x0, x1
-
-
-def _coupled(
-    own: ConfigDict,
-    process: Process,
-    pairs: tuple[np.ndarray, np.ndarray],
-    batches: Iterator[dict[str, np.ndarray]],
-    seed: int,
-) -> Iterator[dict[str, np.ndarray]]:
-    for step, batch in enumerate(batches):
-        yield refine.mix_real(
-            pairs,
-            batch["x1"],
-            source_size=process.source.vocab_size,
-            real_fraction=own.real_fraction,
-            seed=seed,
-            step=step,
-        )

@@ -225,6 +225,7 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
     """The training step of a stage, lowered for a batch of so many rows."""
     stage, own = stages.make_stage(name, config, process), config[name]
     optimizer = optim.make_optimizer(config.optim, own)
+    turns = optim.make_turns(config.optim, own, stage)
     settings = loop_lib.Settings(
         num_steps=own.num_steps,
         batch_size=rows,
@@ -240,22 +241,22 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
         count = process.source.vocab_size
         base = _param_shapes(stages.model_config("pretrain", config.model, vocab_size=count))
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(loop_lib.make_init(stage, optimizer, settings), _key(), base)
+        init = loop_lib.make_init(stage, optimizer, settings, turns)
+        abstract = jax.eval_shape(init, _key(), base)
         shardings = mesh_lib.state_shardings(mesh, abstract)
-        step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings)
+        step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings, turns)
         tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
-        batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
-        return step.lower(abstract, batch, _key(), _guide_shapes(stage, base, mesh))
+        return step.lower(abstract, {"x1": tokens_BL}, _key(), _needed_shapes(stage, base, mesh))
 
 
-def _guide_shapes(stage: stages.Stage, base, mesh: Mesh):
+def _needed_shapes(stage: stages.Stage, base, mesh: Mesh):
     """What `stage.needs` names as the shapes of base weights, sharded as parameters are."""
-    if stage.needs is None:
-        return None
+    if not stage.needs:
+        return {}
     places = mesh_lib.state_shardings(mesh, base)
     placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     base = jax.tree.map(placed, base, places)
-    return jax.tree.map(lambda run: base, stage.needs)
+    return dict.fromkeys(stage.needs, base)
 
 
 def lower_sampler(

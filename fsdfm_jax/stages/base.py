@@ -3,7 +3,7 @@
     pretrain        data, all times            eq. 3.8         the base model
     step_aware      data, all step budgets     eq. 4.4         learns to work with any budget
     distill         data and shortcut teacher  eq. 4.5         makes each step larger
-    refine          pairs made by the model    eq. 4.5         tunes how each step moves
+    refine          its own steps, the base    flow/matching   tunes how each step moves
     autoregressive  data, left to right        cross-entropy   baseline and judge
 
 Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is shared
@@ -11,8 +11,8 @@ Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is 
 """
 
 import importlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -25,35 +25,45 @@ from fsdfm_jax.network.model import Params
 NAMES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 FEW_STEP = ("step_aware", "distill", "refine")
 
-# "x1": int [B, L] data tokens; "x0": int [B, L] their noise, only where a stage couples the two.
+# "x1": int [B, L] data tokens.
 Batch = dict[str, jax.Array]
-
-
-class Guide(NamedTuple):
-    """The two base models that guidance compares, see `few_step.guided`.
-
-    `strong` is the one that the stage starts from, `weak` one that was trained for less. In
-    `Stage.needs` they are names of runs, in `Frozen.guide` their weights.
-    """
-
-    strong: Any
-    weak: Any
 
 
 class Frozen(NamedTuple):
     """Weights that a loss reads and doesn't train.
 
     Attributes:
-      average: the running average of the weights in training: the teacher.
-      guide: what `Stage.needs` names, weights in place of names; None where it names nothing.
+      average: the running average of the weights in training: the teacher of `distill`.
+      needed: `Stage.needs` with weights in place of names.
+      partner: where two networks are trained in turns, the one whose turn it isn't.
     """
 
     average: Params
-    guide: Guide | None = None
+    needed: Mapping[str, Params] = {}
+    partner: Params | None = None
 
 
 # In `Stage.needs`: the run that the stage starts from.
 BASE = "base"
+
+
+Loss = Callable[[Params, Frozen, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Auxiliary(NamedTuple):
+    """A second network, trained in turns with the first, that only the training uses.
+
+    It has the shape of the first and starts from the same weights.
+
+    Attributes:
+      loss: as `Stage.loss`; each of the two losses reads the other network, `Frozen.partner`.
+      updates: of it before each update of the first.
+      learning_rate: in units of the stage's.
+    """
+
+    loss: Loss
+    updates: int
+    learning_rate: float
 
 
 class Stage(NamedTuple):
@@ -66,14 +76,17 @@ class Stage(NamedTuple):
         None.
       loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is a `Frozen`, never
         differentiated; metrics are scalars and hold "loss".
-      needs: runs of base models whose weights the loss reads: names, folders or `BASE`.
+      needs: runs of base models whose weights the loss reads, by the key of the config that names
+        them: names, folders or `BASE`.
+      auxiliary: a second network that is trained along; None for none.
     """
 
     name: str
     model: ModelConfig
     init_params: Callable[[jax.Array, Params | None], Params]
-    loss: Callable[[Params, Frozen, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
-    needs: Guide | None = None
+    loss: Loss
+    needs: Mapping[str, str] = {}
+    auxiliary: Auxiliary | None = None
 
 
 def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfig:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.stages import few_step
-from fsdfm_jax.stages.base import BASE, Guide, Stage, start_from_base
+from fsdfm_jax.stages.base import BASE, Stage, start_from_base
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
@@ -40,5 +40,5 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         model,
         start_from_base("distill", model),
         few_step.make_loss(model, process, path, taught),
-        needs=Guide(strong=BASE, weak=config.guide) if config.guidance else None,
+        needs={"init_from": BASE, "guide": config.guide} if config.guidance else {},
     )

@@ -169,7 +169,7 @@ def make_loss(
     def loss(params, frozen: Frozen, key, batch):
         noise_key, budget_key, path_key, dropout_key, teacher_key = jax.random.split(key, 5)
         x1_BL = batch["x1"]
-        x0_BL = batch["x0"] if "x0" in batch else process.source.sample(noise_key, x1_BL.shape)
+        x0_BL = process.source.sample(noise_key, x1_BL.shape)
         size = len(x1_BL)
         split = rows_of_path(size, path.budgets, taught_budgets)
         parts = [(path.budgets, split), (taught_budgets, size - split)]
@@ -244,8 +244,8 @@ def _guidance_loss(
 ) -> jax.Array:
     """Forward KL from the posterior of `guided`."""
     del process
-    if frozen.guide is None:
-        raise ValueError("Guidance compares two base models; give their weights, Frozen.guide.")
+    if not frozen.needed:
+        raise ValueError("Guidance compares two base models; give their weights, Frozen.needed.")
 
     def loss(student_BLV, strong_BLV, weak_BLV):
         target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance)
@@ -253,8 +253,10 @@ def _guidance_loss(
 
     base_model = dataclasses.replace(model, conditioning="none")
     inputs = [rules.pad_rows(x) for x in (rows.xt_BL, rows.t_B)]
-    targets = [model_lib.predict(weights, base_model, *inputs) for weights in frozen.guide]
-    return _mean(loss, rows, *targets)
+    strong, weak = (
+        model_lib.predict(frozen.needed[key], base_model, *inputs) for key in ("init_from", "guide")
+    )
+    return _mean(loss, rows, strong, weak)
 
 
 def _teacher_loss(

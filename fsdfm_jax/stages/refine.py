@@ -1,143 +1,235 @@
-"""Third few-step stage: tune how each iteration moves, by rectified coupling (arXiv:2507.15897).
+"""Third few-step stage: tune how each step moves, by matching the law of its outcome.
 
-With independent noise and text, one big step has to average over everything the noise could become.
-Here the many-step sampler of the model at hand turns noise x0 into text x1, and the same losses are
-trained on those pairs: x0 then says where its text is, the posterior is sharper at small t, and
-fewer, steadier steps reach the end. A further round (the stage named again in the pipeline) makes
-its pairs with the refined model. A share of real text with independent noise keeps the errors of
-the generator from piling up.
+A shortcut teacher hands a big step the product of its marginals, which no big step can be right
+with: tokens drawn together don't know of each other. Here the tokens that a step writes *together*
+are compared with the path's law at that time, with no target for a single position; see
+`fsdfm_jax.flow.matching` for the equations. Two networks learn in turns:
 
-Needs a source that carries randomness: with a mask source every x0 is the same and there is nothing
-to couple.
+    the student    moves so that its outcomes look like the path's to the base model
+    an auxiliary   learns to tell how the student's outcomes look; it isn't used afterwards
+
+Steps begin where the student's own steps end, from noise on, so that what a step leaves wrong is
+seen by the next. No text is read: all that is known of it is in the base model.
+
+The student is sampled with the rule it is trained with: `mixture`, on a uniform grid. Needs a
+uniform source: a mask source has no noise to carry what positions agree on.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fsdfm_jax.flow import sampler
+from fsdfm_jax.flow import jumps, matching, paths, schedules
+from fsdfm_jax.flow.jumps import Jump
 from fsdfm_jax.flow.process import Process
-from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.flow.teacher import Denoise
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
-from fsdfm_jax.network.model import Params
+from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.parallel import rules
-from fsdfm_jax.stages import few_step
-from fsdfm_jax.stages.base import Stage, start_from_base
+from fsdfm_jax.stages.base import Auxiliary, Frozen, Stage, start_from_base
 
 
-class PairSettings(NamedTuple):
-    """How pairs are made.
+class Starts(NamedTuple):
+    """Where steps begin, rows of all budgets.
 
     Attributes:
-      num_pairs: in all.
-      batch_size: pairs made at once.
-      sampling: the many-step sampler that makes them.
+      z_BL: the student's own states, int [B, L].
+      t_B, h_B: times and widths, float32 [B].
     """
 
-    num_pairs: int
-    batch_size: int
-    sampling: Sampling
+    z_BL: jax.Array
+    t_B: jax.Array
+    h_B: jax.Array
 
 
-def read_pair_settings(config: ConfigDict) -> PairSettings:
-    """The settings of a stage's config.
+class Ends(NamedTuple):
+    """Where steps end, with more noise.
+
+    Attributes:
+      zs_BL: int [B, L].
+      share_B: b, the share of positions that the step drew from the student's answer.
+      end_B: kappa(t+h).
+      again_B: r, the share of positions that show where the step ended.
+      kept_B: s = r kappa(t+h).
+    """
+
+    zs_BL: jax.Array
+    share_B: jax.Array
+    end_B: jax.Array
+    again_B: jax.Array
+    kept_B: jax.Array
+
+
+def count_samples(batch_size: int, max_log2_steps: int) -> int:
+    """How many samples of each number of steps are walked at once to fill a batch.
+
+    >>> from fsdfm_jax.stages import refine
+    >>> refine.count_samples(64, 3)  # of 1, 2, 4 and 8 steps; 8 rows of each sample
+    2
 
     Raises:
-      ValueError: unless pairs come in whole batches, or for a value that `Sampling` refuses.
+      ValueError: unless all numbers of steps can have the same number of rows.
     """
-    if config.num_pairs < 1 or config.num_pairs % config.pair_batch_size:
+    per_sample = (max_log2_steps + 1) * 2**max_log2_steps
+    samples, rest = divmod(batch_size, per_sample)
+    if rest or not samples:
         raise ValueError(
-            f"refine.num_pairs={config.num_pairs} must be a positive multiple of "
-            f"refine.pair_batch_size={config.pair_batch_size}."
+            f"A part of refine's batch of {batch_size} rows must be a multiple of {per_sample}: "
+            f"samples of 1, 2 .. {2**max_log2_steps} steps are walked, each step a row. Change "
+            "refine.batch_size, refine.accumulate or refine.max_log2_steps."
         )
-    try:
-        sampling = Sampling.from_dict(config.pairs)
-    except ValueError as error:
-        raise ValueError(f"refine.pairs: {error}") from None
-    return PairSettings(config.num_pairs, config.pair_batch_size, sampling)
+    return samples
 
 
-def make_pair_sampler(
-    model: ModelConfig,
+def walk(
+    key: jax.Array,
+    denoise: Denoise,
+    jump: Jump,
     process: Process,
-    settings: PairSettings,
     *,
+    max_log2_steps: int,
+    samples: int,
     length: int,
-    sharding: jax.sharding.Sharding | None = None,
-) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, key) -> (x0_BL, x1_BL), int32 [settings.batch_size, length] each.
+) -> Starts:
+    """States that steps begin in, on the way of samples of 1, 2, 4 .. 2^K uniform steps.
 
-    `sharding` is that of what it returns; rows are spread over the mesh while it runs.
-    """
-    sampling = settings.sampling
-    jump, grid = process.make_jump(sampling.rule), sampling.times()
-
-    @functools.partial(jax.jit, out_shardings=sharding)
-    def make_pairs(params, key):
-        noise_key, sample_key = jax.random.split(key)
-        x0_BL = process.source.sample(noise_key, (settings.batch_size, length))
-        x0_BL = rules.constrain(x0_BL, "rows")
-        denoise = sampling.wrap(functools.partial(model_lib.predict, params, model))
-        x1_BL = sampler.sample(sample_key, denoise, jump, process.finalize, x0_BL, grid)
-        return x0_BL, x1_BL
-
-    return make_pairs
-
-
-def mix_real(
-    pairs: tuple[np.ndarray, np.ndarray],
-    real_BL: np.ndarray,
-    *,
-    source_size: int,
-    real_fraction: float,
-    seed: int,
-    step: int,
-) -> dict[str, np.ndarray]:
-    """The batch of a step: pairs drawn with replacement, and real text with fresh noise.
+    All samples take 2^K steps side by side; one of fewer steps starts again from noise.
 
     Args:
-      pairs: (x0, x1), int [N, L] each.
-      real_BL: a batch of real text, int32 [B, L], of which the first round(B real_fraction) rows
-        are used.
-      source_size: ids that uniform noise ranges over.
-      real_fraction: in [0, 1].
-      seed, step: all the randomness there is, so that a resumed run sees the same batches.
+      key: typed PRNG key.
+      denoise: (x_BL, t_B, h_B) -> logits.
+      jump: the rule of the steps.
+      process: gives the noise.
+      max_log2_steps: K.
+      samples: of each number of steps.
+      length: L.
 
     Returns:
-      {"x0", "x1"}: int32 [B, L], rows in random order.
+      samples (K+1) 2^K rows, one a step.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    batch_size = len(real_BL)
-    num_real = round(batch_size * real_fraction)
-    chosen = generator.integers(len(pairs[0]), size=batch_size - num_real)
-    noise = generator.integers(source_size, size=(num_real, real_BL.shape[1]))
-    order = generator.permutation(batch_size)
-    x0 = np.concatenate([noise, pairs[0][chosen]])[order]
-    x1 = np.concatenate([real_BL[:num_real], pairs[1][chosen]])[order]
-    return {"x0": x0.astype(np.int32), "x1": x1.astype(np.int32)}
+    steps_C = jnp.repeat(2 ** jnp.arange(max_log2_steps + 1), samples)
+    h_C = 1.0 / steps_C
+
+    def step(z_CL, inputs):
+        number, key = inputs
+        noise_key, jump_key = jax.random.split(key)
+        x0_CL = process.source.sample(noise_key, z_CL.shape)
+        z_CL = jnp.where((number % steps_C == 0)[:, None], x0_CL, z_CL)
+        t_C = (number % steps_C) * h_C
+        return jump(jump_key, denoise(z_CL, t_C, h_C), z_CL, t_C, h_C), Starts(z_CL, t_C, h_C)
+
+    count = 2**max_log2_steps
+    empty_CL = jnp.zeros((len(steps_C), length), jnp.int32)
+    _, starts = jax.lax.scan(step, empty_CL, (jnp.arange(count), jax.random.split(key, count)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
+
+
+def auxiliary_width(t_B: jax.Array, h_B: jax.Array) -> jax.Array:
+    """What the auxiliary network is told of a step: a width in (h/2, h] that names h and t.
+
+    Widths of steps are powers of 2, so that no two steps share one.
+    """
+    return h_B * jnp.exp2(t_B + h_B - 1.0)
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads the budget, teacher and pair keys of its config.
+    """The stage; reads `max_log2_steps`, `teacher`, `noise` and the keys of the auxiliary network.
 
     Raises:
-      ValueError: for a mask source, or a real_fraction outside [0, 1].
+      ValueError: for a mask source, or a value that no run can have.
     """
     if process.source.mask_id is not None:
         raise ValueError(
-            "Stage 'refine' couples noise and text and needs path.source='uniform'; a mask "
-            "source has only one noise. Leave 'refine' out of the pipeline."
+            "Stage 'refine' needs path.source='uniform'; a mask source has only one noise, and "
+            "nothing for tokens of one step to agree by. Leave 'refine' out of the pipeline."
         )
-    if not 0 <= config.real_fraction <= 1:
-        raise ValueError(f"refine.real_fraction must lie in [0, 1], got {config.real_fraction}.")
-    read_pair_settings(config)
-    below, above = few_step.split_budgets(config, "refine")
-    path = few_step.read_path_term(config, below)
-    taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
-    loss = few_step.make_loss(model, process, path, taught)
-    return Stage("refine", model, start_from_base("refine", model), loss)
+    low, high = config.noise
+    if not 0 < low <= high < 1:
+        raise ValueError(f"refine.noise must be two numbers 0 < low <= high < 1, got {low, high}.")
+    if config.auxiliary_updates < 1 or not config.auxiliary_rate > 0:
+        raise ValueError(
+            "refine.auxiliary_updates must be at least 1 and refine.auxiliary_rate above 0, got "
+            f"{config.auxiliary_updates} and {config.auxiliary_rate}."
+        )
+    if config.max_log2_steps < 0:
+        raise ValueError(f"refine.max_log2_steps must be 0 or more, got {config.max_log2_steps}.")
+    budgets = config.max_log2_steps
+    count_samples(config.batch_size // config.accumulate, budgets)
+    base_model = dataclasses.replace(model, conditioning="none")
+    jump = process.make_jump(jumps.MIXTURE)
+    predict = lambda params, *inputs: model_lib.predict(params, model, *inputs)
+
+    def starts(key, student, batch) -> Starts:
+        rows, length = batch["x1"].shape
+        begun = walk(
+            key,
+            functools.partial(predict, student),
+            jump,
+            process,
+            max_log2_steps=budgets,
+            samples=count_samples(rows, budgets),
+            length=length,
+        )
+        return jax.tree.map(lambda x: rules.constrain(x, "rows"), jax.lax.stop_gradient(begun))
+
+    def ends(key, answers, begun: Starts) -> Ends:
+        jump_key, share_key, noise_key, path_key = jax.random.split(key, 4)
+        end_BL = jump(jump_key, answers, begun.z_BL, begun.t_B, begun.h_B)
+        share_B = schedules.redraw_fraction(process.schedule, begun.t_B, begun.h_B)
+        end_B = process.schedule.kappa(jnp.minimum(begun.t_B + begun.h_B, 1.0))
+        again_B = jax.random.uniform(share_key, share_B.shape, minval=low, maxval=high)
+        noise_BL = process.source.sample(noise_key, end_BL.shape)
+        # Of z' as of x1 on a straight path: shown with probability r.
+        zs_BL = paths.sample_path(path_key, schedules.Polynomial(), noise_BL, end_BL, again_B)
+        return Ends(zs_BL, share_B, end_B, again_B, again_B * end_B)
+
+    def auxiliary_answers(params, begun: Starts, ended: Ends):
+        s_B = process.schedule.inverse(ended.kept_B)
+        return predict(params, ended.zs_BL, s_B, auxiliary_width(begun.t_B, begun.h_B))
+
+    def spread(numbers_B, tokens_BL):
+        return jnp.broadcast_to(numbers_B[:, None], tokens_BL.shape)
+
+    def loss(params, frozen: Frozen, key, batch):
+        walk_key, step_key = jax.random.split(key)
+        begun = starts(walk_key, params, batch)
+        answers = predict(params, *begun)
+        ended = ends(step_key, jax.lax.stop_gradient(answers), begun)
+        own = auxiliary_answers(frozen.partner, begun, ended)
+        s_B = process.schedule.inverse(ended.kept_B)
+        base = model_lib.predict(frozen.needed["teacher"], base_model, ended.zs_BL, s_B)
+        kept_BL = spread(ended.kept_B, ended.zs_BL)
+        value = logits_lib.mean_loss(
+            matching.student_loss, answers, own, base, ended.zs_BL, kept_BL
+        )
+        return value, {"loss": value}
+
+    def learn_law(params, frozen: Frozen, key, batch):
+        walk_key, step_key = jax.random.split(key)
+        begun = starts(walk_key, frozen.partner, batch)
+        answers = predict(frozen.partner, *begun)
+        ended = ends(step_key, answers, begun)
+        numbers = (spread(x, begun.z_BL) for x in (ended.share_B, ended.end_B, ended.again_B))
+        value = logits_lib.mean_loss(
+            matching.auxiliary_loss,
+            auxiliary_answers(params, begun, ended),
+            answers,
+            begun.z_BL,
+            ended.zs_BL,
+            *numbers,
+        )
+        return value, {"loss": value}
+
+    return Stage(
+        "refine",
+        model,
+        start_from_base("refine", model),
+        loss,
+        needs={"teacher": config.teacher},
+        auxiliary=Auxiliary(learn_law, config.auxiliary_updates, config.auxiliary_rate),
+    )

@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
-from fsdfm_jax.stages.base import Guide, Stage
+from fsdfm_jax.stages.base import Stage
 from fsdfm_jax.training import state
 from fsdfm_jax.training.checkpoint import Checkpoints, Retention
 from fsdfm_jax.training.metrics import MetricWriter
+from fsdfm_jax.training.optim import Turns
 
 
 class Diverged(FloatingPointError):  # noqa: N818 - named after what happened
@@ -73,12 +74,17 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"{field} must not be negative, got {getattr(settings, field)}.")
 
 
-def make_init(stage: Stage, optimizer: optax.GradientTransformation, settings: Settings):
+def make_init(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    turns: Turns | None = None,
+):
     """A function (key, base weights or None) -> `state.TrainState`, to be jitted."""
 
     def init(key, base):
         params = stage.init_params(key, base)
-        return state.init_state(params, optimizer, ema_decay=settings.ema_decay)
+        return state.init_state(params, optimizer, ema_decay=settings.ema_decay, turns=turns)
 
     return init
 
@@ -89,10 +95,11 @@ def make_step(
     settings: Settings,
     mesh: Mesh,
     shardings: state.TrainState,
+    turns: Turns | None = None,
 ):
-    """The jitted (state, batch, key, guide) -> (state, metrics) of a stage; it donates the state.
+    """The jitted (state, batch, key, needed) -> (state, metrics) of a stage; it donates the state.
 
-    Trace it within `jax.set_mesh(mesh)`. The guide, see `state.train_step`, is taken as it is
+    Trace it within `jax.set_mesh(mesh)`. `needed`, see `state.train_step`, is taken as it is
     sharded.
 
     Args:
@@ -105,6 +112,7 @@ def make_step(
         ema_decay=settings.ema_decay,
         accumulate=settings.accumulate,
         max_skipped=settings.max_skipped,
+        turns=turns,
     )
     whole = NamedSharding(mesh, P())
     return jax.jit(
@@ -123,11 +131,12 @@ def train(
     optimizer: optax.GradientTransformation,
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
     base: Params | None,
-    guide: Guide | None = None,
+    needed: Any = None,
     key: jax.Array,
     mesh: Mesh,
     directory: pathlib.Path,
     metadata: dict[str, Any],
+    turns: Turns | None = None,
 ) -> None:
     """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
 
@@ -145,11 +154,12 @@ def train(
         rows `mesh.local_rows`.
       base: weights of the run this one starts from, or None; shapes suffice where it resumes from
         a checkpoint of its own.
-      guide: weights of the runs that `stage.needs` names, on the mesh.
+      needed: weights of the runs that `stage.needs` names, on the mesh.
       key: root of the run's randomness.
       mesh: where to run, of the devices of all processes.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
       metadata: stored inside each checkpoint.
+      turns: from `optim.make_turns`.
 
     A finished run is restored once more before this returns: here a damaged last checkpoint can
     still be made again, while whoever reads it later can only refuse it.
@@ -170,7 +180,7 @@ def train(
         Checkpoints(directory / "checkpoints", retention=settings.retention) as checkpoints,
         _Watchdog(settings.watchdog_minutes) as watchdog,
     ):
-        init = make_init(stage, optimizer, settings)
+        init = make_init(stage, optimizer, settings, turns)
         shapes = jax.eval_shape(init, init_key, base)
         shardings = mesh_lib.state_shardings(mesh, shapes)
         found = checkpoints.restore_latest(_sharded(shapes, shardings))
@@ -188,10 +198,10 @@ def train(
         del base, found  # not to be kept beside the state
         if start >= settings.num_steps:
             return
-        step_fn = make_step(stage, optimizer, settings, mesh, shardings)
+        step_fn = make_step(stage, optimizer, settings, mesh, shardings, turns)
         _take_steps(
             train_state,
-            lambda train_state, rows: step_fn(train_state, rows, step_key, guide),
+            lambda train_state, rows: step_fn(train_state, rows, step_key, needed),
             batches(start),
             settings,
             start=start,

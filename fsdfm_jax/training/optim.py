@@ -7,11 +7,14 @@ both take one learning rate, and those found for AdamW carry over.
 """
 
 import re
+from typing import NamedTuple
 
 import jax
 import optax
 from ml_collections import ConfigDict
 from optax import contrib
+
+from fsdfm_jax.stages.base import Auxiliary, Stage
 
 # Of the matrices that Muon moves, [N, in, out] each: a stack of one matrix a block.
 _MUON = re.compile(r"(^|/)blocks/(q_proj|k_proj|v_proj|out_proj|mlp_in|mlp_out)/kernel$")
@@ -57,6 +60,37 @@ def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransf
         optax.clip_by_global_norm(optim.clip_norm),
         _BY_NAME[optim.name](optim, _learning_rate(stage)),
     )
+
+
+class Turns(NamedTuple):
+    """How the second network of a stage is trained.
+
+    Attributes:
+      auxiliary: from the stage.
+      optimizer: of that network.
+    """
+
+    auxiliary: Auxiliary
+    optimizer: optax.GradientTransformation
+
+
+def make_turns(optim: ConfigDict, config: ConfigDict, stage: Stage) -> Turns | None:
+    """The turns of a stage's second network; None where the stage has none.
+
+    Its learning rate is that of the stage, scaled, at the same share of the training.
+
+    Args:
+      optim: `config.optim`.
+      config: the stage's config, as for `make_optimizer`.
+      stage: what is trained.
+    """
+    if (auxiliary := stage.auxiliary) is None:
+        return None
+    own = config.copy_and_resolve_references()
+    for name in ("num_steps", "warmup_steps", "decay_steps"):
+        own[name] *= auxiliary.updates
+    own.learning_rate *= auxiliary.learning_rate
+    return Turns(auxiliary, make_optimizer(optim, own))
 
 
 def _learning_rate(stage: ConfigDict) -> optax.Schedule:

@@ -25,10 +25,8 @@ from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
-from fsdfm_jax.stages import refine
 from fsdfm_jax.stages.base import Stage
 from fsdfm_jax.training import checkpoint, optim
-from fsdfm_jax.training import pairs as pairs_lib
 from fsdfm_jax.training import recipe as recipe_lib
 from fsdfm_jax.training import workdir as workdir_lib
 from fsdfm_jax.training.checkpoint import Retention
@@ -177,19 +175,19 @@ def find_run(given: str, key: str, workdir: pathlib.Path, earlier: Sequence[Entr
 
 def needed_runs(
     stage: Stage, entry: Entry, workdir: pathlib.Path, earlier: Sequence[Entry]
-) -> stages.Guide | None:
+) -> dict[str, pathlib.Path]:
     """`stage.needs` with the folders of the runs in place of their names.
 
     Raises:
       ValueError: if one is neither trained nor among `earlier`.
     """
-
-    def folder(name: str) -> pathlib.Path | None:
-        if name == stages.BASE:
-            return entry.base
-        return find_run(name, f"{entry.stage}.guide", workdir, earlier)
-
-    return jax.tree.map(folder, stage.needs)
+    folders = {}
+    for key, run in stage.needs.items():
+        if run == stages.BASE and entry.base is not None:
+            folders[key] = entry.base
+        else:
+            folders[key] = find_run(run, f"{entry.stage}.{key}", workdir, earlier)
+    return folders
 
 
 # ------------------------------------------------------------------------ refused before any work
@@ -223,16 +221,16 @@ def check(config: ConfigDict, workdir: pathlib.Path) -> Plan:
             mesh_lib.state_shardings(mesh, abstract_state(config, entry.stage, _ANY_VOCABULARY))
         if entry.base is not None:
             recipe_lib.check_base(entry.base, stage.model, config.path.to_dict())
-        needs = jax.tree.leaves(needed_runs(stage, entry, workdir, pipeline[:i]))
-        for folder in needs:
-            check_needed(folder, models.get(folder), entry, stage, config)
+        needs = needed_runs(stage, entry, workdir, pipeline[:i])
+        for key, folder in needs.items():
+            check_needed(folder, models.get(folder), f"{entry.stage}.{key}", stage, config)
         directory = stage_directory(workdir, entry.run)
         models[directory] = stage.model
         recipes[directory] = recipe_lib.make_recipe(
             config.to_dict(),
             entry.stage,
             None if entry.base is None else recipe_of(entry.base),
-            [recipe_of(folder) for folder in needs],
+            [recipe_of(folder) for folder in needs.values()],
         )
         recipe_lib.check_recipe(directory, recipes[directory])
     return Plan(pipeline, {path.name: recipe for path, recipe in recipes.items()}, mesh)
@@ -241,7 +239,7 @@ def check(config: ConfigDict, workdir: pathlib.Path) -> Plan:
 def check_needed(
     folder: pathlib.Path,
     model: ModelConfig | None,
-    entry: Entry,
+    key: str,
     stage: Stage,
     config: ConfigDict,
 ) -> None:
@@ -250,7 +248,8 @@ def check_needed(
     Args:
       folder: of the run that is needed.
       model: its network where this pipeline trains it; None where it is trained.
-      entry, stage, config: of the run that needs it.
+      key: that names it, for errors.
+      stage, config: of the run that needs it.
 
     Raises:
       ValueError: saying what it is.
@@ -259,9 +258,7 @@ def check_needed(
     if model.causal or model.conditioning != "none":
         kind = "an autoregressive" if model.causal else "a few-step"
         raise ValueError(
-            f"{entry.stage}.guidance compares base models, runs of 'pretrain', and {folder} is "
-            f"{kind} model. Name others in {entry.stage}.init_from and {entry.stage}.guide, or set "
-            "guidance to 0 and guide to ''."
+            f"{key} must name a base model, a run of 'pretrain'; {folder} holds {kind} model."
         )
     base_model = dataclasses.replace(stage.model, conditioning="none")
     recipe_lib.check_base(folder, base_model, config.path.to_dict())
@@ -325,7 +322,8 @@ def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainStat
     """Shapes of the training state of a stage."""
     made = stages.make_stage(stage, config, make_process(config, num_tokens))
     optimizer = optim.make_optimizer(config.optim, config[stage])
-    init = make_init(made, optimizer, train_settings(config, stage))
+    turns = optim.make_turns(config.optim, config[stage], made)
+    init = make_init(made, optimizer, train_settings(config, stage), turns)
     base = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), made.model))
     return jax.eval_shape(init, jax.random.key(0), base)
 
@@ -365,7 +363,6 @@ def train_all(
             needs,
             plan.recipes[entry.run],
             config,
-            process=process,
             prepared=prepared,
             mesh=plan.mesh,
             directory=stage_directory(workdir, entry.run),
@@ -375,19 +372,17 @@ def train_all(
 def train_run(
     entry: Entry,
     stage: Stage,
-    needs: stages.Guide | None,
+    needs: Mapping[str, pathlib.Path],
     recipe: Mapping[str, Any],
     config: ConfigDict,
     *,
-    process: Process,
     prepared: PreparedData,
     mesh: Mesh,
     directory: pathlib.Path,
 ) -> None:
     """Trains one run of a pipeline up to its end, from its newest checkpoint if there is one.
 
-    `needs` are the folders of `needed_runs`. What a run needs besides its checkpoint is only read
-    or made where steps are left.
+    `needs` are the folders of `needed_runs`; their weights are only read where steps are left.
     """
     own = config[entry.stage]
     tokenizer = prepared.tokenizer.fingerprint
@@ -405,17 +400,16 @@ def train_run(
         # A saved state has all that mattered of the base: then its shapes are enough.
         return workdir_lib.weight_shapes(entry.base) if saved else load(entry.base)
 
-    # Made before there is a training state beside what makes them.
-    batches = _make_batches(entry, config, process, prepared, mesh, directory, finished=finished)
-    guide = None if finished else jax.tree.map(load, needs)
+    needed = {} if finished else {key: load(folder) for key, folder in needs.items()}
     train(
         stage,
         train_settings(config, entry.stage),
         name=entry.run,
         optimizer=optim.make_optimizer(config.optim, own),
-        batches=batches,
+        turns=optim.make_turns(config.optim, own, stage),
+        batches=functools.partial(_text_batches, config, entry, prepared, mesh),
         base=load_base(),
-        guide=guide,
+        needed=needed,
         key=jax.random.key(run_seed(config, entry.run)),
         mesh=mesh,
         directory=directory,
@@ -431,43 +425,16 @@ def train_run(
     )
 
 
-def _make_batches(
-    entry: Entry,
-    config: ConfigDict,
-    process: Process,
-    prepared: PreparedData,
-    mesh: Mesh,
-    directory: pathlib.Path,
-    *,
-    finished: bool,
-):
-    """A run's `batches` as `loop.train` takes them; makes the pairs of `refine`."""
-    own = config[entry.stage]
-    options = {
-        "batch_size": own.batch_size,
-        "seed": run_seed(config, entry.run),
-        "mesh": mesh,
-    }
-    if entry.stage != "refine" or finished:
-        return functools.partial(pairs_lib.text_batches, prepared, **options)
-    pairs = pairs_lib.make_pairs(
-        directory,
-        refine.read_pair_settings(own),
-        base=entry.base,
-        seed=run_seed(config, f"{entry.run}/pairs"),
-        process=process,
-        prepared=prepared,
-        mesh=mesh,
+def _text_batches(
+    config: ConfigDict, entry: Entry, prepared: PreparedData, mesh: Mesh, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of a run from step `start` on, this process's rows of them."""
+    batch_size = config[entry.stage].batch_size
+    batches = prepared_lib.Batches(
+        prepared.source("train"),
+        batch_size=batch_size,
+        seed=run_seed(config, entry.run),
+        rows=mesh_lib.local_rows(mesh, batch_size),
     )
-
-    def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
-        return pairs_lib.pair_batches(
-            pairs,
-            prepared,
-            start,
-            real_fraction=own.real_fraction,
-            source_size=process.source.vocab_size,
-            **options,
-        )
-
-    return batches
+    for x1_BL in batches.iterate(start):
+        yield {"x1": x1_BL}

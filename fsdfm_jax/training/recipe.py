@@ -26,7 +26,7 @@ _ROUNDING_KEYS = ("attention", "remat", "logits_mib")
 # When a run is given up, which doesn't change the steps before.
 _PATIENCE_KEYS = ("max_skipped",)
 # Which runs a stage starts from or reads: their recipes are part of the recipe, not their names.
-_RUN_KEYS = ("init_from", "guide")
+_RUN_KEYS = ("init_from", "guide", "teacher")
 # What may differ between a network and the one it starts from.
 _FREE_MODEL_KEYS = {"vocab_size", "conditioning", "dropout", "dtype", *_ROUNDING_KEYS}
 

@@ -11,6 +11,7 @@ from fsdfm_jax.network.model import Params
 from fsdfm_jax.ops import loops
 from fsdfm_jax.parallel import rules
 from fsdfm_jax.stages.base import Frozen
+from fsdfm_jax.training.optim import Turns
 
 
 class TrainState(NamedTuple):
@@ -22,6 +23,7 @@ class TrainState(NamedTuple):
       ema: their exponential average, or None where the stage keeps none.
       opt_state: optax state.
       skipped: int32 scalar, steps in a row that were skipped up to now.
+      auxiliary: the second network of the stage, or None where it has none.
     """
 
     step: jax.Array
@@ -29,15 +31,30 @@ class TrainState(NamedTuple):
     ema: Params | None
     opt_state: Any
     skipped: jax.Array
+    auxiliary: "AuxiliaryState | None" = None
+
+
+class AuxiliaryState(NamedTuple):
+    """The weights of a second network and its optimiser's state, see `stages.Auxiliary`."""
+
+    params: Params
+    opt_state: Any
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, ema_decay: float
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    turns: Turns | None = None,
 ) -> TrainState:
-    """The state before the first step. Build it under jit: the average needs its own buffers."""
+    """The state before the first step. Build it under jit: every copy needs its own buffers."""
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, ema, optimizer.init(params), zero)
+    auxiliary = None
+    if turns is not None:
+        auxiliary = AuxiliaryState(jax.tree.map(jnp.copy, params), turns.optimizer.init(params))
+    return TrainState(zero, params, ema, optimizer.init(params), zero, auxiliary)
 
 
 def averaged(state: TrainState) -> Params:
@@ -49,13 +66,14 @@ def train_step(
     state: TrainState,
     batch,
     root_key,
-    guide=None,
+    needed=None,
     *,
     loss,
     optimizer,
     ema_decay: float,
     accumulate: int = 1,
     max_skipped: int = 0,
+    turns: Turns | None = None,
 ):
     """One optimiser step.
 
@@ -64,7 +82,7 @@ def train_step(
       batch: dict of arrays with B rows, see `stages.Stage`.
       root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed
         run draws the same noise.
-      guide: weights of other runs that the loss reads, `Frozen.guide`; None where it reads none.
+      needed: weights of other runs that the loss reads, `Frozen.needed`; None where it reads none.
       loss: `Stage.loss`.
       optimizer: optax transformation.
       ema_decay: weight of the old average, 0 for none.
@@ -72,34 +90,73 @@ def train_step(
         mean. Each part has a key of its own.
       max_skipped: if above 0, a step whose loss or gradient isn't finite leaves weights, average
         and optimiser as they were; the caller stops where `skipped` exceeds it.
+      turns: how the second network of the stage is trained, before the first; None without one.
 
     Returns:
       (state, metrics): metrics are float32 scalars, among them `loss` and `grad_norm`, and
       `skipped` where steps may be.
     """
     key = jax.random.fold_in(root_key, state.step)
-    frozen = jax.lax.stop_gradient(Frozen(averaged(state), guide))
-    gradient = functools.partial(jax.grad(loss, has_aux=True), state.params, frozen)
+    frozen = jax.lax.stop_gradient(Frozen(averaged(state), needed or {}))
+    auxiliary, auxiliary_metrics = state.auxiliary, {}
+    if turns is not None:
+        partner = jax.lax.stop_gradient(state.params)
+        auxiliary, auxiliary_metrics = _train_auxiliary(
+            auxiliary, frozen._replace(partner=partner), key, batch, turns, accumulate
+        )
+        frozen = frozen._replace(partner=jax.lax.stop_gradient(auxiliary.params))
+    params, opt_state, metrics = _update(
+        state.params, state.opt_state, frozen, key, batch, loss, optimizer, accumulate
+    )
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    metrics = metrics | auxiliary_metrics
+    new = (params, ema, opt_state, auxiliary)
+    skipped = state.skipped
+    if max_skipped:
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()))
+        old = (state.params, state.ema, state.opt_state, state.auxiliary)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+        skipped = jnp.where(finite, 0, skipped + 1)
+        metrics["skipped"] = skipped.astype(jnp.float32)
+    params, ema, opt_state, auxiliary = new
+    return TrainState(state.step + 1, params, ema, opt_state, skipped, auxiliary), metrics
+
+
+def _update(params, opt_state, frozen, key, batch, loss, optimizer, accumulate: int):
+    """(params, opt_state, metrics) after one update of a network."""
+    gradient = functools.partial(jax.grad(loss, has_aux=True), params, frozen)
     if accumulate == 1:
         grads, metrics = gradient(key, batch)
     else:
         grads, metrics = _accumulate(gradient, key, batch, accumulate)
     grads = rules.like_parameters(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
-    new = (params, ema, opt_state)
-    skipped = state.skipped
-    if max_skipped:
-        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()))
-        old = (state.params, state.ema, state.opt_state)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
-        skipped = jnp.where(finite, 0, skipped + 1)
-        metrics["skipped"] = skipped.astype(jnp.float32)
-    return TrainState(state.step + 1, *new, skipped), metrics
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def _train_auxiliary(
+    auxiliary: AuxiliaryState, frozen: Frozen, key, batch, turns: Turns, accumulate: int
+):
+    """The second network after its turn, and the mean of its metrics as `auxiliary_..`."""
+
+    def step(auxiliary: AuxiliaryState, turn):
+        params, opt_state, metrics = _update(
+            auxiliary.params,
+            auxiliary.opt_state,
+            frozen,
+            jax.random.fold_in(key, turn + 1),
+            batch,
+            turns.auxiliary.loss,
+            turns.optimizer,
+            accumulate,
+        )
+        return AuxiliaryState(params, opt_state), metrics
+
+    auxiliary, metrics = loops.scan(step, auxiliary, jnp.arange(turns.auxiliary.updates))
+    return auxiliary, {f"auxiliary_{name}": jnp.mean(x) for name, x in metrics.items()}
 
 
 def _accumulate(gradient, key, batch, parts: int):
