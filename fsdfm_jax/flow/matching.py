@@ -20,8 +20,8 @@ compared after more noise, z_s from z' at a signal of s = r kappa(u), r < 1, whi
 logarithms by log(1 + V s/(1-s)) and keeps the fixed point: (2) vanishes only where the laws agree.
 A target that is a product of marginals, as that of a shortcut teacher, has no such property.
 
-The auxiliary network's answer at z_s, made leave-one-out, gives M_i = kappa(u) L_i + (1-kappa(u))/V,
-the conditional of z'_i. It learns from a soft target, the posterior of z'_i under (1):
+The auxiliary network's answer at z_s, made leave-one-out, gives the conditional of z'_i,
+M_i = kappa(u) L_i + (1 - kappa(u))/V. It learns a soft target, the posterior of z'_i under (1):
 
     M_i(w) (r [w = z_s,i] + (1-r)/V)   to   K_i(w | z) (r [w = z_s,i] + (1-r)/V).             (4)
 
@@ -130,4 +130,6 @@ _TINY = 1e-30
 
 def _is(token_BL: jax.Array, size: int) -> jax.Array:
     """One-hot by comparison, float32 [B, L, V]: melts into the arithmetic around it."""
-    return (jnp.arange(size, dtype=token_BL.dtype) == token_BL[..., None]).astype(jnp.float32)
+    return (jnp.arange(size, dtype=token_BL.dtype)[None, None] == token_BL[..., None]).astype(
+        jnp.float32
+    )
