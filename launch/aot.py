@@ -159,11 +159,11 @@ def make_programs(
         config.model.attention = "xla"  # what "auto" takes there
     vocab_size = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
     process = process_lib.make_process(**config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
-    model = stages.model_config(name, config.model, vocab_size=process.source.vocab_size)
+    length = config.data.block_length
+    model = _network(name, config, process)
     if "sampler" in kinds and model.causal:
         raise ValueError(f"Stage {name!r} has no few-step sampler; leave it out with --what=train.")
     parts = {"train": config[name].accumulate, "sampler": 1}
-    length = config.data.block_length
     sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
 
     def check(mesh: Mesh) -> Mesh:
@@ -237,8 +237,7 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
     loop_lib.check_settings(settings)
     base = None
     if name in stages.FEW_STEP:
-        count = process.source.vocab_size
-        base = _param_shapes(stages.model_config("pretrain", config.model, vocab_size=count))
+        base = _param_shapes(_network("pretrain", config, process))
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(loop_lib.make_init(stage, optimizer, settings), _key(), base)
         shardings = mesh_lib.state_shardings(mesh, abstract)
@@ -246,6 +245,11 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
         tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
         batch = {"x1": tokens_BL} | ({"x0": tokens_BL} if name == "refine" else {})
         return step.lower(abstract, batch, _key(), _guide_shapes(stage, base, mesh))
+
+
+def _network(name: str, config: ConfigDict, process: Process) -> ModelConfig:
+    sizes = {"vocab_size": process.source.vocab_size, "block_length": config.data.block_length}
+    return stages.model_config(name, config.model, **sizes)
 
 
 def _guide_shapes(stage: stages.Stage, base, mesh: Mesh):
