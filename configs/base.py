@@ -169,6 +169,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     model.mlp_ratio = 4  # F = mlp_ratio * D
     model.dropout = 0.1
     model.conditioning = "additive"  # of the few-step networks on h: additive | official
+    # rotary (any length, layout of the official weights) | learned (and a vector for each position
+    # of a block, for data in which a position has a meaning; needs data.block_length)
+    model.positions = "rotary"
     model.dtype = (
         "float32"  # of activations; parameters, norms, residual stream and logits are float32
     )

@@ -24,6 +24,7 @@ def get_config(arg: str = "6x6"):
     data.tokenizer = f"runs/data/sudoku_{arg}/tokenizer.json"
     data.block_length = BLOCK_LENGTHS[arg]
     config.model.dropout = 0.0
+    config.model.positions = "learned"  # a cell is a place in the grid
     pretrain = config.pretrain
     pretrain.loss = "cross_entropy"
     pretrain.num_steps = 6_000

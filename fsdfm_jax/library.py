@@ -154,7 +154,7 @@ def train(
       tokenizer: of the tokens; None where there is none.
       vocab_size: number of ids; None takes the tokenizer's, or the largest id plus one.
       eos_id: token between documents, where there is no tokenizer.
-      model: values of `config.model` (width, num_blocks, num_heads, ..), without `base`.
+      model: values of `config.model` (width, num_blocks, num_heads, positions, ..), without `base`.
       path: values of `config.path` (schedule, power, source, revealed), without `base`.
       num_steps, batch_size, learning_rate, ema_decay: of the training.
       seed: of everything random: the same arguments give the same parameters.
@@ -181,12 +181,14 @@ def train(
     networks = {key: value for key, value in options.items() if isinstance(value, Bundle)}
     options |= dict.fromkeys(networks, "given")
     given = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    cli.update(config, {"data": {"block_length": tokens_NL.shape[1]}})
     cli.update(config, {stage: given | {"ema_decay": ema_decay} | options})
     if base is not None:
         if model or path or tokenizer:
             raise ValueError("base brings its network, path and tokenizer; leave these out.")
         tokenizer, vocab_size = base.tokenizer, base.num_tokens
         _take_over(config, base)
+        base.model.check_length(tokens_NL.shape[1])
     else:
         cli.update(config, {"model": model or {}, "path": path or {}})
     if vocab_size is None:
@@ -229,11 +231,13 @@ def _base_model(key: str, bundle: Bundle | None) -> Params:
 
 def _take_over(config: ConfigDict, base: Bundle) -> None:
     """Sets the network and the path to those of a model."""
-    kept = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "dtype")
+    kept = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "dtype")
     cli.update(config, {"model": {name: getattr(base.model, name) for name in kept}})
     if base.model.conditioning != "none":
         cli.update(config, {"model": {"conditioning": base.model.conditioning}})
     cli.update(config, {"path": dict(base.path)})
+    if base.model.num_positions:
+        cli.update(config, {"data": {"block_length": base.model.num_positions}})
 
 
 def _check_sizes(num_steps: int, batch_size: int, accumulate: int) -> None:

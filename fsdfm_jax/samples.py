@@ -76,7 +76,7 @@ def define_flags() -> None:
     text("tokenizer", '"gpt2" or a tokenizer.json, where the checkpoint holds none.')
     choice("source", ["", "uniform", "mask"], "Noise, where the checkpoint doesn't say.")
     text("prompt", "Text that every sample begins with.")
-    text("infill", 'Text with gaps of so many tokens to fill in: "The [8] of the Union".')
+    text("infill", 'Text with gaps: "The [8] of the Union"; or a Sudoku, "." for a blank cell.')
     text("batch_file", 'Prompts: .jsonl of {"prompt" or "infill": .., "id": ..}, or .txt lines.')
     number("length", "Tokens of a block; by default that of the training, else 1024.")
     number("num_samples", "Samples of each prompt.")
@@ -173,11 +173,10 @@ def print_samples(job: Job, out: TextIO, view: View | None = None) -> None:
     clean = printable if out.isatty() else lambda text: text
     for batch in job_lib.draw(job, on_step=view.on_step if view else None):
         for i, row, tokens_L in batch:
-            shown = tokens_L[: row.request.template.shown].tolist()
             calls = job.sampling.steps
             head = f"--- sample {i + 1} of {len(job.rows)}: {job.name}, {calls} network calls"
             print(head, file=out)
-            print(clean(job.tokenizer.decode(shown)), file=out, flush=True)
+            print(clean(job.text(row, tokens_L)), file=out, flush=True)
 
 
 def _print_line(line: dict, out: TextIO) -> None:

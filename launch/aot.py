@@ -159,11 +159,11 @@ def make_programs(
         config.model.attention = "xla"  # what "auto" takes there
     vocab_size = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
     process = process_lib.make_process(**config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
-    model = stages.model_config(name, config.model, vocab_size=process.source.vocab_size)
+    length = config.data.block_length
+    model = _network(name, config, process)
     if "sampler" in kinds and model.causal:
         raise ValueError(f"Stage {name!r} has no few-step sampler; leave it out with --what=train.")
     parts = {"train": config[name].accumulate, "sampler": 1}
-    length = config.data.block_length
     sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
 
     def check(mesh: Mesh) -> Mesh:
@@ -238,8 +238,7 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
     loop_lib.check_settings(settings)
     base = None
     if name in stages.FEW_STEP:
-        count = process.source.vocab_size
-        base = _param_shapes(stages.model_config("pretrain", config.model, vocab_size=count))
+        base = _param_shapes(_network("pretrain", config, process))
     with jax.set_mesh(mesh):
         init = loop_lib.make_init(stage, optimizer, settings, turns)
         abstract = jax.eval_shape(init, _key(), base)
@@ -247,6 +246,11 @@ def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, row
         step = loop_lib.make_step(stage, optimizer, settings, mesh, shardings, turns)
         tokens_BL = jax.ShapeDtypeStruct((rows, config.data.block_length), jnp.int32)
         return step.lower(abstract, {"x1": tokens_BL}, _key(), _needed_shapes(stage, base, mesh))
+
+
+def _network(name: str, config: ConfigDict, process: Process) -> ModelConfig:
+    sizes = {"vocab_size": process.source.vocab_size, "block_length": config.data.block_length}
+    return stages.model_config(name, config.model, **sizes)
 
 
 def _needed_shapes(stage: stages.Stage, base, mesh: Mesh):

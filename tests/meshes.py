@@ -39,6 +39,7 @@ class Case(NamedTuple):
     rows: int = 16
     length: int = 12
     vocab_size: int = 11
+    positions: str = "rotary"
 
     def __str__(self) -> str:
         defaults = self._field_defaults.items()
@@ -52,6 +53,7 @@ CASES = (
     *(Case(stage, source="mask") for stage in stages.NAMES if stage != "refine"),
     Case("distill", accumulate=2, max_skipped=2, remat="dots"),
     Case("distill", moment_dtype="bfloat16"),
+    Case("distill", positions="learned"),
     # Logits in several chunks.
     Case("distill", length=192, vocab_size=1031),
 )
@@ -71,6 +73,7 @@ def make_config(case: Case) -> ConfigDict:
     model, config.path.source = config.model, case.source
     model.width, model.num_blocks, model.num_heads, model.cond_width = 16, 2, 4, 8
     model.mlp_ratio, model.logits_mib, model.remat = 2, 1, case.remat
+    model.positions, config.data.block_length = case.positions, case.length
     # Adam divides by the size of the gradient: below eps, where it is rounding, it no longer does.
     config.optim.eps = 1e-3
     config.optim.moment_dtype = case.moment_dtype

@@ -73,6 +73,13 @@ def _rows(bundle, batch=3, seed=0):
     return {"given_BL": given_BL, "frozen_BL": frozen_BL, "seed": 2**32 - 1}
 
 
+def test_a_program_is_no_longer_than_its_network(tmp_path):
+    bundle = _bundle(_model(positions="learned", num_positions=LENGTH))
+    with pytest.raises(ValueError, match="12 learned positions, got a block of 13"):
+        formats.write(bundle, Target(tmp_path / "x", to="sampler", length=13))
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------ same tokens
 @pytest.mark.parametrize("path", [bundle_lib.DEFAULT_PATH, MASK_PATH], ids=["uniform", "mask"])
 @pytest.mark.parametrize("conditioning", ["none", "official", "additive"])

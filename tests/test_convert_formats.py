@@ -471,6 +471,37 @@ def test_additive_conditioning(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_learned_positions(tmp_path, form):
+    bundle = _bundle(_model(positions="learned", num_positions=6), block_length=6)
+    target = _target(tmp_path, form)
+    if form in OFFICIAL_FORMS:
+        with pytest.raises(
+            ValueError, match="official layout has no place for positions='learned'"
+        ):
+            formats.write(bundle, target)
+        assert _listing(tmp_path) == []
+        return
+    formats.write(bundle, target)
+    found = formats.open_bundle(target.path)
+    assert found.model == bundle.model
+    _same(found.params(), bundle.params())
+
+
+def test_files_from_before_learned_positions(tmp_path, monkeypatch):
+    bundle = _bundle(block_length=6)
+    describe = bundle_lib.describe
+
+    def earlier(bundle):
+        said = describe(bundle)
+        del said["model"]["positions"], said["model"]["num_positions"]
+        return said
+
+    monkeypatch.setattr(bundle_lib, "describe", earlier)
+    formats.write(bundle, Target(tmp_path / "m.safetensors"))
+    assert formats.open_bundle(tmp_path / "m.safetensors").model == bundle.model
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_causal_networks(tmp_path, form):
     bundle = _bundle(_model(conditioning="none", causal=True), block_length=6)
     target = _target(tmp_path, form)

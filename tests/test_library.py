@@ -41,6 +41,15 @@ def test_a_few_step_stage_starts_from_its_base(base, tmp_path):
     assert _equal(student, fs.load(tmp_path / "student.safetensors"))
 
 
+def test_learned_positions_are_those_of_the_block(tmp_path):
+    base = fs.train(TEXT_NL, model=NETWORK | {"positions": "learned"}, **HOW)
+    assert base.model.num_positions == 16
+    student = fs.train(TEXT_NL[:, :12], stage="distill", base=base, **HOW)
+    assert student.model.num_positions == 16
+    with pytest.raises(ValueError, match="16 learned positions, got a block of 17"):
+        fs.train(np.tile(TEXT_NL, 2)[:, :17], stage="distill", base=base, **HOW)
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [

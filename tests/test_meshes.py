@@ -37,6 +37,9 @@ def assert_same(case, sizes, num_steps):
     # Something was learnt, or equal parameters would say nothing.
     start = meshes.base_params(case)["head"]["kernel"]
     assert np.abs(want.params["head"]["kernel"] - start).max() > 1e-3
+    if case.positions == "learned":
+        start = meshes.base_params(case)["vocab_embed"]["positions"]
+        assert np.abs(want.params["vocab_embed"]["positions"] - start).max() > 1e-3
     found = meshes.difference(meshes.trained(case, sizes, num_steps), want)
     allowed = dict.fromkeys(found, TOLERANCE)
     if case.moment_dtype == "bfloat16":
@@ -50,7 +53,13 @@ DISTILL = Case("distill", accumulate=2, max_skipped=2)
 
 
 @pytest.mark.parametrize(
-    "case", [Case("pretrain"), pytest.param(DISTILL, marks=pytest.mark.slow)], ids=str
+    "case",
+    [
+        Case("pretrain"),
+        Case("pretrain", positions="learned"),
+        pytest.param(DISTILL, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_few_steps_on_a_mesh_are_those_of_one_device(case):
     assert_same(case, (2, 2, 2), 3)

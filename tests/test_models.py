@@ -34,6 +34,11 @@ def conditioned(cfg, conditioning):
     return dataclasses.replace(cfg, conditioning=conditioning)
 
 
+def placed(cfg, num_positions=13):
+    """With learned positions."""
+    return dataclasses.replace(cfg, positions="learned", num_positions=num_positions)
+
+
 def shapes(cfg):
     return jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), cfg))
 
@@ -147,6 +152,8 @@ def np_mlp(p, x):
 def np_forward(params, cfg, x_BL, t_B=None, h_B=None):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = p["vocab_embed"]["embedding"][x_BL]
+    if cfg.positions == "learned":
+        x = x + p["vocab_embed"]["positions"][: x_BL.shape[1]]
     cond = None if cfg.causal else np_condition(p, cfg.conditioning, t_B, h_B)
     for n in range(cfg.num_blocks):
         block = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
@@ -176,6 +183,34 @@ def test_network_is_the_published_layout(cfg, kind):
     want = np_forward(params, cfg, x_BL, t_B, h_B)
     assert np.std(want) > 0.3  # the comparison is not of zeros
     np.testing.assert_allclose(logits_BLV, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["additive", "causal"])
+def test_learned_positions_are_added_to_the_tokens(kind):
+    cfg = placed(causal(SMALL) if kind == "causal" else conditioned(SMALL, kind))
+    params = noise_params(cfg)
+    for length in (13, 9):  # a shorter input has the first of them
+        x_BL, t_B, h_B = inputs(cfg, length=length)
+        want = np_forward(params, cfg, x_BL, t_B, h_B)
+        np.testing.assert_allclose(run(params, cfg, x_BL, t_B, h_B), want, atol=1e-4, rtol=1e-4)
+    x_BL, t_B, h_B = inputs(cfg, length=14)
+    with pytest.raises(ValueError, match="has 13 learned positions, got a block of 14 tokens"):
+        run(params, cfg, x_BL, t_B, h_B)
+
+
+def test_learned_positions_change_nothing_else():
+    """The same seed gives the same other parameters, and without positions the same logits."""
+    key = jax.random.key(5)
+    rotary, learned = init(key, SMALL), init(key, placed(SMALL))
+    table_LD = learned["vocab_embed"].pop("positions")
+    assert table_LD.shape == (13, 16)
+    assert 0.015 < table_LD.std() < 0.025
+    jax.tree.map(np.testing.assert_array_equal, rotary, learned)
+    params, (x_BL, t_B, _) = noise_params(SMALL), inputs(SMALL)
+    none = params | {"vocab_embed": params["vocab_embed"] | {"positions": jnp.zeros((13, 16))}}
+    np.testing.assert_array_equal(
+        run(none, placed(SMALL), x_BL, t_B), run(params, SMALL, x_BL, t_B)
+    )
 
 
 @pytest.mark.parametrize("kind", ["official", "causal"])
@@ -503,17 +538,22 @@ def test_dropout_masks_are_independent_and_keep_the_mean(num_blocks, branches):
 
 
 @pytest.mark.parametrize(
-    ("attention", "dtype"),
+    ("attention", "dtype", "num_positions"),
     [
-        ("manual", "float32"),
-        ("blocked", "float32"),
-        ("xla", "float32"),
-        ("manual", "bfloat16"),
-        ("auto", "bfloat16"),
+        ("manual", "float32", 0),
+        ("manual", "float32", 12),
+        ("blocked", "float32", 0),
+        ("xla", "float32", 0),
+        ("manual", "bfloat16", 0),
+        ("auto", "bfloat16", 0),
     ],
 )
-def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype):
+def test_decoding_step_by_step_is_the_full_causal_network(attention, dtype, num_positions):
     cfg = dataclasses.replace(ODD, causal=True, attention=attention, dtype=dtype)
+    if num_positions:
+        cfg = placed(cfg, num_positions)
+        with pytest.raises(ValueError, match="12 learned positions, got a block of 13"):
+            model_lib.empty_cache(cfg, 2, 13)
     params, (x_BL, _, _) = noise_params(cfg), inputs(cfg, batch=2, length=9)
     full_BLV = run(params, cfg, x_BL)
     # Longer than the text, as in generation: the empty tail must not be attended to.
@@ -635,6 +675,9 @@ def test_batch_over_eight_devices_is_one_device(kind):
         ({"dropout": math.nan}, r"model\.dropout .*got nan"),
         ({"conditioning": "adaptive"}, r"model\.conditioning='adaptive'.*none, official, additive"),
         ({"attention": "flash"}, r"model\.attention='flash'.*auto, manual, blocked, xla, cudnn"),
+        ({"positions": "sine"}, r"model\.positions='sine'.*rotary, learned"),
+        ({"positions": "learned"}, r"model\.num_positions .*at least 1.* got 0 with 'learned'"),
+        ({"num_positions": 4}, r"model\.num_positions .*0 with 'rotary'; got 4"),
         ({"remat": "all"}, r"model\.remat='all'.*none, full, dots"),
         ({"dtype": "float16"}, r"model\.dtype='float16'.*float32, bfloat16"),
         ({"causal": True, "conditioning": "official"}, r"causal.*conditioning='none'"),

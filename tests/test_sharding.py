@@ -180,6 +180,14 @@ def test_what_mirrors_the_parameters_lies_where_they_lie(ema_decay):
     assert found["step"] == found["skipped"] == P()
 
 
+def test_learned_positions_are_spread_as_the_tokens_are():
+    model = dataclasses.replace(MODEL, positions="learned", num_positions=5)
+    found = specs(mesh_lib.state_shardings(mesh_of(1, 2, 4), abstract_state(model=model)))
+    for mirror in MIRRORS:
+        group = f"{mirror}/vocab_embed"
+        assert found[f"{group}/positions"] == found[f"{group}/embedding"] != P()
+
+
 # What a device of a 1 x 2 x 4 mesh holds of each array that is spread at all.
 SPREAD = {
     "vocab_embed/embedding": ((11, 16), (11, 2)),

@@ -176,6 +176,12 @@ def test_recipes_are_json():
     assert json.loads(json.dumps(recipe)) == recipe
 
 
+def test_recipes_from_before_learned_positions_are_those_of_rotary():
+    assert "positions" not in _recipe()["model"]
+    learned = _recipe(**{"model.positions": "learned"})
+    assert learned["model"]["positions"] == "learned"
+
+
 def test_the_same_recipe_goes_on(trained, tmp_path):
     recipe_lib.check_recipe(trained, _recipe({"seed": 0}))
     recipe_lib.check_recipe(tmp_path, _recipe())  # nothing trained here
@@ -359,6 +365,9 @@ def test_bases_of_another_network_or_process_are_refused(trained, tmp_path):
     two_heads = dataclasses.replace(MODEL, num_heads=2)
     with pytest.raises(ValueError, match=r"model\.num_heads: 1 there, 2 here"):
         recipe_lib.check_base(trained, two_heads, PATH)
+    learned = dataclasses.replace(MODEL, positions="learned", num_positions=8)
+    with pytest.raises(ValueError, match=r"model\.positions: 'rotary' there, 'learned' here"):
+        recipe_lib.check_base(trained, learned, PATH)
     with pytest.raises(ValueError, match=r"path\.power: 1\.0 there, 2\.0 here"):
         recipe_lib.check_base(trained, MODEL, PATH | {"power": 2.0})
 

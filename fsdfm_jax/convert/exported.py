@@ -78,7 +78,8 @@ def write(
       sampling: how; None is the model's own.
 
     Raises:
-      ValueError: for an autoregressive network, an unknown length or one outside its range.
+      ValueError: for an autoregressive network, an unknown length, one outside its range or longer
+        than the network has positions.
       FileExistsError: there is such a folder.
     """
     if bundle.model.causal:
@@ -94,6 +95,7 @@ def write(
             f"length must lie in 1 .. {_MOST_LENGTH}, got {length}; None is the block length of "
             f"the training, which is {bundle.block_length or 'unknown'} here."
         )
+    bundle.model.check_length(length)
     folder.mkdir(parents=True)
     bundle = _sampled_by(bundle, samplings[0])
     safetensors_lib.write_file(folder / MODEL, bundle, layout="ours", dtype="float32")

@@ -6,7 +6,8 @@
 
 The names are those of the published checkpoints of arXiv:2509.20624. Blocks are stacked along a
 leading axis here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head
-width and has no counterpart. Only conditioning "none" and "official" have an official layout.
+width and has no counterpart. Only conditioning "none" and "official" have an official layout, and
+no learned positions.
 
 PyTorch is not needed, and nothing that a file has pickled is ever run (see torch_pickle.py).
 """
@@ -405,8 +406,8 @@ def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
       cfg: the network they are for.
 
     Raises:
-      ValueError: naming every missing, unexpected or misshapen key; for additive conditioning and
-        causal networks, which have no official layout.
+      ValueError: naming every missing, unexpected or misshapen key; for a network without official
+        layout, see `check_layout`.
     """
     check_layout(cfg)
     problems, used, leaves = [], {_BUFFER}, {}
@@ -521,7 +522,7 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """Official state dict (numpy, float32, `rotary_emb.inv_freq` included) out of our parameters.
 
     Raises:
-      ValueError: for additive conditioning and causal networks, which have no official layout.
+      ValueError: for a network without official layout, see `check_layout`.
     """
     bundle = bundle_lib.from_params(params, cfg)
     names = state_shapes(bundle)
@@ -531,9 +532,14 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 def check_layout(cfg: ModelConfig) -> None:
     """ValueError for a network that has no official layout."""
-    if cfg.conditioning == "additive" or cfg.causal:
-        what = "autoregressive networks" if cfg.causal else "conditioning='additive'"
+    what = {
+        "autoregressive networks": cfg.causal,
+        "positions='learned'": cfg.positions == "learned",
+        "conditioning='additive'": cfg.conditioning == "additive",
+    }
+    if found := [name for name, is_so in what.items() if is_so]:
         raise ValueError(
-            f"The official layout has no place for {what}; it can be converted to safetensors or "
-            "orbax with our names. (model.conditioning='official' has one.)"
+            f"The official layout has no place for {' and '.join(found)}; it can be converted to "
+            "safetensors or orbax with our names. (model.conditioning='official' and "
+            "model.positions='rotary' have one.)"
         )

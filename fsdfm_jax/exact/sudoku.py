@@ -14,6 +14,7 @@ n²+1 tokens. A puzzle is written in the same order with "." (or 0, _) for a bla
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def check_givens(size: Sudoku, puzzle: np.ndarray) -> None:
         raise ValueError("contradictory givens: the puzzle has no solution; change some of them")
 
 
-def to_text(cells: np.ndarray) -> str:
+def to_text(cells: Iterable[int]) -> str:
     """The n² digits of a grid or puzzle in one line, "." where blank."""
     return "".join("." if c == BLANK else str(int(c) + 1) for c in cells)
 
@@ -179,8 +180,8 @@ def to_infill(puzzle: np.ndarray) -> str:
 
 
 def format_grid(size: Sudoku, cells: np.ndarray) -> str:
-    """A grid or puzzle for people: a line for each row, boxes apart."""
-    marks = to_text(cells)
+    """A grid or puzzle for people: a line for each row, boxes apart; "?" for what is no digit."""
+    marks = "".join("?" if c >= size.n else to_text([c]) for c in cells)
     rule = "+".join("-" * (2 * size.box_cols + 1) for _ in range(size.box_rows))[1:-1]
     lines = []
     for row in range(size.n):

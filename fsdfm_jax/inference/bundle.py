@@ -274,8 +274,8 @@ def read_sampling(evaluation: Mapping[str, Any]) -> Sampling:
     return Sampling.from_dict(said)
 
 
-# Fields that files of earlier versions don't have; they change no result.
-_LATER = {"logits_mib": ModelConfig.logits_mib}
+# Fields that files of earlier versions don't have, with what their networks are.
+_LATER = {"logits_mib": ModelConfig.logits_mib, "positions": "rotary", "num_positions": 0}
 
 
 def make_model(fields: Mapping[str, Any]) -> ModelConfig:

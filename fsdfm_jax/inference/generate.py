@@ -271,8 +271,9 @@ def check_given(
     """Refuses given tokens that the network can't be conditioned on.
 
     Raises:
-      ValueError: for arrays that aren't [B, L] of one shape with B, L >= 1, an id that is no text
-        token, or a causal network and frozen positions that are not the head of their row.
+      ValueError: for arrays that aren't [B, L] of one shape with B, L >= 1, more positions than the
+        network has, an id that is no text token, or a causal network and frozen positions that are
+        not the head of their row.
     """
     given_BL, frozen_BL = np.asarray(given_BL), np.asarray(frozen_BL)
     if given_BL.ndim != 2 or given_BL.shape != frozen_BL.shape or not given_BL.size:
@@ -280,6 +281,7 @@ def check_given(
             "given_BL and frozen_BL must have one shape [B, L] with at least one row and one "
             f"position, got {given_BL.shape} and {frozen_BL.shape}."
         )
+    model.check_length(given_BL.shape[1])
     if frozen_BL.dtype != bool or not np.issubdtype(given_BL.dtype, np.integer):
         raise ValueError(
             f"given_BL must hold integers and frozen_BL bools, got {given_BL.dtype} and "

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ import numpy as np
 
 from fsdfm_jax import io
 from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.exact import sudoku
+from fsdfm_jax.exact.sudoku import Sudoku
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference import prompts
+from fsdfm_jax.inference import prompts, puzzles
 from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.inference.prompts import Request
 from fsdfm_jax.network.config import ModelConfig
@@ -60,6 +63,17 @@ class Job:
     sampling: Sampling
     seed: int
     stamp: dict[str, Any]
+
+    @functools.cached_property
+    def sudoku(self) -> Sudoku | None:
+        """The size of its grids if the model is one of Sudoku."""
+        return sudoku.recognise(self.tokenizer.vocabulary, self.length)
+
+    def text(self, row: Row, tokens_L: np.ndarray) -> str:
+        """A sample for people."""
+        if self.sudoku is not None:
+            return puzzles.format_sample(self.sudoku, tokens_L)
+        return self.tokenizer.decode(tokens_L[: row.request.template.shown].tolist())
 
     def line(self, row: Row, tokens_L: np.ndarray) -> dict[str, Any]:
         """What an output file has of a sample."""
@@ -200,18 +214,20 @@ def generate(
     Args:
       model: from `fsdfm_jax.load`.
       prompt: text that each sample begins with.
-      infill: text with gaps of so many tokens, "The [8] of the Union".
+      infill: text with gaps of so many tokens, "The [8] of the Union"; for a model of Sudoku a
+        puzzle, digits with "." for a blank cell.
       sampling: how; None is the model's own.
       num_samples: texts.
       length: tokens of a text; None is the block that the model was trained on.
       seed: of everything random; the same arguments give the same texts.
 
     Returns:
-      num_samples texts.
+      num_samples texts; a model of Sudoku gives grids, a line a row, with a last line that says
+      whether the grid is valid.
 
     Raises:
-      ValueError: for a model without tokenizer, prompt and infill together, or a value outside its
-        range.
+      ValueError: for a model without tokenizer, prompt and infill together, a puzzle that is none,
+        or a value outside its range.
     """
     if prompt is not None and infill is not None:
         raise ValueError("prompt and infill exclude each other; give one of them.")
@@ -221,11 +237,7 @@ def generate(
     job = make_job(
         model, requests, sampling=sampling, num_samples=num_samples, length=length, seed=seed
     )
-    return [
-        job.tokenizer.decode(tokens_L[: row.request.template.shown].tolist())
-        for batch in draw(job)
-        for _, row, tokens_L in batch
-    ]
+    return [job.text(row, tokens_L) for batch in draw(job) for _, row, tokens_L in batch]
 
 
 def tokenizer_of(model: Bundle) -> Tokenizer:
@@ -245,11 +257,14 @@ def requests_of(
     """The `requests` of `make_job` from a prompt, an infill text, a batch file or nothing."""
 
     def read(length: int, check) -> list[Request]:
+        size, how = sudoku.recognise(tokenizer.vocabulary, length), {}
+        if size is not None:
+            how["to_infill"] = functools.partial(puzzles.to_infill, size)
         if batch_file is not None:
-            return prompts.read_requests(batch_file, tokenizer, length, check)
+            return prompts.read_requests(batch_file, tokenizer, length, check, **how)
         given = {"prompt": prompt, "infill": infill}
         kind = next((kind for kind, text in given.items() if text is not None), "")
-        request = prompts.make_request(kind, given.get(kind) or "", tokenizer, length)
+        request = prompts.make_request(kind, given.get(kind) or "", tokenizer, length, **how)
         check(request.template)
         return [request]
 

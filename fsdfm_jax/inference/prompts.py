@@ -123,18 +123,34 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     return _template(tokens, length, shown=needed)
 
 
+def _as_it_is(text: str) -> str:
+    return text
+
+
 MAKERS: dict[str, Callable[[str, Tokenizer, int], Template]] = {"prompt": prefix, "infill": infill}
 
 
 def make_request(
-    kind: str, text: str, tokenizer: Tokenizer, length: int, *, request_id: str | int = 1
+    kind: str,
+    text: str,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    request_id: str | int = 1,
+    to_infill: Callable[[str], str] = _as_it_is,
 ) -> Request:
     """One request of `kind` "prompt", "infill" or "".
+
+    Args:
+      kind, text, request_id: of the request.
+      tokenizer, length: of the template.
+      to_infill: text of an infill -> the text with gaps [n] that it stands for, as of a puzzle.
 
     Raises:
       ValueError: if the text makes no template.
     """
-    template = MAKERS[kind](text, tokenizer, length) if kind else blank(length)
+    wanted = to_infill(text) if kind == "infill" else text
+    template = MAKERS[kind](wanted, tokenizer, length) if kind else blank(length)
     return Request(request_id, kind, text, template)
 
 
@@ -143,6 +159,8 @@ def read_requests(
     tokenizer: Tokenizer,
     length: int,
     check: Callable[[Template], None] = lambda template: None,
+    *,
+    to_infill: Callable[[str], str] = _as_it_is,
 ) -> list[Request]:
     """All requests of a file, every one of them checked.
 
@@ -151,6 +169,7 @@ def read_requests(
         number) in each line, or .txt with one prompt a line.
       tokenizer, length: of the templates.
       check: raises ValueError for a template that can't be used.
+      to_infill: see `make_request`.
 
     Raises:
       ValueError: for another kind of file, one without lines, or the first bad line, by its number.
@@ -169,7 +188,9 @@ def read_requests(
             if request_id in lines_of:
                 raise ValueError(f"its id {request_id!r} is that of line {lines_of[request_id]}")
             ((kind, text),) = fields.items()
-            request = make_request(kind, text, tokenizer, length, request_id=request_id)
+            request = make_request(
+                kind, text, tokenizer, length, request_id=request_id, to_infill=to_infill
+            )
             check(request.template)
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from error

@@ -115,17 +115,24 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A float32 vector of width D for each token."""
+    """A float32 vector of width D for each token, plus that of its place with learned positions.
+
+    `start` is the position of the first token.
+    """
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BL):
+    def __call__(self, tokens_BL, start):
         shape = (self.cfg.vocab_size, self.cfg.width)
         table_VD = self.param("embedding", small_init, shape, jnp.float32)
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0)
         # Each device looks up its channels of all rows: vectors are exchanged, not the table.
         x_BLD = rules.constrain(x_BLD, "replicas", None, "spread")
+        if self.cfg.positions == "learned":
+            shape = (self.cfg.num_positions, self.cfg.width)
+            table_LD = self.param("positions", small_init, shape, jnp.float32)
+            x_BLD += jax.lax.dynamic_slice_in_dim(table_LD, start, tokens_BL.shape[1])[None]
         return rules.constrain(x_BLD, "rows", None, "hidden")
 
 
@@ -336,7 +343,8 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, tokens_BL, modulation, position=None, cache=None):
         cfg = self.cfg
-        x_BLD = Embed(cfg, name="vocab_embed")(tokens_BL)
+        cfg.check_length(tokens_BL.shape[1])
+        x_BLD = Embed(cfg, name="vocab_embed")(tokens_BL, 0 if position is None else position)
         x_BLD = rules.constrain(x_BLD, "rows", None, None)
         positions_L = jnp.arange(tokens_BL.shape[1]) if position is None else position[None]
         rotary = rotary_tables(positions_L, cfg.head_width)

@@ -7,6 +7,7 @@ import jax
 from fsdfm_jax.ops import attention
 
 CONDITIONINGS = ("none", "official", "additive")
+POSITIONS = ("rotary", "learned")
 # What the backward pass recomputes.
 REMATS = {
     "none": None,
@@ -39,6 +40,9 @@ class ModelConfig:
       mlp_ratio: F = mlp_ratio * D.
       dropout: rate on the output of each branch, in training only.
       conditioning: "none" | "official" | "additive".
+      positions: "rotary" (the published layout) | "learned": rotary, and a vector for each position
+        is added to the embedding of its token. For data in which a position has a meaning.
+      num_positions: vectors of "learned", the longest input; 0 with "rotary", which has no limit.
       causal: autoregressive baseline; needs conditioning "none".
       dtype: of activations, "float32" | "bfloat16".
       attention: see `attention`, one of its `IMPLEMENTATIONS`.
@@ -59,6 +63,8 @@ class ModelConfig:
     mlp_ratio: int = 4
     dropout: float = 0.0
     conditioning: str = "none"
+    positions: str = "rotary"
+    num_positions: int = 0
     causal: bool = False
     dtype: str = "float32"
     attention: str = "auto"
@@ -80,6 +86,7 @@ class ModelConfig:
             raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}.")
         choices = {
             "conditioning": CONDITIONINGS,
+            "positions": POSITIONS,
             "attention": attention.IMPLEMENTATIONS,
             "remat": tuple(REMATS),
             "dtype": DTYPES,
@@ -92,7 +99,22 @@ class ModelConfig:
                 )
         if self.causal and self.conditioning != "none":
             raise ValueError("A causal (autoregressive) network takes conditioning='none'.")
+        if (self.positions == "learned") != (self.num_positions > 0) or self.num_positions < 0:
+            raise ValueError(
+                "model.num_positions is the number of learned positions, at least 1 with "
+                f"positions='learned' and 0 with 'rotary'; got {self.num_positions} with "
+                f"{self.positions!r}."
+            )
 
     @property
     def head_width(self) -> int:
         return self.width // self.num_heads
+
+    def check_length(self, length: int) -> None:
+        """ValueError for an input of more tokens than the network has positions."""
+        if self.num_positions and length > self.num_positions:
+            raise ValueError(
+                f"The network has {self.num_positions} learned positions, got a block of {length} "
+                f"tokens; use blocks of at most {self.num_positions}, or train with "
+                "model.positions='rotary', which takes any length."
+            )

@@ -16,6 +16,9 @@ With `additive`, a network that starts from base weights computes exactly what t
 computes. The sinusoids of a raw h barely separate 2^-10 from 2^-9; those of -log2 h, the number of
 halvings, separate all widths equally well.
 
+`positions="learned"` adds a vector for each position to the embedding of its token, for data in
+which a position has a meaning (a cell of a grid). The published layout has none.
+
 `causal=True` is the autoregressive baseline: the same blocks without time conditioning.
 """
 
@@ -96,7 +99,8 @@ def predict(
       [B, L, V], factored into features and head unless cfg.logits_mib is 0, see `ops.logits`.
 
     Raises:
-      ValueError: if a time or width the network needs is missing, or isn't one per row.
+      ValueError: if a time or width the network needs is missing, or isn't one per row; for more
+        tokens than the network has positions.
     """
     for name, value in (("t_B", t_B), ("h_B", h_B)):
         if value is not None and jnp.shape(value) != xt_BL.shape[:1]:
@@ -142,7 +146,12 @@ def apply(
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> KeyValueCache:
-    """The cache of a causal network before its first token."""
+    """The cache of a causal network before its first token.
+
+    Raises:
+      ValueError: for more positions than the network has.
+    """
+    cfg.check_length(length)
     shape = (cfg.num_blocks, batch, cfg.num_heads, length, cfg.head_width)
     return KeyValueCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 

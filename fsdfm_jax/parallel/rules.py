@@ -28,7 +28,7 @@ AXES = ("data", "fsdp", "tensor")
 # have a leading axis of N. What no rule names is small (norms, biases, embedders) and held by each.
 _SPREAD = ("tensor", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
-    (r"vocab_embed/embedding$", P(None, _SPREAD)),
+    (r"vocab_embed/(embedding|positions)$", P(None, _SPREAD)),
     (r"head/kernel$", P(_SPREAD, None)),
     (r"blocks/(q_proj|k_proj|v_proj|mlp_in)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(out_proj|mlp_out)/kernel$", P(None, "tensor", "fsdp")),

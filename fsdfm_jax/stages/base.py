@@ -89,8 +89,17 @@ class Stage(NamedTuple):
     auxiliary: Auxiliary | None = None
 
 
-def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfig:
-    """The network of a stage from `config.model`."""
+def model_config(
+    name: str, model: ConfigDict, *, vocab_size: int, block_length: int = 0
+) -> ModelConfig:
+    """The network of a stage from `config.model`.
+
+    Args:
+      name: of the stage.
+      model: `config.model`.
+      vocab_size: V, the mask token included where there is one.
+      block_length: L, which only learned positions need.
+    """
     return ModelConfig(
         vocab_size=vocab_size,
         width=model.width,
@@ -100,6 +109,8 @@ def model_config(name: str, model: ConfigDict, *, vocab_size: int) -> ModelConfi
         mlp_ratio=model.mlp_ratio,
         dropout=model.dropout,
         conditioning=model.conditioning if name in FEW_STEP else "none",
+        positions=model.positions,
+        num_positions=block_length if model.positions == "learned" else 0,
         causal=name == "autoregressive",
         dtype=model.dtype,
         attention=model.attention,
@@ -113,7 +124,8 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
 
     Args:
       name: one of `NAMES`.
-      config: the whole configuration; the stage reads `config.model` and its own section.
+      config: the whole configuration; the stage reads `config.model`, its own section and the
+        block length.
       process: from `make_process`.
 
     Raises:
@@ -126,7 +138,12 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
             f"Stage {name!r} conditions the network on the step width; set model.conditioning to "
             "'additive' or 'official', got 'none'."
         )
-    model = model_config(name, config.model, vocab_size=process.source.vocab_size)
+    model = model_config(
+        name,
+        config.model,
+        vocab_size=process.source.vocab_size,
+        block_length=config.data.block_length,
+    )
     module = importlib.import_module(f"fsdfm_jax.stages.{name}")
     return module.make(config[name], model, process)
 

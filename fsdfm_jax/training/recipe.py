@@ -23,6 +23,8 @@ FORMAT = 3
 
 # Keys of a model that change results by rounding only: another device may need other values.
 _ROUNDING_KEYS = ("attention", "remat", "logits_mib")
+# Keys that are left out of recipes at these values, those of runs from before there was the key.
+_FORMER_MODEL = {"positions": "rotary"}
 # When a run is given up, which doesn't change the steps before.
 _PATIENCE_KEYS = ("max_skipped",)
 # Which runs a stage starts from or reads: their recipes are part of the recipe, not their names.
@@ -50,7 +52,7 @@ def make_recipe(
             "seed": config["seed"],
             "data": DataSpec.from_config(config["data"]).to_recipe(),
             "path": config["path"],
-            "model": _without(config["model"], _ROUNDING_KEYS),
+            "model": _model_recipe(config["model"]),
             "optim": _without(config["optim"], _PATIENCE_KEYS),
             stage: _without(config[stage], _RUN_KEYS),
             "base": None if base is None else digest(base),
@@ -190,7 +192,8 @@ def check_base(directory: pathlib.Path, model: ModelConfig, path: Mapping[str, A
     saved = workdir.saved_metadata(directory)
     if saved is None:
         return
-    pairs = [("model", saved["model"], dataclasses.asdict(model))]
+    theirs = dataclasses.asdict(ModelConfig(**saved["model"]))
+    pairs = [("model", theirs, dataclasses.asdict(model))]
     pairs += [("path", saved["recipe"]["path"], path)]
     different = [
         f"{group}.{key}: {theirs.get(key)!r} there, {value!r} here"
@@ -224,6 +227,12 @@ def digest(obj: Any) -> str:
 
 def _plain(obj: Any) -> Any:
     return json.loads(json.dumps(obj))
+
+
+def _model_recipe(model: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.model` as part of a recipe; recipes of earlier versions say nothing of positions."""
+    silent = [key for key, value in _FORMER_MODEL.items() if model[key] == value]
+    return _without(model, (*_ROUNDING_KEYS, *silent))
 
 
 def _without(section: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
