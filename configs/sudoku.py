@@ -1,35 +1,77 @@
 """Sudoku, judged by its rules: 6x6 by default, or :4x4, :9x9.
 
 python -m fsdfm_jax.exact --task=sudoku:6x6
-python -m fsdfm_jax.main --config=configs/sudoku.py --workdir=runs/sudoku_6x6 --noevaluate
+python -m fsdfm_jax.main --config=configs/sudoku.py --workdir=runs/sudoku_6x6
 
 The first command writes grids and puzzles to runs/data/sudoku_6x6. A grid with the end of the text
-fills a block, and the vocabulary is the digits and that token.
+fills a block, and the vocabulary is the digits and that token. With :SIZE,paper the published recipe
+is trained in place of ours.
 """
 
 from configs import base
 
 # Tokens of a block: the cells and the end of the text.
 BLOCK_LENGTHS = {"4x4": 17, "6x6": 37, "9x9": 82}
+# Width, blocks, heads; steps of `pretrain` and of `refine`.
+SIZES = {
+    "4x4": ((64, 3, 4), 2_000, 1_000),
+    "6x6": ((128, 4, 4), 8_000, 2_000),
+    "9x9": ((192, 6, 6), 40_000, 6_000),
+}
 
 
 def get_config(arg: str = "6x6"):
-    if arg not in BLOCK_LENGTHS:
-        raise ValueError(f"configs/sudoku.py takes one of {', '.join(BLOCK_LENGTHS)}, got {arg!r}")
+    size, _, recipe = arg.partition(",")
+    if size not in SIZES or recipe not in ("", "paper"):
+        raise ValueError(
+            f"configs/sudoku.py takes one of {', '.join(SIZES)}, and ',paper' after it for the "
+            f"published recipe, got {arg!r}"
+        )
     config = base.get_config()
-    config.pipeline = "pretrain"
+    network, pretrain_steps, few_steps = SIZES[size]
     data = config.data
-    data.corpus = f"runs/data/sudoku_{arg}/train.jsonl"
-    data.validation = f"runs/data/sudoku_{arg}/validation.jsonl"
-    data.tokenizer = f"runs/data/sudoku_{arg}/tokenizer.json"
-    data.block_length = BLOCK_LENGTHS[arg]
-    config.model.dropout = 0.0
-    config.model.positions = "learned"  # a cell is a place in the grid
+    data.corpus = f"runs/data/sudoku_{size}/train.jsonl"
+    data.validation = f"runs/data/sudoku_{size}/validation.jsonl"
+    data.tokenizer = f"runs/data/sudoku_{size}/tokenizer.json"
+    data.block_length = BLOCK_LENGTHS[size]
+    model = config.model
+    model.width, model.num_blocks, model.num_heads = network
+    model.dropout = 0.0
+    model.positions = "learned"  # a cell is a place in the grid
+
+    config.optim.name = "muon"
+    config.optim.weight_decay = 0.0
     pretrain = config.pretrain
     pretrain.loss = "cross_entropy"
-    pretrain.num_steps = 6_000
+    pretrain.num_steps = pretrain_steps
     pretrain.batch_size = 64
-    pretrain.learning_rate = 2e-3
-    pretrain.warmup_steps = 200
+    pretrain.learning_rate = 5e-3
+    pretrain.warmup_steps = 100
+    pretrain.decay_steps = pretrain_steps * 7 // 10
+    pretrain.final_lr_fraction = 0.02
     pretrain.ema_decay = 0.999
+
+    if recipe == "paper":
+        base.use_paper_recipe(config)
+        stage = config.distill
+    else:
+        config.pipeline = "pretrain,refine"
+        stage = config.refine
+        stage.max_log2_steps = 4
+    stage.num_steps = few_steps
+    stage.batch_size = 80
+    stage.learning_rate = 1e-3
+    stage.warmup_steps = 50
+    stage.decay_steps = few_steps // 2
+    stage.final_lr_fraction = 0.02
+    stage.ema_decay = 0.995
+
+    config.train.log_every = 50
+    config.train.checkpoint_every = 500
+    evaluation = config.eval
+    evaluation.num_samples = 1_000
+    evaluation.batch_size = 250
+    evaluation.steps = (1, 2, 4, 8, 16)
+    evaluation.jumps = ("mixture",)
+    evaluation.sampling.jump = "mixture"  # the rule that `refine` trains
     return config
