@@ -61,7 +61,11 @@ def main(argv: list[str]) -> None:
             prepared,
             directory,
             make_plan=lambda *rest: plan_lib.sweep(axes, *rest),
-            header={"config": config.to_dict(), "data": prepared.manifest},
+            header={
+                "run": f"{folder.absolute().name}/{config.name}",
+                "config": config.to_dict() | {"around": around.to_dict()},
+                "data": prepared.manifest,
+            },
             index=index,
             count=count,
         )
