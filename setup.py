@@ -27,6 +27,7 @@ setuptools.setup(
     package_dir={"fsdfm_jax.share.configs": "configs", "fsdfm_jax.share.launch": "launch"},
     package_data={
         "fsdfm_jax": ["bundled/*", "py.typed", "*.pyi"],
+        "fsdfm_jax.evaluate.report": ["report.html", "report.css", "report.js"],
         "fsdfm_jax.share.launch": ["*.sh", "*.yaml"],
     },
     entry_points={"console_scripts": ["fsdfm = fsdfm_jax.cli:main"]},
@@ -38,6 +39,7 @@ setuptools.setup(
         "flax>=0.12",
         "grain>=0.2.12",
         "jax>=0.10",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "ml-collections>=1.0",
         "numpy>=2.0",

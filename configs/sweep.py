@@ -5,7 +5,8 @@ python -m launch.sweep --config=configs/sweep.py:smoke --workdir=runs/smoke     
 
 Change an axis on the command line, --config.axes.temperatures='(0.9,1.0)', or in a file like this
 one. `eval` is as in configs/base.py; of its keys those that the axes are about (steps, many_steps,
-jumps, memories, sampling, weights) have no effect here, and seed is that of the controls.
+jumps, memories, sampling, weights) have no effect here, and seed is that of the controls. Of the
+sampler only what an axis names differs from the one that `generate` uses for these runs.
 """
 
 import ml_collections
@@ -22,12 +23,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.axes = axes = ml_collections.ConfigDict()
     axes.models = ("distill",)  # runs of the working directory, or labels of eval.models; (): all
     axes.steps = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # network calls per sample
-    axes.jumps = ("cumulative",)  # cumulative | euler | mixture | dispersed
-    axes.grids = ("uniform",)  # uniform | cosine | power:R
     axes.temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)
-    axes.top_ps = (1.0,)
-    axes.coolings = (0.0,)
-    axes.look_aheads = (0.0,)
+    # Empty: as `generate` samples these runs, eval.sampling of their configuration.
+    axes.jumps = ()  # cumulative | euler | mixture | dispersed
+    axes.grids = ()  # uniform | cosine | power:R
+    axes.top_ps = ()
+    axes.coolings = ()
+    axes.look_aheads = ()
     axes.weights = ("ema",)  # ema | student
     axes.seeds = (0, 1, 2)
 

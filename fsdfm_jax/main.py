@@ -58,7 +58,8 @@ def evaluate(config: ConfigDict, plan: Plan, folder: pathlib.Path, prepared: Pre
     settings = plan_lib.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in plan.entries}
     catalogue = models_lib.catalogue(folder, trained, settings.models)
-    header = {"config": config.to_dict(), "data": prepared.manifest}
+    header = {"run": folder.absolute().name, "config": config.to_dict()}
+    header["data"] = prepared.manifest
     with mesh_lib.use(mesh_lib.local_mesh()):
         return run_lib.evaluate(settings, catalogue, prepared, folder / "report", header=header)
 

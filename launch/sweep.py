@@ -3,6 +3,9 @@
     python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny
     python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny --host=2/8
 
+Sweeps around the sampler that `generate` uses for these runs, `eval.sampling` of their
+configuration: an axis that is () has its value.
+
 Writes WORKDIR/sweeps/NAME: a line of JSON in points.jsonl as each point is finished, its samples
 beside it, and the report of all that is finished at the end. Run again, it goes on where it was
 killed; what is finished is never lost. With --host=I/N this machine takes every N-th point, from
@@ -18,7 +21,9 @@ from fsdfm_jax import cli
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.evaluate import run as run_lib
+from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
+from fsdfm_jax.training import pipeline
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/sweep.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of trained runs.")
@@ -43,7 +48,9 @@ def main(argv: list[str]) -> None:
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
     index, count = parse_host(_HOST.value)
     axes = plan_lib.Axes.from_config(config.axes)
-    settings = plan_lib.Settings.from_config(config.eval)
+    stored = pipeline.load_config(folder).to_dict()
+    around = bundle_lib.read_sampling(stored.get("eval") or {})
+    settings = plan_lib.Settings.from_config(config.eval)._replace(sampling=around)
     catalogue = models_lib.open_workdir(folder, settings.models)
     prepared = models_lib.prepared_text(folder)
     directory = folder / "sweeps" / config.name
@@ -54,7 +61,11 @@ def main(argv: list[str]) -> None:
             prepared,
             directory,
             make_plan=lambda *rest: plan_lib.sweep(axes, *rest),
-            header={"config": config.to_dict(), "data": prepared.manifest},
+            header={
+                "run": f"{folder.absolute().name}/{config.name}",
+                "config": config.to_dict() | {"around": around.to_dict()},
+                "data": prepared.manifest,
+            },
             index=index,
             count=count,
         )

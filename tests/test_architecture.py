@@ -30,6 +30,7 @@ ONLY = {
     "apache_beam": {"data.beam"},
     "tensorboardX": {"training.metrics"},
     "matplotlib": {"evaluate.report.pictures"},
+    "jinja2": {"evaluate.report.page"},
     "optax": {"training.optim", "training.state", "training.loop"},
     "safetensors": {"convert.safetensors", "convert.run_exported"},
     "tensorflow": set(),

@@ -45,17 +45,17 @@ def test_plan_in_full():
         ("real", "held-out text", "real", None, None),
         ("control", "shuffled control", "shuffled", None, None),
         ("model", "autoregressive", "autoregressive", 128, None),
-        ("model", "pretrain (cumulative)", "pretrain", 64, "cumulative"),
-        ("model", "pretrain (cumulative)", "pretrain", 1, "cumulative"),
-        ("model", "pretrain (cumulative)", "pretrain", 4, "cumulative"),
+        ("model", "pretrain", "pretrain", 64, "cumulative"),
+        ("model", "pretrain", "pretrain", 1, "cumulative"),
+        ("model", "pretrain", "pretrain", 4, "cumulative"),
         ("model", "pretrain (euler)", "pretrain", 1, "euler"),
         ("model", "pretrain (euler)", "pretrain", 4, "euler"),
-        ("model", "pretrain (eval.sampling)", "pretrain", 1, "mixture"),
-        ("model", "pretrain (eval.sampling)", "pretrain", 4, "mixture"),
-        ("model", "distill", "distill", 1, "mixture"),
-        ("model", "distill", "distill", 4, "mixture"),
-        ("model", "refine_2", "refine_2", 1, "mixture"),
-        ("model", "refine_2", "refine_2", 4, "mixture"),
+        ("model", "pretrain (mixture)", "pretrain", 1, "mixture"),
+        ("model", "pretrain (mixture)", "pretrain", 4, "mixture"),
+        ("model", "distill (mixture)", "distill", 1, "mixture"),
+        ("model", "distill (mixture)", "distill", 4, "mixture"),
+        ("model", "refine_2 (mixture)", "refine_2", 1, "mixture"),
+        ("model", "refine_2 (mixture)", "refine_2", 4, "mixture"),
     ]
     models = [p for p in plan if p.kind == "model"]
     assert {(*_how(p, "temperature", "top_p"), p.weights, p.seed, p.task) for p in models} == {
@@ -74,16 +74,18 @@ def test_the_base_model_is_sampled_plainly_and_by_eval_sampling():
     for point in plan_lib.plan(settings, STAGES, 9):
         if point.sampling is None or point.causal:
             continue
-        few_step = point.source != "pretrain" or "eval.sampling" in point.group
-        expected = options if few_step else {"grid": "uniform", "cooling": 0.0, "look_ahead": 0.0}
+        own = "(power:0.5, cooling 0.25, look-ahead 0.75)" in point.group
+        assert own or point.source == "pretrain"
+        expected = options if own else {"grid": "uniform", "cooling": 0.0, "look_ahead": 0.0}
         assert _how(point, *options) == tuple(expected.values())
 
 
 def test_a_base_model_is_not_sampled_twice_in_one_way():
-    for jump, has_own in (("mixture", False), ("dispersed", True)):  # among eval.jumps or not
-        settings = _settings(**{"sampling.jump": jump})
-        groups = {p.group for p in plan_lib.plan(settings, STAGES, 9)}
-        assert any("eval.sampling" in group for group in groups) == has_own
+    for jump, count in (("mixture", 3), ("dispersed", 4)):  # among eval.jumps or not
+        plan = plan_lib.plan(_settings(**{"sampling.jump": jump}), STAGES, 9)
+        points = [p for p in plan if p.source == "pretrain"]
+        assert len({p.group for p in points}) == count
+        assert len({p.sampling for p in points}) == len(points)
 
 
 def test_an_autoregressive_model_with_and_without_memory():
@@ -169,6 +171,37 @@ def test_the_sweep_of_the_config_file_is_165_points_and_what_they_are_compared_w
     assert {p.group for p in models} == {"distill"}
 
 
+OTHER = {"jump": "dispersed", "grid": "power:0.7", "cooling": 0.7, "look_ahead": 0.5}
+
+
+def test_a_sweep_is_made_around_the_sampler_of_generate():
+    settings = _settings(**{f"sampling.{name}": value for name, value in OTHER.items()})
+    for axes in ({}, {"grids": ("uniform", "cosine")}):
+        plan = plan_lib.sweep(_axes(**axes), settings, STAGES, 128)
+        for point in plan[5:]:
+            expected = OTHER | ({} if not axes else {"grid": point.sampling.grid})
+            assert _how(point, *OTHER) == tuple(expected.values())
+        grids = {point.sampling.grid for point in plan[5:]}
+        assert grids == set(axes.get("grids", ("power:0.7",)))
+
+
+def test_one_label_is_one_sampler_in_reports_and_sweeps():
+    """Whatever plan a point is of: label, steps and temperature say how it is sampled."""
+    plans = []
+    for sampling in ({}, OTHER, {"top_p": 0.9}, {"grid": "cosine", "temperature": 0.8}):
+        settings = _settings(**{f"sampling.{name}": value for name, value in sampling.items()})
+        student = settings._replace(weights="student", memories=("none",))
+        axes = (_axes(models=()), _axes(models=(), jumps=("euler", "cumulative")))
+        plans += [plan_lib.plan(each, STAGES, 128) for each in (settings, student)]
+        plans += [plan_lib.sweep(each, settings, STAGES, 128) for each in axes]
+    found = {}
+    for point in (p for plan in plans for p in plan if p.kind == "model"):
+        named = (point.group, point.sampling.steps, point.sampling.temperature)
+        how = (point.source, tuple(point.described().items()), point.weights, point.memory)
+        assert found.setdefault(named, how) == how
+    assert len(found) == len(set(found.values())) > 400
+
+
 def test_axes_that_vary_are_named_in_the_group():
     axes = _axes(
         models=("pretrain", "distill"),
@@ -186,7 +219,7 @@ def test_axes_that_vary_are_named_in_the_group():
     point = next(
         p for p in plan if (p.source, *_how(p, "jump", "grid")) == ("distill", "euler", "cosine")
     )
-    assert point.group == "distill (euler, cosine, top-p 0.9, ema)"
+    assert point.group == "distill (euler, cosine, top-p 0.9)"
     assert point.slug == "distill-2steps-euler-cosine-T1-p0.9-s0"
 
 

@@ -8,6 +8,7 @@ import html
 import html.parser
 import json
 import math
+import pathlib
 import re
 
 import numpy as np
@@ -25,7 +26,8 @@ TOKENIZER = tokenizer.train_bpe(["the people of the united states </script><img>
 MASK = TOKENIZER.vocab_size
 HOSTILE = "</script><img src=x onerror=alert(1)> \" ' &amp; $x_1$"
 ORDER = ("perplexity_a", "perplexity_b", "perplexity_c", "nats_per_byte")
-PICTURES = ("frontier.png", "results.png", "steps.png", "time.png")
+PICTURES = ("frontier.png", "steps.png", "time.png")
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def _estimate(value, spread=0.05):
@@ -60,6 +62,7 @@ def _row(group, steps=None, *, kind="model", perplexity=50.0, bits=6.3, **change
         "grid": "uniform" if model else None,
         "temperature": temperature if model else None,
         "top_p": 1.0 if model else None,
+        **dict.fromkeys(("cooling", "look_ahead"), 0.0 if model else None),
         "seed": seed,
         "task": "unconditional",
         "num_samples": 5,
@@ -92,7 +95,7 @@ def _row(group, steps=None, *, kind="model", perplexity=50.0, bits=6.3, **change
 
 
 REAL = _row("held-out text", kind="real", perplexity=30.0)
-SHUFFLED = _row("shuffled", kind="control", perplexity=2000.0)
+SHUFFLED = _row("shuffled", kind="control", perplexity=2000.0, setting="control-shuffled")
 COLLAPSED = _row(
     "one phrase",
     kind="control",
@@ -112,6 +115,7 @@ def _write(path, rows=None, text="the people of", trajectories=None, **changes):
     rows = ROWS if rows is None else rows
     samples = {row["slug"]: _tokens(text, 5) for row in rows}
     header = {"device": "1 x test", "code_version": "v", "parameters": {"distill": 1_300_000}}
+    header |= {"run": "mine", "data": {"spec": {"corpus": "letters"}}, "date": "2026-03-01"}
     arguments = {
         "rows": rows,
         "pooled": rows,
@@ -127,14 +131,26 @@ def _write(path, rows=None, text="the people of", trajectories=None, **changes):
 
 def _lines(rows):
     """The lines of a table without what stands above it."""
-    text = report.table(rows)
-    return text[text.index("model  ") :].splitlines()
+    lines = report.table(rows).splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("model  ")) :]
+
+
+def _page(path, rows=None, **changes):
+    return (_write(path, rows, **changes) / "report.html").read_text()
 
 
 @pytest.fixture
 def no_png(monkeypatch):
-    """For tests of other files: half of the time of a report goes into these."""
+    """For tests of the page: half of the time of a report goes into these."""
     monkeypatch.setattr(pictures, "png", lambda figure: b"")
+
+
+@pytest.fixture
+def no_pictures(no_png, monkeypatch):
+    """For tests of all else: nearly all of it goes into the pictures."""
+    drawn = dict.fromkeys(pictures.PICTURES, lambda rows, exposed: None)
+    monkeypatch.setattr(pictures, "PICTURES", drawn)
+    monkeypatch.setattr(pictures, "svg", lambda figure, name: "<svg></svg>")
 
 
 def _trajectory(text="the people of the united states", masked=True):
@@ -219,26 +235,58 @@ def test_files_parse(tmp_path):
     assert "step 4 of 4, t=1" in (folder / "trajectories.txt").read_text()
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_csv_is_flat(tmp_path):
     folder = _write(tmp_path)
     with open(folder / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     columns = list(lines[0])
     assert columns[:4] == ["slug", "setting", "kind", "group"]
-    assert {"weights", "top_p", "num_samples", "device"} <= set(columns[:20])
+    assert {"weights", "top_p", "num_samples", "device"} <= set(columns[:21])
     ends = ("", "_low", "_high", "_count")
-    assert columns[20:24] == [f"entropy_nats{end}" for end in ends]
-    assert {f"own/{way}/{key}_low" for way in ("ids", "text") for key in ORDER} <= set(columns)
+    assert columns[21:25] == [f"entropy_nats{end}" for end in ends]
+    assert {f"{form}_{key}_low" for form in ("ids", "text") for key in ORDER} <= set(columns)
     assert columns[-2:] == ["notes", "flags"]
     assert [line["group"] for line in lines] == [row["group"] for row in ROWS]
     assert [line["steps"] for line in lines] == ["", "", "", "2", "8"]
     good = lines[-1]
-    assert float(good["own/text/perplexity_b"]) == pytest.approx(120 * 1.1 * 0.97)
-    assert float(good["own/ids/perplexity_a_low"]) == pytest.approx(120 * 0.95)
-    assert (good["own/ids/tokens"], good["mauve"], good["mauve_high"]) == ("60", "", "")
+    assert (good["judge"], good["judge_tells_text"]) == ("own", "True")
+    assert float(good["text_perplexity_b"]) == pytest.approx(120 * 1.1 * 0.97)
+    assert float(good["ids_perplexity_a_low"]) == pytest.approx(120 * 0.95)
+    assert (good["ids_tokens"], good["mauve"], good["mauve_high"]) == ("60", "", "")
     assert good["flags"] == ""
     assert "bought with repetition" in lines[2]["flags"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_csv_is_tidy_and_described(tmp_path):
+    """A line for each point and judge, told apart by its identity; each column is in the docs."""
+    rows = [
+        row | {"judges": row["judges"] | {"other": {"ids": None, "text": _scores(9.0)}}}
+        for seed in (1, 2)
+        for row in (REAL, *(_row(name, 4, seed=seed) for name in ("distill", "refine")))
+    ][:1] + [
+        _row(name, steps, temperature=T, seed=seed)
+        for name in ("distill", "refine")
+        for steps in (1, 8)
+        for T in (0.8, 1.0)
+        for seed in (1, 2)
+    ]
+    rows[1]["judges"]["other"] = {"ids": None, "text": _scores(9.0)}
+    folder = _write(tmp_path, rows, pooled=rows[:1] + rows[1::2])
+    with open(folder / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["judge"] for line in lines[:4]] == ["own", "other"] * 2
+    named = {
+        tuple(line[key] for key in ("group", "steps", "temperature", "seed", "task", "judge"))
+        for line in lines
+    }
+    assert len(named) == len(lines) == 2 * len(rows)
+    ends = "|".join(end for end in ("_low", "_high", "_count"))
+    columns = {re.sub(f"({ends})$", "", name) for name in lines[0]}
+    described = (ROOT / "docs" / "evaluation.md").read_text().split("## results.csv")[1]
+    names = set(re.findall(r"`(\w+)`", described.split("\n## ")[0]))
+    assert columns <= names, columns - names
 
 
 def test_equal_rows_give_equal_bytes(tmp_path):
@@ -276,7 +324,7 @@ def test_odd_rows_give_a_report(tmp_path, rows):
     for table in re.findall(r"<tbody>.*?</tbody>", (folder / "report.html").read_text(), re.DOTALL):
         assert table.count("<tr") <= len(rows)
     assert "None was recorded." in (folder / "trajectories.txt").read_text()
-    assert len(_lines(rows)) == 2 + len(rows)
+    assert len(_lines(rows)) == 1 + len(rows)
 
 
 def test_a_figure_that_is_nan_is_seen():
@@ -285,7 +333,7 @@ def test_a_figure_that_is_nan_is_seen():
     assert report.flags(rows[1], REAL) == ["its samples gave no figures"]
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_sweep_is_one_row_a_setting(tmp_path):
     rows = [REAL] + [
         _row("distill", steps, perplexity=100.0 + 900 / steps, temperature=T, seed=seed)
@@ -294,7 +342,7 @@ def test_a_sweep_is_one_row_a_setting(tmp_path):
         for seed in (1, 2)
     ]
     pooled = [row | {"num_seeds": 2, "seeds": [1, 2]} for row in rows[1::2]]
-    page = (_write(tmp_path, rows, pooled=[REAL, *pooled]) / "report.html").read_text()
+    page = _page(tmp_path, rows, pooled=[REAL, *pooled])
     body = re.search(r'id="table".*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
     assert body.count("<tr") == 1 + 4 * 3
     lines = (tmp_path / "results.csv").read_text().splitlines()
@@ -382,16 +430,16 @@ def test_samples_that_are_left_out_are_seen():
     assert _words(_counts(GOOD, distinct_3=4), None) == ["left out"]
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_cell_says_how_many_samples_it_has(tmp_path):
     rows = [_counts(REAL, perplexity_a=5), _counts(GOOD, perplexity_a=3)]
     page = (_write(tmp_path, rows) / "report.html").read_text()
-    assert page.count("<small>3 of 5 samples</small>") == 2  # main table and judge's
+    assert page.count("<small>3 of 5 samples</small>") == 2  # perplexity, and among all columns
     assert "5 of 5 samples" not in page
     with open(tmp_path / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["own/ids/perplexity_a_count"] for line in lines] == ["5", "3"]
-    assert lines[0]["own/ids/perplexity_b_count"] == ""
+    assert [line["ids_perplexity_a_count"] for line in lines] == ["5", "3"]
+    assert lines[0]["ids_perplexity_b_count"] == ""
 
 
 def _skipping(row, skipped):
@@ -429,57 +477,181 @@ def test_a_model_that_judges_itself_is_seen():
 
 
 def _key(page):
-    return re.search(r'<section id="key">(.*?)</section>', page, re.DOTALL)[1]
+    return html.unescape(re.search(r'<section id="key">(.*?)</section>', page, re.DOTALL)[1])
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_that_judges_itself_heads_nothing(tmp_path):
     rows = [*ROWS, AUTOREGRESSIVE]
-    page = (_write(tmp_path / "one", rows) / "report.html").read_text()
+    page = _page(tmp_path / "one", rows)
     assert "<h3>Left to right</h3>" not in _key(page)
     assert "the latter's perplexity is not compared, because it is its own judge" in _key(page)
     assert '<span class="flag">! own judge</span>' in page
     rows = [copy.deepcopy(row) for row in rows]
     for i, row in enumerate(rows):
-        row["judges"]["other"] = {"ids": None, "text": _scores(400.0 + i)}
-    page = (_write(tmp_path / "two", rows) / "report.html").read_text()
+        perplexity = 8000.0 if row["group"] == "shuffled" else 400.0 + i
+        row["judges"]["other"] = {"ids": None, "text": _scores(perplexity)}
+    page = _page(tmp_path / "two", rows)
     card = _key(page).split("<h3>Left to right</h3>")[1].split("</div>")[0]
     assert "by other, the main judge being this model" in card
     assert '<p class="big">405 ' in card
     assert "own judge" not in card
     assert "perplexity 404 against 405 by other at the same entropy" in _key(page)
-    tables = page.split('<section id="judges">')[1].split("<h3>")[1:3]
-    assert ["own judge" in part for part in tables] == [True, False]
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_the_claim_is_of_the_base_model(tmp_path):
-    base = _row("pretrain", 1024, perplexity=80.0, stage="pretrain", bits=6.45)
+    base = _row("pretrain", 1024, perplexity=80.0, stage="pretrain", bits=6.35)
     long = _row("distill", 2048, perplexity=70.0)
     cool = _row("pretrain", 1024, perplexity=60.0, stage="pretrain", bits=5.9, temperature=0.8)
-    page = (_write(tmp_path / "a", [*ROWS, cool, base, long]) / "report.html").read_text()
+    page = _page(tmp_path / "a", [*ROWS, cool, base, long])
     claim = "8 network calls instead of 1,024: 128 times the speed; perplexity 120 against 80.00"
     assert f"{claim} at the same entropy.</p>" in _key(page)
     base = base | {"device": "1 x other"}
-    base["figures"] = base["figures"] | {"entropy_bits": _estimate(6.6, 0.01)}
-    page = (_write(tmp_path / "b", [*ROWS, base]) / "report.html").read_text()
-    assert "instead of 1,024: timed on different devices; " in _key(page)
-    assert "against 80.00, entropy 6.30 against 6.60 bits.</p>" in _key(page)
+    page = _page(tmp_path / "b", [*ROWS, base])
+    assert "instead of 1,024, timed on different devices; " in _key(page)
     assert "times the speed" not in page
-    time = page.split('<section id="time">')[1]
-    assert "timed on different devices" in time
-    assert '<td data-v="1 x other">1 x other</td>' in page
+    assert "several: compare times of one only" in page.split('<section id="time">')[1]
+    assert _cells(page, "pretrain", "sampler") == ["1 x other"]
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("bits", "spread", "same"),
+    [(6.35, 0.01, True), (6.35, 0.001, False), (6.6, 0.05, False), (6.35, math.nan, False)],
+    ids=["alike", "intervals apart", "values apart", "unknown interval"],
+)
+def test_the_same_entropy_is_one_that_can_not_be_told_apart(tmp_path, bits, spread, same):
+    best, base = (
+        _row(*name, bits=entropy, figures={"entropy_bits": _estimate(entropy, spread)}, **more)
+        for name, entropy, more in (
+            (("distill", 8), 6.3, {"perplexity": 120.0}),
+            (("pretrain", 64), bits, {"perplexity": 80.0, "stage": "pretrain"}),
+        )
+    )
+    page = _key(_page(tmp_path, [REAL, SHUFFLED, best, base]))
+    assert ("at the same entropy" in page) == same
+    assert (f"entropy 6.30 against {bits:.2f} bits" in page) == (not same)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ((1.0, 64.0), "4 network calls instead of 64: 64 times the speed"),
+        ((1.0, 1.02), "4 network calls instead of 64, but no faster: 1 against 1.02 ms a sample"),
+        ((2.0, 1.0), "4 network calls instead of 64, but no faster: 2 against 1 ms a sample"),
+        ((None, 1.0), "4 network calls instead of 64; perplexity"),
+    ],
+)
+def test_a_speed_is_claimed_where_there_is_one(tmp_path, times, told):
+    few = _row("distill", 4) | {"milliseconds_per_sample": times[0]}
+    many = _row("pretrain", 64, stage="pretrain") | {"milliseconds_per_sample": times[1]}
+    page = _key(_page(tmp_path, [REAL, SHUFFLED, few, many]))
+    assert told in page
+    assert "1 times" not in page
+
+
+def _table(page):
+    """Heads of the main table and its rows: name, flags and cells by head."""
+    part = re.search(r'<section id="table">.*?</table>', page, re.DOTALL)[0]
+    heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', part)
+    rows = []
+    for line in re.findall(r"<tr class=.*?</tr>", part, re.DOTALL):
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", line, re.DOTALL)
+        name = re.search(r'<th scope="row">(.*?)</th>', line)[1]
+        rows.append(dict(zip(heads, [name, *cells], strict=True)))
+    more = re.findall(r'<th scope="col" class="[^"]* more">(.*?)</th>', part)
+    return [head for head in heads if head not in more], rows
+
+
+def _cells(page, model, head):
+    return [row[head] for row in _table(page)[1] if row["model"] == model]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_flagged_are_the_rows_that_are_marked(tmp_path):
+    ngrams = _row("n-gram control", kind="control", perplexity=500.0, setting="control-ngram")
+    rows = [*ROWS, ngrams, AUTOREGRESSIVE, _row("distill", 1, perplexity=700.0)]
+    page = _page(tmp_path, rows)
+    marked = [row["model"] for row in _table(page)[1] if "! " in row["flags"]]
+    assert len(marked) == 6
+    assert f'<p class="big">{len(marked)} <span>of {len(rows)} rows</span>' in _key(page)
+    listed = re.search(r'<details id="remarks".*?</details>', page, re.DOTALL)[0]
+    assert listed.count("<li>") == len(marked)
+    assert sum("! " in line for line in _lines(rows)) == len(marked)
+
+
+# ----------------------------------------------------------------------------------- the judge
+def _blind(factor, spread=0.05):
+    """Rows by a judge that gives shuffled text `factor` times real text's perplexity."""
+    rows = copy.deepcopy([REAL, SHUFFLED, COLLAPSED, GOOD, _row("distill", 2, perplexity=5e4)])
+    scores = {"ids": {key: _estimate(30.0 * factor, spread) for key in ORDER}, "text": None}
+    rows[1]["judges"]["own"] = scores
+    return rows
+
+
+SENTENCE = "own can't tell text from shuffled text: held-out text has perplexity 30.00, interval "
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("factor", "spread", "sound"),
+    [
+        (70.0, 0.05, True),
+        (1.3, 0.05, True),
+        (1.05, 0.05, False),
+        (1.3, 0.3, False),
+        (0.5, 0.05, False),
+    ],
+)
+def test_a_judge_that_takes_shuffled_text_for_text_ranks_nothing(tmp_path, factor, spread, sound):
+    rows = _blind(factor, spread)
+    assert reading.tells_text(rows, "own") is sound
+    page, terminal = _page(tmp_path, rows), report.table(rows).replace("\n", " ")
+    found = reading.all_findings(rows)
+    assert (SENTENCE in _key(page)) == (SENTENCE in terminal) == (not sound)
+    for text in (_key(page), terminal):
+        assert ("own tells held-out text (30.00, interval 28.5–31.5) from" in text) == sound
+        assert ("Its perplexities mean nothing, and nothing is ranked or marked" in text) != sound
+    assert ("! " in terminal) == any(found.values()) == ('class="flag"' in page) == sound
+    assert (
+        ("Best of few steps" in page) == (reading.best_few_step(rows, found) is not None) == sound
+    )
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["judge_tells_text"] for line in lines} == {str(sound)}
+    assert any(line["flags"] for line in lines) == sound
+    assert ('<table class="void">' in page) != sound
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_further_judge_that_is_blind_is_compared_by_nowhere(tmp_path):
+    rows = [copy.deepcopy(row) for row in (*ROWS, AUTOREGRESSIVE)]
+    for row in rows:
+        row["judges"]["other"] = {"ids": None, "text": _scores(400.0)}
+    page = _key(_page(tmp_path, rows))
+    assert "own tells held-out text" in page
+    assert "other can't tell text from shuffled text" in page
+    assert "by other" not in page
+
+
+def test_a_judge_is_checked_where_there_is_something_to_check_it_by():
+    for rows in ([REAL, GOOD], [SHUFFLED, GOOD], [REAL, _with_nan(SHUFFLED), GOOD]):
+        assert reading.tells_text(rows, "own") is None
+        assert "was not checked" in report.table(rows)
+        assert reading.best_few_step(rows, reading.all_findings(rows)) is GOOD
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_cells_sort_as_numbers(tmp_path):
     odd = ("inf", "-inf", "nan")
     rows = [REAL, *(_row(name, 4, perplexity=50.0) for name in odd)]
     for row in rows[1:]:
         row["figures"]["mauve"] = {"value": float(row["group"])}
-    page = (_write(tmp_path, rows) / "report.html").read_text()
+    page = _page(tmp_path, rows)
     for name, key in zip(odd, ("Infinity", "-Infinity", ""), strict=True):
-        assert f'<td class="n" data-v="{key}">{name}</td>' in page
+        assert f'<td class="n more" data-v="{key}">{name}</td>' in page
     numbers = re.findall(r'<td class="n[^"]*" data-v="([^"]*)"', page)
     assert all(re.fullmatch(r"|-?Infinity|-?\d[\d.]*(e[-+]\d+)?", n) for n in numbers)
 
@@ -489,7 +661,7 @@ def test_cells_sort_as_numbers(tmp_path):
     [
         ("model", 900.0, ["n-grams"]),
         ("model", 500.0, ["n-grams"]),
-        ("model", 499.0, ["n-grams"]),  # the intervals overlap
+        ("model", 499.0, []),  # better, if not by much
         ("model", 200.0, []),
         ("control", 900.0, ["control"]),
     ],
@@ -499,8 +671,8 @@ def test_models_that_are_no_better_than_ngrams(kind, perplexity, words):
     elsewhere = ngrams | {"task": "infill:1x4"}
     row = _row("distill", 8, kind=kind, perplexity=perplexity)
     rows = [REAL, elsewhere, ngrams, row]
-    assert reading.ngram_row(rows, row["task"]) is ngrams
-    assert reading.ngram_row([REAL, elsewhere], row["task"]) is None
+    assert reading.control_row(rows, "ngram", row["task"]) is ngrams
+    assert reading.control_row([REAL, elsewhere], "ngram", row["task"]) is None
     found = reading.findings(row, REAL, ngrams)
     assert [finding.word for finding in found] == words
     if words == ["n-grams"]:
@@ -537,40 +709,67 @@ def test_the_best_of_few_steps_is_at_the_entropy_of_text():
 # ------------------------------------------------------------------------------------------- table
 def test_table_has_every_row_aligned():
     lines = _lines(ROWS)
-    assert len(lines) == 2 + len(ROWS)
-    assert len({len(line) for line in lines}) == 1
-    heads = ["model", "steps", "ppl", "A", "ppl", "B", "H", "bits", "H", "nats"]
-    assert lines[0].split() == [*heads, "dist-2", "s-BLEU", "ms/sample", "flag"]
-    assert lines[2].split()[-2:] == ["-", "-"]  # real text costs nothing and has no flag
-    assert lines[4].rstrip().endswith("! control, repeats, too easy")
-    cells = ["distill", "8", "120", "128", "6.30", "4.37", "0.93", "0.21", "10.00", "-"]
-    assert lines[-1].split() == cells
+    assert len(lines) == 1 + len(ROWS)
+    heads = ["model", "steps", "perplexity", "entropy", "distinct-2", "ms/sample", "flags"]
+    assert lines[0].split() == heads
+    assert lines[1].split()[-1] == "-"  # real text costs nothing and has no flag
+    assert lines[3].endswith("! control, repeats, too easy")
+    assert lines[-1].split() == ["distill", "8", "120", "6.30", "0.93", "10.00"]
+    ends = [line.index(cell) + len(cell) for line, cell in zip(lines, heads[2:3], strict=False)]
+    assert all(line[: ends[0]].rstrip() == line[: ends[0]] for line in lines)
 
 
 def test_table_fits_a_terminal():
-    long = _row("pretrain with a very long name (cumulative)", 1024, perplexity=123456.0)
-    rows = [*ROWS, long, long | {"temperature": 0.8, "num_seeds": 3}]
-    lines = _lines(rows)
-    assert max(map(len, lines)) <= 120
-    assert lines[0].split()[1:4] == ["steps", "T", "seeds"]
-    assert lines[-1].split("…")[1].split()[:3] == ["1024", "0.8", "3"]
+    named = {"run": "pretrain with a very long name", "jump": "dispersed", "grid": "power:0.7"}
+    long = _row("long", 1024, perplexity=123456.0, bits=4.0) | named | {"look_ahead": 0.5}
+    rows = [*ROWS, long, long | {"slug": "b", "temperature": 0.8, "num_seeds": 3}]
+    lines = report.table(rows).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(_lines(rows)[0].split()) == 8
+    text = " ".join(" ".join(_lines(rows)).split())
+    for part in ("dispersed,", "power:0.7,", "look-ahead 0.5", "T=0.8", "3 seeds", "! repeats"):
+        assert part in text  # long cells take further lines; nothing is cut
+    assert "…" not in text
+
+
+def test_names_are_no_markup():
+    hostile = GOOD | {"run": "[red]x[/red] :smile: \x1b[31m"}
+    assert "[red]x[/red] :smile: \\x1b[31m" in report.table([REAL, hostile])
 
 
 def test_a_table_says_what_is_the_same():
-    rows = [*ROWS, GOOD | {"slug": "b", "weights": "student", "grid": "cosine", "top_p": 0.9}]
+    other = {"slug": "b", "weights": "student", "grid": "cosine", "top_p": 0.9, "jump": "euler"}
+    rows = [*ROWS, GOOD | other]
     text = report.table(rows)
-    assert text.splitlines()[:2] == [
-        "The same in all rows of models: temperature 1, task unconditional, 5 samples, device "
-        "1 x test.",
-        "",
-    ]
-    assert _lines(rows)[0].split()[1:5] == ["steps", "top-p", "grid", "weights"]
-    assert _lines(rows)[-1].split()[1:5] == ["8", "0.9", "cosine", "student"]
-    assert _lines(rows)[2].split()[2:6] == ["-", "-", "-", "-"]  # of real text
+    assert "The same in all rows of models: temperature 1, cooling 0, look-ahead 0, task" in text
+    lines = _lines(rows)
+    assert lines[0].split()[2] == "sampler"
+    cells = [line.split() for line in lines]
+    assert cells[1][2] == "30.00"  # real text has no sampler
+    assert [line[2] for line in cells if line[0] == "distill"] == ["published"] * 2 + ["euler,"]
+    named = " ".join(" ".join(line) for line in cells[-3:])
+    assert named.replace(" 120 6.30 0.93 10.00", "") == (
+        "distill 8 euler, cosine, top-p 0.9, student"
+    )
     assert "device other" in report.table([REAL, GOOD | {"device": "other"}])
     rows = [REAL, GOOD, GOOD | {"slug": "b", "device": "other"}]
-    assert _lines(rows)[0].split()[2] == "device"
-    assert report.table([REAL, SHUFFLED]).startswith("model")
+    assert _lines(rows)[-1].split()[2] == "other"
+    assert report.table([REAL | {"judges": {}}]).startswith("There was no judge")
+
+
+def test_a_sampler_is_called_published_where_it_is():
+    annealed = {"jump": "dispersed", "grid": "power:0.7", "cooling": 0.7, "look_ahead": 0.5}
+    rows = [GOOD | {"slug": "a"}, GOOD | annealed | {"slug": "b"}]
+    told = "dispersed, power:0.7, cooling 0.7, look-ahead 0.5"
+    assert reading.samplers(rows) == {"a": "published", "b": told}
+    rows = [row | {"cooling": 0.7} for row in rows]  # now none of them is
+    assert reading.samplers(rows) == {
+        "a": "cumulative, uniform, look-ahead 0",
+        "b": "dispersed, power:0.7, look-ahead 0.5",
+    }
+    cached = [AUTOREGRESSIVE | {"slug": name, "memory": name} for name in ("cache", "none")]
+    assert list(reading.samplers(cached).values()) == ["", "no cache"]
+    assert list(reading.samplers(rows[:1]).values()) == [""]
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -615,44 +814,91 @@ def test_hostile_data_is_text_only(tmp_path):
         rows = _hostile(text)
         words = ("xyzabc", "xyz<b>")[i]  # a token a letter: "<b>" is one piece of the last frame
         paths = {rows[-1]["slug"]: [_trajectory(words, masked=False)]}
-        header = {"device": text, "code_version": text, f"x{text}": text}
+        header = {"device": text, "code_version": text, f"x{text}": text, "run": text, "date": text}
+        header |= {"data": {"spec": {"corpus": text}}, "parameters": {text: 5}}
         _write(tmp_path / str(i), rows, text=words, trajectories=paths, header=header)
         pages.append((tmp_path / str(i) / "report.html").read_text())
     harmless, harmful = (_Parser(_without_pictures(page)) for page in pages)
     assert harmful.elements == harmless.elements
     seen = "".join(harmful.texts)
     assert f"distill{HOSTILE}" in seen  # whole, as text
+    assert f"run{HOSTILE}" in seen
+    assert html.unescape(re.search("<title>(.*?)</title>", pages[1])[1]).count("<img src=x") == 3
     # In the pictures too: elements of matplotlib's only, and nothing that acts.
     everything = _Parser(pages[1])
     tags = {tag for tag, _ in everything.elements}
     assert not tags & {"img", "iframe", "object", "foreignobject", "image", "base", "link"}
     assert not [name for name, _ in everything.attributes if name.startswith("on")]
-    assert pages[1].count("</script>") == pages[0].count("</script>") == 2
+    assert pages[1].count("</script>") == pages[0].count("</script>") == 1
     assert not set(pages[1]) & set("\x00\x1b")
 
 
-@pytest.mark.usefixtures("no_png")
-def test_the_data_of_the_page_parse_back(tmp_path):
-    text = "<img src=x onerror=a>"
-    rows = [*ROWS, _row("distill", 4, perplexity=120.0)]
-    paths = {rows[-1]["slug"]: [_trajectory(HOSTILE, masked=False)]}
-    page = (_write(tmp_path, rows, text=text, trajectories=paths) / "report.html").read_text()
-    raw = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1]
-    assert not set(raw) & set("<>&\u2028\u2029")
-    data = json.loads(raw)
-    shown = TOKENIZER.decode(_tokens(text)[0].tolist())
-    assert data["rows"] == [
-        {"title": reading.title(row), "texts": [[[shown, 0]]] * 3} for row in rows
+def _frames(page):
+    """Of each trajectory of the page its title and its frames: a caption and the text's HTML."""
+    player = page.split('id="player"')[1].split("</section>")[0]
+    frame = (
+        r'<div class="frame"[^>]*><p class="caption">(.*?)</p>\s*<p class="sample">(.*?)</p></div>'
+    )
+    return [
+        (html.unescape(re.search("<h3>(.*?)</h3>", part)[1]), re.findall(frame, part, re.DOTALL))
+        for part in player.split('<div class="path"')[1:]
     ]
-    assert data["kinds"][0] == "kept"
-    cut = stream.frames(_trajectory(HOSTILE, masked=False), None, TOKENIZER)
-    assert [frame["pieces"] for frame in data["paths"][0]["frames"]] == [
-        [[text, data["kinds"].index(kind)] for text, kind in frame] for frame in cut
-    ]
-    captions = [frame["caption"] for frame in data["paths"][0]["frames"]]
+
+
+_TAGS = {"changed": "mark", "given": "b", "masked": "i"}
+
+
+def _marked(pieces):
+    """Pieces as the page has them."""
+    texts = [(html.escape(stream.printable(text)), _TAGS.get(kind)) for text, kind in pieces]
+    joined = "".join(f"<{tag}>{text}</{tag}>" if tag else text for text, tag in texts)
+    return joined.replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_slider_goes_from_noise_to_text(tmp_path):
+    rows = [*ROWS, _row("distill", 4, perplexity=130.0)]
+    paths = {rows[-1]["slug"]: [_trajectory(HOSTILE)], GOOD["slug"]: [_trajectory()]}
+    page = _page(tmp_path, rows, trajectories=paths, mask_id=MASK)
+    (best, _), (title, frames) = _frames(page)
+    assert best == "distill, 8 steps: sample 1"
+    assert title == "distill, 4 steps: sample 1"
+    cut = stream.frames(_trajectory(HOSTILE), MASK, TOKENIZER)
+    assert [text for _, text in frames] == [_marked(pieces) for pieces in cut]
+    captions = [caption for caption, _ in frames]
     assert "predictive" not in captions[0]
     assert captions[1].endswith("predictive entropy 5.00 nats")  # step 1, from noise
     assert captions[2].endswith("predictive entropy 1.25 nats")  # step 4 of 4, from t = 0.75
+    # Shown without the script: the last frame of the first one.
+    shown = page.split('id="player"')[1].split("</section>")[0]
+    assert shown.count('<div class="frame">') == 2
+    assert shown.count('<div class="path">') == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_page_is_headed_by_run_corpus_and_date(tmp_path):
+    page = _page(tmp_path / "a")
+    assert "<title>Evaluation · mine · letters · 2026-03-01</title>" in page
+    assert "<h1>mine · letters · 2026-03-01</h1>" in page
+    mixture = {"run": "b", "data": {"spec": {"corpus": "", "mixture": "x=1,y=2"}}}
+    assert "<h1>b · x=1,y=2</h1>" in _page(tmp_path / "b", header=mixture)
+    assert "<title>Evaluation</title>" in _page(tmp_path / "c", header={})
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_main_table_has_eight_columns_and_all_of_them_on_demand(tmp_path):
+    rows = [*ROWS, GOOD | {"slug": "b", "jump": "euler", "temperature": 0.8}]
+    page = _page(tmp_path, rows)
+    heads, lines = _table(page)
+    assert heads == ["model", *page_lib.COLUMNS, "flags"]
+    assert len(heads) == 8
+    assert len(lines) == len(rows)
+    assert {"self-BLEU", "distinct-3", "own: A, ids", "own: nats/byte, text"} <= set(lines[0])
+    assert lines[-1]["sampler"] == "euler, T=0.8"
+    assert 'name="viewport" content="width=device-width' in page
+    style = re.search("<style>(.*?)</style>", page, re.DOTALL)[1]
+    assert "#all:not(:checked) ~ .scroll .more { display: none; }" in style
+    assert page.index('<input type="checkbox" id="all">') < page.index('<div class="scroll"')
 
 
 @pytest.mark.usefixtures("no_png")
@@ -663,7 +909,9 @@ def test_the_page_forbids_itself_all_but_its_script(tmp_path):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy
     assert policy.startswith("default-src 'none'")
-    assert "url(" not in page_lib.STYLE
+    style = re.search("<style>(.*?)</style>", page, re.DOTALL)[1]
+    assert not re.search(r"url\(|@import", style)
+    assert "://" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
     links = [
         value
         for name, value in _Parser(page).attributes
@@ -680,18 +928,20 @@ def test_the_page_is_whole_without_its_script(tmp_path):
     page = (folder / "report.html").read_text()
     page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     texts = _Parser(page).texts
-    assert texts.count(TOKENIZER.decode(_tokens("the people of")[0].tolist())) == 3
+    assert texts.count(TOKENIZER.decode(_tokens("the people of")[0].tolist())) == 3 * len(ROWS)
+    assert page.count('<details class="card" open>') == 3
     assert any("step 4 of 4, t=1" in text for text in texts)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 3
     for row in ROWS:
         for sentence in report.flags(row, REAL):
             assert sentence.split(":")[0] in page
     # The cells that a finding rests on are marked.
     collapsed = re.search(r'<tr class="control"><th[^>]*>one phrase.*?</tr>', page, re.DOTALL)[0]
-    assert collapsed.count('class="n bad"') == 4  # perplexity, entropy, distinct-2, self-BLEU
+    assert collapsed.count('class="n bad"') == 3  # perplexity, entropy, distinct-2
+    assert collapsed.count('class="n more bad"') == 1  # self-BLEU
 
 
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_what_was_given_is_marked(tmp_path):
     text = "the <b>\x1b[31mpeople"
     tokens = np.array([TOKENIZER.encode(text)])
@@ -709,16 +959,13 @@ def test_what_was_given_is_marked(tmp_path):
     assert f"[1] {shown}\n" in lines
     assert f"[1] {whole}\n" in lines
     page = (folder / "report.html").read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
-    marked = [[data["kinds"][kind], text] for text, kind in data["rows"][1]["texts"][0]]
     escaped = lambda text: text.replace("\x1b", r"\x1b")
-    assert marked == [["given", escaped(first)], ["kept", escaped(rest)]]
-    panel = html.escape(escaped(first), quote=True)
-    assert f'<span class="given">{panel}</span>' in page
-    assert "What the model was given is <b>bold</b>" in page
+    shown = _marked([(escaped(first), "given"), (escaped(rest), "kept")])
+    assert page.count(f'<p class="sample">{shown}</p>') == 1
+    whole = _marked([(escaped(text), "kept")])
+    assert page.count(f'<p class="sample">{whole}</p>') == 1  # of real text
     plain = _write(tmp_path / "plain")
     assert "[[" not in (plain / "samples.txt").read_text()
-    assert "<b>bold</b>" not in (plain / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -753,55 +1000,27 @@ def test_the_page_of_a_large_sweep_stays_small(tmp_path):
     size = (folder / "report.html").stat().st_size
     assert size < 3_000_000, size
     page = (folder / "report.html").read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
-    assert len(data["rows"]) == 166
-    assert all(len(row["texts"]) == 1 for row in data["rows"])
-    assert 2 <= len(data["paths"]) <= 12
-    assert data["paths"][0]["title"].startswith("distill (top-p 0.8), 8 steps")
-    for path in data["paths"]:
-        numbers = [int(frame["caption"].split()[1]) for frame in path["frames"]]
-        assert numbers == list(range(0, 65, 4))
-        assert "T=" not in path["title"]
-        assert "differ from step 60" in path["frames"][-1]["caption"]
+    shown = page.count('<details class="card"')
+    assert 50 <= shown < 166  # as many as there is room for, one sample of each
+    assert page.count('<p class="sample">') - sum(len(f) for _, f in _frames(page)) == shown
+    paths = _frames(page)
+    assert 2 <= len(paths) <= 12
+    assert paths[0][0].startswith("distill (top-p 0.8), 8 steps")
+    for title, frames in paths:
+        assert [int(caption.split()[1]) for caption, _ in frames] == list(range(0, 65, 4))
+        assert "T=" not in title
+        assert "differ from step 60" in frames[-1][0]
     lines = (folder / "trajectories.txt").read_text()
     assert lines.count("step 64 of 64") == 2 * 165
     assert lines.count("\nstep ") == 17 * 2 * 165
 
 
-@pytest.mark.usefixtures("no_png")
-def test_stamps_of_the_page_add_up(tmp_path):
-    rows = [copy.deepcopy(row) for row in (REAL, COLLAPSED, *ROWS[3:], AUTOREGRESSIVE)]
-    for i, row in enumerate(rows[2:]):
-        row["protocol"]["sampling"] = {"seed": i, "top_p": 1.0, "grid": ["a"]}
-    seeds = {"s1": rows[2]["protocol"], "s2": rows[3]["protocol"]}
-    rows[2] |= {"num_seeds": 2, "protocol": seeds}
-    page = (_write(tmp_path, rows, header={}) / "report.html").read_text()
-    shown = page.split('<div class="stamps">')[1].split("</div>")[0]
-    read = {
-        html.unescape(name): json.loads(html.unescape(text))
-        for name, text in re.findall(r"<summary>(.*?)</summary><pre>(.*?)</pre>", shown, re.DOTALL)
-    }
-    common = read["The same for all rows of models"]
-    assert common == {"sampling": {"top_p": 1.0, "grid": ["a"]}}
-    assert read["The same for all rows of texts to compare with"] == REAL["protocol"]
-    assert read["held-out text"] == {}
-    assert read["distill, 8 steps"] == {
-        **{key: rows[3]["protocol"][key] for key in ("samples", "scoring")},
-        "sampling": {"seed": 1},
-    }
-    assert [read["distill, 2 steps"][seed]["sampling"] for seed in seeds] == [
-        {"seed": 0},
-        {"seed": 1},
-    ]
-
-
-@pytest.mark.usefixtures("no_png")
+@pytest.mark.usefixtures("no_pictures")
 def test_watched_samples_are_spread_over_steps(tmp_path):
     rows = [REAL, *(_row("distill", 2**k, temperature=T) for k in range(7) for T in (1.0, 0.8))]
     paths = {row["slug"]: [_trajectory()] * 2 for row in rows[1:]}
-    page = (_write(tmp_path, rows, trajectories=paths, mask_id=MASK) / "report.html").read_text()
     titles = [
-        one["title"] for one in json.loads(page.split('id="data">')[1].split("</")[0])["paths"]
+        title for title, _ in _frames(_page(tmp_path, rows, trajectories=paths, mask_id=MASK))
     ]
     assert len(titles) == 12
     assert "T=" not in "".join(titles)
@@ -843,7 +1062,7 @@ def test_a_group_has_one_colour_everywhere():
     rows = [REAL, *(_row(name, s, perplexity=99.0 / s) for name in ("a", "b") for s in (1, 4, 8))]
     colors = [
         [line.get_color() for line in _joined(draw(rows, set()).axes[0])]
-        for draw in (pictures.frontier, pictures.steps, pictures.time, pictures.predictive)
+        for draw in (pictures.frontier, pictures.steps, pictures.time)
     ]
     assert len(set(colors[0])) == 2
     assert all(color[:2] == colors[0] for color in colors[1:])
@@ -857,11 +1076,11 @@ def test_exposed_rows_are_hollow_crosses():
         crosses = [
             line
             for line in axis.lines
-            if line.get_marker() == "X" and line.get_markerfacecolor() == "white"
+            if line.get_marker() == "X" and line.get_markerfacecolor() == "#FFFFFF"
         ]
         assert [list(line.get_ydata()) for line in crosses] == [[2000.0]]
         axis = draw(rows, set()).axes[0]
-        assert not [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+        assert not [line for line in axis.lines if line.get_markerfacecolor() == "#FFFFFF"]
 
 
 def test_pictures_can_be_read_on_a_phone():
@@ -871,12 +1090,26 @@ def test_pictures_can_be_read_on_a_phone():
         text = pictures.svg(draw(rows, set()), name)
         sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)]
         width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
-        columns = 2 if name == "results" else 1
-        assert width == pytest.approx(6.4 * 72 * columns)
+        assert width == pytest.approx(6.4 * 72)
         assert sizes
         assert min(sizes) >= 13
         assert not re.search("<metadata|<dc:date|Matplotlib v", text)
         assert all(name in text for name in names[:6])
+
+
+def test_pictures_are_light_or_dark_as_the_page_is():
+    rows = [*ROWS, AUTOREGRESSIVE, *(_row(f"model {i}", 4, perplexity=2e3) for i in range(7))]
+    style = (ROOT / "fsdfm_jax/evaluate/report/report.css").read_text()
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    for name, draw in pictures.PICTURES.items():
+        text = pictures.svg(draw(rows, {rows[-1]["slug"]}), name)
+        assert not re.findall(r"#[0-9a-fA-F]{3,6}\b", re.sub(r'"#\w+"|url\(#\w+\)', "", text))
+        assert "fill: currentColor" in text
+        used = set(re.findall(r"var\((--\w+)\)", text))
+        assert {"--curve0", "--curve5", "--card", "--line"} <= used
+        for variable in used:
+            assert f"{variable}:" in light
+            assert f"{variable}:" in dark.split("\n}")[0]
 
 
 def test_names_are_no_formulas():

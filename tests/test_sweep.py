@@ -238,7 +238,7 @@ def test_evaluating_one_run_next_to_another_model(world):
     world.run("fsdfm_jax.evaluate", "", changes, *flags)
     rows = _rows(output)
     # The autoregressive run judges and is no row, as it wasn't asked for.
-    others = {"other (mixture)", "other (eval.sampling)"}
+    others = {"other (mixture)", "other"}
     assert {row["group"] for row in rows} == {"held-out text", "distill"} | others
     assert all("autoregressive" in row["judges"] for row in rows)
 

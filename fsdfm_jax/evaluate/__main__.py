@@ -104,7 +104,8 @@ def main(argv: list[str]) -> None:
         further = models_lib.further_places(settings.models, **options)
         catalogue = Catalogue(models_lib.join({path.name: (path, options)}, further))
     output = pathlib.Path(_OUTPUT.value or folder / "report").expanduser()
-    header = {"config": stored | {"eval": config.eval.to_dict()}}
+    named = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value).expanduser().absolute().name
+    header = {"run": named, "config": stored | {"eval": config.eval.to_dict()}}
     if prepared is not None:
         header["data"] = prepared.manifest
     with mesh_lib.use(mesh_lib.local_mesh()):

@@ -32,7 +32,7 @@ class Point:
 
     Attributes:
       kind: "real" | "control" | "model".
-      group: what a curve in the pictures joins, "pretrain (cumulative)".
+      group: what a curve in the pictures joins, "pretrain (euler)", see `label`.
       source: label of the model, or name of the control; "real" for held-out text.
       task: see `tasks`.
       stage: of the model; None, as all that follow, for texts that no model writes.
@@ -87,6 +87,30 @@ class Point:
     def slug(self) -> str:
         """File name of the point's samples."""
         return self.setting if self.seed is None else f"{self.setting}-s{self.seed}"
+
+
+def label(source: str, sampling: Sampling, weights: str = "ema", memory: str | None = None) -> str:
+    """A model and its sampler but for steps and temperature, the same in every report and sweep.
+
+    What differs from the published sampler is named, so that one label means one sampler:
+
+    >>> label("distill", Sampling(steps=4)), label("distill", Sampling(jump="euler", cooling=0.5))
+    ('distill', 'distill (euler, cooling 0.5)')
+
+    Args:
+      source: label of the model.
+      sampling: how it is sampled.
+      weights, memory: as of a `Point`.
+    """
+    plain = Sampling()
+    details = [getattr(sampling, key) for key in ("jump", "grid")]
+    details = [v for v, usual in zip(details, (plain.jump, plain.grid), strict=True) if v != usual]
+    details += [f"cooling {sampling.cooling:g}"] if sampling.cooling else []
+    details += [f"look-ahead {sampling.look_ahead:g}"] if sampling.look_ahead else []
+    details += [] if sampling.top_p is None else [f"top-p {sampling.top_p:g}"]
+    details += [weights] if weights != "ema" else []
+    details += ["no cache"] if memory == "none" else []
+    return source + (f" ({', '.join(details)})" if details else "")
 
 
 class Settings(NamedTuple):
@@ -189,8 +213,8 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
     """All points of a report, best reference first.
 
     The base model is sampled by each rule of `eval.jumps` on a uniform grid at a fixed temperature
-    (which, with the nucleus, is that of all rows). If `eval.sampling` says otherwise, the base
-    model is sampled so too: what the sampler brings is seen apart from what training does.
+    (which, with the nucleus, is that of all rows), and by `eval.sampling`: what the sampler brings
+    is seen apart from what training does.
 
     Args:
       settings: what was asked for.
@@ -202,34 +226,42 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
     left_to_right = tasks.parse(settings.task).left_to_right
     plain = Sampling(temperature=settings.sampling.temperature, top_p=settings.sampling.top_p)
 
-    def add(label, group, sampling, **own):
-        own |= {"stage": stage_of[label], "sampling": sampling}
-        result.append(Point("model", group, label, **own, **how))
+    def add(source, sampling, memory=None):
+        group = label(source, sampling, settings.weights, memory)
+        own = {"stage": stage_of[source], "sampling": sampling, "memory": memory}
+        result.append(Point("model", group, source, **own, **how))
 
-    for label, stage in stage_of.items():
+    for source, stage in stage_of.items():
         few_step = [settings.sampling.replace(steps=steps) for steps in settings.steps]
         if stage == "autoregressive":
             for memory in settings.memories * left_to_right:
-                group = label if memory == "cache" else f"{label} (no cache)"
-                add(label, group, plain.replace(steps=length), memory=memory)
-        elif stage == "pretrain":
-            first = settings.jumps[0]
-            many = plain.replace(jump=first, steps=settings.many_steps)
-            add(label, f"{label} ({first})", many)
+                add(source, plain.replace(steps=length), memory)
+            continue
+        if stage == "pretrain":
             by_rule = [plain.replace(jump=jump) for jump in settings.jumps]
+            add(source, by_rule[0].replace(steps=settings.many_steps))
             for rule, steps in itertools.product(by_rule, settings.steps):
-                add(label, f"{label} ({rule.jump})", rule.replace(steps=steps))
-            if settings.sampling.replace(steps=plain.steps) not in by_rule:
-                for sampling in few_step:
-                    add(label, f"{label} (eval.sampling)", sampling)
-        else:
-            for sampling in few_step:
-                add(label, label, sampling)
+                add(source, rule.replace(steps=steps))
+        for sampling in few_step:
+            add(source, sampling)
     return list(dict.fromkeys(result))
 
 
+_AROUND = {
+    "jumps": "jump",
+    "grids": "grid",
+    "top_ps": "top_p",
+    "coolings": "cooling",
+    "look_aheads": "look_ahead",
+}  # axes that may be empty -> the field of `settings.sampling` that they then take
+
+
 class Axes(NamedTuple):
-    """What a sweep varies; each a list of values, see configs/sweep.py."""
+    """What a sweep varies; each a list of values, see configs/sweep.py.
+
+    Empty `models` are all of them; the axes of `_AROUND`, where empty, have the value of the
+    sampler that the sweep is made around.
+    """
 
     models: tuple[str, ...]
     steps: tuple[int, ...]
@@ -251,37 +283,31 @@ class Axes(NamedTuple):
         """
         axes = cls(**{name: tuple(config[name]) for name in cls._fields})
         for name, values in axes._asdict().items():
-            if not values and name != "models":
+            if not values and name not in ("models", *_AROUND):
                 raise ValueError(f"axes.{name} is empty; give at least one value.")
         check_names("axes.weights", WEIGHTS, axes.weights)
         for seed in axes.seeds:
             with _named("axes.seeds"):
                 generate_lib.check_seed(seed)
         with _named("axes"):
-            axes.samplings()
+            axes.samplings(Sampling())
         return axes
 
-    def samplings(self) -> list[Sampling]:
+    def samplings(self, around: Sampling) -> list[Sampling]:
         """The product of the axes that say how to sample, grouped by all but steps and
-        temperature."""
-        product = itertools.product(
-            self.grids,
-            self.jumps,
-            self.coolings,
-            self.look_aheads,
-            self.top_ps,
-            self.steps,
-            self.temperatures,
-        )
-        names = ("grid", "jump", "cooling", "look_ahead", "top_p", "steps", "temperature")
-        return [Sampling(**dict(zip(names, values, strict=True))) for values in product]
+        temperature; `around` has the values of those that are empty."""
+        axes = {name: getattr(self, axis) for axis, name in _AROUND.items()}
+        values = {name: axis or (getattr(around, name),) for name, axis in axes.items()}
+        values |= {"steps": self.steps, "temperature": self.temperatures}
+        product = itertools.product(*values.values())
+        return [Sampling(**dict(zip(values, chosen, strict=True))) for chosen in product]
 
 
 def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
     """The product of the axes, after the texts to compare with.
 
     An autoregressive model has neither steps to choose nor jumps nor grids: it is there once for
-    each of the other axes.
+    each of the other axes. Axes that are empty are as `settings.sampling` says.
 
     Raises:
       ValueError: if an axis names a model that isn't there.
@@ -290,34 +316,19 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
     check_names("axes.models", tuple(stage_of), chosen)
     left_to_right = tasks.parse(settings.task).left_to_right
     result = texts_to_compare(settings)
-    for label, weights, sampling, seed in itertools.product(
-        chosen, axes.weights, axes.samplings(), axes.seeds
+    for source, weights, sampling, seed in itertools.product(
+        chosen, axes.weights, axes.samplings(settings.sampling), axes.seeds
     ):
-        stage = stage_of[label]
-        how = {"weights": weights, "seed": seed, "task": settings.task, "stage": stage}
+        stage, memory = stage_of[source], None
         if stage == "autoregressive":
             if not left_to_right:
                 continue
-            own = Sampling(steps=length, temperature=sampling.temperature, top_p=sampling.top_p)
-            how |= {"sampling": own, "memory": "cache"}
-        else:
-            how |= {"sampling": sampling}
-        result.append(Point("model", _group(axes, label, stage, weights, sampling), label, **how))
+            sampling = Sampling(length, temperature=sampling.temperature, top_p=sampling.top_p)
+            memory = "cache"
+        group = label(source, sampling, weights, memory)
+        how = {"weights": weights, "memory": memory, "seed": seed, "task": settings.task}
+        result.append(Point("model", group, source, stage=stage, sampling=sampling, **how))
     return list(dict.fromkeys(result))
-
-
-def _group(axes: Axes, label: str, stage: str, weights: str, sampling: Sampling) -> str:
-    """The curve that a point of a sweep belongs to: its model and the axes that vary."""
-    details = []
-    if stage != "autoregressive":
-        details += [sampling.jump] * (len(axes.jumps) > 1 or stage == "pretrain")
-        details += [sampling.grid] * (len(axes.grids) > 1)
-        details += [f"cooling {sampling.cooling:g}"] * (len(axes.coolings) > 1)
-        details += [f"look-ahead {sampling.look_ahead:g}"] * (len(axes.look_aheads) > 1)
-    top_p = 1.0 if sampling.top_p is None else sampling.top_p
-    details += [f"top-p {top_p:g}"] * (len(axes.top_ps) > 1)
-    details += [weights] * (len(axes.weights) > 1)
-    return label + (f" ({', '.join(details)})" if details else "")
 
 
 def share(points: Sequence[Point], index: int, count: int) -> list[Point]:

@@ -1,6 +1,7 @@
 """An evaluation from its settings to its report: the models, judges and text that go together."""
 
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ def evaluate(
       prepared: text of the models' tokenizer; None leaves out what needs it.
       directory: for the report and the finished points.
       make_plan: (settings, stage of each label, length) -> points, `points.plan` or a sweep.
-      header: JSON dict of facts for the report.
+      header: JSON dict of facts for the report, see `report.write.write`; the date is added.
       index, count: which of several machines this is; each computes its share of the points and
         reports all that are finished.
 
@@ -99,6 +100,7 @@ def evaluate(
         logging.warning("%d of %d points are finished by now.", len(rows), len(plan))
     labels = dict.fromkeys(point.source for point in plan if point.kind == "model")
     facts = {
+        "date": time.strftime("%Y-%m-%d"),
         "code_version": recipe.code_version(),
         "points": {"finished": len(rows), "planned": len(plan)},
         "parameters": {label: catalogue.num_params[label] for label in labels},

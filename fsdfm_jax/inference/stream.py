@@ -1,7 +1,7 @@
 """A block on its way from noise to text, cut into pieces that can be shown.
 
 A terminal (fsdfm_jax/generate.py), a log file (`text_lines`) and the evaluation's page
-(fsdfm_jax/evaluate/report/html.py) show the same pieces.
+(fsdfm_jax/evaluate/report/page.py) show the same pieces.
 """
 
 import itertools

@@ -1,306 +1,378 @@
-"""Look and action of the page of fsdfm_jax/evaluate/report/html.py: its styles and its script."""
+"""The report as one page: no other file, no network, readable without its script.
 
-STYLE = """
-:root {
-  --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5a6472; --line: #dde1e6;
-  --accent: #0068a8; --bad: #fbe3d8; --bad-ink: #9a3412; --new: #fff0a8; --new-ink: #1b1f24;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171b; --card: #1d2126; --ink: #e7eaee; --soft: #a0a9b5; --line: #343a42;
-    --accent: #6cb9ee; --bad: #4a2a1c; --bad-ink: #ffb596; --new: #5c4d00; --new-ink: #fff6c9;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
-  font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}
-header, nav, main { max-width: 1200px; margin: 0 auto; padding: 0 20px; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 2rem 0 1rem; }
-h2 { font-size: 1.35rem; line-height: 1.3; margin: 3rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
-p { margin: .4rem 0 .8rem; max-width: 75ch; }
-a { color: var(--accent); }
-small { font-size: .8em; color: var(--soft); }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-.facts {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 14px 28px;
-  margin: 0;
-}
-.facts div { min-width: 0; border-top: 1px solid var(--line); padding-top: 8px; }
-.facts dt { font-size: .8rem; color: var(--soft); }
-.facts dd { margin: 0; }
-nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 1.6rem; }
-nav a { text-decoration: none; padding: 4px 0; }
-nav a:hover { text-decoration: underline; }
-main { padding-bottom: 4rem; }
-section { scroll-margin-top: 1rem; }
-.card {
-  background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px
-  18px; min-width: 0;
-}
-figure.card {
-  background: #fff; margin: .8rem 0 0; max-width: 780px; padding: 14px; color-scheme: light;
-}
-.pair { display: flex; flex-direction: column-reverse; }
-.pair p { margin-bottom: .8rem; }
-@media (min-width: 1000px) {
-  .pair { display: grid; grid-template-columns: minmax(0, 780px) minmax(0, 1fr); gap: 28px; }
-  .pair p { margin-top: .8rem; }
-}
-figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
-figure svg { display: block; width: 100%; height: auto; }
-.cards {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px;
-  margin-bottom: 1rem;
-}
-.cards .card h3 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--soft); }
-.cards .card p { margin: 2px 0; font-size: .9rem; line-height: 1.4; }
-.cards .card.best { border-color: var(--accent); box-shadow: inset 0 3px 0 var(--accent); }
-.cards .big {
-  font-size: 1.9rem !important; line-height: 1.3 !important; font-variant-numeric: tabular-nums;
-}
-.big span { font-size: .85rem; color: var(--soft); }
-.name { font-weight: 600; }
-.flag {
-  display: inline-block; padding: 0 7px; border-radius: 9px; background: var(--bad); color:
-  var(--bad-ink); font-size: .8rem; font-weight: 600; white-space: nowrap;
-}
-.scroll {
-  overflow: auto; max-height: 80vh; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; overflow-wrap: normal;
-}
-table {
-  border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem;
-  font-variant-numeric: tabular-nums;
-}
-th, td {
-  padding: 6px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid
-  var(--line); line-height: 1.35;
-}
-tbody tr:last-child > * { border-bottom: 0; }
-.n { text-align: right; white-space: nowrap; }
-td small { display: block; font-size: .72rem; }
-thead th {
-  position: sticky; top: 0; z-index: 2; background: var(--card); vertical-align: bottom;
-  white-space: nowrap;
-}
-tbody th {
-  position: sticky; left: 0; z-index: 1; background: var(--card); font-weight: 500; min-width:
-  9.5rem; max-width: 16rem; overflow-wrap: break-word;
-}
-thead th:first-child { left: 0; z-index: 3; }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 3px solid var(--accent); }
-th button::after { content: " \\2195"; color: var(--soft); font: 400 .8em system-ui; opacity: .6; }
-th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
-th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
-tr.real > * { font-weight: 600; }
-tr.control th { font-style: italic; }
-tbody th .flag { margin: 1px 0; font-size: .72rem; font-style: normal; }
-details.more { border: 0; padding: 0; }
-td.bad { background: var(--bad); color: var(--bad-ink); }
-td.bad small { color: inherit; }
-.remarks { padding-left: 1.2rem; }
-.remarks li { margin: .3rem 0; max-width: 90ch; }
-.controls {
-  display: flex; flex-wrap: wrap; gap: 10px 14px; align-items: center; margin-bottom: 12px;
-}
-.controls:empty { display: none; }
-button.key, select {
-  font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; padding: 6px 12px; min-height: 40px; max-width: 100%;
-}
-button.key { cursor: pointer; }
-button.key:hover, select:hover { border-color: var(--accent); }
-button.main {
-  background: var(--accent); border-color: var(--accent); color: var(--page); min-width: 5.5rem;
-  font-weight: 600;
-}
-input[type=range] {
-  flex: 1 1 180px; min-width: 0; accent-color: var(--accent); height: 40px; margin: 0;
-}
-.panels {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 14px;
-  align-items: start;
-}
-.panel h3 { margin: 0 0 .5rem; }
-.panel select { width: 100%; margin-bottom: .6rem; font-weight: 600; }
-.sample {
-  white-space: pre-wrap; unicode-bidi: isolate; margin: 0; max-width: none; font-size: .95rem;
-}
-.caption {
-  font-variant-numeric: tabular-nums; color: var(--soft); margin: 0 0 .6rem; min-height: 1.6em;
-}
-.changed { background: var(--new); color: var(--new-ink); border-radius: 3px; }
-#player select { margin-bottom: .5rem; }
-.given { font-weight: 700; }
-.masked { opacity: .4; }
-p.key {
-  font-size: .85rem; margin: 1rem 0 0; border-top: 1px solid var(--line); padding-top: .6rem;
-  max-width: none;
-}
-p.key span { display: inline-block; margin-right: 1rem; padding: 1px 4px; }
-.stamps {
-  max-height: 34rem; overflow: auto; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px;
-}
-details { border-bottom: 1px solid var(--line); padding: 8px 16px; }
-details:last-child { border-bottom: 0; }
-summary { cursor: pointer; }
-pre { overflow: auto; font-size: .8rem; line-height: 1.4; overflow-wrap: normal; }
-.definitions {
-  display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: 8px 24px; margin: 0;
-}
-.definitions dt { font-weight: 600; }
-.definitions dd { margin: 0; max-width: 75ch; }
-@media (max-width: 560px) {
-  header, nav, main { padding: 0 14px; }
-  h2 { margin-top: 2.4rem; }
-  figure.card { padding: 6px; }
-  .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
-  .cards .card { padding: 12px; }
-  .cards .big { font-size: 1.5rem !important; }
-  th, td { padding: 6px 9px; }
-  table { font-size: .84rem; }
-  tbody th { min-width: 7.6rem; max-width: 8.6rem; }
-  .facts { grid-template-columns: 1fr 1fr; gap: 10px 16px; font-size: .9rem; }
-  .cards .card:last-child:nth-child(odd) { grid-column: 1 / -1; }
-  .caption { min-height: 3.2em; }
-  .definitions { grid-template-columns: 1fr; gap: 2px; }
-  .definitions dd { margin-bottom: 10px; }
-}
-@media print { .scroll, .stamps { max-height: none; } .controls { display: none; } }
+This module collects what the template report.html shows into plain dicts and lists. Everything that
+comes from a run (names, texts, numbers) is data, which the template escapes; control characters are
+made visible. The page forbids itself everything but its own styles and the one script with the
+right hash.
 """
 
-SCRIPT = """
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-function make(name, properties = {}, attributes = {}) {
-  const element = Object.assign(document.createElement(name), properties);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  return element;
+import jinja2
+import markupsafe
+
+from fsdfm_jax.evaluate.report import reading
+from fsdfm_jax.evaluate.report.reading import Finding, Row
+from fsdfm_jax.inference.stream import Piece, printable
+
+# Of the main table, between the model and its flags; the rest stands behind "all columns".
+COLUMNS = ("steps", "sampler", "perplexity", "entropy", "distinct-2", "ms/sample")
+_FIGURES = {
+    "entropy_nats": "entropy, nats",
+    "predictive_entropy_nats": "predictive entropy, nats",
+    "distinct_1": "distinct-1",
+    "distinct_3": "distinct-3",
+    "self_bleu": "self-BLEU",
+    "mauve": "MAUVE",
+    "bound_nats_per_token": "bound, nats/token",
 }
+_SCORES = dict(zip(reading.AGGREGATIONS, ("A", "B", "C", "nats/byte"), strict=True))
+_NAMED_ROWS = 4  # rows that a note lists by name
 
-function chooser(titles, chosen, label, onChoice) {
-  const select = make("select", {}, {"aria-label": label});
-  for (const [i, title] of titles.entries()) {
-    select.append(make("option", {textContent: title, value: String(i)}));
-  }
-  select.value = String(chosen);
-  select.addEventListener("change", () => onChoice(Number(select.value)));
-  return select;
-}
 
-function button(text, label, onClick) {
-  const element = make("button", {type: "button", textContent: text, className: "key"});
-  if (label) element.setAttribute("aria-label", label);
-  element.addEventListener("click", onClick);
-  return element;
-}
+def page(
+    rows: Sequence[Row],
+    findings: Mapping[str, list[Finding]],
+    *,
+    texts: Mapping[str, list[list[Piece]]],
+    paths: Sequence[dict[str, Any]],
+    pictures: Mapping[str, str],
+    header: Mapping[str, Any],
+) -> str:
+    """The whole page; equal arguments give equal text.
 
-function fill(element, pieces) {
-  element.replaceChildren(...pieces.map(([content, kind]) =>
-    make("span", {textContent: content, className: data.kinds[kind]})));
-}
+    Args:
+      rows: each setting once.
+      findings: row's slug -> what speaks against it.
+      texts: row's slug -> its first samples, cut where given stretches begin and end.
+      paths: trajectories, the one shown first at first: "title" and "frames" of a "caption" and
+        "pieces" each.
+      pictures: name in `pictures.PICTURES` -> <svg> element.
+      header: facts about the run, see `write.write`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fsdfm_jax.evaluate", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda shown: printable(shown) if type(shown) is str else shown,
+    )
+    style, script = (_source(environment, name) for name in ("report.css", "report.js"))
+    digest = hashlib.sha256(script.encode()).digest()
+    return environment.get_template("report.html").render(
+        collect(rows, findings, texts, header),
+        paths=paths,
+        pictures={name: markupsafe.Markup(svg) for name, svg in pictures.items()},
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(digest).decode(),
+    )
 
-// Tables: a click on a head sorts; what has no number stays at the end.
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => {
-    const sorter = make("button", {type: "button", textContent: head.textContent});
-    const numeric = head.classList.contains("n");
-    head.replaceChildren(sorter);
-    sorter.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") === "ascending";
-      for (const other of heads) other.removeAttribute("aria-sort");
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const body = table.tBodies[0];
-      const rows = [...body.rows].map((row) => [row.cells[column].dataset.v, row]);
-      const sign = down ? -1 : 1;
-      rows.sort(([a], [b]) => {
-        if (a === "" || b === "") return (a === "") - (b === "");
-        return sign * (numeric ? Number(a) - Number(b) : a.localeCompare(b));
-      });
-      body.append(...rows.map(([, row]) => row));
-    });
-  });
-}
 
-// Samples side by side: all panels show the sample of the same number.
-const samples = document.getElementById("compare");
-if (samples) {
-  let number = 0;
-  const most = Math.max(...data.rows.map((row) => row.texts.length));
-  const count = make("span", {}, {role: "status"});
-  const panels = [...samples.querySelectorAll(".panel")].map((panel, i) => {
-    const state = {row: Number(panel.dataset.row), text: panel.querySelector(".sample")};
-    const titles = data.rows.map((row) => row.title);
-    const choice = (row) => { state.row = row; show(); };
-    const select = chooser(titles, state.row, `Row of panel ${i + 1}`, choice);
-    panel.querySelector("h3").replaceWith(select);
-    return state;
-  });
-  function show() {
-    count.textContent = `sample ${number + 1} of ${most}`;
-    for (const {row, text} of panels) {
-      fill(text, data.rows[row].texts[number] ?? [["(no such sample)", 0]]);
+def _source(environment: jinja2.Environment, name: str) -> markupsafe.Markup:
+    return markupsafe.Markup(environment.loader.get_source(environment, name)[0])
+
+
+def collect(
+    rows: Sequence[Row],
+    findings: Mapping[str, list[Finding]],
+    texts: Mapping[str, list[list[Piece]]],
+    header: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the template shows but for pictures and trajectories; `page` has the arguments."""
+    judges, best = reading.judges(rows), reading.best_few_step(rows, findings)
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.get("notes") or ():
+            notes.setdefault(note, []).append(reading.title(row))
+    rest = {key: value for key, value in header.items() if key not in _FACTS}
+    model = next((row for row in rows if row["kind"] == "model"), None)
+    stamps = {"The run": rest, "The first row of a model": model and model.get("protocol")}
+    return {
+        "names": headings(header),
+        "facts": _facts(rows, header),
+        "judges": [_judge(rows, name) for name in judges],
+        "cards": _cards(rows, findings, best),
+        "claims": _claims(rows, best),
+        "flagged": sum(map(bool, findings.values())),
+        "total": len(rows),
+        "few_steps": reading.FEW_STEPS,
+        "common": reading.common_line(rows),
+        "table": _table(rows, findings),
+        "remarks": [
+            (reading.title(row), "; ".join(one.sentence for one in findings[row["slug"]]))
+            for row in rows
+            if findings[row["slug"]]
+        ],
+        "notes": [(note, _some(titles)) for note, titles in notes.items()],
+        "devices": _devices(rows),
+        "samples": _samples(rows, findings, texts, best),
+        "protocols": {name: _json(stamp) for name, stamp in stamps.items() if stamp},
     }
-  }
-  const move = (by) => { number = (number + by + most) % most; show(); };
-  if (most > 1) {
-    samples.querySelector(".controls").append(
-      button("\\u2190", "Previous sample", () => move(-1)), count,
-      button("\\u2192", "Next sample", () => move(1)));
-  }
-  show();
-}
 
-// A sample on its way: a slider over its frames.
-const player = document.getElementById("player");
-if (player) {
-  const first = Number(player.dataset.path);
-  let path = data.paths[first];
-  let timer = null;
-  const slider = make("input", {type: "range", min: 0}, {"aria-label": "Step"});
-  const text = player.querySelector(".sample");
-  const caption = player.querySelector(".caption");
-  function show() {
-    const frame = path.frames[Number(slider.value)];
-    caption.textContent = frame.caption;
-    slider.setAttribute("aria-valuetext", frame.caption);
-    fill(text, frame.pieces);
-  }
-  function stop() {
-    clearInterval(timer);
-    timer = null;
-    play.textContent = "Play";
-  }
-  function advance() {
-    slider.value = Number(slider.value) + 1;
-    show();
-    if (slider.value === slider.max) stop();
-  }
-  function choose(index) {
-    stop();
-    path = data.paths[index];
-    slider.max = path.frames.length - 1;
-    slider.value = slider.max;
-    show();
-  }
-  const play = button("Play", "", () => {
-    if (timer !== null) { stop(); return; }
-    if (slider.value === slider.max) { slider.value = 0; show(); }
-    play.textContent = "Pause";
-    timer = setInterval(advance, Math.max(150, Math.min(900, 9000 / path.frames.length)));
-  });
-  play.classList.add("main");
-  slider.addEventListener("input", () => { stop(); show(); });
-  player.querySelector(".name").replaceWith(
-    chooser(data.paths.map((one) => one.title), first, "Sample to watch", choose));
-  player.querySelector(".controls").append(play, slider);
-  choose(first);
-}
-"""
+
+# -------------------------------------------------------------------------------------------- tops
+_FACTS = ("device", "code_version", "parameters", "run", "date")  # at the top of the page
+
+
+def headings(header: Mapping[str, Any]) -> list[str]:
+    """Name of the run, its corpus and the date, as far as a header has them."""
+    spec = (header.get("data") or {}).get("spec") or {}
+    names = (header.get("run"), spec.get("mixture") or spec.get("corpus"), header.get("date"))
+    return [str(name) for name in names if name]
+
+
+def _facts(rows: Sequence[Row], header: Mapping[str, Any]) -> dict[str, str]:
+    models = [row for row in rows if row["kind"] == "model"]
+    runs = dict.fromkeys(str(row.get("run") or row["group"]) for row in models)
+    counts = sorted({row["num_samples"] for row in models or rows})
+    seeds = max((row.get("num_seeds", 1) for row in rows), default=1)
+    facts = {
+        "rows": f"{len(models)} of {', '.join(runs) or 'no model'}",
+        "samples a row": " or ".join(map(str, counts)) + (f", {seeds} seeds" if seeds > 1 else ""),
+        "task": ", ".join(dict.fromkeys(str(row.get("task")) for row in rows)),
+        "device": _devices(rows) or header.get("device"),
+        "code version": header.get("code_version"),
+        "parameters": _parameters(header.get("parameters")),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _parameters(counts: Any) -> str:
+    """Counts of parameters, those of equal models together: "1.32 M (distill, refine)"."""
+    models: dict[str, list[str]] = {}
+    for run, count in (counts or {}).items():
+        models.setdefault(f"{count / 1e6:.3g} M", []).append(str(run))
+    return ", ".join(f"{count} ({', '.join(runs)})" for count, runs in models.items())
+
+
+def _devices(rows: Sequence[Row]) -> str:
+    """Whose times are shown."""
+    common, varied = reading.settings(rows)
+    return "several: compare times of one only" if "device" in varied else common.get("device", "")
+
+
+def _judge(rows: Sequence[Row], name: str) -> dict[str, Any]:
+    """A judge's check, and whether it fails it."""
+    blind = reading.tells_text(rows, name) is False
+    return {"name": name, "check": reading.judge_check(rows, name), "blind": blind}
+
+
+def _cards(
+    rows: Sequence[Row], findings: Mapping[str, list[Finding]], best: Row | None
+) -> list[dict[str, Any]]:
+    """The rows to look at first, as far as a judge can say something of them."""
+    many = reading.many_steps(rows)
+    heads = {
+        "Real text": reading.real_row(rows, reading.main_task(rows)),
+        "Best of few steps": best,
+        "Most steps": None if many is best else many,
+        "Left to right": _left_to_right(rows),
+    }
+    cards, main = [], reading.judges(rows)[:1]
+    for head, row in heads.items():
+        judge = row and reading.fair_judge(row, _sighted(rows))
+        if not judge:
+            continue
+        real = reading.perplexity(heads["Real text"] or {}, judge)
+        judged = reading.perplexity(row, judge)
+        ratio = reading.value(judged) / reading.value(real) if real else math.nan
+        # By another judge, what is said of the main judge's perplexity isn't said of this one.
+        found = [f for f in findings[row["slug"]] if judge in main or f.word != "own judge"]
+        cards.append(
+            {
+                "head": head,
+                "best": row is best,
+                "title": reading.title(row),
+                "flags": [one.word for one in found],
+                "perplexity": _cell(judged, row),
+                "beside": f"{_times(ratio)} real text" if head != "Real text" else "",
+                "judge": "" if judge in main else judge,
+                "entropy": _cell(reading.figure(row, "entropy_bits"), row),
+                "milliseconds": row.get("milliseconds_per_sample"),
+            }
+        )
+        if not math.isfinite(ratio):
+            cards[-1]["beside"] = ""
+    return cards
+
+
+def _left_to_right(rows: Sequence[Row]) -> Row | None:
+    task = reading.main_task(rows)
+    causal = [row for row in rows if row.get("stage") == "autoregressive"]
+    return next(iter(reading.at_usual_temperature(r for r in causal if r["task"] == task)), None)
+
+
+def _sighted(rows: Sequence[Row]) -> list[str]:
+    """The judges but for those that can't tell text from shuffled text."""
+    return [name for name in reading.judges(rows) if reading.tells_text(rows, name) is not False]
+
+
+def _claims(rows: Sequence[Row], best: Row | None) -> list[dict[str, str]]:
+    """What few steps save and cost against other rows, in words from their measured figures."""
+    if best is None:
+        return []
+    others = [row for row in (reading.many_steps(rows), _left_to_right(rows)) if row]
+    return [
+        {
+            "row": reading.title(best),
+            "other": reading.title(other),
+            "text": "; ".join(filter(None, (_price(best, other), _quality(rows, best, other)))),
+        }
+        for other in others
+        if other is not best
+    ]
+
+
+def _price(best: Row, other: Row) -> str:
+    calls = f"{best['steps']:,} network call{'' if best['steps'] == 1 else 's'}"
+    calls += f" instead of {other['steps']:,}" if other.get("steps") else ""
+    if best.get("device") != other.get("device"):
+        return f"{calls}, timed on different devices"
+    times = [row.get("milliseconds_per_sample") or math.nan for row in (best, other)]
+    ratio = times[1] / times[0]
+    if math.isnan(ratio):
+        return calls
+    if ratio >= 1.05:
+        return f"{calls}: {_times(ratio)} the speed"
+    return f"{calls}, but no faster: {times[0]:.3g} against {times[1]:.3g} ms a sample"
+
+
+def _quality(rows: Sequence[Row], best: Row, other: Row) -> str:
+    own, names = reading.own_judges(other), _sighted(rows)
+    finite = lambda row, name: math.isfinite(reading.value(reading.perplexity(row, name)))
+    fair = [n for n in names if n not in own and finite(best, n) and finite(other, n)]
+    if not fair:
+        because = "the latter's perplexity is not compared, because it is its own judge"
+        return because if own else ""
+    numbers = [reading.show(reading.value(reading.perplexity(r, fair[0]))) for r in (best, other)]
+    by = "" if fair[0] == reading.judges(rows)[0] else f" by {fair[0]}"
+    at = " at the same entropy"
+    if not reading.same_entropy(best, other):
+        bits = [reading.value(reading.figure(row, "entropy_bits")) for row in (best, other)]
+        at = f", entropy {bits[0]:.2f} against {bits[1]:.2f} bits"
+    return f"perplexity {numbers[0]} against {numbers[1]}{by}{at}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio >= 9.95 else f"{ratio:.2g} times"
+
+
+def _some(titles: Sequence[str]) -> str:
+    names = list(dict.fromkeys(titles))
+    more = len(names) - _NAMED_ROWS
+    return "; ".join(names[:_NAMED_ROWS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False, default=str)
+
+
+# ------------------------------------------------------------------------------------------- table
+def _table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> dict[str, Any]:
+    """Columns, each a head and whether it is one of many and of numbers, and rows of cells.
+
+    Columns in which no row has anything are left out.
+    """
+    samplers = reading.samplers(rows)
+    values = [_values(row, rows, findings[row["slug"]], samplers[row["slug"]]) for row in rows]
+    heads = values[0] if values else ()
+    used = [head for head in heads if any(line[head]["text"] for line in values)]
+    columns = [
+        {"head": head, "more": head not in COLUMNS, "numeric": head != "sampler"} for head in used
+    ]
+    lines = [
+        {
+            "kind": row["kind"],
+            "name": row["group"] if row["kind"] != "model" else row.get("run") or row["group"],
+            "flags": [finding.word for finding in findings[row["slug"]]],
+            "cells": [line[head] for head in used],
+        }
+        for row, line in zip(rows, values, strict=True)
+    ]
+    return {"columns": columns, "lines": lines}
+
+
+def _values(
+    row: Row, rows: Sequence[Row], found: Sequence[Finding], sampler: str
+) -> dict[str, dict[str, Any]]:
+    """Head of a column -> cell of a row."""
+    judges = reading.judges(rows)
+    main = judges[0] if judges else None
+    bad = {key for finding in found for key in finding.columns}
+    cells = {
+        "steps": _cell(row.get("steps"), row),
+        "sampler": _EMPTY | {"text": sampler, "sort": sampler},
+        "perplexity": _cell(reading.perplexity(row, main), row, "perplexity_a" in bad),
+        "entropy": _cell(reading.figure(row, "entropy_bits"), row, "entropy_bits" in bad),
+        "distinct-2": _cell(reading.figure(row, "distinct_2"), row, "distinct_2" in bad),
+        "ms/sample": _cell(row.get("milliseconds_per_sample"), row),
+    }
+    for key, head in _FIGURES.items():
+        cells[head] = _cell(reading.figure(row, key), row, key in bad)
+    for judge in judges:
+        for form in ("ids", "text"):
+            scores = ((row.get("judges") or {}).get(judge) or {}).get(form) or {}
+            for key, head in (_SCORES | {"tokens": "tokens", "skipped": "skipped"}).items():
+                cells[f"{judge}: {head}, {form}"] = _cell(scores.get(key), row)
+    return cells
+
+
+_EMPTY = {"text": "", "sort": "", "interval": "", "count": "", "bad": False}
+
+
+def _cell(shown: Any, row: Row, bad: bool = False) -> dict[str, Any]:
+    """A number or estimate as it is shown, with its interval and what it sorts by."""
+    if shown is None:
+        return _EMPTY
+    if not isinstance(shown, Mapping):
+        return _EMPTY | {"text": reading.show(shown), "sort": _sort_key(shown)}
+    number, total = reading.value(shown), reading.sample_count(row)
+    count = shown.get("count", total)
+    return {
+        "text": reading.show(number),
+        "sort": _sort_key(number),
+        "interval": reading.show_interval(shown),
+        "count": f"{count:.0f} of {total} samples" if count != total else "",
+        "bad": bad,
+    }
+
+
+def _sort_key(number: float) -> str:
+    """A number as JavaScript's Number reads it; "", which sorts last, for nan."""
+    if math.isnan(number):
+        return ""
+    return repr(float(number)).replace("inf", "Infinity")
+
+
+# ----------------------------------------------------------------------------------------- samples
+def _samples(
+    rows: Sequence[Row],
+    findings: Mapping[str, list[Finding]],
+    texts: Mapping[str, list[list[Piece]]],
+    best: Row | None,
+) -> list[dict[str, Any]]:
+    """Samples row by row; open are real text, the best of few steps and a control that repeats."""
+    known = [row for row in rows if texts.get(row["slug"])]
+    models = [row for row in known if row["kind"] == "model"]
+    controls = [row for row in known if row["kind"] == "control"]
+    repeats = lambda row: any(found.word == "repeats" for found in findings[row["slug"]])
+    chosen = [row for row in known if row["kind"] == "real"][:1]
+    chosen += [best] if best in known else models[:1]
+    chosen += [*filter(repeats, controls), *controls][:1]
+    first = [row["slug"] for row in chosen]
+    order = [*chosen, *(row for row in known if row["slug"] not in first)]
+    return [
+        {
+            "title": reading.title(row),
+            "open": row["slug"] in first,
+            "texts": texts[row["slug"]],
+        }
+        for row in order
+    ]

@@ -1,8 +1,9 @@
-"""The pictures of a report, each drawn once, for a PNG file and as SVG for the page.
+"""The three pictures of a report, each drawn once, for a PNG file and as SVG for the page.
 
 They show the rows of the report's main task, perplexity A of its main judge. A group has one colour
 in all of them; hollow crosses are rows that reading.py speaks against. Letters are large
-enough to be read when a picture is as wide as a phone. Equal rows give equal bytes.
+enough to be read when a picture is as wide as a phone. In the page the colours are variables of its
+style (report.css), light or dark as the reader has it. Equal rows give equal bytes.
 """
 
 import contextlib
@@ -28,10 +29,13 @@ _LABEL_WIDTH = 20  # letters of a name beside a point
 _TWO_COLUMNS = 25  # names up to so many letters share a line of the legend
 # Okabe and Ito's colours, told apart by colour-blind eyes; the pale yellow is left out.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_INK, _SOFT, _LINE_COLOR, _PAPER = "#1B1F24", "#6A7280", "#E4E4E4", "#FFFFFF"
+# What a colour is in the page.
+_VARIABLES = {_INK: "currentColor", _SOFT: "var(--soft)", _LINE_COLOR: "var(--line)"}
+_VARIABLES |= {_PAPER: "var(--card)"} | {c: f"var(--curve{i})" for i, c in enumerate(_PALETTE)}
 _FLAGGED = "flagged, see the table"
 _MARKERS, _LINES = "os^Dv", ("-", "--", ":", "-.")
-_AUTOREGRESSIVE, _REAL, _CONTROL = "#000000", "#444444", "#777777"
-_PER_STEP_SHOWN = 6  # curves of predictive entropy
+_AUTOREGRESSIVE, _REAL, _CONTROL = _INK, _INK, _SOFT
 _IN_SIGHT_BITS = 1.5  # rows with so much less entropy than real text are drawn at the edge
 _OUTSIDE_NAMED = 4  # of those, the lowest perplexities
 _STYLE = {
@@ -44,7 +48,9 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
+    "grid.color": _LINE_COLOR,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
     "legend.frameon": False,
     "legend.fontsize": _FONT,
     "svg.fonttype": "none",
@@ -77,7 +83,7 @@ def png(figure: Any) -> bytes:
 
 
 def svg(figure: Any, name: str) -> str:
-    """An <svg> element, to stand in a page.
+    """An <svg> element, to stand in a page that sets the variables `_VARIABLES`.
 
     Args:
       figure: of this module.
@@ -86,12 +92,14 @@ def svg(figure: Any, name: str) -> str:
     buffer = io.StringIO()
     with _style(name):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=metadata)
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     text = buffer.getvalue()
     for part in ("metadata", "style"):  # a style of all elements would be one of the whole page
         text = re.sub(rf"\s*<{part}\b.*?</{part}>", "", text, count=1, flags=re.DOTALL)
     # Nothing refers to the ids of groups, and several pictures would share them.
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
+    for color, variable in _VARIABLES.items():
+        text = text.replace(f": {color.lower()}", f": {variable}")
     start, mark, rest = text.partition(">")
     return re.sub(r' (width|height)="[^"]*"', "", start) + mark + rest  # the page sets the size
 
@@ -123,7 +131,7 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
         rows, outside = _in_sight(rows, x_of)
         for row in rows:
             if row["kind"] == "real":
-                axis.axvspan(*_bounds(row, "entropy_bits", 0.02), color="#dddddd", lw=0, zorder=0)
+                axis.axvspan(*_bounds(row, "entropy_bits", 0.02), color=_LINE_COLOR, lw=0, zorder=0)
             if row["kind"] != "model":
                 marker, color = ("*", _REAL) if row["kind"] == "real" else ("X", _CONTROL)
                 _points(axis, [x_of(row)], [y_of(row)], _Style(color, "", marker), hollow=False)
@@ -140,9 +148,8 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
             order = "temperature" if varied else "steps"
             members.sort(key=lambda row: row.get(order) or 0)
             style, calls = styles[group], sorted({g[1] or 0 for g in curves if g[0] == group})
-            shade = calls.index(steps or 0) / max(len(calls) - 1, 1) if varied else 1.0
-            color = _paler(style.color, 0.35 + 0.65 * shade if len(calls) > 1 else 1.0)
-            _curve(axis, members, x_of, y_of, style._replace(color=color), exposed)
+            shade = calls.index(steps or 0) / (len(calls) - 1) if len(calls) > 1 else 1.0
+            _curve(axis, members, x_of, y_of, style, exposed, 0.35 + 0.65 * shade)
             legend.setdefault(group, _handle(style))
             ends = members[-1:] if varied else members[:: max(len(members) - 1, 1)]
             labels += _row_labels(axis, ends, x_of, y_of, style.color)
@@ -162,21 +169,6 @@ def steps(rows: Sequence[Row], exposed: Collection[str]) -> Any:
         _against_steps(axis, rows, exposed, estimate, legend)
         axis.set_ylabel("perplexity (A)")
         _log_axis(axis, "y", [_value_of(estimate)(row) for row in rows])
-    return figure
-
-
-def results(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Perplexity and entropy against steps, side by side; `frontier` has the arguments."""
-    with _canvas(columns=2) as (figure, axes, legend, _):
-        estimate = _perplexity(rows)
-        usual = reading.at_usual_temperature(_main(rows))
-        judged = _finite(usual, _value_of(estimate))
-        counted = _finite(usual, _value_of(_entropy_bits))
-        _against_steps(axes[0], judged, exposed, estimate, legend)
-        _against_steps(axes[1], counted, exposed, _entropy_bits, legend)
-        axes[0].set_ylabel("perplexity (A)")
-        axes[1].set_ylabel("unigram entropy of a sample, bits")
-        _log_axis(axes[0], "y", [_value_of(estimate)(row) for row in judged])
     return figure
 
 
@@ -201,67 +193,35 @@ def time(rows: Sequence[Row], exposed: Collection[str]) -> Any:
     return figure
 
 
-def predictive(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """The model's own entropy at each step against t, for the longest row of each group."""
-    with _canvas() as (figure, axis, legend, _):
-        longest: dict[str, Row] = {}
-        for row in reading.at_usual_temperature(_main(rows)):
-            known = row.get("per_step") and row["kind"] == "model" and row["per_step"]["times"]
-            best = longest.get(row["group"], {"steps": 0})
-            if known and (row["steps"] or 0) > (best["steps"] or 0):
-                longest[row["group"]] = row
-        styles = _styles(_main(rows))
-        for row in list(longest.values())[:_PER_STEP_SHOWN]:
-            style = styles[row["group"]]
-            entropies = row["per_step"]["entropy_nats"]
-            dots = style.marker if len(entropies) <= 32 else ""
-            axis.plot(
-                row["per_step"]["times"],
-                entropies,
-                color=style.color,
-                linestyle=style.line,
-                marker=dots,
-            )
-            legend[reading.title(row)] = _handle(style._replace(marker=dots))
-        axis.set_xlabel("time t of the step (0 noise, 1 text)")
-        axis.set_ylabel("predictive entropy, nats a token")
-        axis.set_xlim(-0.02, 1.02)
-        axis.set_ylim(bottom=0)
-    return figure
-
-
 PICTURES: dict[str, Callable[[Sequence[Row], Collection[str]], Any]] = {
     "frontier": frontier,
     "steps": steps,
     "time": time,
-    "results": results,
-    "predictive": predictive,
 }
 
 
 # ------------------------------------------------------------------------------------------- parts
 @contextlib.contextmanager
-def _canvas(columns: int = 1) -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
-    """(figure, its axes, legend to fill, labels to fill); makes room for both at the end."""
+def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
+    """(figure, its axis, legend to fill, labels to fill); makes room for both at the end."""
     with _style():
         from matplotlib.figure import Figure  # without pyplot: no state, no window
 
-        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
-        axes = figure.subplots(1, columns)
+        axis = figure.subplots()
         legend: dict[str, Any] = {}
         labels: list[_Label] = []
-        yield figure, axes, legend, labels
-        if not any(axis.has_data() for axis in figure.axes):
-            for axis in figure.axes:
-                axis.set_axis_off()
-                axis.text(0.5, 0.5, "no figures to draw", ha="center", transform=axis.transAxes)
+        yield figure, axis, legend, labels
+        if not axis.has_data():
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, "no figures to draw", ha="center", transform=axis.transAxes)
             return
-        if any(line.get_gid() == _FLAGGED for axis in figure.axes for line in axis.lines):
-            legend[_FLAGGED] = _handle(_Style("#555555", "", "X"), hollow=True)
+        if any(line.get_gid() == _FLAGGED for line in axis.lines):
+            legend[_FLAGGED] = _handle(_Style(_SOFT, "", "X"), hollow=True)
         if legend:
             names = [_name(name) for name in legend]
-            per_line = columns * (2 if max(map(len, names)) <= _TWO_COLUMNS else 1)
+            per_line = 2 if max(map(len, names)) <= _TWO_COLUMNS else 1
             figure.legend(
                 list(legend.values()),
                 names,
@@ -325,12 +285,6 @@ def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
     return styles
 
 
-def _paler(color: str, strength: float) -> str:
-    """The colour mixed with white: strength 1 is itself."""
-    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(255 - (255 - part) * strength):02X}" for part in parts)
-
-
 def _name(text: str, width: int = _NAME_WIDTH) -> str:
     """A name from outside as a label: no formulas, no control characters, not hidden, not long."""
     text = printable(text, keep="")
@@ -348,7 +302,7 @@ def _handle(style: _Style, *, hollow: bool = False) -> Any:
         linestyle=style.line,
         marker=style.marker,
         markersize=7,
-        markerfacecolor="white" if hollow else style.color,
+        markerfacecolor=_PAPER if hollow else style.color,
     )
 
 
@@ -359,7 +313,7 @@ def _points(axis, xs, ys, style: _Style, *, hollow: bool, gid: str | None = None
         linestyle="",
         marker=style.marker,
         markersize={"*": 14, "X": 9, "P": 9}.get(style.marker, 5.5),
-        markerfacecolor="white" if hollow else style.color,
+        markerfacecolor=_PAPER if hollow else style.color,
         markeredgecolor=style.color,
         markeredgewidth=1.4 if hollow else 0.6,
         zorder=3,
@@ -367,10 +321,13 @@ def _points(axis, xs, ys, style: _Style, *, hollow: bool, gid: str | None = None
     )
 
 
-def _curve(axis, rows, x_of, y_of, style: _Style, exposed: Collection[str]) -> None:
+def _curve(
+    axis, rows, x_of, y_of, style: _Style, exposed: Collection[str], alpha: float = 1.0
+) -> None:
     """Rows joined in their order: full markers, and hollow crosses for those exposed."""
     xs, ys = [x_of(row) for row in rows], [y_of(row) for row in rows]
-    axis.plot(xs, ys, color=style.color, linestyle=style.line, linewidth=1.6, zorder=2)
+    line = {"color": style.color, "linestyle": style.line, "alpha": alpha}
+    axis.plot(xs, ys, linewidth=1.6, zorder=2, **line)
     flagged = np.array([row["slug"] in exposed for row in rows], bool)
     xs, ys = np.array(xs), np.array(ys)
     _points(axis, xs[~flagged], ys[~flagged], style, hollow=False)

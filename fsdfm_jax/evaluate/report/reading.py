@@ -1,7 +1,8 @@
 """How a row is read: its name, the figures that are shown of it, and what gives it away.
 
-A low perplexity alone proves nothing: text that repeats itself gets one for free. So each row is
-held against the row of real text, and what a reader must not take for quality is said in words.
+A low perplexity alone proves nothing: text that repeats itself gets one for free, and a judge that
+takes shuffled text for real text gives any. So the judge is checked first, then each row is held
+against the row of real text, and what a reader must not take for quality is said in words.
 """
 
 import math
@@ -114,14 +115,18 @@ def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
     return next((r for r in rows if r["kind"] == "real" and r.get("task") == task), None)
 
 
-def ngram_row(rows: Iterable[Row], task: str | None) -> Row | None:
-    """The n-gram control under a task, see `draw.control`."""
-    return next((r for r in rows if is_ngrams(r) and r.get("task") == task), None)
+def control_row(rows: Iterable[Row], name: str, task: str | None) -> Row | None:
+    """A control under a task, by its name in `eval.controls`; see `draw.control`."""
+    return next((r for r in rows if _is_control(r, name) and r.get("task") == task), None)
 
 
 def is_ngrams(row: Row) -> bool:
     """Whether a row is the n-gram control, of whatever task."""
-    return row["kind"] == "control" and row["setting"].startswith("control-ngram")
+    return _is_control(row, "ngram")
+
+
+def _is_control(row: Row, name: str) -> bool:
+    return row["kind"] == "control" and row["setting"].startswith(f"control-{name}")
 
 
 def title(row: Row) -> str:
@@ -160,17 +165,32 @@ def many_steps(rows: Sequence[Row]) -> Row | None:
 
 # What the rows of models may or may not have in common: what it is called, how to read and show it.
 _SETTINGS = {
+    "jump": ("jump", lambda row: row.get("jump")),
+    "grid": ("grid", lambda row: row.get("grid")),
     "temperature": ("temperature", lambda row: _plain(row.get("temperature"))),
     "top_p": ("top-p", lambda row: _plain(row.get("top_p"))),
     "cooling": ("cooling", lambda row: _plain(row.get("cooling"))),
     "look_ahead": ("look-ahead", lambda row: _plain(row.get("look_ahead"))),
-    "grid": ("grid", lambda row: row.get("grid")),
     "weights": ("weights", lambda row: row.get("weights")),
     "task": ("task", lambda row: row.get("task")),
     "num_samples": ("samples", lambda row: _plain(row.get("num_samples"))),
     "seeds": ("seeds", lambda row: _plain(row.get("num_seeds", 1))),
     "device": ("device", lambda row: row.get("device")),
 }
+
+
+# What a setting is in the published sampler; it isn't repeated in every row.
+_USUAL = {
+    "jump": "cumulative",
+    "grid": "uniform",
+    "temperature": "1",
+    "top_p": "1",
+    "cooling": "0",
+    "look_ahead": "0",
+    "weights": "ema",
+}
+_SHORT = {"temperature": "T={}", "top_p": "top-p {}", "cooling": "cooling {}"}
+_SHORT |= {"look_ahead": "look-ahead {}", "num_samples": "{} samples", "seeds": "{} seeds"}
 
 
 def _plain(number: float | None) -> str | None:
@@ -194,9 +214,33 @@ def settings(rows: Iterable[Row]) -> tuple[dict[str, str], dict[str, str]]:
     return common, varied
 
 
-def setting(row: Row, key: str) -> str | None:
-    """One of `settings` of a row, as it is shown."""
-    return _SETTINGS[key][1](row)
+def samplers(rows: Sequence[Row]) -> dict[str, str]:
+    """Slug -> what tells a row's sampler from those of other rows: "euler, T=0.8".
+
+    Of the settings that differ between rows a row's own are named, but for those of the published
+    sampler; "" for texts, and everywhere where there is nothing to tell apart.
+    """
+    varied = settings(rows)[1]
+    told = {row["slug"]: _sampler(row, varied) for row in rows}
+    models = {told[row["slug"]] for row in rows if row["kind"] == "model"}
+    return told if len(models) > 1 else dict.fromkeys(told, "")
+
+
+def _sampler(row: Row, varied: Iterable[str]) -> str:
+    if row["kind"] != "model":
+        return ""
+    own = {key: shown(row) for key, (_, shown) in _SETTINGS.items()}
+    own = {key: shown for key, shown in own.items() if shown is not None}
+    hidden = _USUAL | {"seeds": "1"}
+    named = [key for key in varied if key in own and own[key] != hidden.get(key)]
+    ways = [key for key in varied if key in _USUAL and key in own]
+    if "jump" in own and ways and not set(named) & set(_USUAL):
+        if all(own.get(key, usual) == usual for key, usual in _USUAL.items()):
+            named = ["published", *named]
+        else:  # the others differ, and all of them from the published one
+            named = [*ways, *named]
+    parts = [_SHORT.get(key, "{}").format(own.get(key, key)) for key in named]
+    return ", ".join(parts + ["no cache"] * (row.get("memory") == "none"))
 
 
 def common_line(rows: Iterable[Row]) -> str:
@@ -210,14 +254,17 @@ def common_line(rows: Iterable[Row]) -> str:
 def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
     """The lowest perplexity at few steps that nothing speaks against; None if there is none.
 
-    That n-grams do as well only says that it is weak. At the entropy of real text where a row has
-    it: a lower temperature would always win.
+    None as well where the judge can't tell text from shuffled text: it ranks nothing. That n-grams
+    do as well only says that a row is weak. At the entropy of real text where a row has it: a lower
+    temperature would always win.
 
     Args:
       rows: of one report.
       findings_of: row's slug -> `findings`.
     """
     task, names = main_task(rows), judges(rows)
+    if names and tells_text(rows, names[0]) is False:
+        return None
     candidates = [
         row
         for row in rows
@@ -266,7 +313,68 @@ def sample_count(row: Row) -> int:
     return row["num_samples"] * row.get("num_seeds", 1)
 
 
+# --------------------------------------------------------------------------------------- the judge
+def tells_text(rows: Sequence[Row], judge: str) -> bool | None:
+    """Whether a judge tells held-out text from the same tokens shuffled, intervals apart.
+
+    None where one of the two isn't there or has no perplexity.
+    """
+    real, shuffled = _checked(rows, judge)
+    if math.isnan(value(real)) or math.isnan(value(shuffled)):
+        return None
+    return _below(real, shuffled, 0.0)
+
+
+def judge_check(rows: Sequence[Row], judge: str) -> str:
+    """What `tells_text` found, in a sentence."""
+    told = tells_text(rows, judge)
+    if told is None:
+        return (
+            f"Whether {judge} can tell text from shuffled text was not checked: that takes "
+            "held-out text and the control 'shuffled'."
+        )
+    real, shuffled = (_with_interval(estimate) for estimate in _checked(rows, judge))
+    if told:
+        return f"{judge} tells held-out text ({real}) from shuffled text ({shuffled})."
+    return (
+        f"{judge} can't tell text from shuffled text: held-out text has perplexity {real}, "
+        f"shuffled text {shuffled}. Its perplexities mean nothing, and nothing is ranked or marked."
+    )
+
+
+def _checked(rows: Sequence[Row], judge: str) -> list[dict[str, float] | None]:
+    """The judge's perplexities of held-out and of shuffled text."""
+    task = main_task(rows)
+    found = (real_row(rows, task), control_row(rows, "shuffled", task))
+    return [None if row is None else perplexity(row, judge) for row in found]
+
+
+def _with_interval(estimate: dict[str, float] | None) -> str:
+    interval = show_interval(estimate)
+    return show(value(estimate)) + (f", interval {interval}" if interval else "")
+
+
+def same_entropy(row: Row, other: Row) -> bool:
+    """Whether two rows may be compared by their perplexity: entropies close, intervals overlap."""
+    one, two = (figure(each, "entropy_bits") for each in (row, other))
+    if not one or not two:
+        return False
+    (low, high), (lower, upper) = bounds(one), bounds(two)
+    overlap = low <= upper and lower <= high  # not where an interval is unknown
+    return overlap and abs(value(one) - value(two)) <= MATCHED_BITS
+
+
 # --------------------------------------------------------------------------------------- exposure
+def all_findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
+    """Slug -> `findings` of the rows of a report; none at all if the main judge can't judge."""
+    names = judges(rows)
+    if names and tells_text(rows, names[0]) is False:
+        return {row["slug"]: [] for row in rows}
+    tasks = {row.get("task") for row in rows}
+    beside = {task: (real_row(rows, task), control_row(rows, "ngram", task)) for task in tasks}
+    return {row["slug"]: findings(row, *beside[row.get("task")]) for row in rows}
+
+
 def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Finding]:
     """What must not be taken for quality in a row, against real text under the same task.
 
@@ -303,7 +411,8 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
             sentence = f"{how}, entropy {above:.1f} bits above it: closer to noise than to text"
             found.append(Finding("noise", sentence, ("perplexity_a", "entropy_bits")))
         else:
-            sentence = f"{how} at its entropy: like tokens of real text without their order"
+            at = " at its entropy" if same_entropy(row, real) else ""
+            sentence = f"{how}{at}: like tokens of real text without their order"
             found.append(Finding("unordered", sentence, ("perplexity_a",)))
     if own and reals and _below(own, reals, 0.0):
         sentence = (
@@ -328,7 +437,7 @@ def _no_better(row: Row, ngrams: Row) -> list[Finding]:
     """Whether counts of the training text alone, without a network, write as well."""
     judge = next((name for name in ngrams.get("judges") or {} if name in row["judges"]), None)
     own, alone = perplexity(row, judge), perplexity(ngrams, judge)
-    if not own or not alone or _below(own, alone, 0.0):
+    if not value(own) >= value(alone):  # better, if only by a little, or unknown
         return []
     sentence = (
         f"perplexity {show(value(own))}, {show(value(alone))} of n-grams alone: counts of the "

@@ -2,22 +2,27 @@
 
 Every point is written as it is; the tables, the pictures and the page show repeats over seeds as
 one row. What gives a row away (report/reading.py) stands beside its figures everywhere.
+
+results.csv has a line for each point and judge, and always the same columns; docs/evaluation.md
+describes them.
 """
 
 import csv
-import json
+import itertools
 import math
 import pathlib
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fsdfm_jax import io
 from fsdfm_jax.data.tokenizer import Tokenizer
-from fsdfm_jax.evaluate.report import html, pictures, reading
+from fsdfm_jax.evaluate.report import page, pictures, reading
 from fsdfm_jax.evaluate.report.reading import Finding, Row, flags
 from fsdfm_jax.inference import stream as trajectory_lib
 from fsdfm_jax.inference.stream import Piece, Trajectory
@@ -39,6 +44,7 @@ _IDENTITY = (
     "cooling",
     "look_ahead",
     "weights",
+    "memory",
     "seed",
     "task",
     "num_samples",
@@ -61,12 +67,11 @@ _ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count"}
 _SAMPLES_SHOWN = 3
 _FRAMES_SHOWN = 17  # of a trajectory
 _PATHS_SHOWN = 12  # trajectories in the page
-# Bytes of the page's JSON, so that a page of many long rows still opens on a phone.
+# Bytes of the page, so that one of many long rows still opens on a phone.
 _PATHS_ROOM = 1_200_000
 _TEXTS_ROOM = 600_000
 _GIVEN = ("[[", "]]")
-_LINE_WIDTH = 120  # of the text table; long names are cut to it
-_NAME_WIDTH = 16  # but not below this
+_LINE_WIDTH = 100  # letters of the text table
 
 
 # ------------------------------------------------------------------------------------ all the files
@@ -84,7 +89,7 @@ def write(
     """Writes all files of the report; equal arguments give equal bytes.
 
     results.json (header and rows), results.csv, samples.txt, trajectories.txt, the pictures
-    frontier.png, steps.png, time.png and results.png, and report.html, which needs no other file.
+    frontier.png, steps.png and time.png, and report.html, which needs no other file.
 
     Args:
       directory: made where needed.
@@ -99,11 +104,12 @@ def write(
         given none.
       trajectories: slug of a point -> some of its samples on their way; may lack points.
       tokenizer: to print them.
-      header: facts about the run as a whole (parameters, device, code version), for JSON.
+      header: JSON dict of facts about the run as a whole; the page shows "run" (its name), "data"
+        (the manifest of its text), "date", "device", "code_version" and "parameters" by model.
       mask_id: token that the tokenizer doesn't know, shown as a block.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    known = _findings(pooled)
+    known = reading.all_findings(pooled)
     texts = {
         row["slug"]: _texts(samples[row["slug"]], frozen.get(row["slug"]), mask_id, tokenizer)
         for row in rows
@@ -116,80 +122,65 @@ def write(
     io.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
     exposed = {slug for slug, found in known.items() if reading.misleading(found)}
     drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
-    for name in ("frontier", "steps", "time", "results"):
-        io.write_bytes(directory / f"{name}.png", pictures.png(drawn[name]))
+    for name, figure in drawn.items():
+        io.write_bytes(directory / f"{name}.png", pictures.png(figure))
     best = reading.best_few_step(pooled, known)
-    page = html.page(
+    html = page.page(
         pooled,
         known,
-        texts=_within(texts, pooled),
+        texts=_within(texts, pooled, best),
         paths=_paths(_watched(pooled, best, trajectories), tokenizer, mask_id),
-        pictures={name: pictures.svg(drawn[name], name) for name in html.PICTURES},
+        pictures={name: pictures.svg(figure, name) for name, figure in drawn.items()},
         header=header,
     )
-    io.write_text(directory / "report.html", page)
-
-
-def _findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
-    tasks = {row.get("task") for row in rows}
-    beside = {task: (reading.real_row(rows, task), reading.ngram_row(rows, task)) for task in tasks}
-    return {row["slug"]: reading.findings(row, *beside[row.get("task")]) for row in rows}
+    io.write_text(directory / "report.html", html)
 
 
 # ------------------------------------------------------------------------------------------ tables
 def table(rows: Sequence[Row]) -> str:
-    """A plain text table of rows, one a setting, below a line of what all models have in common.
+    """A plain text table of rows, one a setting, at most `_LINE_WIDTH` letters wide.
 
-    What gives a row away is marked "!" at its end. Of the settings only those that differ have a
-    column.
+    Above it stand what the check of the main judge found and what all models have in common. What
+    gives a row away is marked "!" at its end; long cells take several lines.
     """
-    names, known = reading.judges(rows), _findings(rows)
-    judge = names[0] if names else None
-    varied = reading.settings(rows)[1]
-    short = {"temperature": "T", "num_samples": "n"}
-    columns = {
-        "model": lambda row: trajectory_lib.printable(row["group"], keep=""),
-        "steps": lambda row: "-" if row.get("steps") is None else str(row["steps"]),
-        **{short.get(key, name): _setting(key) for key, name in varied.items()},
-        "ppl A": lambda row: _cell(reading.perplexity(row, judge)),
-        "ppl B": lambda row: _cell(reading.perplexity(row, judge, "perplexity_b")),
-        "H bits": lambda row: _cell(reading.figure(row, "entropy_bits")),
-        "H nats": lambda row: _cell(reading.figure(row, "entropy_nats")),
-        "dist-2": lambda row: _cell(reading.figure(row, "distinct_2")),
-        "s-BLEU": lambda row: _cell(reading.figure(row, "self_bleu")),
-        "ms/sample": lambda row: reading.show(row["milliseconds_per_sample"]),
-        "flag": lambda row: _flag(known[row["slug"]]),
+    names, known = reading.judges(rows), reading.all_findings(rows)
+    judge, samplers = names[0] if names else None, reading.samplers(rows)
+    found = {
+        "model": [row["group"] if row["kind"] != "model" else row["run"] for row in rows],
+        "steps": ["" if row.get("steps") is None else str(row["steps"]) for row in rows],
+        "sampler": [samplers[row["slug"]] for row in rows],
+        "perplexity": [_cell(reading.perplexity(row, judge)) for row in rows],
+        "entropy": [_cell(reading.figure(row, "entropy_bits")) for row in rows],
+        "distinct-2": [_cell(reading.figure(row, "distinct_2")) for row in rows],
+        "ms/sample": [reading.show(row["milliseconds_per_sample"]) for row in rows],
+        "flags": [_flag(known[row["slug"]]) for row in rows],
     }
-    if varied:  # lines stay short enough for a terminal
-        del columns["H nats"]
-    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    room = _LINE_WIDTH - sum(widths[1:]) - 2 * len(widths[1:])
-    widths[0] = min(widths[0], max(room, _NAME_WIDTH))
-    for line in lines:
-        line[0] = line[0] if len(line[0]) <= widths[0] else line[0][: widths[0] - 1] + "…"
-    left = (0, len(columns) - 1)
-    aligned = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    common = trajectory_lib.printable(reading.common_line(rows), keep="")
-    whole = ", ".join(item.replace(" ", "\xa0") for item in common.split(", "))  # not cut within
-    above = [line.replace("\xa0", " ") for line in textwrap.wrap(whole, _LINE_WIDTH)]
-    above += [""] if above else []
-    return "\n".join([*above, aligned[0], "-" * len(aligned[0]), *aligned[1:]])
-
-
-def _setting(key: str) -> Callable[[Row], str]:
-    # Real text and controls have seeds and samples, but no settings that they share with models.
-    return lambda row: trajectory_lib.printable(reading.setting(row, key) or "-", keep="")
+    if not any(found["sampler"]):  # nothing to tell apart
+        del found["sampler"]
+    long = ("model", "sampler", "flags")
+    columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for name in found:
+        justify = "left" if name in long else "right"
+        columns.add_column(name, justify=justify, no_wrap=name not in long, overflow="fold")
+    for cells in zip(*found.values(), strict=True):
+        columns.add_row(*(Text(trajectory_lib.printable(cell, keep="")) for cell in cells))
+    console = Console(
+        file=StringIO(),
+        width=_LINE_WIDTH,
+        color_system=None,
+        legacy_windows=False,
+        force_jupyter=False,
+    )
+    above = [reading.judge_check(rows, judge)] if judge else ["There was no judge: no perplexity."]
+    for line in (*above, reading.common_line(rows)):
+        if line:
+            console.print(Text(trajectory_lib.printable(line, keep="")), end="\n\n")
+    console.print(columns)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _flag(found: Sequence[Finding]) -> str:
-    return "! " + ", ".join(finding.word for finding in found) if found else "-"
+    return "! " + ", ".join(finding.word for finding in found) if found else ""
 
 
 def _cell(estimate: dict[str, float] | None) -> str:
@@ -197,20 +188,20 @@ def _cell(estimate: dict[str, float] | None) -> str:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """One line a row: who it is, its figures, each judge's, its notes and what gives it away."""
-    known, names = _findings(rows), reading.judges(rows)
+    """A line for each row and judge: who it is, its figures, its scores, what gives it away."""
+    known, names = reading.all_findings(rows), reading.judges(rows)
+    tells = {name: reading.tells_text(rows, name) for name in names}
     lines = []
-    for row in rows:
+    for row, judge in itertools.product(rows, names or [None]):
         line = {key: row.get(key) for key in _IDENTITY}
         for key in _FIGURES:
             line |= _flat(key, reading.figure(row, key))
-        for name in names:
-            for way in ("ids", "text"):
-                scores = (row["judges"].get(name) or {}).get(way) or {}
-                for key in reading.AGGREGATIONS:
-                    line |= _flat(f"{name}/{way}/{key}", scores.get(key))
-                for key in ("tokens", "skipped"):
-                    line[f"{name}/{way}/{key}"] = scores.get(key)
+        line |= {"judge": judge, "judge_tells_text": tells.get(judge)}
+        for form in ("ids", "text"):
+            scores = (row["judges"].get(judge) or {}).get(form) or {}
+            for key in reading.AGGREGATIONS:
+                line |= _flat(f"{form}_{key}", scores.get(key))
+            line |= {f"{form}_{key}": scores.get(key) for key in ("tokens", "skipped")}
         line["notes"] = " ".join(row.get("notes") or ())
         line["flags"] = "; ".join(finding.sentence for finding in known[row["slug"]])
         lines.append(line)
@@ -243,35 +234,26 @@ def _texts(
 
 
 def _within(
-    texts: Mapping[str, list[list[Piece]]], rows: Sequence[Row]
+    texts: Mapping[str, list[list[Piece]]], rows: Sequence[Row], best: Row | None
 ) -> dict[str, list[list[Piece]]]:
-    """The texts of the rows as the page has room for: fewer of each, at last shortened ones."""
-    texts = {row["slug"]: texts[row["slug"]] for row in rows if texts.get(row["slug"])}
+    """The texts of as many rows as the page has room for; one of each where there are many."""
+    order = sorted(rows, key=lambda row: row is not best and row["kind"] == "model")
+    shown: dict[str, list[list[Piece]]] = {}
     for count in range(_SAMPLES_SHOWN, 0, -1):
-        texts = {slug: some[:count] for slug, some in texts.items()}
-        size = sum(_bytes(text) for some in texts.values() for text in some)
-        if size <= _TEXTS_ROOM:
-            return texts
-    share = _TEXTS_ROOM / size
-    return {slug: [_shortened(text, share) for text in some] for slug, some in texts.items()}
-
-
-def _shortened(text: list[Piece], share: float) -> list[Piece]:
-    """The beginning of a text, with "…" at its end; at most `share` of its bytes."""
-    room = _bytes(text) * share - _bytes([Piece("…", "kept")])
-    result = []
-    for piece in text:
-        fits = int(np.searchsorted(np.cumsum([len(json.dumps(c)) - 2 for c in piece.text]), room))
-        result.append(piece._replace(text=piece.text[:fits]))
-        room -= _bytes([piece])
-        if room <= 0:
+        shown, used = {}, 0
+        for row in order:
+            some = texts.get(row["slug"], [])[:count]
+            used += sum(map(_bytes, some))
+            if some and used <= _TEXTS_ROOM:
+                shown[row["slug"]] = some
+        if used <= _TEXTS_ROOM:
             break
-    return [*result, Piece("…", "kept")]
+    return shown
 
 
 def _bytes(text: Sequence[Piece]) -> int:
-    """About what a text takes in the page's JSON."""
-    return sum(len(json.dumps(piece.text)) + 5 for piece in text)
+    """About what a text takes in the page."""
+    return sum(len(piece.text.encode(errors="replace")) + 13 for piece in text)
 
 
 def _samples_text(rows: Sequence[Row], texts: Mapping[str, list[list[Piece]]]) -> str:
@@ -357,5 +339,5 @@ def _paths(
                 caption += f", predictive entropy {entropies[step - 1]:.2f} nats"
             shown.append({"caption": caption, "pieces": cut})
         title = f"{reading.title(row)}: sample {i + 1}"
-        paths.append({"slug": row["slug"], "title": title, "frames": shown})
+        paths.append({"title": title, "frames": shown})
     return paths
