@@ -4,8 +4,8 @@ python -m fsdfm_jax.exact --task=sudoku:6x6
 python -m fsdfm_jax.main --config=configs/sudoku.py --workdir=runs/sudoku_6x6
 
 The first command writes grids and puzzles to runs/data/sudoku_6x6. A grid with the end of the text
-fills a block, and the vocabulary is the digits and that token. With :SIZE,paper the published recipe
-is trained in place of ours.
+fills a block, and the vocabulary is the digits and that token. With :SIZE,paper the published
+recipe is trained in place of ours.
 """
 
 from configs import base

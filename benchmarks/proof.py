@@ -1,0 +1,240 @@
+"""Few steps against many on data with an exact judge: trains, samples, judges, draws the picture.
+
+    python -m benchmarks.proof --task=sudoku:4x4 --workdir=runs/proof_4x4
+    python -m benchmarks.proof --task=sudoku:6x6 --workdir=runs/proof_6x6 --seeds=0,1,2
+
+One base model, and from it a few-step model for each recipe and seed, at equal numbers of network
+evaluations, the auxiliary network's included:
+
+    ours    `refine` of configs/sudoku.py
+    heun    `distill` with our defaults
+    paper   `distill` as published: RK-4, cumulative jumps, the literal end of the path
+
+Each is sampled at several numbers of steps and temperatures. The best temperature of a row is the
+one with most valid grids among those whose valid grids look uniform, so that neither sharpening nor
+a handful of grids can win. A killed run resumes by the same command. WORKDIR gets results.csv
+(every point), summary.json (a row for each recipe and number of steps) and proof.png.
+"""
+
+import csv
+import json
+import pathlib
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import measure
+from configs import sudoku as sudoku_config
+from fsdfm_jax import io
+from fsdfm_jax.exact import sudoku, sudoku_judge
+from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow.sampling import Sampling
+from fsdfm_jax.inference import generate
+from fsdfm_jax.training import workdir as workdir_lib
+
+_TASK = flags.DEFINE_enum("task", "sudoku:4x4", ("sudoku:4x4", "sudoku:6x6", "sudoku:9x9"), "Data.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of models and results.", required=True)
+_RECIPES = flags.DEFINE_list("recipes", ["ours", "heun", "paper"], "Few-step models.")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the few-step trainings.")
+_STEPS = flags.DEFINE_list("few", ["1", "2", "4", "8", "16", "64"], "Steps of the models.")
+_MANY = flags.DEFINE_list("many", ["256", "1024"], "Further numbers of steps of the base model.")
+_TEMPERATURES = flags.DEFINE_list("temperatures", ["1", "0.8", "0.6", "0.4"], "Temperatures.")
+_SAMPLES = flags.DEFINE_integer("samples", 1_000, "Samples of a point.", lower_bound=100)
+_MANY_SAMPLES = flags.DEFINE_integer("many_samples", 250, "The same above 64 steps.")
+
+_BATCH = 250  # samples drawn at once
+# Network evaluations of a row in a training step, a gradient counted as three: `distill` has the
+# student and two or four calls of the teacher; `refine` has, in each of its three updates, the
+# walk, the answers and the auxiliary network, and once the base model.
+_COSTS = {"ours": 2 * (1 + 1 + 3) + (1 + 3 + 1 + 1), "heun": 3 + 2, "paper": 3 + 4}
+
+
+class Trained(NamedTuple):
+    """A model to be sampled: its recipe, seed and folder."""
+
+    recipe: str
+    seed: int
+    folder: pathlib.Path
+
+
+def train(size: str, workdir: pathlib.Path, recipes: list[str], seeds: list[int]) -> list[Trained]:
+    """Trains what isn't trained yet; every run resumes where it was killed."""
+    _run("fsdfm_jax.exact", f"--task=sudoku:{size}")
+    base = workdir / "base"
+    _run_main(f"configs/sudoku.py:{size}", base, "pretrain")
+    start = base / "stages" / "pretrain"
+    models = [Trained("base", 0, start)]
+    for recipe in recipes:
+        for seed in seeds:
+            folder = workdir / f"{recipe}_{seed}"
+            stage = "refine" if recipe == "ours" else "distill"
+            options = [f"--config.{stage}.init_from={start.resolve()}", f"--config.seed={seed}"]
+            if recipe == "ours":
+                options.append(f"--config.refine.teacher={start.resolve()}")
+            else:
+                options.append(f"--config.distill.num_steps={_equal_steps(size, recipe)}")
+            config = f"configs/sudoku.py:{size}" + (",paper" if recipe == "paper" else "")
+            _run_main(config, folder, stage, *options)
+            models.append(Trained(recipe, seed, folder / "stages" / stage))
+    return models
+
+
+def _equal_steps(size: str, recipe: str) -> int:
+    """Training steps that take as many network evaluations as ours."""
+    steps = sudoku_config.get_config(size).refine.num_steps
+    return round(steps * _COSTS["ours"] / _COSTS[recipe])
+
+
+def _run_main(config: str, workdir: pathlib.Path, pipeline: str, *options: str) -> None:
+    arguments = [f"--config={config}", f"--workdir={workdir}", f"--config.pipeline={pipeline}"]
+    _run("fsdfm_jax.main", *arguments, "--noevaluate", *options)
+
+
+def _run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+def points(model: Trained, size: sudoku.Sudoku, done: dict[str, dict]) -> Iterator[dict[str, Any]]:
+    """A row for each number of steps and temperature; those that are `done` are not drawn again."""
+    weights = workdir_lib.load_weights(model.folder)
+    process = process_lib.make_process(
+        **weights.metadata["recipe"]["path"], num_tokens=weights.model.vocab_size, eos_id=size.n
+    )
+    run = jax.jit(generate.make_generator(weights.model, process))
+    few, many = measure.numbers(_STEPS, least=1), measure.numbers(_MANY, least=1)
+    for steps in few + (many if model.recipe == "base" else []):
+        count = _SAMPLES.value if steps <= 64 else _MANY_SAMPLES.value
+        for temperature in map(float, _TEMPERATURES.value):
+            row = {"recipe": model.recipe, "seed": model.seed, "steps": steps}
+            row |= {"temperature": temperature, "samples": count, "trained": weights.step}
+            key = json.dumps(row)
+            if key in done:
+                yield done[key]
+                continue
+            sampling = Sampling(steps, "mixture", temperature=temperature)
+            tokens_NL = _draw(run, weights.params, size, sampling, count, zlib.crc32(key.encode()))
+            yield row | _verdict(size, tokens_NL) | {"key": key}
+
+
+def _draw(run, params, size: sudoku.Sudoku, sampling: Sampling, count: int, seed: int):
+    """int [count, L]."""
+    rows = min(_BATCH, count)
+    free_BL = jnp.zeros((rows, size.num_cells + 1), jnp.int32)
+    frozen_BL = jnp.zeros(free_BL.shape, bool)
+    parts = []
+    for index in range(-(-count // rows)):
+        own = generate.batch_seed(seed, index)
+        parts.append(np.asarray(run(params, own, free_BL, frozen_BL, sampling)))
+    return np.concatenate(parts)[:count]
+
+
+def _verdict(size: sudoku.Sudoku, tokens_NL: np.ndarray) -> dict[str, Any]:
+    report = sudoku_judge.judge(size, tokens_NL)
+    figures = report.figures
+    valid = figures["valid"]
+    row = {"valid": valid.value, "valid_low": valid.low, "valid_high": valid.high}
+    row |= {"groups": figures["groups"].value, "distinct": figures["distinct"].value}
+    row |= {f"{name}_z": test.z for name, test in report.uniformity.items()}
+    if "total_variation" in figures:
+        row["total_variation"] = figures["total_variation"].value
+        row["expected_total_variation"] = report.expected["total_variation"]
+    return row | {"flags": "; ".join(report.flags)}
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each recipe and number of steps the valid share at temperature 1 and at the best one.
+
+    Means over seeds, each at its own best temperature, with the least and the most.
+    """
+    result = []
+    for recipe, steps in dict.fromkeys((row["recipe"], row["steps"]) for row in rows):
+        chosen = [row for row in rows if (row["recipe"], row["steps"]) == (recipe, steps)]
+        seeds = sorted({row["seed"] for row in chosen})
+        plain = [r["valid"] for r in chosen if r["temperature"] == 1]
+        best = [_best([row for row in chosen if row["seed"] == seed]) for seed in seeds]
+        shares = [row["valid"] for row in best]
+        entry = {"recipe": recipe, "steps": steps, "seeds": len(seeds)}
+        entry |= {"plain": float(np.mean(plain)) if plain else None}
+        entry |= {"best": float(np.mean(shares)), "least": min(shares), "most": max(shares)}
+        entry |= {"temperatures": [row["temperature"] for row in best]}
+        entry |= {"distinct": min(row["distinct"] for row in best)}
+        result.append(entry | {"flagged": sum(bool(row["flags"]) for row in best)})
+    return result
+
+
+def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: (not row["flags"], row["valid"]))
+
+
+def draw(summary: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """The picture: valid share against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    names = {"base": "base model", "ours": "ours (refine)", "heun": "Heun teacher"}
+    names["paper"] = "published recipe"
+    for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in summary)):
+        rows = sorted((r for r in summary if r["recipe"] == recipe), key=lambda row: row["steps"])
+        steps, color = [row["steps"] for row in rows], f"C{number}"
+        label = names.get(recipe, recipe)
+        axes.plot(steps, [r["best"] for r in rows], "o-", color=color, label=f"{label}, best T")
+        axes.fill_between(
+            steps, [r["least"] for r in rows], [r["most"] for r in rows], color=color, alpha=0.2
+        )
+        if recipe in ("base", "ours"):
+            plain = [row["plain"] for row in rows]
+            axes.plot(steps, plain, "--", color=color, label=f"{label}, T = 1", linewidth=1)
+    ticks = sorted({row["steps"] for row in summary})
+    axes.set(xscale="log", xlabel="steps", ylabel="valid grids", ylim=(0, 1), title=title)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    if unknown := set(_RECIPES.value) - set(_COSTS):
+        raise app.UsageError(f"--recipes has unknown {sorted(unknown)}; expected {list(_COSTS)}.")
+    name = _TASK.value.partition(":")[2]
+    workdir, size = pathlib.Path(_WORKDIR.value), sudoku.get_size(name)
+    models = train(name, workdir, _RECIPES.value, measure.numbers(_SEEDS, least=0))
+    store, rows = workdir / "points.json", []
+    done = {row["key"]: row for row in io.read_json(store)} if store.is_file() else {}
+    for model in models:
+        for row in points(model, size, done):
+            if row["key"] not in done:
+                shown = {k: v for k, v in row.items() if k in ("valid", "distinct", "flags")}
+                logging.info("%s: %s", row["key"], shown)
+                done[row["key"]] = row
+                io.write_json(store, list(done.values()))
+            rows.append({name: value for name, value in row.items() if name != "key"})
+    summary = summarise(rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (workdir / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    io.write_json(workdir / "summary.json", {"machine": measure.machine(), "rows": summary})
+    draw(summary, workdir / "proof.png", f"Sudoku {name}: valid samples against steps")
+    names = ("recipe", "steps", "plain", "best", "least", "most", "distinct", "flagged")
+    measure.print_table([{key: row[key] for key in names} for row in summary])
+
+
+if __name__ == "__main__":
+    jax.config.parse_flags_with_absl()
+    app.run(main)
