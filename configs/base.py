@@ -180,8 +180,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     model.logits_mib = 128  # MiB of a chunk of float32 logits, on each device; 0: no chunks
 
     config.optim = optim = ml_collections.ConfigDict()
-    # adamw (paper) | muon (the blocks' matrices, AdamW for the rest; one learning rate for both)
+    # adamw (paper) | muon (the blocks' matrices, AdamW for the rest)
     optim.name = "adamw"
+    optim.muon_rms = 0.2  # root mean square of Muon's update at learning rate 1
     optim.b1 = 0.9
     optim.b2 = 0.95
     optim.eps = 1e-8

@@ -40,12 +40,14 @@ def get_config(arg: str = "6x6"):
     model.positions = "learned"  # a cell is a place in the grid
 
     config.optim.name = "muon"
+    config.optim.muon_rms = 1.25
+    config.optim.b2 = 0.98
     config.optim.weight_decay = 0.0
     pretrain = config.pretrain
     pretrain.loss = "cross_entropy"
     pretrain.num_steps = pretrain_steps
     pretrain.batch_size = 64
-    pretrain.learning_rate = 5e-3
+    pretrain.learning_rate = 2e-3
     pretrain.warmup_steps = 100
     pretrain.decay_steps = pretrain_steps * 7 // 10
     pretrain.final_lr_fraction = 0.02

@@ -2,10 +2,12 @@
 
 Muon (Jordan et al. 2024, arXiv:2502.16982) moves a matrix by its momentum made orthogonal, so that
 all directions move alike. It is for the matrices of the blocks; embeddings, head, adaLN, norms and
-biases keep AdamW, in its Nesterov form. An update is scaled to the size that Adam's has, so that
-both take one learning rate, and those found for AdamW carry over.
+biases keep AdamW, in its Nesterov form. `optim.muon_rms` is the size of Muon's update at learning
+rate 1: at 0.2, about Adam's (arXiv:2502.16982 section 2.2), both take one learning rate, and those
+found for AdamW carry over; small networks on small data want more.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -19,7 +21,6 @@ from fsdfm_jax.stages.base import Auxiliary, Stage
 # Of the matrices that Muon moves, [N, in, out] each: a stack of one matrix a block.
 _MUON = re.compile(r"(^|/)blocks/(q_proj|k_proj|v_proj|out_proj|mlp_in|mlp_out)/kernel$")
 _MUON_MOMENTUM = 0.95
-_MUON_RMS = 0.2  # of an update at learning rate 1, about Adam's (arXiv:2502.16982 section 2.2)
 
 
 def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransformation:
@@ -40,6 +41,8 @@ def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransf
         raise ValueError(
             f"Unknown optim.name={optim.name!r}; expected one of {', '.join(_BY_NAME)}."
         )
+    if not 0 < optim.muon_rms < math.inf:
+        raise ValueError(f"optim.muon_rms must be above 0 and finite, got {optim.muon_rms}.")
     if optim.moment_dtype not in ("float32", "bfloat16"):
         raise ValueError(
             f"Unknown optim.moment_dtype={optim.moment_dtype!r}; expected float32 or bfloat16."
@@ -136,7 +139,7 @@ def _muon(optim: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTra
         adam_b2=optim.b2,
         adam_weight_decay=optim.weight_decay,
         muon_weight_dimension_numbers=_matrices,
-        consistent_rms=_MUON_RMS,
+        consistent_rms=optim.muon_rms,
     )
 
 
