@@ -369,10 +369,16 @@ def all_findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
     """Slug -> `findings` of the rows of a report; none at all if the main judge can't judge."""
     names = judges(rows)
     if names and tells_text(rows, names[0]) is False:
-        return {row["slug"]: [] for row in rows}
+        return {row["slug"]: exposed(row) for row in rows}
     tasks = {row.get("task") for row in rows}
     beside = {task: (real_row(rows, task), control_row(rows, "ngram", task)) for task in tasks}
-    return {row["slug"]: findings(row, *beside[row.get("task")]) for row in rows}
+    return {row["slug"]: findings(row, *beside[row.get("task")]) + exposed(row) for row in rows}
+
+
+def exposed(row: Row) -> list[Finding]:
+    """What an exact judge found that a figure of its own doesn't show."""
+    found = (row.get("exact") or {}).get("findings") or ()
+    return [Finding(one["word"], one["sentence"], tuple(one["figures"])) for one in found]
 
 
 def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Finding]:
