@@ -105,16 +105,9 @@ class SudokuJudge:
         if frozen_NL.any():
             # What is given is never changed by a sampler, so that a valid grid is a solution.
             figures["solved"] = figures["valid"]
-        words = {"distinct": "repeats", "digits": "not uniform", "pairs": "not uniform"}
-        findings = [
-            {"word": words[key], "sentence": sentence, "figures": [_FLAGGED_BY[key]]}
-            for key, sentence in report.flags.items()
-        ]
+        groups = {"repeats": ["distinct"], "not uniform": ["digits", "pairs"]}
+        findings = _findings(groups, report.flags)
         return _verdict(self.name, figures, report.expected, findings)
-
-
-# Flag of `sudoku_judge` -> the figure that shows it.
-_FLAGGED_BY = {"distinct": "distinct", "digits": "digits_z", "pairs": "pairs_z"}
 
 
 class LawJudge:
@@ -162,9 +155,19 @@ def _exposed(report: hmm_judge.Report) -> list[dict[str, Any]]:
     if not ("nll" in flagged and above("nll")):
         names = (f"kl_{k}" for k in hmm_judge.ORDERS)
         groups["k-grams"] = [name for name in names if name in flagged and above(name)]
+    return _findings(groups, flagged)
+
+
+def _findings(groups: Mapping[str, Sequence[str]], flags: Mapping[str, str]) -> list[dict]:
+    """A finding for each word of which a figure is flagged."""
+    found = {word: [name for name in names if name in flags] for word, names in groups.items()}
     return [
-        {"word": word, "sentence": "; ".join(flagged[name] for name in names), "figures": names}
-        for word, names in groups.items()
+        {
+            "word": word,
+            "sentence": "; ".join(flags[name] for name in names),
+            "figures": [name if name in COLUMNS else f"{name}_z" for name in names],
+        }
+        for word, names in found.items()
         if names
     ]
 
