@@ -250,12 +250,17 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.seed = 1
     # unconditional | prefix:K | continuation (prefix:512) | random:SHARE | infill:COUNTxN
     evaluation.task = "unconditional"
-    # Texts that show what can be gamed, and what counts of the training text alone can write.
+    # Texts that show what can be gamed, and what counts of the training text alone can write:
+    # unigram | ngram | shuffled | repeated | one, few (held-out blocks, over and over) | cold (the
+    # base model at temperature 0.5).
     evaluation.controls = ("unigram", "shuffled", "repeated", "ngram")
     evaluation.models = ""  # further ones, "LABEL=PATH" or "LABEL=PATH#RUN", comma-separated
     # The first is the main one: "autoregressive" (of the same run) | hf:FOLDER | gguf:FILE |
     # package:NAME/PATH.gguf | ngram:pocketsphinx | ngram:FILE | bundle:PATH, comma-separated.
     evaluation.judges = "autoregressive"
+    # law.npz of a language with a known law (fsdfm_jax.exact), which judges exactly; "" for none.
+    # Sudoku is recognised by its tokenizer.
+    evaluation.law = ""
     evaluation.watched = 8  # samples of a row whose steps are watched, for the model's own entropy
     evaluation.bound_samples = 64  # held-out texts for the bound of base models; 0: none
     evaluation.bound_times = 1024  # times t at which that bound is evaluated, over all texts

@@ -120,5 +120,7 @@ def test_samples_say_whether_they_are_valid():
 
 
 def test_a_longer_block_than_the_network_has_positions(monkeypatch, model):
-    with pytest.raises(ValueError, match="17 learned positions, got a block of 18 tokens"):
+    with pytest.raises(
+        ValueError, match="4x4 Sudoku, whose grids take blocks of 17 tokens, got 18"
+    ):
         _run(monkeypatch, model, length=18)

@@ -124,7 +124,8 @@ def test_one_clear_error_for_each_fault(text, message):
 def test_a_model_is_recognised_by_its_tokenizer_and_length(size):
     tokens = tokenizer.from_json(documents.sudoku_tokenizer(size), "tokenizer.json")
     assert sudoku.recognise(tokens.vocabulary, size.block_length) is size
-    assert sudoku.recognise(tokens.vocabulary, 128) is None
+    with pytest.raises(ValueError, match=rf"{size.name} Sudoku.*{size.block_length} tokens, got 8"):
+        sudoku.recognise(tokens.vocabulary, 8)
     assert sudoku.recognise(tokens.vocabulary | {"10": size.n + 1}, size.block_length) is None
 
 

@@ -44,7 +44,7 @@ _SOURCE = flags.DEFINE_enum("source", "", ["", "uniform", "mask"], "Noise, where
 
 
 # Of a file from elsewhere numbers are taken, not what it would have this machine open.
-_PLACES = ("judges", "models")
+_PLACES = ("judges", "models", "law")
 
 
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:

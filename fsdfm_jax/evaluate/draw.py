@@ -32,6 +32,8 @@ _LONG_CALL = 2.0
 # Steps of a trajectory that are kept, the first and the last among them.
 _FRAMES = 64
 _TRAJECTORIES = 2
+# Held-out blocks that the controls of repeated blocks have.
+_BLOCKS = {"one": 1, "few": 8}
 
 
 class Given(NamedTuple):
@@ -265,7 +267,8 @@ def control(
     Args:
       name: "unigram", tokens drawn one by one from the frequencies of the training text; "ngram",
         from left to right by its n-grams (see `ngrams`); "shuffled", each held-out block with its
-        own tokens in random order; "repeated", one sentence over and over, the same in all samples.
+        own tokens in random order; "repeated", one sentence over and over, the same in all samples;
+        "one", the same held-out block in all samples; "few", one of eight such blocks in each.
       text: real text, of N blocks.
       frozen_NL: positions that are given and stay.
       seed: of the draws.
@@ -280,6 +283,8 @@ def control(
         made_NL = real_NL.copy()
         for tokens_L, free_L in zip(made_NL, ~frozen_NL, strict=True):
             tokens_L[free_L] = rng.permutation(tokens_L[free_L])
+    elif name in _BLOCKS:
+        made_NL = real_NL[rng.integers(min(_BLOCKS[name], len(real_NL)), size=len(real_NL))]
     else:
         made_NL = np.broadcast_to(np.resize(text.sentence, real_NL.shape[1]), real_NL.shape)
     return np.where(frozen_NL, real_NL, made_NL).astype(np.int32)

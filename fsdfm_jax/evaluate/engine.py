@@ -17,6 +17,7 @@ import numpy as np
 from fsdfm_jax.evaluate import bound as bound_lib
 from fsdfm_jax.evaluate import draw, mauve, metrics, stamps, summary, tasks
 from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.exact_judges import ExactJudge
 from fsdfm_jax.evaluate.judges.scoring import Judge
 from fsdfm_jax.evaluate.models import Catalogue
 from fsdfm_jax.evaluate.plan import Point, Settings
@@ -49,6 +50,7 @@ class Evaluation:
       length: L, tokens of a sample.
       text: None where there is no prepared data; the plan then has models only.
       store: of finished points.
+      exact: judge that knows the truth, None where there is none.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Evaluation:
         length: int,
         text: HeldOut | None,
         store: Store,
+        exact: ExactJudge | None = None,
     ):
         self._settings, self._catalogue, self._judges = settings, catalogue, judges
         self._tokenizer, self._length = catalogue.tokenizer, length
-        self._text, self._store = text, store
+        self._text, self._store, self._exact = text, store, exact
 
     def run(self, plan: Sequence[Point]) -> list[Row]:
         """The rows of all points, in order; those that are stored are not computed again."""
@@ -128,6 +131,7 @@ class Evaluation:
                 "device": str(arrays["device"]) if "device" in arrays else None,
                 "figures": figures,
                 "judges": judges,
+                "exact": self._exact_verdict([arrays]),
                 "per_step": own and own["per_step"],
                 "notes": _notes(point),
                 "samples_file": self._store.samples_file(point.slug, stamp),
@@ -140,6 +144,15 @@ class Evaluation:
     def _figures(self, measured: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
         names = [judge.name for judge in self._judges]
         return summary.aggregate(measured, names, resamples=self._settings.resamples)
+
+    def _exact_verdict(self, parts: Sequence[Arrays]) -> dict[str, Any] | None:
+        """The exact judge's verdict on the samples of repeats over seeds."""
+        if self._exact is None:
+            return None
+        tokens_NL, frozen_NL = (
+            np.concatenate([part[name] for part in parts]) for name in ("tokens", "frozen")
+        )
+        return self._exact.judge(tokens_NL, frozen_NL, resamples=self._settings.resamples)
 
     # ---------------------------------------------------------------------------------- the samples
     def _num_samples(self, point: Point) -> int:
@@ -223,6 +236,8 @@ class Evaluation:
                 watched=settings.watched if facts else None,
                 mauve=self._mauve_facts(point),
                 bound=self._bound_facts(point),
+                # Only where there is one: stamps from before there were such judges stay valid.
+                **({} if self._exact is None else {"exact": self._exact.describe()}),
             ),
         }
 
@@ -359,10 +374,12 @@ class Evaluation:
             "mauve": None if None in scores else _mean_without_interval(scores),
             "bound_nats_per_token": first["figures"]["bound_nats_per_token"],
         }
+        drawn = [self._store.arrays(row["slug"], row["protocol"]["samples"]) for row in rows]
         times = [row["milliseconds_per_sample"] for row in rows]
         return first | {
             "figures": figures,
             "judges": judged,
+            "exact": first.get("exact") if None in drawn else self._exact_verdict(drawn),
             "per_step": own and own["per_step"],
             "milliseconds_per_sample": None if None in times else min(times),
             "num_seeds": len(rows),

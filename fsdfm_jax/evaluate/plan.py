@@ -21,7 +21,11 @@ CONTROLS = {
     "ngram": "n-gram control",
     "shuffled": "shuffled control",
     "repeated": "repeated control",
+    "one": "one block control",
+    "few": "few blocks control",
 }
+# In `eval.controls` as well: the base model at this temperature, a sharpened sampler.
+COLD, COLD_TEMPERATURE = "cold", 0.5
 WEIGHTS = ("ema", "student")
 SAMPLING_FIELDS = tuple(Sampling().to_dict())
 
@@ -129,6 +133,7 @@ class Settings(NamedTuple):
     controls: tuple[str, ...]
     models: str
     judges: tuple[str, ...]
+    law: str
     watched: int
     bound_samples: int
     bound_times: int
@@ -166,7 +171,7 @@ class Settings(NamedTuple):
         for name, allowed, values in (
             ("jumps", jumps.RULES, self.jumps),
             ("memories", MEMORIES, self.memories),
-            ("controls", CONTROLS, self.controls),
+            ("controls", (*CONTROLS, COLD), self.controls),
             ("weights", WEIGHTS, (self.weights,)),
         ):
             check_names(f"eval.{name}", allowed, values)
@@ -205,6 +210,7 @@ def texts_to_compare(settings: Settings) -> list[Point]:
     controls = [
         Point("control", CONTROLS[name], name, settings.task, seed=settings.seed)
         for name in dict.fromkeys(settings.controls)
+        if name != COLD
     ]
     return [real, *controls]
 
@@ -214,7 +220,7 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
 
     The base model is sampled by each rule of `eval.jumps` on a uniform grid at a fixed temperature
     (which, with the nucleus, is that of all rows), and by `eval.sampling`: what the sampler brings
-    is seen apart from what training does.
+    is seen apart from what training does. The control "cold" is the base model as well.
 
     Args:
       settings: what was asked for.
@@ -242,6 +248,9 @@ def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[P
             add(source, by_rule[0].replace(steps=settings.many_steps))
             for rule, steps in itertools.product(by_rule, settings.steps):
                 add(source, rule.replace(steps=steps))
+            if COLD in settings.controls:
+                most = max(settings.steps, default=settings.many_steps)
+                add(source, by_rule[0].replace(steps=most, temperature=COLD_TEMPERATURE))
         for sampling in few_step:
             add(source, sampling)
     return list(dict.fromkeys(result))

@@ -120,7 +120,7 @@ class Store:
 
 _NEEDED = {"slug", "protocol", "samples_file", "scores_file"}
 # Where numbers stand in a row.
-_NUMERIC = ("figures", "judges", "per_step", "milliseconds_per_sample", "compile_seconds")
+_NUMERIC = ("figures", "judges", "exact", "per_step", "milliseconds_per_sample", "compile_seconds")
 
 
 def _load(path: pathlib.Path) -> Arrays | None:

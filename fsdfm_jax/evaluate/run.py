@@ -9,8 +9,8 @@ from absl import logging
 
 from fsdfm_jax.data.prepared import PreparedData
 from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.evaluate import exact_judges, references, tasks
 from fsdfm_jax.evaluate import plan as plan_lib
-from fsdfm_jax.evaluate import references, tasks
 from fsdfm_jax.evaluate.engine import Evaluation
 from fsdfm_jax.evaluate.judges import base as judges_base
 from fsdfm_jax.evaluate.judges.scoring import Judge
@@ -33,7 +33,8 @@ def check_inputs(settings: Settings, length: int) -> None:
       length: tokens of a block.
 
     Raises:
-      ValueError: for a task without room, a model that isn't there, or a judge that can't be.
+      ValueError: for a task without room, a model that isn't there, or a judge or law that can't
+        be.
     """
     try:
         tasks.parse(settings.task).frozen(1, length)
@@ -48,6 +49,8 @@ def check_inputs(settings: Settings, length: int) -> None:
                 judges_base.check_spec(spec)
         except ValueError as error:
             raise ValueError(f"eval.judges: {error}") from None
+    if settings.law:
+        exact_judges.open_law(settings.law)
 
 
 def evaluate(
@@ -128,7 +131,10 @@ def make_evaluation(
     """
     text = None if prepared is None else _read_text(prepared, catalogue.tokenizer, settings)
     judges = open_judges(settings, catalogue)
-    return Evaluation(settings, catalogue, judges, length=length, text=text, store=store)
+    exact = exact_judges.find(catalogue.tokenizer, length, settings.law)
+    return Evaluation(
+        settings, catalogue, judges, length=length, text=text, store=store, exact=exact
+    )
 
 
 def _read_text(prepared: PreparedData, tokenizer: Tokenizer, settings: Settings) -> HeldOut:

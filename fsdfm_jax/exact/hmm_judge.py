@@ -36,19 +36,20 @@ class Report(NamedTuple):
     Attributes:
       figures: of the samples, see the module; and distinct, the share of distinct samples.
       law: the mean of each figure over sets of samples of the law, and its spread from set to set.
-      flags: what shows that samples are not those of the law, in words; () if nothing does.
+      flags: what shows that samples are not those of the law, by figure and in words; {} if nothing
+        does.
     """
 
     figures: dict[str, Figure]
     law: dict[str, tuple[float, float]]
-    flags: tuple[str, ...]
+    flags: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "figures": {name: figure._asdict() for name, figure in self.figures.items()},
             "law": {name: {"mean": m, "spread": s} for name, (m, s) in self.law.items()},
-            "flags": list(self.flags),
+            "flags": self.flags,
         }
 
 
@@ -82,18 +83,18 @@ def judge(law: Law, tokens_NL: np.ndarray, *, resamples: int = 200, seed: int = 
     return Report(figures, expected, _flags(figures, expected))
 
 
-def _flags(figures: dict[str, Figure], expected: dict[str, tuple[float, float]]) -> tuple[str, ...]:
-    flags = []
+def _flags(figures: dict[str, Figure], expected: dict[str, tuple[float, float]]) -> dict[str, str]:
+    flags = {}
     for name, (mean, spread) in expected.items():
         if abs(figures[name].value - mean) > FLAGGED * spread:
-            flags.append(
+            flags[name] = (
                 f"{name} is {figures[name].value:.4f}; samples of the law have {mean:.4f} "
                 f"(standard deviation {spread:.4f})"
             )
     if figures["distinct"].value < 1:
         repeats = round((1 - figures["distinct"].value) * figures["distinct"].count)
-        flags.append(f"{repeats} samples repeat another one")
-    return tuple(flags)
+        flags["distinct"] = f"{repeats} samples repeat another one"
+    return flags
 
 
 @functools.lru_cache

@@ -106,10 +106,19 @@ def recognise(vocabulary: dict[str, int], length: int) -> Sudoku | None:
     Args:
       vocabulary: the id of each token.
       length: tokens of a block.
+
+    Raises:
+      ValueError: for blocks that don't hold a grid of the tokenizer's size.
     """
     for size in SIZES.values():
         digits = {str(d + 1): d for d in range(size.n)}
-        if length == size.block_length and vocabulary == {**digits, "<|endoftext|>": size.eos_id}:
+        if vocabulary == {**digits, "<|endoftext|>": size.eos_id}:
+            if length != size.block_length:
+                raise ValueError(
+                    f"the tokenizer is that of {size.name} Sudoku, whose grids take blocks of "
+                    f"{size.block_length} tokens, got {length}; use that length, or the tokenizer "
+                    f"of another size ({', '.join(SIZES)})"
+                )
             return size
     return None
 

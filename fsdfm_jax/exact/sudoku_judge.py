@@ -72,14 +72,15 @@ class Report(NamedTuple):
       expected: what uniform grids of the same number give: distinct, total_variation.
       most_frequent: how often the commonest valid grid comes.
       uniformity: of valid grids, digits and pairs.
-      flags: what shows that valid grids are not uniform, in words; () if nothing does.
+      flags: what shows that valid grids are not uniform, by figure ("distinct", "digits", "pairs")
+        and in words; {} if nothing does.
     """
 
     figures: dict[str, Figure]
     expected: dict[str, float]
     most_frequent: int
     uniformity: dict[str, Uniformity]
-    flags: tuple[str, ...]
+    flags: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -88,7 +89,7 @@ class Report(NamedTuple):
             "expected": self.expected,
             "most_frequent": self.most_frequent,
             "uniformity": {name: test._asdict() for name, test in self.uniformity.items()},
-            "flags": list(self.flags),
+            "flags": self.flags,
         }
 
 
@@ -145,9 +146,9 @@ def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: i
     figures["distinct"] = intervals.share(len(distinct), number)
     mean, spread = expected_distinct(size, number)
     expected = {"distinct": mean / number if number else math.nan}
-    flags = []
+    flags = {}
     if len(distinct) < mean - FLAGGED * spread - 1:
-        flags.append(
+        flags["distinct"] = (
             f"{len(distinct)} of {number} valid grids are distinct; uniform ones: {mean:.1f}"
         )
     uniformity = {}
@@ -155,7 +156,7 @@ def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: i
         for name, statistic in STATISTICS.items():
             uniformity[name] = test = _compare(size, name, statistic(size, valid_MC))
             if test.z > FLAGGED:
-                flags.append(
+                flags[name] = (
                     f"{name} of valid grids are not uniform: chi-square {test.ratio:.2f} times "
                     f"that of uniform ones, z = {test.z:.1f}"
                 )
@@ -165,7 +166,7 @@ def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: i
         figures |= intervals.centred_bootstrap(distance, count, resamples=resamples, seed=seed)
         expected["total_variation"] = expected_total_variation(size.num_grids, count)
     most_frequent = int(repeats.max(initial=0))
-    return Report(figures, expected, most_frequent, uniformity, tuple(flags))
+    return Report(figures, expected, most_frequent, uniformity, flags)
 
 
 def solved(size: Sudoku, tokens_NL: np.ndarray, puzzles_NC: np.ndarray) -> Figure:

@@ -275,7 +275,11 @@ def read_sampling(evaluation: Mapping[str, Any]) -> Sampling:
 
 
 # Fields that files of earlier versions don't have, with what their networks are.
-_LATER = {"logits_mib": ModelConfig.logits_mib, "positions": "rotary", "num_positions": 0}
+_LATER: dict[str, Any] = {
+    "logits_mib": ModelConfig.logits_mib,
+    "positions": "rotary",
+    "num_positions": 0,
+}
 
 
 def make_model(fields: Mapping[str, Any]) -> ModelConfig:

@@ -257,7 +257,7 @@ def requests_of(
     """The `requests` of `make_job` from a prompt, an infill text, a batch file or nothing."""
 
     def read(length: int, check) -> list[Request]:
-        size, how = sudoku.recognise(tokenizer.vocabulary, length), {}
+        size, how = sudoku.recognise(tokenizer.vocabulary, length), dict[str, Any]()
         if size is not None:
             how["to_infill"] = functools.partial(puzzles.to_infill, size)
         if batch_file is not None:

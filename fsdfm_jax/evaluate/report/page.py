@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from fsdfm_jax.evaluate import exact_judges
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.evaluate.report.reading import Finding, Row
 from fsdfm_jax.inference.stream import Piece, printable
@@ -284,8 +285,10 @@ def _table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> dict[s
     values = [_values(row, rows, findings[row["slug"]], samplers[row["slug"]]) for row in rows]
     heads = values[0] if values else ()
     used = [head for head in heads if any(line[head]["text"] for line in values)]
+    exact = [column for column in exact_judges.columns(rows).values() if column.main]
+    short = (*COLUMNS, *(f"exact: {column.head}" for column in exact))
     columns = [
-        {"head": head, "more": head not in COLUMNS, "numeric": head != "sampler"} for head in used
+        {"head": head, "more": head not in short, "numeric": head != "sampler"} for head in used
     ]
     lines = [
         {
@@ -314,6 +317,11 @@ def _values(
         "distinct-2": _cell(reading.figure(row, "distinct_2"), row, "distinct_2" in bad),
         "ms/sample": _cell(row.get("milliseconds_per_sample"), row),
     }
+    for key, column in exact_judges.columns(rows).items():
+        estimate = exact_judges.figure(row, key)
+        cells[f"exact: {column.head}"] = _cell(estimate, row, key in bad) | {
+            "text": exact_judges.show(estimate)
+        }
     for key, head in _FIGURES.items():
         cells[head] = _cell(reading.figure(row, key), row, key in bad)
     for judge in judges:

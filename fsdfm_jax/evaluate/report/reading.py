@@ -32,7 +32,7 @@ SKIPPED_SHARE = 0.1
 FEW_STEPS = 16  # up to so many network calls a sample are "few"
 MATCHED_BITS = 0.2  # rows whose entropies differ by no more are compared by their perplexity
 
-NO_BETTER = "n-grams"  # the word of a `Finding`
+NO_BETTER, COLD = "n-grams", "T<1"  # words of a `Finding`
 
 
 class Finding(NamedTuple):
@@ -369,10 +369,24 @@ def all_findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
     """Slug -> `findings` of the rows of a report; none at all if the main judge can't judge."""
     names = judges(rows)
     if names and tells_text(rows, names[0]) is False:
-        return {row["slug"]: [] for row in rows}
+        return {row["slug"]: exposed(row) for row in rows}
     tasks = {row.get("task") for row in rows}
     beside = {task: (real_row(rows, task), control_row(rows, "ngram", task)) for task in tasks}
-    return {row["slug"]: findings(row, *beside[row.get("task")]) for row in rows}
+    return {row["slug"]: findings(row, *beside[row.get("task")]) + exposed(row) for row in rows}
+
+
+def exposed(row: Row) -> list[Finding]:
+    """What an exact judge found that a figure of its own doesn't show."""
+    verdict = row.get("exact") or {}
+    found = [
+        Finding(one["word"], one["sentence"], tuple(one["figures"]))
+        for one in verdict.get("findings") or ()
+    ]
+    temperature = row.get("temperature") or 1.0
+    if verdict and temperature < 1:
+        sentence = f"drawn at temperature {temperature:g}: compare it with rows at their best one"
+        found.append(Finding(COLD, sentence, ()))
+    return found
 
 
 def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Finding]:
@@ -424,8 +438,8 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
 
 
 def misleading(found: Iterable[Finding]) -> bool:
-    """Whether what was found says more than that a row is weak."""
-    return any(finding.word != NO_BETTER for finding in found)
+    """Whether what was found says more than that a row is weak or cold."""
+    return any(finding.word not in (NO_BETTER, COLD) for finding in found)
 
 
 def flags(row: Row, real: Row | None) -> list[str]:

@@ -3,8 +3,8 @@
 Every point is written as it is; the tables, the pictures and the page show repeats over seeds as
 one row. What gives a row away (report/reading.py) stands beside its figures everywhere.
 
-results.csv has a line for each point and judge, and always the same columns; docs/evaluation.md
-describes them.
+results.csv has a line for each point and judge, and always the same columns, but for those of an
+exact judge, which are there if it is; docs/evaluation.md describes them.
 """
 
 import csv
@@ -22,6 +22,7 @@ from rich.text import Text
 
 from fsdfm_jax import io
 from fsdfm_jax.data.tokenizer import Tokenizer
+from fsdfm_jax.evaluate import exact_judges
 from fsdfm_jax.evaluate.report import page, pictures, reading
 from fsdfm_jax.evaluate.report.reading import Finding, Row, flags
 from fsdfm_jax.inference import stream as trajectory_lib
@@ -155,6 +156,13 @@ def table(rows: Sequence[Row]) -> str:
         "ms/sample": [reading.show(row["milliseconds_per_sample"]) for row in rows],
         "flags": [_flag(known[row["slug"]]) for row in rows],
     }
+    exact = exact_judges.columns(rows)
+    if exact:
+        del found["perplexity"], found["entropy"], found["distinct-2"]
+    for key, column in exact.items():
+        if column.main:
+            found[column.head] = [exact_judges.show(exact_judges.figure(row, key)) for row in rows]
+    found["flags"] = found.pop("flags")  # the last column
     if not any(found["sampler"]):  # nothing to tell apart
         del found["sampler"]
     long = ("model", "sampler", "flags")
@@ -172,6 +180,7 @@ def table(rows: Sequence[Row]) -> str:
         force_jupyter=False,
     )
     above = [reading.judge_check(rows, judge)] if judge else ["There was no judge: no perplexity."]
+    above = [exact_judges.describe(rows)] if exact else above
     for line in (*above, reading.common_line(rows)):
         if line:
             console.print(Text(trajectory_lib.printable(line, keep="")), end="\n\n")
@@ -191,7 +200,7 @@ def _csv(rows: Sequence[Row]) -> str:
     """A line for each row and judge: who it is, its figures, its scores, what gives it away."""
     known, names = reading.all_findings(rows), reading.judges(rows)
     tells = {name: reading.tells_text(rows, name) for name in names}
-    lines = []
+    exact, lines = exact_judges.columns(rows), []
     for row, judge in itertools.product(rows, names or [None]):
         line = {key: row.get(key) for key in _IDENTITY}
         for key in _FIGURES:
@@ -202,6 +211,8 @@ def _csv(rows: Sequence[Row]) -> str:
             for key in reading.AGGREGATIONS:
                 line |= _flat(f"{form}_{key}", scores.get(key))
             line |= {f"{form}_{key}": scores.get(key) for key in ("tokens", "skipped")}
+        for key in exact:
+            line |= _flat(f"exact_{key}", exact_judges.figure(row, key))
         line["notes"] = " ".join(row.get("notes") or ())
         line["flags"] = "; ".join(finding.sentence for finding in known[row["slug"]])
         lines.append(line)
