@@ -195,7 +195,7 @@ def _cards(
                 "beside": f"{_times(ratio)} real text" if head != "Real text" else "",
                 "judge": "" if judge in main else judge,
                 "entropy": _cell(reading.figure(row, "entropy_bits"), row),
-                "milliseconds": row.get("milliseconds_per_sample"),
+                "milliseconds": _cell(row.get("milliseconds_per_sample"), row),
             }
         )
         if not math.isfinite(ratio):

@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -220,7 +221,7 @@ def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
         if any(line.get_gid() == _FLAGGED for line in axis.lines):
             legend[_FLAGGED] = _handle(_Style(_SOFT, "", "X"), hollow=True)
         if legend:
-            names = [_name(name) for name in legend]
+            names = ["\n".join(map(_name, textwrap.wrap(name, _NAME_WIDTH))) for name in legend]
             per_line = 2 if max(map(len, names)) <= _TWO_COLUMNS else 1
             figure.legend(
                 list(legend.values()),
@@ -231,7 +232,8 @@ def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
                 handlelength=1.8,
                 borderpad=0,
             )
-            figure.set_figheight(_HEIGHT + _LINE * math.ceil(len(names) / per_line))
+            lines = sum(name.count("\n") + 1 for name in names)
+            figure.set_figheight(_HEIGHT + _LINE * math.ceil(lines / per_line))
         figure.draw_without_rendering()  # now the axes are where they stay
         figure.set_layout_engine("none")
         _write_labels(figure, labels)
@@ -431,7 +433,7 @@ def _log_axis(axes, which: str, values: Sequence[float]) -> None:
 def _write_labels(figure, labels: list[_Label]) -> None:
     """Each label beside its point, on the first side where it covers nothing; else not at all."""
     points = _covered(figure)
-    taken: list[Any] = []
+    taken = [text.get_window_extent() for axis in figure.axes for text in axis.texts]
     sides = [
         (7, 0, "left", "center"),
         (-7, 0, "right", "center"),
