@@ -94,10 +94,12 @@ def collect(
     rest = {key: value for key, value in header.items() if key not in _FACTS}
     model = next((row for row in rows if row["kind"] == "model"), None)
     stamps = {"The run": rest, "The first row of a model": model and model.get("protocol")}
+    checked = [_judge(rows, name) for name in judges]
     return {
         "names": headings(header),
         "facts": _facts(rows, header),
-        "judges": [_judge(rows, name) for name in judges],
+        "judges": checked,
+        "blind": any(judge["blind"] for judge in checked[:1]),
         "cards": _cards(rows, findings, best),
         "claims": _claims(rows, best),
         "flagged": sum(map(bool, findings.values())),

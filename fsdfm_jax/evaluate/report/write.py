@@ -30,38 +30,13 @@ from fsdfm_jax.inference.stream import Piece, Trajectory
 __all__ = ["flags", "table", "write"]
 
 _IDENTITY = (
-    "slug",
-    "setting",
-    "kind",
-    "group",
-    "run",
-    "stage",
-    "steps",
-    "jump",
-    "grid",
-    "temperature",
-    "top_p",
-    "cooling",
-    "look_ahead",
-    "weights",
-    "memory",
-    "seed",
-    "task",
-    "num_samples",
-    "milliseconds_per_sample",
-    "compile_seconds",
-    "device",
+    *("slug", "setting", "kind", "group", "run", "stage", "steps", "jump", "grid", "temperature"),
+    *("top_p", "cooling", "look_ahead", "weights", "memory", "seed", "task", "num_samples"),
+    *("milliseconds_per_sample", "compile_seconds", "device"),
 )
 _FIGURES = (
-    "entropy_nats",
-    "entropy_bits",
-    "predictive_entropy_nats",
-    "distinct_1",
-    "distinct_2",
-    "distinct_3",
-    "self_bleu",
-    "mauve",
-    "bound_nats_per_token",
+    *("entropy_nats", "entropy_bits", "predictive_entropy_nats"),
+    *("distinct_1", "distinct_2", "distinct_3", "self_bleu", "mauve", "bound_nats_per_token"),
 )
 _ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count"}
 _SAMPLES_SHOWN = 3
