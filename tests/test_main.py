@@ -140,7 +140,7 @@ def _samples(folder, row):
 def _table(out):
     """The lines of the table in a program's output."""
     lines = out.splitlines()
-    (first,) = [i for i, line in enumerate(lines) if line.startswith("model")]
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("model ")]
     return lines[first : lines.index("", first)]
 
 
@@ -294,10 +294,12 @@ def test_report_has_every_file_and_row(finished):
     folder, out = finished
     rows = _results(folder)["rows"]
     assert len(rows) == ROWS == len({row["slug"] for row in rows})
-    assert len(_table(out)) == ROWS + 2  # header and rule
+    assert max(map(len, _table(out))) <= 100
+    whole = [line for line in _table(out) if not line.startswith(" ")]  # some take two lines
+    assert len(whole) == ROWS + 1
     with open(folder / "report" / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == ROWS
-    for name in ("results", "frontier", "steps", "time"):
+    for name in ("frontier", "steps", "time"):
         assert (folder / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for name in ("samples.txt", "trajectories.txt", "report.html"):
         assert (folder / "report" / name).stat().st_size > 0

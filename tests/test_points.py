@@ -188,7 +188,8 @@ def test_a_sweep_is_made_around_the_sampler_of_generate():
 def test_one_label_is_one_sampler_in_reports_and_sweeps():
     """Whatever plan a point is of: label, steps and temperature say how it is sampled."""
     plans = []
-    for sampling in ({}, OTHER, {"top_p": 0.9}, {"grid": "cosine", "temperature": 0.8}):
+    each_alone = ({name: value} for name, value in (OTHER | {"top_p": 0.9}).items())
+    for sampling in ({}, OTHER, *each_alone, {"grid": "cosine", "temperature": 0.8}):
         settings = _settings(**{f"sampling.{name}": value for name, value in sampling.items()})
         student = settings._replace(weights="student", memories=("none",))
         axes = (_axes(models=()), _axes(models=(), jumps=("euler", "cumulative")))

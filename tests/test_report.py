@@ -623,6 +623,9 @@ def test_a_judge_that_takes_shuffled_text_for_text_ranks_nothing(tmp_path, facto
     assert {line["judge_tells_text"] for line in lines} == {str(sound)}
     assert any(line["flags"] for line in lines) == sound
     assert ('<table class="void">' in page) != sound
+    assert ("<h3>Flagged</h3>" in page) == sound == ("<h3>Real text</h3>" in page)
+    assert ("No row is marked, for want of a judge" in page) != sound
+    assert page.count("these heights mean nothing") == 3 * (not sound)
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -38,6 +38,7 @@ TRAIN = {
     "eval.steps": (1, 2),
     "eval.many_steps": 4,
     "eval.jumps": ("mixture",),
+    "eval.sampling.cooling": 0.25,
 } | {
     f"{stage}.{key}": value
     for stage in ("autoregressive", "pretrain", "distill")
@@ -138,6 +139,13 @@ def test_a_sweep_writes_a_line_and_samples_of_each_point(whole):
     # Repeats over seeds are one line of the table.
     table = [line for line in out.splitlines() if line.startswith("distill ")]
     assert len(table) == 3 * 2
+    # Around the sampler that `generate` uses for these runs, and named after it.
+    distilled = [row for row in _rows(folder) if row["run"] == "distill"]
+    assert {(row["group"], row["cooling"]) for row in distilled} == {
+        ("distill (cooling 0.25)", 0.25)
+    }
+    page = (folder / "report.html").read_text()
+    assert "<title>Evaluation · run/whole · " in page
 
 
 def test_killed_twice_it_ends_with_the_same_points(world, whole):
@@ -238,8 +246,8 @@ def test_evaluating_one_run_next_to_another_model(world):
     world.run("fsdfm_jax.evaluate", "", changes, *flags)
     rows = _rows(output)
     # The autoregressive run judges and is no row, as it wasn't asked for.
-    others = {"other (mixture)", "other"}
-    assert {row["group"] for row in rows} == {"held-out text", "distill"} | others
+    others = {"other (mixture)", "other (cooling 0.25)"}
+    assert {row["group"] for row in rows} == {"held-out text", "distill (cooling 0.25)"} | others
     assert all("autoregressive" in row["judges"] for row in rows)
 
 

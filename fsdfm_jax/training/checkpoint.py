@@ -610,6 +610,7 @@ def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> d
     save by that number, so processes that have read a different number of times would never meet.
     """
     agree = lambda act: processes.together(act, DamagedCheckpoint) if together else act()
+    kinds = lambda leaves: {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     folder = directory / str(record.step) / (_UNCHECKED if record.checksums is None else _CHECKED)
     abstract = {}
     for name, leaf in wanted.items():  # an array of JAX would silently lose half of 64 bits
@@ -628,15 +629,15 @@ def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> d
             _reading(directory, record.step, "it"),
             concurrent.futures.ThreadPoolExecutor(1) as thread,
         ):
-            return jax.block_until_ready(_named_leaves(thread.submit(run).result()))
+            leaves = jax.block_until_ready(_named_leaves(thread.submit(run).result()))
+            if kinds(leaves) != kinds(wanted):
+                raise ValueError("it has other arrays than were saved")
+            return leaves
 
     leaves = agree(read)
     sums = {} if record.checksums is None else checksums(leaves)
 
     def check() -> None:
-        for name, leaf in leaves.items():
-            if (leaf.shape, leaf.dtype) != (wanted[name].shape, wanted[name].dtype):
-                raise _damaged(directory, record.step, f"leaf {name!r} has another shape or dtype")
         wrong = [name for name, value in sums.items() if value != record.checksums[name]]
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")

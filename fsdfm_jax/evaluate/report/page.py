@@ -95,10 +95,12 @@ def collect(
     rest = {key: value for key, value in header.items() if key not in _FACTS}
     model = next((row for row in rows if row["kind"] == "model"), None)
     stamps = {"The run": rest, "The first row of a model": model and model.get("protocol")}
+    checked = [_judge(rows, name) for name in judges]
     return {
         "names": headings(header),
         "facts": _facts(rows, header),
-        "judges": [_judge(rows, name) for name in judges],
+        "judges": checked,
+        "blind": any(judge["blind"] for judge in checked[:1]),
         "cards": _cards(rows, findings, best),
         "claims": _claims(rows, best),
         "flagged": sum(map(bool, findings.values())),
@@ -169,21 +171,23 @@ def _cards(
     rows: Sequence[Row], findings: Mapping[str, list[Finding]], best: Row | None
 ) -> list[dict[str, Any]]:
     """The rows to look at first, as far as a judge can say something of them."""
-    many = reading.many_steps(rows)
+    main, many, sighted = reading.judges(rows)[:1], reading.many_steps(rows), _sighted(rows)
+    if main != sighted[:1]:
+        return []
     heads = {
         "Real text": reading.real_row(rows, reading.main_task(rows)),
         "Best of few steps": best,
         "Most steps": None if many is best else many,
         "Left to right": _left_to_right(rows),
     }
-    cards, main = [], reading.judges(rows)[:1]
+    cards = []
     for head, row in heads.items():
-        judge = row and reading.fair_judge(row, _sighted(rows))
+        judge = row and reading.fair_judge(row, sighted)
         if not judge:
             continue
-        real = reading.perplexity(heads["Real text"] or {}, judge)
-        judged = reading.perplexity(row, judge)
+        judged, real = (reading.perplexity(each or {}, judge) for each in (row, heads["Real text"]))
         ratio = reading.value(judged) / reading.value(real) if real else math.nan
+        compared = head != "Real text" and math.isfinite(ratio)
         # By another judge, what is said of the main judge's perplexity isn't said of this one.
         found = [f for f in findings[row["slug"]] if judge in main or f.word != "own judge"]
         cards.append(
@@ -193,14 +197,12 @@ def _cards(
                 "title": reading.title(row),
                 "flags": [one.word for one in found],
                 "perplexity": _cell(judged, row),
-                "beside": f"{_times(ratio)} real text" if head != "Real text" else "",
+                "beside": f"{_times(ratio)} real text" if compared else "",
                 "judge": "" if judge in main else judge,
                 "entropy": _cell(reading.figure(row, "entropy_bits"), row),
-                "milliseconds": row.get("milliseconds_per_sample"),
+                "milliseconds": _cell(row.get("milliseconds_per_sample"), row),
             }
         )
-        if not math.isfinite(ratio):
-            cards[-1]["beside"] = ""
     return cards
 
 

@@ -8,9 +8,9 @@ style (report.css), light or dark as the reader has it. Equal rows give equal by
 
 import contextlib
 import io
-import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +66,6 @@ class _Style(NamedTuple):
 class _Label(NamedTuple):
     """A text that stands beside a point if there is room."""
 
-    axis: Any
     x: float
     y: float
     text: str
@@ -131,12 +130,14 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
         rows, outside = _in_sight(rows, x_of)
         for row in rows:
             if row["kind"] == "real":
-                axis.axvspan(*_bounds(row, "entropy_bits", 0.02), color=_LINE_COLOR, lw=0, zorder=0)
+                low, high = reading.bounds(_entropy_bits(row))
+                band = (np.fmin(low, x_of(row) - 0.02), np.fmax(high, x_of(row) + 0.02))
+                axis.axvspan(*band, color=_LINE_COLOR, lw=0, zorder=0)
             if row["kind"] != "model":
                 marker, color = ("*", _REAL) if row["kind"] == "real" else ("X", _CONTROL)
                 _points(axis, [x_of(row)], [y_of(row)], _Style(color, "", marker), hollow=False)
                 name = _name(row["group"], _LABEL_WIDTH)
-                labels.append(_Label(axis, x_of(row), y_of(row), name, color))
+                labels.append(_Label(x_of(row), y_of(row), name, color))
         models = [row for row in rows if row["kind"] == "model"]
         settings = {(r["group"], r.get("steps"), r.get("temperature")) for r in models}
         varied = len(settings) > len({setting[:2] for setting in settings})
@@ -152,7 +153,7 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
             _curve(axis, members, x_of, y_of, style, exposed, 0.35 + 0.65 * shade)
             legend.setdefault(group, _handle(style))
             ends = members[-1:] if varied else members[:: max(len(members) - 1, 1)]
-            labels += _row_labels(axis, ends, x_of, y_of, style.color)
+            labels += _row_labels(ends, x_of, y_of, style.color)
         if outside:
             _points_outside(axis, outside, min(map(x_of, rows)), x_of, y_of, labels)
         axis.set_xlabel("unigram entropy of a sample, bits")
@@ -184,7 +185,7 @@ def time(rows: Sequence[Row], exposed: Collection[str]) -> Any:
             _curve(axis, members, x_of, y_of, styles[group], exposed)
             legend.setdefault(group, _handle(styles[group]))
             ends = members[:: max(len(members) - 1, 1)]
-            labels += _row_labels(axis, ends, x_of, y_of, styles[group].color)
+            labels += _row_labels(ends, x_of, y_of, styles[group].color)
         _real_line(axis, rows, y_of)
         axis.set_xlabel("milliseconds per sample")
         axis.set_ylabel("perplexity (A)")
@@ -220,7 +221,7 @@ def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
         if any(line.get_gid() == _FLAGGED for line in axis.lines):
             legend[_FLAGGED] = _handle(_Style(_SOFT, "", "X"), hollow=True)
         if legend:
-            names = [_name(name) for name in legend]
+            names = ["\n".join(map(_name, textwrap.wrap(name, _NAME_WIDTH))) for name in legend]
             per_line = 2 if max(map(len, names)) <= _TWO_COLUMNS else 1
             figure.legend(
                 list(legend.values()),
@@ -231,10 +232,11 @@ def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
                 handlelength=1.8,
                 borderpad=0,
             )
-            figure.set_figheight(_HEIGHT + _LINE * math.ceil(len(names) / per_line))
+            lines = sum(name.count("\n") + 1 for name in names)
+            figure.set_figheight(_HEIGHT + _LINE * math.ceil(lines / per_line))
         figure.draw_without_rendering()  # now the axes are where they stay
         figure.set_layout_engine("none")
-        _write_labels(figure, labels)
+        _write_labels(axis, labels)
 
 
 def _main(rows: Sequence[Row]) -> list[Row]:
@@ -336,25 +338,14 @@ def _curve(
         _points(axis, xs[flagged], ys[flagged], crosses, hollow=True, gid=_FLAGGED)
 
 
-def _bounds(row: Row, key: str, least: float) -> tuple[float, float]:
-    """(low, high) of a figure, at least `least` on both sides of its value."""
-    estimate = reading.figure(row, key)
-    low, high = reading.bounds(estimate)
-    value = reading.value(estimate)
-    return (
-        min(value - least, low) if math.isfinite(low) else value - least,
-        max(value + least, high) if math.isfinite(high) else value + least,
-    )
-
-
-def _row_labels(axis, rows, x_of, y_of, color: str) -> list[_Label]:
+def _row_labels(rows, x_of, y_of, color: str) -> list[_Label]:
     """The numbers of steps; an autoregressive model has no choice of them and gets its name."""
     labels = []
     for row in rows:
         text = str(row.get("steps") or "")
         if row.get("stage") == "autoregressive":
             text = _name(row["group"], _LABEL_WIDTH)
-        labels.append(_Label(axis, x_of(row), y_of(row), text, color))
+        labels.append(_Label(x_of(row), y_of(row), text, color))
     return labels[-1:] if any(r.get("stage") == "autoregressive" for r in rows) else labels
 
 
@@ -373,7 +364,7 @@ def _points_outside(axis, rows, edge: float, x_of, y_of, labels: list[_Label]) -
     for row in sorted(rows, key=y_of)[:_OUTSIDE_NAMED]:
         _points(axis, [edge], [y_of(row)], style, hollow=True)
         text = f"{_name(reading.title(row), _LABEL_WIDTH)}: {x_of(row):.1f} bits"
-        labels.insert(0, _Label(axis, edge, y_of(row), text, _CONTROL))
+        labels.insert(0, _Label(edge, y_of(row), text, _CONTROL))
 
 
 def _against_steps(axis, rows, exposed, estimate, legend) -> None:
@@ -428,54 +419,40 @@ def _log_axis(axes, which: str, values: Sequence[float]) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def _write_labels(figure, labels: list[_Label]) -> None:
+def _write_labels(axis, labels: list[_Label]) -> None:
     """Each label beside its point, on the first side where it covers nothing; else not at all."""
-    points = _covered(figure)
-    taken: list[Any] = []
-    sides = [
-        (7, 0, "left", "center"),
-        (-7, 0, "right", "center"),
-        (0, 6, "center", "bottom"),
-        (0, -6, "center", "top"),
-        (6, 6, "left", "bottom"),
-        (6, -6, "left", "top"),
-        (-6, 6, "right", "bottom"),
-        (-6, -6, "right", "top"),
-    ]
+    points_P2, room = _covered(axis), axis.get_window_extent()
+    taken = [text.get_window_extent() for text in axis.texts]
     for label in labels:
-        room = label.axis.get_window_extent()
-        for dx, dy, across, along in sides:
-            text = label.axis.annotate(
+        for dx, dy in ((7, 0), (-7, 0), (0, 6), (0, -6), (6, 6), (6, -6), (-6, 6), (-6, -6)):
+            text = axis.annotate(
                 label.text,
                 (label.x, label.y),
                 xytext=(dx, dy),
                 textcoords="offset points",
-                ha=across,
-                va=along,
+                ha=("center", "left", "right")[np.sign(dx)],
+                va=("center", "bottom", "top")[np.sign(dy)],
                 color=label.color,
             )
             box = text.get_window_extent()
-            inside = (
-                room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
-            )
-            hit = ((points > box.min) & (points < box.max)).all(axis=1).any()
+            inside = (box.min >= room.min).all() and (box.max <= room.max).all()
+            hit = ((points_P2 > box.min) & (points_P2 < box.max)).all(axis=1).any()
             if inside and not hit and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             text.remove()
 
 
-def _covered(figure) -> np.ndarray:
+def _covered(axis) -> np.ndarray:
     """Pixels [P, 2] along all curves and on all points, close enough to meet every letter."""
-    share_K = np.linspace(0, 1, 60)[:, None]
     parts = [np.zeros((0, 2))]
-    for axis in figure.axes:
-        for line in axis.lines:
-            if line.get_transform() != axis.transData or not len(line.get_xdata()):
-                continue
-            corners_P2 = axis.transData.transform(np.column_stack(line.get_data()))
-            parts.append(corners_P2)
-            if line.get_linestyle() != "None":
-                for start_2, end_2 in itertools.pairwise(corners_P2):
-                    parts.append(start_2 + share_K * (end_2 - start_2))
+    for line in axis.lines:
+        count = len(line.get_xdata())
+        if line.get_transform() != axis.transData or not count:
+            continue
+        corners_N2 = axis.transData.transform(np.column_stack(line.get_data()))
+        dense = 60 if line.get_linestyle() != "None" else 1
+        at_P = np.linspace(0, count - 1, (count - 1) * dense + 1)
+        along = [np.interp(at_P, np.arange(count), corners_N) for corners_N in corners_N2.T]
+        parts.append(np.stack(along, axis=1))
     return np.concatenate(parts)

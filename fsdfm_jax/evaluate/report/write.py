@@ -31,38 +31,13 @@ from fsdfm_jax.inference.stream import Piece, Trajectory
 __all__ = ["flags", "table", "write"]
 
 _IDENTITY = (
-    "slug",
-    "setting",
-    "kind",
-    "group",
-    "run",
-    "stage",
-    "steps",
-    "jump",
-    "grid",
-    "temperature",
-    "top_p",
-    "cooling",
-    "look_ahead",
-    "weights",
-    "memory",
-    "seed",
-    "task",
-    "num_samples",
-    "milliseconds_per_sample",
-    "compile_seconds",
-    "device",
+    *("slug", "setting", "kind", "group", "run", "stage", "steps", "jump", "grid", "temperature"),
+    *("top_p", "cooling", "look_ahead", "weights", "memory", "seed", "task", "num_samples"),
+    *("milliseconds_per_sample", "compile_seconds", "device"),
 )
 _FIGURES = (
-    "entropy_nats",
-    "entropy_bits",
-    "predictive_entropy_nats",
-    "distinct_1",
-    "distinct_2",
-    "distinct_3",
-    "self_bleu",
-    "mauve",
-    "bound_nats_per_token",
+    *("entropy_nats", "entropy_bits", "predictive_entropy_nats"),
+    *("distinct_1", "distinct_2", "distinct_3", "self_bleu", "mauve", "bound_nats_per_token"),
 )
 _ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count"}
 _SAMPLES_SHOWN = 3
@@ -121,7 +96,7 @@ def write(
     io.write_text(directory / "samples.txt", _samples_text(rows, texts))
     lines = _trajectory_lines(rows, trajectories, tokenizer, mask_id)
     io.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
-    exposed = {slug for slug, found in known.items() if reading.misleading(found)}
+    exposed = {slug for slug, found in known.items() if found}
     drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
     for name, figure in drawn.items():
         io.write_bytes(directory / f"{name}.png", pictures.png(figure))
