@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from fsdfm_jax import schema
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
@@ -114,6 +115,7 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
             "'additive' or 'official', got 'none'."
         )
     model = model_config(name, config.model, vocab_size=process.source.vocab_size)
+    schema.check_section(name, config[name])
     module = importlib.import_module(f"fsdfm_jax.stages.{name}")
     return module.make(config[name], model, process)
 

@@ -50,9 +50,9 @@ def read_pair_settings(config: ConfigDict) -> PairSettings:
     Raises:
       ValueError: unless pairs come in whole batches, or for a value that `Sampling` refuses.
     """
-    if config.num_pairs < 1 or config.num_pairs % config.pair_batch_size:
+    if config.num_pairs % config.pair_batch_size:
         raise ValueError(
-            f"refine.num_pairs={config.num_pairs} must be a positive multiple of "
+            f"refine.num_pairs={config.num_pairs} must be a multiple of "
             f"refine.pair_batch_size={config.pair_batch_size}."
         )
     try:
@@ -126,17 +126,16 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     """The stage; reads the budget, teacher and pair keys of its config.
 
     Raises:
-      ValueError: for a mask source, or a real_fraction outside [0, 1].
+      ValueError: for a mask source, or pairs that don't come in whole batches.
     """
     if process.source.mask_id is not None:
         raise ValueError(
             "Stage 'refine' couples noise and text and needs path.source='uniform'; a mask "
             "source has only one noise. Leave 'refine' out of the pipeline."
         )
-    if not 0 <= config.real_fraction <= 1:
-        raise ValueError(f"refine.real_fraction must lie in [0, 1], got {config.real_fraction}.")
     read_pair_settings(config)
     below, above = few_step.split_budgets(config, "refine")
+    few_step.rows_of_path(config.batch_size // config.accumulate, below, above)
     path = few_step.read_path_term(config, below)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     loss = few_step.make_loss(model, process, path, taught)
