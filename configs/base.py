@@ -1,6 +1,7 @@
 """Every configuration key once, with its unit and where its value comes from.
 
-The other files of this folder start from `get_config()` and change values; they never add keys. A
+Types and ranges are declared in fsdfm_jax/schema.py, which checks them before anything starts. The
+other files of this folder start from `get_config()` and change values; they never add keys. A
 key that a run does not read is a bug (tests/test_configs.py records accesses). Override any key on
 the command line: `--config.pretrain.num_steps=2000`.
 """
@@ -187,7 +188,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     optim.b2 = 0.95
     optim.eps = 1e-8
     optim.weight_decay = 0.03
-    optim.clip_norm = 1.0  # of the global gradient
+    optim.clip_norm = 1.0  # of the global gradient; 0 or None: off
     optim.moment_dtype = "float32"  # of the first moment: float32 | bfloat16
     # Steps in a row that are skipped where a loss or gradient isn't finite, before the run stops.
     optim.max_skipped = 0

@@ -2,18 +2,21 @@
 
 import difflib
 import errno
+import functools
 import logging
+import os
 import pathlib
 import re
 import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from fsdfm_jax import schema
 from fsdfm_jax.parallel import processes
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
@@ -100,19 +103,30 @@ def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
     Raises:
       ValueError: for a key that isn't declared, with the nearest ones.
     """
-    known = keys(config)
-    for key in keys(ConfigDict(values)):
+    known = schema.keys(config)
+    for key in schema.keys(ConfigDict(values)):
         if key not in known:
-            raise ValueError(unknown_key(key, known))
+            raise ValueError(schema.unknown_key(key, known))
     config.update(values)
 
 
 # --------------------------------------------------------------------------------------- programs
-def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run`, except that bad input ends with its message on stderr and exit code 2.
+def run(
+    main: Callable[[list[str]], None],
+    *,
+    kept: str = "nothing was written; run the same command again",
+    default_config: str | os.PathLike | None = None,
+) -> None:
+    """`app.run`, except that what a user can mend ends with one line on stderr and exit code 2.
 
-    So does an OSError, but with code 1 where it is one that passes, as of a network file system.
-    Set --show_traceback to see where an error came from.
+    That is: a bad flag, configuration or file, wrong usage, too little memory, and an OSError,
+    though with code 1 where it is one that passes, as of a network file system. Ctrl-C ends as
+    SIGTERM does. Set --show_traceback to see where an error came from.
+
+    Args:
+      main: the program; its flag --config, if it has one, is checked before by `schema.check`.
+      kept: what a program that is stopped has kept and how to go on, for the line that says so.
+      default_config: file of --config where the command line names none.
     """
 
     def guarded(argv):
@@ -121,15 +135,16 @@ def run(main: Callable[[list[str]], None]) -> None:
         except processes.Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise
-        except USER_ERRORS as error:
+        except KeyboardInterrupt:
+            _leave(f"stopped by Ctrl-C: {kept}.", processes.STOPPED)
+        except (app.UsageError, *USER_ERRORS) as error:
             if flags.FLAGS.show_traceback:
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
             passes = getattr(error, "errno", None) in _TRANSIENT
-            code = TRANSIENT_CODE if passes else EXIT_CODE
-            processes.leave(code)
-            sys.exit(code)
-        except Exception:
+            _leave(f"error: {error}", TRANSIENT_CODE if passes else EXIT_CODE)
+        except Exception as error:
+            if _is_lack_of_memory(error) and not flags.FLAGS.show_traceback:
+                _leave(f"error: {_out_of_memory(error)}", EXIT_CODE)
             if processes.is_joined():
                 traceback.print_exc()
                 processes.leave(1)
@@ -138,31 +153,98 @@ def run(main: Callable[[list[str]], None]) -> None:
     add_shared_to_path()
     # A line for each accelerator that isn't there is noise to everyone else.
     logging.getLogger("jax").setLevel(logging.WARNING)
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, default_config=default_config))
 
 
-def config_given(argv: list[str]) -> bool:
-    """Whether a command line names a configuration file."""
-    return any(re.match(r"--?config(=|$)", part) for part in argv)
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    processes.leave(code)
+    sys.exit(code)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # JAX says it in a RuntimeError.
+    told = isinstance(error, RuntimeError) and re.search(
+        "RESOURCE_EXHAUSTED|Out of memory", str(error)
+    )
+    return isinstance(error, MemoryError) or bool(told)
+
+
+def _out_of_memory(error: Exception) -> str:
+    said = str(error).strip().splitlines() or ["no more is given"]
+    return (
+        f"out of memory ({said[0][:200]}); use a smaller network, batch, or block, or more devices "
+        "(config.mesh.fsdp)"
+    )
+
+
+def config_was_given() -> bool:
+    """Whether the parsed command line named a configuration file, be it the default one."""
+    return _Parsed.names_config
+
+
+class _Parsed:
+    """What the flags don't tell of the command line that they were parsed from."""
+
+    names_config = False
 
 
 if "show_traceback" not in flags.FLAGS:
     flags.DEFINE_bool("show_traceback", False, "Show the traceback of errors in the input.")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    argv = [
-        f"--config={find_config(part.partition('=')[2])}" if re.match(r"--?config=", part) else part
-        for part in argv
-    ]
+def _parse(argv: list[str], default_config: str | os.PathLike | None = None) -> list[str]:
+    """The arguments that aren't flags, after the program's name."""
     try:
+        # Overrides of the configuration are flags that only exist once it is read, wherever they
+        # are: all that follows sees one command line.
+        argv = flags.FLAGS.read_flags_from_files(_with_help(argv), force_gnu=False)
+        _Parsed.names_config = any(re.match(r"--?config(=|$)", part) for part in argv)
+        if default_config is not None and not _Parsed.names_config:
+            argv = [argv[0], f"--config={default_config}", *argv[1:]]
+        sys.argv[:] = argv = _with_configs(argv)
         rest = flags.FLAGS(argv)
+        _check_not_empty()
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             flags.FLAGS.config.keys()  # a file that can't be read only shows at the first access
+            schema.check(flags.FLAGS.config)
         return rest
     except Exception as error:  # ml_collections raises all kinds for keys, types and files
-        print(f"error: {_explain(error, argv)}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        _leave(f"error: {_explain(error, argv)}", EXIT_CODE)
+
+
+def _with_help(argv: list[str]) -> list[str]:
+    return [argv[0], *("--help" if part == "-h" else part for part in argv[1:])]
+
+
+def _with_configs(argv: list[str]) -> list[str]:
+    """Names of config files as paths, also where they are an argument of their own."""
+    result: list[str] = []
+    for part in argv:
+        if result and re.fullmatch(r"--?config", result[-1]):
+            result[-1:] = [f"--config={find_config(part)}"]
+        elif re.match(r"--?config=", part):
+            result.append(f"--config={find_config(part.partition('=')[2])}")
+        else:
+            result.append(part)
+    return result
+
+
+# Flags that name a place: empty where a variable of the shell isn't set.
+_PLACES = (
+    *("workdir", "checkpoint", "output", "batch_file", "data", "directory"),
+    *("topology", "cases", "markdown", "coordinator"),
+)
+
+
+def _check_not_empty() -> None:
+    for name in _PLACES:
+        given = name in flags.FLAGS and flags.FLAGS[name].present
+        if given and not str(flags.FLAGS[name].value or "").strip():
+            raise ValueError(
+                f"--{name} is empty (a variable of the shell that isn't set?); give a value, or "
+                "leave the flag out"
+            )
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
@@ -170,11 +252,11 @@ def _explain(error: Exception, argv: list[str]) -> str:
     overrides = re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), re.M)
     config = _config_without_overrides(argv)
     if config is not None:
-        known = keys(config)
+        known = schema.keys(config)
         groups = {key.rsplit(".", 1)[0] for key in known if "." in key}
         for wanted in overrides:
             if wanted not in known and wanted not in groups:
-                return unknown_key(wanted, known)
+                return schema.unknown_key(wanted, known)
     text = " ".join(str(error).split())
     return text.rsplit("Error: ", 1)[-1] if "Traceback" in text else text
 
@@ -190,19 +272,3 @@ def _config_without_overrides(argv: list[str]) -> ConfigDict | None:
     except Exception:  # then the file is what is wrong, and the first error says so
         return None
     return alone.config
-
-
-def unknown_key(wanted: str, known: list[str]) -> str:
-    """The message for an override of a key that no config declares."""
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    hint = "the nearest are " + ", ".join(f"config.{key}" for key in near) + "; " if near else ""
-    return f"unknown configuration key config.{wanted}: {hint}see configs/base.py for all of them."
-
-
-def keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All dotted keys of a config, leaves only."""
-    result = []
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        result += keys(value, f"{name}.") if isinstance(value, ConfigDict) else [name]
-    return result

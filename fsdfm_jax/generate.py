@@ -22,4 +22,7 @@ if __name__ == "__main__":
 
     samples.define_flags()
     flags.adopt_module_key_flags(samples)  # what --help lists
-    cli.run(samples.main)
+    cli.run(
+        samples.main,
+        kept="lines in --output are kept; the same command goes on from there",
+    )

@@ -71,9 +71,39 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     write_text(path, json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text; ValueError, with `name` as its place, for anything else."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name} is no JSON that can be meant: it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {str(error)[:200]}") from None
+
+
 def read_json(path: str | os.PathLike) -> Any:
-    """The value in a file that `write_json` wrote."""
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    """The value in a JSON file; ValueError naming the file if there is none in it."""
+    return parse_json(pathlib.Path(path).read_bytes(), str(path))
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the file for anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file; ValueError naming the file for another encoding."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it to UTF-8"
+        ) from None
 
 
 def append_jsonl(path: str | os.PathLike, obj: Any) -> None:
@@ -99,11 +129,9 @@ def read_jsonl(path: str | os.PathLike) -> list[Any]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line, f"{path} line {number}"))
         except ValueError as error:
-            raise ValueError(
-                f"{path} line {number} is no JSON: {error}; remove the line"
-            ) from error
+            raise ValueError(f"{error}; remove the line") from None
     return records
 
 

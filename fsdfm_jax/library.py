@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax import cli, stages
+from fsdfm_jax import cli, schema, stages
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data.tokenizer import Tokenizer
@@ -197,8 +197,9 @@ def train(
         raise ValueError(f"tokens_NL holds the id {tokens_NL.max()}, vocab_size is {vocab_size}.")
     eos_id = eos_id if tokenizer is None else tokenizer.eos_id
     process = make_process(**config.path, num_tokens=vocab_size, eos_id=eos_id)
+    schema.check(config)
     made = stages.make_stage(stage, config, process)
-    _check_sizes(num_steps, batch_size, config[stage].accumulate)
+    _check_parts(batch_size, config[stage].accumulate)
     needed = {key: _base_model(key, networks.get(key, base)) for key in made.needs}
     params = None if base is None else _on_device(base)
     weights = _fit(made, config, tokens_NL, params, needed, seed)
@@ -240,11 +241,7 @@ def _take_over(config: ConfigDict, base: Bundle) -> None:
         cli.update(config, {"data": {"block_length": base.model.num_positions}})
 
 
-def _check_sizes(num_steps: int, batch_size: int, accumulate: int) -> None:
-    if num_steps < 1 or batch_size < 1:
-        raise ValueError(
-            f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}."
-        )
+def _check_parts(batch_size: int, accumulate: int) -> None:
     if batch_size % accumulate:
         raise ValueError(f"batch_size={batch_size} must be a multiple of accumulate={accumulate}.")
 

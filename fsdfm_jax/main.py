@@ -101,4 +101,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(main)
+    cli.run(
+        main, kept="checkpoints and finished points are kept; the same command goes on from there"
+    )

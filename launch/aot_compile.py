@@ -187,4 +187,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(
+        main, kept="rows of --cases that are filled in are kept; the same command does the others"
+    )

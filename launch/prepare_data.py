@@ -100,4 +100,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        kept="finished groups of --engine=beam are kept, else nothing; run the same command again",
+    )

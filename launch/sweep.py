@@ -75,4 +75,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(main)
+    cli.run(main, kept="finished points are kept; the same command goes on from there")

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "fsdfm_jax"
 
 # A folder, or a module at the top, imports from itself and from those before it.
 ORDER = (
-    *("io", "parallel", "cli", "ops", "flow", "network", "stages"),
+    *("io", "parallel", "schema", "cli", "ops", "flow", "network", "stages"),
     *("data", "exact", "training", "inference", "convert", "evaluate"),
     *("library", "samples", "generate", "main", "__main__"),
 )
@@ -44,6 +44,7 @@ ONLY = {
 CONFIG_READERS = {
     "main",
     "cli",
+    "schema",
     "library",
     "training.optim",
     "training.pipeline",

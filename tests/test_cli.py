@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from configs import base
-from fsdfm_jax import cli
+from fsdfm_jax import cli, schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT}/configs/base.py"
@@ -75,20 +75,20 @@ def test_generate_without_a_working_directory(tmp_path):
     ],
 )
 def test_nearest_keys(wanted, nearest):
-    message = cli.unknown_key(wanted, cli.keys(base.get_config()))
+    message = schema.unknown_key(wanted, schema.keys(base.get_config()))
     assert f"config.{wanted}:" in message
     # The first of those named is the nearest.
     assert message.split("nearest are ")[1].split(", ")[0].split(";")[0] == nearest
 
 
 def test_hopeless_keys_point_at_the_file_of_all_keys():
-    message = cli.unknown_key("zzzzzzzz", cli.keys(base.get_config()))
+    message = schema.unknown_key("zzzzzzzz", schema.keys(base.get_config()))
     assert "configs/base.py" in message
     assert "nearest" not in message
 
 
 def test_keys_are_the_leaves():
-    keys = cli.keys(base.get_config())
+    keys = schema.keys(base.get_config())
     assert {"seed", "pipeline", "pretrain.num_steps", "eval.steps"} <= set(keys)
     assert "pretrain" not in keys
     assert len(keys) == len(set(keys))

@@ -186,8 +186,8 @@ def test_a_failed_or_killed_build_leaves_nothing(corpus, tmp_path, monkeypatch):
     target = tmp_path / "data"
     whole = corpus_lib.documents
 
-    def interrupted(*args):
-        yield from itertools.islice(whole(*args), 40)
+    def interrupted(*args, **options):
+        yield from itertools.islice(whole(*args, **options), 40)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -274,6 +274,7 @@ def test_folders_of_older_versions_open_but_cannot_be_verified(corpus, prepared,
     assert set(manifest["spec"]) == {
         *("corpus", "text_field", "tokenizer", "vocab_size", "block_length", "holdout")
     }
+    del manifest["read"]
     assert manifest.keys() == {"format", "spec", "tokenizer", "splits", "fingerprint"}
     path.write_text(json.dumps(manifest))
     data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
@@ -302,7 +303,6 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
             {"holdout": 1e-9},
             r"none of the corpus's 60 document\(s\) falls into the validation split",
         ),
-        ({"vocab_size": 4096}, "too small for a BPE of 4096 tokens"),
         ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
     ],
 )

@@ -60,7 +60,7 @@ def test_learned_positions_are_those_of_the_block(tmp_path):
         (TEXT_NL, {"stage": "distil"}, "expected one of autoregressive"),
         (TEXT_NL, {"stage": "refine"}, "give it as base="),
         (TEXT_NL, {"init_from": "pretrain"}, "give its model as base="),
-        (TEXT_NL, {"batch_size": 0}, "at least 1"),
+        (TEXT_NL, {"batch_size": 0}, "batch_size must be"),
         (TEXT_NL, {"accumulate": 3}, "multiple of accumulate=3"),
         (TEXT_NL, {"warmup": 3}, "pretrain.warmup_steps"),
     ],

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import main, stages
+from fsdfm_jax import main, schema, stages
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.network import model as model_lib
@@ -174,12 +174,12 @@ def _files(folder):
         ({"path.schedule": "linear"}, "linear"),
         ({"model.num_heads": 3}, r"model\.width=16.*num_heads=3"),
         ({"model.conditioning": "none"}, "model.conditioning"),
-        ({"pretrain.loss": "mse"}, r"pretrain\.loss 'mse'"),
+        ({"pretrain.loss": "mse"}, r"pretrain\.loss must be one of .*'mse'"),
         ({"pretrain.time_eps": 0.0}, r"pretrain\.time_eps"),
         ({"distill.divergence": "kl"}, "kl"),
         ({"distill.teacher_rule": "midpoint"}, "midpoint"),
-        ({"distill.teacher_end": "draw"}, "teacher_end 'draw'"),
-        ({"refine.pairs.jump": "leap"}, "Sampling.jump must be one of"),
+        ({"distill.teacher_end": "draw"}, "teacher_end must be one of .*'draw'"),
+        ({"refine.pairs.jump": "leap"}, "refine.pairs.jump must be one of"),
         ({"refine.num_pairs": 7}, r"refine\.num_pairs=7"),
         ({"refine.real_fraction": 1.5}, r"refine\.real_fraction"),
         ({"step_aware.warmup_steps": 100}, "warmup_steps"),
@@ -235,8 +235,10 @@ def test_check_refuses(tmp_path, changes, message):
 )
 def test_check_refuses_what_only_the_end_of_a_run_would_notice(tmp_path, changes):
     (key,) = changes
+    config = _config("no/such/*.txt", **changes)
     with pytest.raises(ValueError, match=key.split(".")[1]):
-        main.check(_config("no/such/*.txt", **changes), tmp_path / "run")
+        schema.check(config)  # as every program does before it starts
+        main.check(config, tmp_path / "run")
 
 
 def test_workdir_may_not_be_a_file(tmp_path):

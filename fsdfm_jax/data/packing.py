@@ -33,7 +33,12 @@ class SplitCounts:
 
 
 class Packer:
-    """Packs a stream of documents into blocks, and counts."""
+    """Packs a stream of documents into blocks, and counts.
+
+    Attributes:
+      characters: of the documents so far.
+      lost: those of them that the tokens don't have, see `Tokenizer.lost`.
+    """
 
     def __init__(self, tokenizer: Tokenizer, block_length: int):
         self._tokenizer = tokenizer
@@ -41,10 +46,14 @@ class Packer:
         self._rest = np.empty(0, np.int32)
         self._documents = self._tokens = self._blocks = 0
         self._digest = hashlib.sha256()
+        self.characters = self.lost = 0
 
     def pack(self, documents: Sequence[Document]) -> np.ndarray:
         """The blocks that these documents fill, int32 [N, L]; the rest waits for the next call."""
-        ids = self._tokenizer.encode_batch([document.text for document in documents])
+        texts = [document.text for document in documents]
+        ids = self._tokenizer.encode_batch(texts)
+        self.characters += sum(map(len, texts))
+        self.lost += self._tokenizer.lost(texts, ids)
         ends = [self._tokenizer.eos_id]
         stream = np.concatenate([self._rest, *(np.array(i + ends, np.int32) for i in ids)])
         self._documents += len(documents)
@@ -83,6 +92,25 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+_MOST_LOST = 0.05  # of the characters
+
+
+def check_lost(characters: int, lost: int) -> float:
+    """The share of characters that tokenizing loses.
+
+    Raises:
+      ValueError: if that is more than a few: the model would learn another text.
+    """
+    share = lost / max(characters, 1)
+    if share > _MOST_LOST:
+        raise ValueError(
+            f"the tokenizer loses {share:.1%} of the text's {characters} characters, allowed are "
+            f"{_MOST_LOST:.0%}: decoding the tokens doesn't give them back. It lacks a token for "
+            "what it doesn't know, or is of another language; choose another data.tokenizer"
+        )
+    return share
 
 
 def check_blocks(split: str, counts: SplitCounts, block_length: int) -> None:

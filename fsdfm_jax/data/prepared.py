@@ -24,9 +24,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
+from fsdfm_jax import io
 from fsdfm_jax.data import corpus as corpus_lib
 from fsdfm_jax.data import mixture as mixture_lib
+from fsdfm_jax.data import packing
 from fsdfm_jax.data import shards as shards_lib
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 
@@ -263,6 +266,11 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
         data = load(directory)
         check_same_spec(spec, data)
         return data
+    if "**" in str(directory):
+        raise ValueError(
+            f"text cannot be prepared in {directory}: the storage layer takes '**' in a path for a "
+            "pattern; choose a folder without it"
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(
             f"{directory} exists but is not prepared data; set data.directory to another folder, "
@@ -301,7 +309,7 @@ def load(directory: str | os.PathLike) -> PreparedData:
         )
     remedy = "remove the folder and prepare it again"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = io.read_object(path)
         written, storage = manifest["format"], _storage(manifest)
         files = tuple(shards_lib.File(**entry) for entry in manifest.pop("files", []))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -358,7 +366,7 @@ def make_manifest(
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """sha256 in hex over what a manifest says of the tokens, whatever the place and the files."""
-    place = {"fingerprint", "files"}
+    place = {"fingerprint", "files", "read"}
     manifest = {key: value for key, value in manifest.items() if key not in place}
     if _storage(manifest) == "mixture":  # there the spec names folders, and so do the sources
         del manifest["spec"]
@@ -385,9 +393,10 @@ def _storage(manifest: Mapping[str, Any]) -> str:
 def _build(spec: DataSpec, directory: pathlib.Path) -> None:
     from fsdfm_jax.data import tfds
 
+    reading = _Reading(spec)
     # Validation first: it is the smaller one, so a block length that is too long is told early.
     splits = reversed(SPLITS)
-    documents = {split: functools.partial(_documents, spec, split) for split in splits}
+    documents = {split: functools.partial(reading.documents, split) for split in splits}
     if spec.tokenizer == "bpe":
         texts = (document.text for document in documents["train"]())
         tokenizer = tokenizer_lib.train_bpe(texts, spec.vocab_size)
@@ -408,14 +417,17 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
         for path, blocks in zip(paths, lengths, strict=True):
             name = path.relative_to(directory).as_posix()
             files.append(shards_lib.describe(directory, name, split, blocks))
-    manifest = make_manifest(spec, tokenizer, splits, storage="dataset")
+    share = packing.check_lost(builder.characters, builder.lost)
+    manifest = make_manifest(
+        spec, tokenizer, splits, storage="dataset", read=reading.facts() | {"lost_share": share}
+    )
     write_manifest(directory, manifest, files)
 
 
 def _follow_moved_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
     """Where only the places of a mixture's members have changed, writes down the new ones."""
     try:
-        old = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        old = io.read_object(directory / MANIFEST)
         weights = [source["weight"] for source in old["sources"]]
         places = [source["directory"] for source in old["sources"]]
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -484,20 +496,90 @@ def _mix(
     return mixture_lib.Mixture([member.source(split) for member in members], weights)
 
 
-def _documents(spec: DataSpec, split: str) -> Iterator[corpus_lib.Document]:
-    if spec.validation:
-        files = spec.validation if split == "validation" else spec.corpus
-        yield from corpus_lib.documents(files, spec.text_field, spec.documents)
-        return
-    held_out = split == "validation"
-    total = taken = 0
+class _Reading:
+    """The documents of each split, and what was found on the way."""
+
+    def __init__(self, spec: DataSpec):
+        self._spec = spec
+        self._by_end = not spec.validation and _is_one_sided(spec)
+        self._blank: dict[str, corpus_lib.Blank] = {}
+        self._held_out: set[bytes] = set()  # digests of validation texts
+        self._in_both = 0
+        if self._by_end:
+            logging.warning(
+                "The corpus has too few documents to hold some out: the last %.3g of each is held "
+                "out (data.holdout).",
+                spec.holdout,
+            )
+
+    def documents(self, split: str) -> Iterator[corpus_lib.Document]:
+        """Those of a split, from the first on; may be read again."""
+        spec, blank = self._spec, corpus_lib.Blank()
+        self._blank[split] = blank
+        validates = split == "validation"
+        if spec.validation:
+            files, without = (spec.validation, "") if validates else (spec.corpus, spec.validation)
+            self._in_both = self._in_both if validates else 0
+            found = corpus_lib.documents(
+                files, spec.text_field, spec.documents, without=without, blank=blank
+            )
+            for document in found:
+                digest = hashlib.sha256(document.text.encode()).digest()[:16]
+                if validates:
+                    self._held_out.add(digest)
+                else:
+                    self._in_both += digest in self._held_out
+                yield document
+            return
+        total = taken = 0
+        for document in corpus_lib.documents(
+            spec.corpus, spec.text_field, spec.documents, blank=blank
+        ):
+            total += 1
+            if self._by_end:
+                document = corpus_lib.cut_end(document, spec.holdout)[validates]
+                wanted = bool(document.text.strip())
+            else:
+                wanted = corpus_lib.is_held_out(document, spec.holdout) == validates
+            taken += wanted
+            if wanted:
+                yield document
+        if not taken:
+            raise ValueError(no_documents(spec, split, total))
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest; logs what a user should know. All splits have been read."""
+        one = ("train", "validation") if self._spec.validation else ("train",)
+        for split in one:
+            blank = self._blank[split]
+            if blank.count:
+                logging.warning(
+                    "%d document(s) without text are left out: %s.",
+                    blank.count,
+                    corpus_lib.listed(blank.names, blank.count),
+                )
+        if self._in_both:
+            logging.warning(
+                "%d document(s) of data.corpus are in data.validation too, word for word.",
+                self._in_both,
+            )
+        return {
+            "blank_documents": sum(self._blank[split].count for split in one),
+            "documents_in_both": self._in_both,
+            "held_out_ends": self._by_end,
+        }
+
+
+def _is_one_sided(spec: DataSpec) -> bool:
+    """Whether all documents are text files that fall into one split, as a single long one does."""
+    if any(file.suffix in (".jsonl", ".parquet") for file in corpus_lib.files(spec.corpus)):
+        return False
+    sides = set()
     for document in corpus_lib.documents(spec.corpus, spec.text_field, spec.documents):
-        total += 1
-        if corpus_lib.is_held_out(document, spec.holdout) == held_out:
-            taken += 1
-            yield document
-    if not taken:
-        raise ValueError(no_documents(spec, split, total))
+        sides.add(corpus_lib.is_held_out(document, spec.holdout))
+        if len(sides) == 2:
+            return False
+    return True
 
 
 def no_documents(spec: DataSpec, split: str, total: int) -> str:

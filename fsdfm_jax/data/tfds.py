@@ -50,6 +50,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         self._tokenizer = tokenizer
         self._block_length = block_length
         self.counts: dict[str, packing.SplitCounts] = {}  # by split, once prepared
+        self.characters = self.lost = 0  # of all splits, see `packing.Packer`
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -68,6 +69,8 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         for key, block_L in enumerate(packer.blocks(self._documents[split]())):
             yield key, {"tokens": block_L}
         counts = self.counts[split] = packer.counts
+        self.characters += packer.characters
+        self.lost += packer.lost
         packing.check_blocks(split, counts, self._block_length)
 
 
@@ -91,7 +94,13 @@ def build(builder: PackedText) -> dict[str, packing.SplitCounts]:
       ValueError: a split has no full block; or what reading its documents raises.
     """
     with _quiet():
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except RuntimeError as error:  # what the writer makes of a full disk
+            raise OSError(
+                f"the blocks can't be written to {builder.data_dir_root}: {str(error)[:200]}; free "
+                "space or make it writable"
+            ) from error
     # It makes a folder for downloads whether or not there are any.
     shutil.rmtree(builder.data_dir_root / "downloads", ignore_errors=True)
     return dict(builder.counts)

@@ -6,6 +6,7 @@ the literal "<|endoftext|>" in a document or a prompt is text, so the end-of-tex
 where the data pipeline puts it.
 """
 
+import collections
 import functools
 import hashlib
 import importlib.util
@@ -16,7 +17,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
+from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from fsdfm_jax import io
 
 EOS = "<|endoftext|>"
 # Names under which tokenizers keep their end-of-text token, the most specific first: some have
@@ -76,6 +80,13 @@ class Tokenizer:
         # shorten documents.
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            logging.warning(
+                "The tokenizer has BPE dropout %g, which is switched off: a text would have other "
+                "tokens each time.",
+                backend.model.dropout,
+            )
+            backend.model.dropout = None
         # "<|endoftext|>" in a text is text. The json does not keep this, so it is set here.
         backend.encode_special_tokens = True
         self._backend = backend
@@ -137,6 +148,30 @@ class Tokenizer:
             )
         return self._backend.decode(ids, skip_special_tokens=True)
 
+    def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> int:
+        """Characters of texts that their tokens don't have, besides white space and case.
+
+        A tokenizer without a token for what it doesn't know may leave it out without a word.
+
+        Args:
+          texts: what was encoded.
+          ids: the tokens of each.
+        """
+        if self._loses_nothing:
+            return 0
+        decoded = self._backend.decode_batch([list(each) for each in ids], skip_special_tokens=True)
+        kept = (
+            _letters(text) - _letters(found) for text, found in zip(texts, decoded, strict=True)
+        )
+        return sum(rest.total() for rest in kept)
+
+    @functools.cached_property
+    def _loses_nothing(self) -> bool:
+        """A byte-level vocabulary with all bytes, and no normaliser, has every text."""
+        each = self.token_bytes
+        single = {part for part in each or () if len(part) == 1}
+        return len(single) == _BYTES and self._backend.normalizer is None
+
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
         """The id of each token, by its name in the tokenizer.json."""
@@ -196,6 +231,10 @@ class Tokenizer:
         os.replace(partial, path)
 
 
+def _letters(text: str) -> collections.Counter[str]:
+    return collections.Counter("".join(text.split()).casefold())
+
+
 def load(spec: str | os.PathLike) -> Tokenizer:
     """Reads a tokenizer.
 
@@ -226,7 +265,7 @@ def load(spec: str | os.PathLike) -> Tokenizer:
             f'no tokenizer at {path}: expected "bpe", "gpt2", a tokenizer.json, a folder that '
             'holds one, or "package:NAME/PATH"'
         )
-    return from_json(path.read_text(encoding="utf-8"), str(path))
+    return from_json(io.read_text(path), str(path))
 
 
 def from_json(text: str, name: str) -> Tokenizer:
@@ -252,10 +291,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
       texts: read once, as a stream.
-      vocab_size: number of tokens, "<|endoftext|>" included.
+      vocab_size: number of tokens, "<|endoftext|>" included; fewer where the texts are too small
+        to fill it, which a warning says.
 
     Raises:
-      ValueError: `vocab_size` has no room for the bytes, or the texts are too small to fill it.
+      ValueError: `vocab_size` has no room for the bytes.
     """
     if vocab_size < _BYTES + 1:
         raise ValueError(
@@ -272,9 +312,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.train_from_iterator(texts, trainer)
     size = backend.get_vocab_size()
     if size != vocab_size:
-        raise ValueError(
-            f"the corpus is too small for a BPE of {vocab_size} tokens: it gave {size}; "
-            "lower data.vocab_size or give more text"
+        logging.warning(
+            "The text is too small for a BPE of data.vocab_size=%d tokens; it gets %d.",
+            vocab_size,
+            size,
         )
     return Tokenizer(backend)
 

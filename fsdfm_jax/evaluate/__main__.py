@@ -11,7 +11,6 @@ with a further judge scores the samples that are there.
 """  # noqa: E501 - a command to copy
 
 import pathlib
-import sys
 from collections.abc import Iterable
 
 from absl import app, flags
@@ -28,8 +27,6 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
-_DEFAULT_CONFIG = cli.shared("configs") / "base.py"
-_CONFIG_GIVEN = cli.config_given(sys.argv)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration; its eval section then replaces that of the run."
 )
@@ -60,7 +57,7 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
     Raises:
       ValueError: for a stored value of another type.
     """
-    if _CONFIG_GIVEN:
+    if cli.config_was_given():
         return
     given = set(config_flags.get_override_values(flags.FLAGS["config"]))
     evaluation = stored.get("eval") or {}
@@ -114,6 +111,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if not _CONFIG_GIVEN:  # not as the flag's default: a misspelt key would then end in a traceback
-        sys.argv.insert(1, f"--config={_DEFAULT_CONFIG}")
-    cli.run(main)
+    cli.run(
+        main,
+        default_config=cli.shared("configs") / "base.py",
+        kept="finished points are kept; the same command goes on from there",
+    )

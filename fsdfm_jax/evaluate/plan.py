@@ -7,12 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fsdfm_jax import schema
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import tasks
-from fsdfm_jax.flow import jumps
 from fsdfm_jax.flow.sampling import Sampling
-from fsdfm_jax.inference import generate as generate_lib
-from fsdfm_jax.inference.autoregressive import MEMORIES
 
 REAL = "held-out text"
 # Texts that have some of the virtues of good samples and not the others.
@@ -26,7 +24,6 @@ CONTROLS = {
 }
 # In `eval.controls` as well: the base model at this temperature, a sharpened sampler.
 COLD, COLD_TEMPERATURE = "cold", 0.5
-WEIGHTS = ("ema", "student")
 SAMPLING_FIELDS = tuple(Sampling().to_dict())
 
 
@@ -146,44 +143,20 @@ class Settings(NamedTuple):
         Raises:
           ValueError: for values that can't be evaluated with, naming the key.
         """
+        schema.check_section("eval", config)
         values = {name: config[name] for name in cls._fields}
         for name in ("steps", "jumps", "memories", "controls"):
             values[name] = tuple(values[name])
         values["judges"] = tuple(j.strip() for j in values["judges"].split(",") if j.strip())
-        try:
+        with _named("eval.sampling"):
             values["sampling"] = Sampling.from_dict(values["sampling"])
-        except ValueError as error:
-            raise ValueError(f"eval.sampling: {error}") from None
         settings = cls(**values)
-        settings._check()
+        for steps in (*settings.steps, settings.many_steps):
+            with _named("eval.steps"):  # a grid may have too many for float32
+                settings.sampling.replace(steps=steps)
+        tasks.parse(settings.task)
+        models_lib.parse_models(settings.models)
         return settings
-
-    def _check(self) -> None:
-        for name, least in {
-            **dict.fromkeys(("num_samples", "batch_size", "many_steps"), 1),
-            **dict.fromkeys(("watched", "bound_samples"), 0),
-            **dict.fromkeys(("bound_times", "resamples"), 2),
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"eval.{name} must be at least {least}, got {getattr(self, name)}."
-                )
-        for name, allowed, values in (
-            ("jumps", jumps.RULES, self.jumps),
-            ("memories", MEMORIES, self.memories),
-            ("controls", (*CONTROLS, COLD), self.controls),
-            ("weights", WEIGHTS, (self.weights,)),
-        ):
-            check_names(f"eval.{name}", allowed, values)
-        if not self.jumps:
-            raise ValueError("eval.jumps is empty; give at least one rule for the base model.")
-        with _named("eval.seed"):
-            generate_lib.check_seed(self.seed)
-        for steps in (*self.steps, self.many_steps):
-            with _named("eval.steps"):
-                self.sampling.replace(steps=steps)
-        tasks.parse(self.task)
-        models_lib.parse_models(self.models)
 
 
 def check_names(key: str, allowed: Iterable[str], values: Iterable[str]) -> None:
@@ -290,14 +263,8 @@ class Axes(NamedTuple):
         Raises:
           ValueError: for an empty axis or a value that can't be sampled with, naming the axis.
         """
+        schema.check_section("axes", config)
         axes = cls(**{name: tuple(config[name]) for name in cls._fields})
-        for name, values in axes._asdict().items():
-            if not values and name not in ("models", *_AROUND):
-                raise ValueError(f"axes.{name} is empty; give at least one value.")
-        check_names("axes.weights", WEIGHTS, axes.weights)
-        for seed in axes.seeds:
-            with _named("axes.seeds"):
-                generate_lib.check_seed(seed)
         with _named("axes"):
             axes.samplings(Sampling())
         return axes

@@ -8,7 +8,6 @@ all of them, once, where it is Orbax.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from fsdfm_jax import io
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.flow import process as process_lib
@@ -332,9 +332,9 @@ def listed(problems: list[str]) -> str:
 def parse_json(text: str, name: str) -> dict[str, Any]:
     """A JSON object; BadFile, naming `name`, for anything else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError, TypeError) as error:
-        raise BadFile(f"{name} is no JSON: {str(error)[:200]}") from error
+        value = io.parse_json(text, name)
+    except (ValueError, TypeError) as error:
+        raise BadFile(str(error)) from error
     if not isinstance(value, dict):
         raise BadFile(f"{name} is a JSON {type(value).__name__}, expected an object.")
     return value

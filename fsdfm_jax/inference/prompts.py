@@ -166,7 +166,7 @@ def read_requests(
 
     Args:
       path: .jsonl with {"prompt": text} or {"infill": text} and optionally "id" (text or whole
-        number) in each line, or .txt with one prompt a line.
+        number) in each line, or .txt with one prompt a line; blank lines are skipped.
       tokenizer, length: of the templates.
       check: raises ValueError for a template that can't be used.
       to_infill: see `make_request`.
@@ -206,14 +206,15 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     if not lines[-1]:
         lines.pop()
     for number, line in enumerate(lines, start=1):
-        yield number, line.removesuffix(b"\r")
+        if line.strip():
+            yield number, line.removesuffix(b"\r")
 
 
 def _read_json_line(line: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"this is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"this is no JSON: {str(error)[:200]}") from error
     if not isinstance(fields, dict) or len(fields.keys() & MAKERS.keys()) != 1:
         raise ValueError('expected {"prompt": text} or {"infill": text}, either of the two')
     if unknown := fields.keys() - MAKERS.keys() - {"id"}:

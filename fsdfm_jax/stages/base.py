@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from fsdfm_jax import schema
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
@@ -144,6 +145,7 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
         vocab_size=process.source.vocab_size,
         block_length=config.data.block_length,
     )
+    schema.check_section(name, config[name])
     module = importlib.import_module(f"fsdfm_jax.stages.{name}")
     return module.make(config[name], model, process)
 

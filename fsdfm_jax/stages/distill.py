@@ -8,8 +8,6 @@ through the chain of halvings. With guidance the fine widths learn from two base
 data, see `few_step.guided`.
 """
 
-import math
-
 from ml_collections import ConfigDict
 
 from fsdfm_jax.flow.process import Process
@@ -22,10 +20,8 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     """The stage; reads the budget, teacher and guidance keys of its config.
 
     Raises:
-      ValueError: for a guidance that isn't a number of at least 0, or without a weaker model.
+      ValueError: for a guidance without a weaker model, or the other way round.
     """
-    if not 0 <= config.guidance < math.inf:
-        raise ValueError(f"distill.guidance must be at least 0 and finite, got {config.guidance}.")
     if bool(config.guidance) != bool(config.guide):
         raise ValueError(
             f"distill.guidance={config.guidance} and distill.guide={config.guide!r} go together: "
@@ -33,6 +29,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
             "'' for none."
         )
     below, above = few_step.split_budgets(config, "distill")
+    few_step.rows_of_path(config.batch_size // config.accumulate, below, above)
     path = few_step.read_path_term(config, below)._replace(guidance=config.guidance)
     taught = few_step.read_teacher_term(config, above, process) if above.log2_steps else None
     return Stage(

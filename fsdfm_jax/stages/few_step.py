@@ -32,9 +32,6 @@ from fsdfm_jax.ops.logits import Logits
 from fsdfm_jax.parallel import rules
 from fsdfm_jax.stages.base import Frozen
 
-LOSSES = ("path", "cross_entropy")
-RATES = ("cumulative", "instantaneous")
-
 
 class PathTerm(NamedTuple):
     """The part trained on data: its budgets, its loss, and the weight of the path loss.
@@ -69,13 +66,8 @@ def read_budgets(config: ConfigDict) -> Budgets:
 
 
 def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
-    """The path term of a config on (a part of) its budgets; ValueError for unknown values."""
-    for name, allowed in (("loss", LOSSES), ("rate", RATES)):
-        if config[name] not in allowed:
-            raise ValueError(
-                f"Unknown {name} {config[name]!r}; expected one of {', '.join(allowed)}."
-            )
-    return PathTerm(budgets, config.loss, config.rate, check_rate_floor(config.rate_floor))
+    """The path term of a config on (a part of) its budgets."""
+    return PathTerm(budgets, config.loss, config.rate, config.rate_floor)
 
 
 def guided(strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float) -> jax.Array:
@@ -94,13 +86,6 @@ def guided(strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float) -> ja
     strong_BLV = jax.nn.log_softmax(strong_BLV, axis=-1)
     push_BLV = strong_BLV - jax.nn.log_softmax(weak_BLV, axis=-1)
     return strong_BLV + guidance * push_BLV
-
-
-def check_rate_floor(floor: float) -> float:
-    """The floor of 1 - kappa in a loss weight; ValueError unless in (0, 1)."""
-    if not 0 < floor < 1:
-        raise ValueError(f"rate_floor must lie in (0, 1), got {floor}.")
-    return floor
 
 
 def split_budgets(config: ConfigDict, name: str) -> tuple[Budgets, Budgets]:
@@ -147,7 +132,10 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
     """
     parts = bool(path.log2_steps) + bool(taught.log2_steps)
     if batch_size < parts:
-        raise ValueError(f"A batch of {batch_size} row(s) can't hold {parts} parts of the loss.")
+        raise ValueError(
+            f"A batch of {batch_size} row(s) can't hold {parts} parts of the loss; raise the "
+            "stage's batch_size, or lower its accumulate."
+        )
     if parts == 2:
         return min(max(round(batch_size * path.share), 1), batch_size - 1)
     return batch_size if path.log2_steps else 0

@@ -25,7 +25,6 @@ from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
-from fsdfm_jax.stages import few_step
 from fsdfm_jax.stages.base import Stage, start_fresh
 
 
@@ -52,29 +51,9 @@ def stratified_times(
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads `loss`, `time_eps`, `time_power` and `rate_floor`.
-
-    Raises:
-      ValueError: for an unknown loss, or values outside their range.
-    """
-    time_eps, rate_floor = config.time_eps, few_step.check_rate_floor(config.rate_floor)
-    if not 0 < time_eps < 1:
-        raise ValueError(
-            f"pretrain.time_eps must lie in (0, 1), got {time_eps}: the rate g(t) is "
-            "unbounded at t=1."
-        )
-
-    if not config.time_power >= 1:
-        raise ValueError(
-            f"pretrain.time_power must be at least 1, got {config.time_power}; 1 draws all times "
-            "alike, 2 more of the late ones."
-        )
-    if config.loss not in _LOSSES:
-        raise ValueError(
-            f"Unknown pretrain.loss {config.loss!r}; expected one of {', '.join(_LOSSES)}."
-        )
+    """The stage; reads `loss`, `time_eps`, `time_power` and `rate_floor`."""
+    time_eps, time_power, rate_floor = config.time_eps, config.time_power, config.rate_floor
     position_loss, has_rate = _LOSSES[config.loss]
-    time_power = config.time_power
 
     def loss(params, frozen, key, batch):
         del frozen

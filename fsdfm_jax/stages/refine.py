@@ -148,16 +148,9 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
             "Stage 'refine' needs path.source='uniform'; a mask source has only one noise, and "
             "nothing for tokens of one step to agree by. Leave 'refine' out of the pipeline."
         )
+    if len(config.noise) != 2 or config.noise[0] > config.noise[1]:
+        raise ValueError(f"refine.noise must be two numbers, low <= high, got {config.noise}.")
     low, high = config.noise
-    if not 0 < low <= high < 1:
-        raise ValueError(f"refine.noise must be two numbers 0 < low <= high < 1, got {low, high}.")
-    if config.auxiliary_updates < 1 or not config.auxiliary_rate > 0:
-        raise ValueError(
-            "refine.auxiliary_updates must be at least 1 and refine.auxiliary_rate above 0, got "
-            f"{config.auxiliary_updates} and {config.auxiliary_rate}."
-        )
-    if config.max_log2_steps < 0:
-        raise ValueError(f"refine.max_log2_steps must be 0 or more, got {config.max_log2_steps}.")
     budgets = config.max_log2_steps
     count_samples(config.batch_size // config.accumulate, budgets)
     base_model = dataclasses.replace(model, conditioning="none")

@@ -5,7 +5,6 @@ The one module of the training that reads a whole configuration.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,6 +23,7 @@ from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
+from fsdfm_jax.ops import attention
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
 from fsdfm_jax.stages.base import Stage
@@ -87,12 +88,19 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
             f"{workdir} is not a working directory of this project (no config.json); "
             "make one with python -m fsdfm_jax.main --config=configs/tiny.py --workdir=DIR."
         )
-    stored = json.loads(path.read_text())
+    stored = io.read_object(path)
     if "format" not in stored:  # before format 3 it was the configuration alone
         runs_there = sorted((workdir / "stages").glob("*"))
         stored = next(filter(None, map(workdir_lib.saved_metadata, runs_there)), {})
     recipe_lib.check_format(workdir, stored)
-    return ConfigDict(stored["config"])
+    config = stored.get("config")
+    whole = isinstance(config, dict) and {"pipeline", "data", "model", "eval"} <= config.keys()
+    if not whole:
+        raise ValueError(
+            f"{path} is damaged: it holds no configuration. Run the training command again, which "
+            "writes it anew."
+        )
+    return ConfigDict(config)
 
 
 # ------------------------------------------------------------------------- which run follows which
@@ -202,6 +210,11 @@ def check(config: ConfigDict, workdir: pathlib.Path) -> Plan:
     Raises:
       ValueError: for a pipeline that can't be trained, or can't be resumed in this folder.
     """
+    if config.model.attention == "cudnn" and not attention.has_cudnn():
+        raise ValueError(
+            "config.model.attention='cudnn' needs a device with that kernel (NVIDIA's, of compute "
+            "capability 8 or later), and this process has none; set 'auto'."
+        )
     pipeline = entries(config, workdir)
     mesh = mesh_lib.make_mesh(config.mesh)
     process = make_process(config, _ANY_VOCABULARY)
@@ -289,22 +302,13 @@ def make_process(config: ConfigDict, num_tokens: int, eos_id: int = 0) -> Proces
 
 
 def train_settings(config: ConfigDict, stage: str) -> Settings:
-    """The static numbers of a stage's training.
-
-    Raises:
-      ValueError: for checkpoints that can't be chosen so.
-    """
-    try:
-        retention = Retention(
-            keep=config.train.keep_checkpoints,
-            keep_every=config.train.keep_every,
-            keep_best=config.train.keep_best,
-            metric=config.train.best_metric,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"train.keep_checkpoints, keep_every, keep_best, best_metric: {error}."
-        ) from None
+    """The static numbers of a stage's training."""
+    retention = Retention(
+        keep=config.train.keep_checkpoints,
+        keep_every=config.train.keep_every,
+        keep_best=config.train.keep_best,
+        metric=config.train.best_metric,
+    )
     return Settings(
         num_steps=config[stage].num_steps,
         batch_size=config[stage].batch_size,
@@ -385,6 +389,8 @@ def train_run(
     `needs` are the folders of `needed_runs`; their weights are only read where steps are left.
     """
     own = config[entry.stage]
+    if not config.optim.clip_norm:
+        logging.info("%s: gradients aren't clipped (config.optim.clip_norm is off).", entry.run)
     tokenizer = prepared.tokenizer.fingerprint
     recipe_lib.check_data(directory, tokenizer=tokenizer, data=prepared.fingerprint)
     checkpoints = directory / "checkpoints"
