@@ -238,15 +238,16 @@ _EVAL: dict[str, Kind] = {
     "bound_times": Whole("[2, 1e9]"),
     "resamples": Whole("[2, 1e7]"),
 }
+# Empty axes take the sampler that the sweep is made around.
 _AXES: dict[str, Kind] = {
     "models": Several(Text(), least=0),
     "steps": Several(_STEPS),
-    "jumps": Several(_JUMP),
-    "grids": Several(_GRID),
+    "jumps": Several(_JUMP, least=0),
+    "grids": Several(_GRID, least=0),
     "temperatures": Several(_SAMPLING["temperature"]),
-    "top_ps": Several(_SAMPLING["top_p"]),
-    "coolings": Several(_SAMPLING["cooling"]),
-    "look_aheads": Several(_SAMPLING["look_ahead"]),
+    "top_ps": Several(_SAMPLING["top_p"], least=0),
+    "coolings": Several(_SAMPLING["cooling"], least=0),
+    "look_aheads": Several(_SAMPLING["look_ahead"], least=0),
     "weights": Several(_WEIGHTS),
     "seeds": Several(_SEED),
 }

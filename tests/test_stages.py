@@ -16,10 +16,9 @@ from configs import base as base_config
 from fsdfm_jax import stages
 from fsdfm_jax.flow import jumps, losses, teacher
 from fsdfm_jax.flow import process as process_lib
-from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.ops.logits import Factored, dense
-from fsdfm_jax.stages import autoregressive, few_step, pretrain, refine
+from fsdfm_jax.stages import autoregressive, few_step, pretrain
 
 V, B, L = 11, 8, 6
 
@@ -31,8 +30,8 @@ def make_config():
     model.mlp_ratio = 2
     for name in stages.FEW_STEP:
         config[name].max_log2_steps = 4
-    for name in ("distill", "refine"):
-        config[name].tau = 0.25
+    config.distill.tau = 0.25
+    config.refine.max_log2_steps = 1  # rows of one step and of two
     return config
 
 
@@ -65,12 +64,6 @@ def flat(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 
 
-def abstract_loss(stage, params):
-    return jax.eval_shape(
-        stage.loss, params, stages.Frozen(params), jax.random.key(0), make_batch()
-    )
-
-
 # ------------------------------------------------------------------------------- one signature
 
 
@@ -80,7 +73,10 @@ def test_a_stage_has_one_signature_and_learns_everywhere_but_in_the_frozen_weigh
     assert stage.name == name
     base = base_params() if name in stages.FEW_STEP else None
     fresh = jax.jit(stage.init_params)(jax.random.key(1), base)
-    params, frozen = noised(fresh, 1), stages.Frozen(noised(fresh, 2))
+    params = noised(fresh, 1)
+    needed = dict.fromkeys(stage.needs, noised(base_params(), 4))
+    partner = None if stage.auxiliary is None else noised(fresh, 5)
+    frozen = stages.Frozen(noised(fresh, 2), needed, partner)
     batch = make_batch()
     run = jax.jit(jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True))
     (value, metrics), (grads, frozen_grads) = run(params, frozen, jax.random.key(2), batch)
@@ -92,10 +88,10 @@ def test_a_stage_has_one_signature_and_learns_everywhere_but_in_the_frozen_weigh
         assert np.isfinite(grad).all(), path
         assert grad.any(), f"no gradient reaches {path}"
     assert not any(grad.any() for grad in flat(frozen_grads).values())
-    # The average teaches in the distilling stages and nowhere else.
-    taught = name in ("distill", "refine")
+    # The average teaches in `distill` and nowhere else.
+    taught = name == "distill"
     assert ("distillation_loss" in metrics) == taught
-    (other, _), _ = run(params, stages.Frozen(noised(fresh, 3)), jax.random.key(2), batch)
+    (other, _), _ = run(params, frozen._replace(average=noised(fresh, 3)), jax.random.key(2), batch)
     assert (other != value) == taught
     # Noise, times and dropout come from the key; the same key repeats them.
     (again, _), _ = run(params, frozen, jax.random.key(2), batch)
@@ -216,17 +212,6 @@ WRONG = [
         {"distill.temperature": float("nan")},
         "distill.temperature must be a finite number",
     ),
-    ("refine", {"refine.real_fraction": 1.5}, r"real_fraction must be .* in \[0, 1\], got 1.5"),
-    ("refine", {"refine.real_fraction": -0.1}, "real_fraction"),
-    ("refine", {"refine.num_pairs": 33}, "num_pairs=33.*pair_batch_size=32"),
-    ("refine", {"refine.num_pairs": 0}, "num_pairs must be"),
-    ("refine", {"refine.pairs.steps": 0}, "refine.pairs.steps must be"),
-    ("refine", {"refine.pairs.jump": "leap"}, "refine.pairs.jump must be"),
-    ("refine", {"refine.pairs.temperature": -1.0}, r"pairs.temperature must be"),
-    ("refine", {"refine.pairs.top_p": 0.0}, r"top_p must be .* in \(0, 1\], got 0.0"),
-    ("refine", {"refine.pairs.cooling": 1.0}, r"cooling must be .* in \[0, 1\), got 1.0"),
-    ("refine", {"refine.pairs.look_ahead": 2.0}, "pairs.look_ahead must be"),
-    ("refine", {"refine.pairs.grid": "log"}, "pairs.grid must be .*'log'"),
 ]
 
 
@@ -422,19 +407,18 @@ def test_rows_below_tau_never_pay_for_a_teacher(calls, rule, nodes):
 
 
 def test_without_a_teacher_part_there_is_no_teacher_call(calls):
-    for name, values in [("step_aware", {}), ("distill", {"tau": 2.0}), ("refine", {"tau": 2.0})]:
+    for name, values in [("step_aware", {}), ("distill", {"tau": 2.0})]:
         _, metrics, student, average = few_step_calls(calls, name, make_batch(), **values)
         assert ([c["x"].shape for c in student], average) == ([(B, L)], [])
         assert set(metrics) == {"loss", "path_loss"}
         assert metrics["loss"] == metrics["path_loss"]
 
 
-@pytest.mark.parametrize("name", ["distill", "refine"])
-def test_a_stage_without_any_width_on_data_is_refused(name):
+def test_a_stage_without_any_width_on_data_is_refused():
     config = make_config()
-    config[name].tau = 2.0 ** -config[name].max_log2_steps  # the finest width, not below itself
-    with pytest.raises(ValueError, match=rf"{name}\.tau=.* leaves no step width"):
-        stages.make_stage(name, config, make_process(config))
+    config.distill.tau = 2.0**-4  # the finest width, not below itself
+    with pytest.raises(ValueError, match=r"distill\.tau=.* leaves no step width"):
+        make_stage("distill", config)
 
 
 def test_rows_of_path():
@@ -451,17 +435,16 @@ def test_rows_of_path():
         rows(1, 2.0**-9)
 
 
-def test_given_noise_is_used_and_else_drawn(calls):
-    rows, length = 64, 32
-    x1 = np.full((rows, length), 3, np.int32)
-    coupled = {"x1": x1, "x0": np.full((rows, length), 7, np.int32)}
-    _, _, (call), _ = few_step_calls(calls, "refine", coupled)
-    x, t = np.asarray(call[0]["x"]), np.asarray(call[0]["t"])
-    assert set(np.unique(x)) == {3, 7}
-    # data with probability t: within 5 standard errors
-    assert abs(((x == 3).mean(1) - t).mean()) <= 5 * np.sqrt((t * (1 - t)).mean() / x.size)
-    _, _, call, _ = few_step_calls(calls, "refine", {"x1": x1})
-    assert set(np.unique(call[0]["x"])) == set(range(V))
+def test_few_step_text_is_noised_along_the_path(calls):
+    """At time t a position shows its data with probability t, or by accident 1/V."""
+    x1 = np.full((64, 32), 3, np.int32)
+    _, _, (call,), _ = few_step_calls(calls, "step_aware", {"x1": x1})
+    x, t = np.asarray(call["x"]), np.asarray(call["t"], np.float64)
+    p = t + (1 - t) / V
+    # within 5 standard errors
+    assert abs(((x == 3).mean(1) - p).mean()) <= 5 * np.sqrt((p * (1 - p)).mean() / x.size)
+    noise = np.bincount(x[x != 3], minlength=V)
+    assert_frequencies(noise, (np.arange(V) != 3) / (V - 1))
 
 
 def test_rows_on_data_can_learn_by_cross_entropy(calls):
@@ -516,23 +499,24 @@ def test_the_distillation_part_equals_its_equation(calls, name, temperature):
 
 # ---------------------------------------------------------------------------------------- guidance
 def guided_calls(calls, name, batch, **values):
-    """As `few_step_calls`, with (guide's calls by weights) in place of those of the average."""
+    """As `few_step_calls`, with the calls of (strong, weak, average) in place of the last."""
     config = make_config()
     config[name].update({"guidance": 1.5, "guide": "short"} | values)
     loss = make_stage(name, config).loss
-    guide = stages.Guide(table(3), table(4))
+    needed = {"init_from": table(3), "guide": table(4)}
 
-    def run(student, average, guide, key, batch):
+    def run(student, average, needed, key, batch):
         calls.clear()
-        value, metrics = loss(student, stages.Frozen(average, guide), key, batch)
+        value, metrics = loss(student, stages.Frozen(average, needed), key, batch)
         of = lambda params: [
             {name: call[name] for name in "xth" if call[name] is not None}
             for call in calls
             if call["params"] is params
         ]
-        return value, metrics, of(student), [of(guide.strong), of(guide.weak), of(average)]
+        others = (needed["init_from"], needed["guide"], average)
+        return value, metrics, of(student), [of(params) for params in others]
 
-    return jax.jit(run)(table(1), table(2), guide, jax.random.key(5), batch)
+    return jax.jit(run)(table(1), table(2), needed, jax.random.key(5), batch)
 
 
 def test_fine_steps_follow_the_guided_base_model(calls):
@@ -560,16 +544,14 @@ def test_a_student_that_is_the_guided_model_has_nothing_to_learn(calls):
     # All widths are below tau: nothing is taught, as in `step_aware`.
     config.distill.update({"guidance": 0.5, "guide": "short", "tau": 2.0})
     stage = make_stage("distill", config)
-    assert stage.needs == stages.Guide(strong=stages.BASE, weak="short")
+    assert stage.needs == {"init_from": stages.BASE, "guide": "short"}
     strong, weak = table(3), table(4)
     student = jax.tree.map(lambda s, w: s + 0.5 * (s - w), strong, weak)
     student["bend"] = jnp.zeros(V)  # the base model doesn't know widths
 
     def value(student):
-        guide = stages.Guide(strong, weak)
-        return stage.loss(student, stages.Frozen(student, guide), jax.random.key(0), make_batch())[
-            0
-        ]
+        frozen = stages.Frozen(student, {"init_from": strong, "guide": weak})
+        return stage.loss(student, frozen, jax.random.key(0), make_batch())[0]
 
     found, gradient = jax.value_and_grad(value)(student)
     assert abs(found) < 1e-6
@@ -631,112 +613,6 @@ def test_the_blend_is_unbiased(calls):
     assert abs(got.mean() - want.mean()) <= 5 * error
     # Strata vary less than rows drawn one by one.
     assert got.var() < want.var() / rows
-
-
-# ----------------------------------------------------------------------------------------- refine
-
-
-def mixed(seed=0, step=0, fraction=0.25, rows=16):
-    """Pairs whose x0 tells their x1 (n, n + 1000), real rows of 5000 and more."""
-    x0 = np.arange(100)[:, None] + np.zeros((1, L), int)
-    real = np.arange(5000, 5000 + rows)[:, None] + np.zeros((1, L), np.int32)
-    batch = refine.mix_real(
-        (x0, x0 + 1000), real, source_size=V, real_fraction=fraction, seed=seed, step=step
-    )
-    return batch, batch["x1"][:, 0] >= 5000
-
-
-def test_mixed_batches_are_a_function_of_seed_and_step():
-    batches = {(seed, step): mixed(seed, step)[0] for seed in (0, 1) for step in (0, 1)}
-    for (seed, step), batch in batches.items():
-        again, _ = mixed(seed, step)
-        for side in ("x0", "x1"):
-            assert (batch[side].shape, batch[side].dtype) == ((16, L), np.int32)
-            np.testing.assert_array_equal(batch[side], again[side])
-    drawn = {batch["x1"].tobytes() for batch in batches.values()}
-    assert len(drawn) == 4
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(0, 0), (0.25, 4), (0.3, 5), (1, 16)])
-def test_mixed_batches_hold_their_share_of_real_text(fraction, count):
-    batch, is_real = mixed(fraction=fraction)
-    assert is_real.sum() == count
-    np.testing.assert_array_equal(np.sort(batch["x1"][is_real, 0]), 5000 + np.arange(count))
-    # Pairs stay pairs.
-    np.testing.assert_array_equal(batch["x1"][~is_real], batch["x0"][~is_real] + 1000)
-
-
-def test_real_rows_get_fresh_uniform_noise_and_pairs_are_drawn_evenly():
-    noise, pairs, places = [], [], []
-    for step in range(600):
-        batch, is_real = mixed(step=step)
-        noise.append(batch["x0"][is_real])
-        pairs.append(batch["x0"][~is_real, 0])
-        places.append(is_real)
-    noise = np.stack(noise)
-    assert_frequencies(np.bincount(noise.ravel(), minlength=V), np.full(V, 1 / V))
-    assert len({rows.tobytes() for rows in noise}) == 600
-    assert_frequencies(np.bincount(np.ravel(pairs), minlength=100), np.full(100, 0.01))
-    # Random order: each of the 16 places holds real text in 1/4 of the steps, 5 standard errors.
-    assert np.abs(np.mean(places, 0) - 0.25).max() <= 5 * np.sqrt(0.25 * 0.75 / 600)
-
-
-def test_pairs_are_made_from_the_noise_they_are_returned_with(calls):
-    """A network sure that x1 = x0 + 1: the pair shows where its text came from."""
-    config = make_config()
-    config.refine.update({"num_pairs": 64, "pair_batch_size": 32})
-    config.refine.pairs.steps = 1
-    settings = refine.read_pair_settings(config.refine)
-    assert settings == (64, 32, Sampling(1, "mixture"))
-    make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
-    zeros = jnp.zeros(V)
-    params = {"table": 100.0 * jnp.roll(jnp.eye(V), 1, axis=1), "slope": zeros, "bend": zeros}
-    keys = jax.random.split(jax.random.key(0), 20)
-    x0, x1 = (np.stack(side) for side in zip(*(make(params, key) for key in keys), strict=True))
-    assert x0.shape == x1.shape == (20, 32, L)
-    assert x0.dtype == x1.dtype == np.int32
-    np.testing.assert_array_equal(x1, (x0 + 1) % V)
-    assert_frequencies(np.bincount(x0.ravel()), np.full(V, 1 / V))
-    again = make(params, keys[0])
-    np.testing.assert_array_equal(again[0], x0[0])
-    assert len(calls) == 1  # one step, one network call, one compilation
-    assert calls[0]["key"] is None
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_pairs_are_drawn_at_their_temperature(calls, temperature):
-    config = make_config()
-    config.refine.update({"num_pairs": 64, "pair_batch_size": 32})
-    config.refine.pairs.steps = 1
-    config.refine.pairs.temperature = temperature
-    settings = refine.read_pair_settings(config.refine)
-    make = refine.make_pair_sampler(None, make_process(config), settings, length=L)
-    logits = np.linspace(0.0, 3.0, V)
-    zeros = jnp.zeros(V)
-    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (V, 1))
-    params = {"table": rows, "slope": zeros, "bend": zeros}
-    drawn = [make(params, key)[1] for key in jax.random.split(jax.random.key(0), 20)]
-    weights = np.exp(logits / temperature)
-    assert_frequencies(np.bincount(np.ravel(drawn), minlength=V), weights / weights.sum())
-
-
-def test_the_pair_sampler_runs_the_network():
-    config = make_config()
-    config.refine.update({"num_pairs": 4, "pair_batch_size": 4})
-    config.refine.pairs.steps = 3
-    settings = refine.read_pair_settings(config.refine)
-    model, process = make_stage("pretrain").model, make_process(config)
-    make = refine.make_pair_sampler(model, process, settings, length=L)
-    x0, x1 = make(base_params(), jax.random.key(0))
-    assert x0.shape == x1.shape == (4, L)
-    assert ((x1 >= 0) & (x1 < V)).all()
-    _, other = make(base_params(), jax.random.key(1))
-    assert (x1 != other).any()
-    sure = base_params() | {"head": dict(base_params()["head"])}
-    sure["head"]["bias"] = jnp.zeros(V).at[5].set(100.0)
-    x0, x1 = make(sure, jax.random.key(0))
-    assert (x1 == 5).all()
-    assert (x0 != 5).any()
 
 
 # --------------------------------------------------------------------------------- autoregressive
