@@ -30,7 +30,8 @@ SIZED = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 ARGUMENTS = {
     "base": [""],
     "tiny": ["", "smoke", "mask"],
-    "sudoku": ["4x4", "6x6", "9x9"],
+    "bundled": [""],
+    "sudoku": [f"{size}{recipe}" for size in ("4x4", "6x6", "9x9") for recipe in ("", ",paper")],
     "hmm": [""],
     "paper": [*base.SIZES, *(f"{size},{stage}" for size in base.SIZES for stage in SIZED)],
 }
