@@ -14,8 +14,8 @@ from configs import base
 BLOCK_LENGTHS = {"4x4": 17, "6x6": 37, "9x9": 82}
 # Width, blocks, heads; steps of `pretrain` and of `refine`.
 SIZES = {
-    "4x4": ((64, 3, 4), 2_000, 1_000),
-    "6x6": ((128, 4, 4), 8_000, 2_000),
+    "4x4": ((64, 3, 4), 3_000, 1_500),
+    "6x6": ((128, 4, 4), 7_000, 1_500),
     "9x9": ((192, 6, 6), 40_000, 6_000),
 }
 
@@ -44,14 +44,16 @@ def get_config(arg: str = "6x6"):
     config.optim.b2 = 0.98
     config.optim.weight_decay = 0.0
     pretrain = config.pretrain
-    pretrain.loss = "cross_entropy"
+    pretrain.loss = "rate_cross_entropy"
+    pretrain.rate_floor = 0.02
+    pretrain.time_power = 2.0
     pretrain.num_steps = pretrain_steps
     pretrain.batch_size = 64
     pretrain.learning_rate = 2e-3
     pretrain.warmup_steps = 100
     pretrain.decay_steps = pretrain_steps * 7 // 10
     pretrain.final_lr_fraction = 0.02
-    pretrain.ema_decay = 0.999
+    pretrain.ema_decay = 0.995
 
     if recipe == "paper":
         base.use_paper_recipe(config)
