@@ -236,5 +236,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.parse_flags_with_absl()
     app.run(main)
