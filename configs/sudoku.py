@@ -14,8 +14,8 @@ from configs import base
 BLOCK_LENGTHS = {"4x4": 17, "6x6": 37, "9x9": 82}
 # Width, blocks, heads; steps of `pretrain` and of `refine`.
 SIZES = {
-    "4x4": ((64, 3, 4), 3_000, 1_500),
-    "6x6": ((128, 4, 4), 7_000, 1_500),
+    "4x4": ((64, 3, 4), 3_000, 1_000),
+    "6x6": ((128, 4, 4), 7_000, 1_000),
     "9x9": ((192, 6, 6), 40_000, 6_000),
 }
 
@@ -66,7 +66,7 @@ def get_config(arg: str = "6x6"):
     stage.batch_size = 80
     stage.learning_rate = 1e-3
     stage.warmup_steps = 50
-    stage.decay_steps = few_steps // 2
+    stage.decay_steps = few_steps // 5
     stage.final_lr_fraction = 0.02
     stage.ema_decay = 0.995
 
