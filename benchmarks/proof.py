@@ -44,8 +44,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of models and results.",
 _RECIPES = flags.DEFINE_list("recipes", ["ours", "heun", "paper"], "Few-step models.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the few-step trainings.")
 _STEPS = flags.DEFINE_list("few", ["1", "2", "4", "8", "16", "64"], "Steps of the models.")
-_MANY = flags.DEFINE_list("many", ["256", "1024"], "Further numbers of steps of the base model.")
+_MANY = flags.DEFINE_list("many", ["256", "1024"], "Further steps of the base model.")
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["1", "0.8", "0.6", "0.4"], "Temperatures.")
+_MANY_TEMPERATURES = flags.DEFINE_list("many_temperatures", ["1", "0.8"], "Above 64 steps.")
 _SAMPLES = flags.DEFINE_integer("samples", 1_000, "Samples of a point.", lower_bound=100)
 _MANY_SAMPLES = flags.DEFINE_integer("many_samples", 250, "The same above 64 steps.")
 
@@ -111,7 +112,8 @@ def points(model: Trained, size: sudoku.Sudoku, done: dict[str, dict]) -> Iterat
     few, many = measure.numbers(_STEPS, least=1), measure.numbers(_MANY, least=1)
     for steps in few + (many if model.recipe == "base" else []):
         count = _SAMPLES.value if steps <= 64 else _MANY_SAMPLES.value
-        for temperature in map(float, _TEMPERATURES.value):
+        temperatures = _TEMPERATURES.value if steps <= 64 else _MANY_TEMPERATURES.value
+        for temperature in map(float, temperatures):
             row = {"recipe": model.recipe, "seed": model.seed, "steps": steps}
             row |= {"temperature": temperature, "samples": count, "trained": weights.step}
             key = json.dumps(row)
