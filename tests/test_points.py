@@ -191,7 +191,7 @@ def test_one_label_is_one_sampler_in_reports_and_sweeps():
     each_alone = ({name: value} for name, value in (OTHER | {"top_p": 0.9}).items())
     for sampling in ({}, OTHER, *each_alone, {"grid": "cosine", "temperature": 0.8}):
         settings = _settings(**{f"sampling.{name}": value for name, value in sampling.items()})
-        student = settings._replace(weights="student", memories=("none",))
+        student = settings._replace(weights="student", memories=("cache", "none"))
         axes = (_axes(models=()), _axes(models=(), jumps=("euler", "cumulative")))
         plans += [plan_lib.plan(each, STAGES, 128) for each in (settings, student)]
         plans += [plan_lib.sweep(each, settings, STAGES, 128) for each in axes]
