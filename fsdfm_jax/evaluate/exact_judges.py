@@ -55,8 +55,8 @@ COLUMNS = {
     # of a language with a known law
     "nll": Column("nats/token"),
     "excess": Column("excess", True),
-    **{f"kl_{k}": Column(f"KL {k}-grams", k > 1) for k in hmm_judge.ORDERS},
-    **{f"entropy_{k}": Column(f"H{k}, nats", k == 3) for k in hmm_judge.ORDERS},
+    **{f"kl_{k}": Column(f"KL{k}", k == 2) for k in hmm_judge.ORDERS},  # of k-grams
+    **{f"entropy_{k}": Column(f"H{k}", k == 3) for k in hmm_judge.ORDERS},
     # of both
     "distinct": Column("distinct", True),
 }
@@ -105,7 +105,7 @@ class SudokuJudge:
         if frozen_NL.any():
             # What is given is never changed by a sampler, so that a valid grid is a solution.
             figures["solved"] = figures["valid"]
-        groups = {"repeats": ["distinct"], "not uniform": ["digits", "pairs"]}
+        groups = {"copies": ["distinct"], "not uniform": ["digits", "pairs"]}
         findings = _findings(groups, report.flags)
         return _verdict(self.name, figures, report.expected, findings)
 
@@ -142,20 +142,13 @@ def _exposed(report: hmm_judge.Report) -> list[dict[str, Any]]:
     A model that is merely worse than the law has a higher loss, which needs no remark.
     """
     above = lambda name: report.figures[name].value > report.law[name][0]
-    flagged = report.flags
-    groups = {
-        "repeats": [name for name in ("distinct",) if name in flagged],
-        "sharpened": [name for name in ("nll",) if name in flagged and not above(name)],
-        "low entropy": [
-            name
-            for name in (f"entropy_{k}" for k in hmm_judge.ORDERS)
-            if name in flagged and not above(name)
-        ],
-    }
-    if not ("nll" in flagged and above("nll")):
-        names = (f"kl_{k}" for k in hmm_judge.ORDERS)
-        groups["k-grams"] = [name for name in names if name in flagged and above(name)]
-    return _findings(groups, flagged)
+    groups = {"copies": ["distinct"]}
+    if not ("nll" in report.flags and above("nll")):
+        orders = hmm_judge.ORDERS
+        groups["sharpened"] = ["nll"]
+        groups["low entropy"] = [f"entropy_{k}" for k in orders if not above(f"entropy_{k}")]
+        groups["k-grams"] = [f"kl_{k}" for k in orders if above(f"kl_{k}")]
+    return _findings(groups, report.flags)
 
 
 def _findings(groups: Mapping[str, Sequence[str]], flags: Mapping[str, str]) -> list[dict]:
