@@ -496,13 +496,7 @@ def between(share: float) -> Callable[..., jax.Array]:
     return combine
 
 
-# Couplings of noise and data.
-
-
-def generate(chain: Chain, posterior: Posterior, sampling: Sampling) -> np.ndarray:
-    """P(x0, x1) [N, N] of the pairs that a sampler makes (stage `refine`)."""
-    ends_NN = run(chain, posterior, sampling, np.eye(len(chain.states_NL)))
-    return chain.noise_N[:, None] * ends_NN
+# A coupling of noise and data.
 
 
 def transport(chain: Chain) -> np.ndarray:
@@ -571,8 +565,8 @@ def matched_temperature(
     """The temperature nearest to 1 at which `sample(temperature)` has an entropy; None if there is
     none in [1/8, 8].
 
-    Entropy needn't grow with the temperature: a cold posterior on pairs keeps the tokens of the
-    noise. So the search starts at 1 and takes the first crossing.
+    Entropy needn't grow with the temperature: a cold posterior of coupled noise keeps the tokens of
+    the noise. So the search starts at 1 and takes the first crossing.
     """
     excess = lambda temperature: entropy(sample(temperature)) - wanted
     cooler = excess(1.0) > 0

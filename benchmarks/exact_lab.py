@@ -4,11 +4,11 @@
     python -m benchmarks.exact_lab --seeds=0,1,2 --sources=uniform,mask --output=lab.json
 
 A recipe is a set of config keys (configs/base.py), read as the stages read them; what the package
-doesn't have yet is named beside them. Its stages are run as if training were perfect
+doesn't have is named beside them. Its stages are run as if training were perfect
 (benchmarks/chains.py) and its samplers' output is compared with the data: total variation (TV), KL,
 entropy, perplexity under the data as judge, total correlation. Perplexity can be bought with
 entropy, so that everything is told twice: at temperature 1, and at the temperature where the output
-has the entropy of the data.
+has the entropy of the data. What `refine` asks of a step is in benchmarks/step_laws.py.
 
 Chains of seed 0 are those of the table in `REFERENCE`; other seeds draw other modes.
 
@@ -36,7 +36,7 @@ from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.jumps import JumpRule
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.sampling import Sampling
-from fsdfm_jax.stages import few_step, refine
+from fsdfm_jax.stages import few_step
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Data sets, comma-separated numbers.")
 _SOURCES = flags.DEFINE_list("sources", ["uniform"], "Noise, comma-separated: uniform, mask.")
@@ -45,14 +45,13 @@ _DATA_KIND = flags.DEFINE_enum("data_kind", "modes", ["modes", "markov"], "What 
 
 NUM_TOKENS, LENGTH, NOISE = 3, 4, 0.08
 SAMPLER_STEPS = (1, 2, 4, 8)
-MANY = 64  # steps of the finest width, and of the row that stands for "many"
 
 # The modes of seed 0, found by the figures of the table: of the 190 sets of four modes that aren't
 # alike but for names, the only one that fits all of them.
 _MODES = ((0, 0, 0, 0), (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 2))
 
 # Total variation at 1, 2, 4, 8 steps and entropy at 8, by an independent computation on one data
-# set, older than this one. Which kernel made and sampled its pairs isn't known: `mixture` fits.
+# set, older than this one.
 REFERENCE: dict[str, tuple[tuple[float, ...], float]] = {
     "base/cumulative": ((0.618, 0.403, 0.187, 0.072), 2.51),
     "base": ((0.618, 0.403, 0.188, 0.080), 2.56),
@@ -60,8 +59,6 @@ REFERENCE: dict[str, tuple[tuple[float, ...], float]] = {
     "rk4": ((0.398, 0.257, 0.157, 0.168), 1.61),
     "heun": ((0.512, 0.262, 0.095, 0.040), 2.28),
     "compose": ((0.497, 0.297, 0.145, 0.066), 2.52),
-    "rect3": ((0.330, 0.156, 0.076, 0.043), 2.45),
-    "rect3+heun": ((0.226, 0.099, 0.057, 0.039), 2.22),
 }
 
 
@@ -71,7 +68,7 @@ class Recipe(NamedTuple):
     Attributes:
       keys: config keys that differ from `_LAB`.
       target: "" for the rule of the config, or a name in `_TARGETS`.
-      coupling: of noise and data in the first stages: "noise", or "transport".
+      coupling: of noise and data: "noise", or "transport".
       best_of: see `chains.Taught`.
     """
 
@@ -81,16 +78,11 @@ class Recipe(NamedTuple):
     best_of: int = 1
 
 
-# The finest width is that of the exact posterior; all wider ones are taught. Pairs are made in as
-# many steps, so that they come from the posterior itself.
+# The finest width is that of the exact posterior; all wider ones are taught.
 _LAB = {
     "pipeline": "pretrain",
     "distill.max_log2_steps": 6,
     "distill.tau": 2.0**-5,
-    "refine.max_log2_steps": 6,
-    "refine.tau": 2.0**-5,
-    "refine.pairs.steps": MANY,
-    "refine.real_fraction": 0.0,
     "eval.sampling.jump": "mixture",
 }
 
@@ -108,14 +100,6 @@ _PAPER = _DISTILL | {
     "distill.teacher_end": "literal",
     "eval.sampling.jump": "cumulative",
 }
-_ALL_ON_DATA = {"refine.tau": 2.0}
-
-
-def _rect(rounds: int, **keys: Any) -> dict[str, Any]:
-    """Keys of so many rounds of `refine`; keywords are its keys, pair_* its sampler's."""
-    return {"pipeline": "pretrain" + ",refine" * rounds} | {
-        f"refine.{name.replace('pair_', 'pairs.')}": value for name, value in keys.items()
-    }
 
 
 def _sampled(**keys: Any) -> dict[str, Any]:
@@ -137,41 +121,15 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "rk4": Recipe(_PAPER | {"distill.teacher_end": "posterior_draw"}),
         "heun": Recipe(_DISTILL),
         "compose": Recipe(_DISTILL, target="compose"),
-        "rect3": Recipe(_rect(3) | _ALL_ON_DATA),
-        "rect3+heun": Recipe(_rect(3)),
-    },
-    "rounds": {
-        f"rect{n}{suffix}": Recipe(_rect(n) | keys)
-        for n in (1, 2, 4, 6)
-        for suffix, keys in (("", _ALL_ON_DATA), ("+heun", {}))
-    },
-    "pairs": {
-        "rect3+heun/pairs8": Recipe(_rect(3, pair_steps=8)),
-        "rect3+heun/pairs16": Recipe(_rect(3, pair_steps=16)),
-        "rect3+heun/pairs32": Recipe(_rect(3, pair_steps=32)),
-        "rect3/pairs8": Recipe(_rect(3, pair_steps=8) | _ALL_ON_DATA),
-        "rect3+heun/pairs128": Recipe(_rect(3, pair_steps=128)),
-        "rect3+heun/pairs-cumulative": Recipe(_rect(3, pair_jump="cumulative")),
-        "rect3+heun/real10": Recipe(_rect(3, real_fraction=0.1)),
-        "rect3+heun/real25": Recipe(_rect(3, real_fraction=0.25)),
-        "rect3+heun/real50": Recipe(_rect(3, real_fraction=0.5)),
-        "heun>rect3+heun/pairs8": Recipe(
-            _rect(3, pair_steps=8)
-            | {"pipeline": "pretrain,distill,refine,refine,refine", "refine.tau": 2.0**-5}
-        ),
     },
     "teachers": {
         "between25": Recipe(_DISTILL, target="between25"),
         "between50": Recipe(_DISTILL, target="between50"),
         "between75": Recipe(_DISTILL, target="between75"),
-        "rect3+compose": Recipe(_rect(3), target="compose"),
-        "rect3+between50": Recipe(_rect(3), target="between50"),
         "heun/jsd": Recipe(_DISTILL | {"distill.divergence": "jsd"}),
-        "rect3+heun/jsd": Recipe(_rect(3, divergence="jsd")),
         "heun/temperature2": Recipe(_DISTILL | {"distill.temperature": 2.0}),
-        "rect3+heun/tau16": Recipe(_rect(3, tau=2.0**-4)),
-        "rect3+heun/tau8": Recipe(_rect(3, tau=2.0**-3)),
-        "rect3+heun/tau4": Recipe(_rect(3, tau=2.0**-2)),
+        "heun/tau16": Recipe(_DISTILL | {"distill.tau": 2.0**-4}),
+        "heun/tau16/jsd": Recipe(_DISTILL | {"distill.tau": 2.0**-4, "distill.divergence": "jsd"}),
         "heun/tau8": Recipe(_DISTILL | {"distill.tau": 2.0**-3}),
     },
     "kernels": {
@@ -181,26 +139,22 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         ),
         "heun/teacher-cumulative": Recipe(_DISTILL | {"distill.teacher_jump": "cumulative"}),
         "heun/sampler-cumulative": Recipe(_DISTILL | _sampled(jump="cumulative")),
-        "rect3/cumulative": Recipe(_rect(3) | _ALL_ON_DATA | _sampled(jump="cumulative")),
-        "rect3+heun/sampler-cumulative": Recipe(_rect(3) | _sampled(jump="cumulative")),
     },
     "grids": {
-        f"{name}/{grid}": Recipe(keys | _sampled(grid=grid))
-        for name, keys in (("base", {}), ("rect3+heun", _rect(3)))
+        f"base/{grid}": Recipe(_sampled(grid=grid))
         for grid in ("cosine", "power:0.7", "power:1.4", "power:2")
     },
     "schedules": {
         f"{name}/kappa-{kappa}": Recipe(keys | {"path.schedule": schedule, "path.power": power})
-        for name, keys in (("base", {}), ("heun", _DISTILL), ("rect3+heun", _rect(3)))
+        for name, keys in (("base", {}), ("heun", _DISTILL))
         for kappa, schedule, power in (("cosine", "cosine", 1.0), ("square", "polynomial", 2.0))
     },
     "sampling": {
         "base/top_p0.9": Recipe(_sampled(top_p=0.9)),
         "heun/top_p0.9": Recipe(_DISTILL | _sampled(top_p=0.9)),
-        "rect3+heun/top_p0.95": Recipe(_rect(3) | _sampled(top_p=0.95)),
         **{
             f"{name}/{what}": Recipe(keys | _sampled(**values))
-            for name, keys in (("base", {}), ("heun", _DISTILL), ("rect3+heun", _rect(3)))
+            for name, keys in (("base", {}), ("heun", _DISTILL))
             for what, values in {
                 "dispersed": {"jump": "dispersed"},
                 "cooled": {"cooling": 0.7},
@@ -214,21 +168,8 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "heun/best-of-2": Recipe(_DISTILL, best_of=2),
         "compose/best-of-2": Recipe(_DISTILL, target="compose", best_of=2),
         "compose/best-of-4": Recipe(_DISTILL, target="compose", best_of=4),
-        "rect3+compose/best-of-2": Recipe(_rect(3), target="compose", best_of=2),
         "transport": Recipe({}, coupling="transport"),
         "transport+heun": Recipe(_DISTILL, coupling="transport"),
-        "transport>rect1+heun": Recipe(_rect(1), coupling="transport"),
-    },
-    # What won above, together.
-    "together": {
-        "heun/tau16": Recipe(_DISTILL | {"distill.tau": 2.0**-4}),
-        "heun/tau16/jsd": Recipe(_DISTILL | {"distill.tau": 2.0**-4, "distill.divergence": "jsd"}),
-        "rect3+heun/tau16/jsd": Recipe(_rect(3, tau=2.0**-4, divergence="jsd")),
-        "rect3+heun/tau8/real10": Recipe(_rect(3, tau=2.0**-3, real_fraction=0.1)),
-        "rect6+heun/tau8": Recipe(_rect(6, tau=2.0**-3)),
-        "rect3+between50/tau8": Recipe(_rect(3, tau=2.0**-3), target="between50"),
-        "rect3+heun/tau8/pairs128": Recipe(_rect(3, tau=2.0**-3, pair_steps=128)),
-        "rect6+heun/tau8/pairs128": Recipe(_rect(6, tau=2.0**-3, pair_steps=128)),
     },
 }
 RECIPES = {name: recipe for group in GROUPS.values() for name, recipe in group.items()}
@@ -295,43 +236,22 @@ def read_taught(config, name: str, process: Process, recipe: Recipe) -> Taught |
     )
 
 
-def learn(chain: Chain, recipe: Recipe, config, memo: dict) -> tuple[Posterior, np.ndarray]:
-    """The stages of a recipe, each at its fixed point.
+def learn(chain: Chain, recipe: Recipe, config) -> tuple[Posterior, np.ndarray]:
+    """The last stage of a recipe at its fixed point, which knows nothing of those before.
 
     Args:
       chain: its data and process.
       recipe, config: the recipe and its `lab_config`.
-      memo: pairs that were made before on this chain.
 
     Returns:
-      (what the last stage learns, the coupling it learns from [N, N]).
+      (what it learns, the coupling of noise and data that it learns from [N, N]).
     """
-    taught, history = None, (recipe.coupling,)
-    for name in config.pipeline.split(","):
-        generator = taught
-        taught = read_taught(config, name, chain.process, recipe) if name in _TAUGHT else None
-        if name == "refine":
-            settings = refine.read_pair_settings(config.refine)
-            # A generator's fine steps don't know the teacher of its wide ones.
-            fine = generator is None or 1 / settings.sampling.steps < generator.tau
-            before = history
-            history = (before, settings, None if fine else generator, config.refine.real_fraction)
-            if history not in memo:
-                posterior = chains.student(chain, memo[before], generator)
-                memo[history] = _couple(chain, posterior, settings, config.refine.real_fraction)
-        elif history not in memo:
-            transported = recipe.coupling == "transport"
-            memo[history] = chains.transport(chain) if transported else chain.independent_NN
-    return chains.student(chain, memo[history], taught), memo[history]
-
-
-_TAUGHT = ("distill", "refine")
-
-
-def _couple(chain, posterior, settings, real_fraction):
-    """The batches of `refine`: pairs that the model makes, and real text with fresh noise."""
-    pairs_NN = chains.generate(chain, posterior, settings.sampling)
-    return (1 - real_fraction) * pairs_NN + real_fraction * chain.independent_NN
+    last = config.pipeline.split(",")[-1]
+    taught = read_taught(config, last, chain.process, recipe) if last == "distill" else None
+    coupling_NN = chain.independent_NN
+    if recipe.coupling == "transport":
+        coupling_NN = chains.transport(chain)
+    return chains.student(chain, coupling_NN, taught), coupling_NN
 
 
 def measures(chain: Chain, p_N: np.ndarray) -> dict[str, float]:
@@ -366,16 +286,16 @@ def study(
     """A record for each recipe and data set."""
     records = []
     for seed in seeds:
-        memos: dict[Any, tuple[Chain, dict]] = {}
+        made: dict[Process, Chain] = {}
         for name in recipes:
             began = time.perf_counter()
             recipe = RECIPES[name]
             config = lab_config(recipe, source)
             process = process_lib.make_process(**config.path, num_tokens=NUM_TOKENS, eos_id=0)
-            if process not in memos:
-                memos[process] = chains.make_chain(process, make_data(kind, seed)), {}
-            chain, memo = memos[process]
-            posterior, coupling_NN = learn(chain, recipe, config, memo)
+            if process not in made:
+                made[process] = chains.make_chain(process, make_data(kind, seed))
+            chain = made[process]
+            posterior, coupling_NN = learn(chain, recipe, config)
             by_steps = {s: evaluate(chain, posterior, config, s) for s in SAMPLER_STEPS}
             correlation = chains.conditional_total_correlation(chain, coupling_NN, 0.0)
             records.append(
@@ -487,9 +407,7 @@ def _asked() -> list[str]:
 
 def _possible(name: str, source: str) -> bool:
     """A mask source has one noise, which can't be coupled with anything."""
-    recipe = RECIPES[name]
-    refined = "refine" in recipe.keys.get("pipeline", "")
-    return source == "uniform" or not (refined or recipe.coupling != "noise")
+    return source == "uniform" or RECIPES[name].coupling == "noise"
 
 
 def main(argv: list[str]) -> None:

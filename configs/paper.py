@@ -2,7 +2,7 @@ r"""The networks of arXiv:2509.20624, by default with its recipe: pre-training, 
 
 python -m fsdfm_jax.main --config=configs/paper.py:0.17B --workdir=DIR --config.data.corpus=GLOB
 python -m fsdfm_jax.main --config=configs/paper.py:1.3B,refine --workdir=DIR \
-    --config.refine.init_from=OTHER_DIR/stages/distill
+    --config.refine.init_from=OTHER/stages/distill --config.refine.teacher=OTHER/stages/pretrain
 
 The argument is SIZE or SIZE,STAGE with a size of 0.17B, 1.3B or 1.7B. With a stage, that stage is
 trained alone, by the defaults of configs/base.py.

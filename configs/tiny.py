@@ -55,6 +55,7 @@ def get_config(arg: str = ""):
         for name in ("step_aware", "distill", "refine"):
             config[name].num_steps = 20
             config[name].batch_size = 16
+        config.refine.max_log2_steps = 1  # samples of eight steps take 32 rows
         autoregressive.batch_size = pretrain.batch_size = 16
         config.train.checkpoint_every = 20
         config.train.log_every = 10

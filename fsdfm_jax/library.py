@@ -200,7 +200,7 @@ def train(
     schema.check(config)
     made = stages.make_stage(stage, config, process)
     _check_parts(batch_size, config[stage].accumulate)
-    needed = {key: _base_model(key, networks.get(key, base)) for key in made.needs}
+    needed = {key: _base_model(key, networks, base) for key in made.needs}
     params = None if base is None else _on_device(base)
     weights = _fit(made, config, tokens_NL, params, needed, seed)
     said = {"run": stage, "stage": stage, "step": num_steps, "ema_decay": ema_decay}
@@ -220,20 +220,28 @@ def _on_device(bundle: Bundle) -> Params:
     return jax.tree.map(jax.numpy.asarray, bundle.device_params())
 
 
-def _base_model(key: str, bundle: Bundle | None) -> Params:
-    """Weights of a base model that a stage reads."""
+# Of a network: what no two that are trained together may differ in.
+_KEPT = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "dtype")
+
+
+def _base_model(key: str, networks: Mapping[str, Bundle], base: Bundle | None) -> Params:
+    """Weights of a base model that a stage reads: the one given by that name, or `base`."""
+    bundle = networks.get(key, None if key == "guide" else base)
     if bundle is None or bundle.model.causal or bundle.model.conditioning != "none":
         raise ValueError(
             f"{key} must be a base model, of stage 'pretrain'; give it as {key}= where base isn't "
             "one."
         )
+    kept = (*_KEPT, "vocab_size")
+    fits = base is None or all(getattr(bundle.model, x) == getattr(base.model, x) for x in kept)
+    if base is not None and not (fits and dict(bundle.path) == dict(base.path)):
+        raise ValueError(f"{key} must have the network and the path of base; it has others.")
     return _on_device(bundle)
 
 
 def _take_over(config: ConfigDict, base: Bundle) -> None:
     """Sets the network and the path to those of a model."""
-    kept = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "dtype")
-    cli.update(config, {"model": {name: getattr(base.model, name) for name in kept}})
+    cli.update(config, {"model": {name: getattr(base.model, name) for name in _KEPT}})
     if base.model.conditioning != "none":
         cli.update(config, {"model": {"conditioning": base.model.conditioning}})
     cli.update(config, {"path": dict(base.path)})

@@ -164,6 +164,7 @@ def make_programs(
     if "sampler" in kinds and model.causal:
         raise ValueError(f"Stage {name!r} has no few-step sampler; leave it out with --what=train.")
     parts = {"train": config[name].accumulate, "sampler": 1}
+    rows_of_part = {"train": _rows_of_part(name, config[name]), "sampler": 1}
     sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
 
     def check(mesh: Mesh) -> Mesh:
@@ -190,7 +191,13 @@ def make_programs(
         "sampler": lambda count: steps * flops.forward_flops(model, count, length),
     }
     shards = mesh_lib.row_shards(mesh)
-    return mesh, [Program(kind, shards * parts[kind], lower[kind], needed[kind]) for kind in kinds]
+    unit = {kind: math.lcm(shards, rows_of_part[kind]) * parts[kind] for kind in kinds}
+    return mesh, [Program(kind, unit[kind], lower[kind], needed[kind]) for kind in kinds]
+
+
+def _rows_of_part(name: str, own: ConfigDict) -> int:
+    """A part of a stage's batch has a multiple of so many rows; see `refine.count_samples`."""
+    return (own.max_log2_steps + 1) * 2**own.max_log2_steps if name == "refine" else 1
 
 
 def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) -> Mesh:

@@ -26,13 +26,19 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
     """Operations of a training step of a stage on `batch` rows.
 
     The student three times (forward, and twice as much backward). Of the teacher, for the rows that
-    it teaches, one pass for each node of its rule. Of a guide two passes for the other rows.
+    it teaches, one pass for each node of its rule. Of a guide two passes for the other rows. Where
+    there is an auxiliary network, each turn of either walks the student through its steps and reads
+    its answers; the auxiliary network and the base model read how the student's turn ends.
 
     Args:
       name: of the stage, whose section `config` holds.
     """
     length, own = config.data.block_length, config[name]
     student = 3 * forward_flops(model, batch, length)
+    if "auxiliary_updates" in own:
+        turns = own.auxiliary_updates
+        trained, read = 1 + turns, (1 + 2) + (1 + 1) * turns
+        return trained * student + read * forward_flops(model, batch, length)
     if name not in FEW_STEP:
         return student
     passes, taught = 0, 0  # of the rows of one part

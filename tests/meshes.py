@@ -54,17 +54,24 @@ CASES = (
     Case("distill", accumulate=2, max_skipped=2, remat="dots"),
     Case("distill", moment_dtype="bfloat16"),
     Case("distill", positions="learned"),
+    Case("refine", accumulate=2, max_skipped=2),
+    # Samples of 1, 2 and 4 steps: six are walked at once, which don't divide over eight devices.
+    Case("refine", rows=24),
     # Logits in several chunks.
     Case("distill", length=192, vocab_size=1031),
 )
 
 
 class Trained(NamedTuple):
-    """Losses and norms of gradients of each step [S], and the parameters at the end."""
+    """Losses and norms of gradients of each step [S], and the parameters at the end.
+
+    `auxiliary` are those of the second network, where the stage has one.
+    """
 
     losses: np.ndarray
     grad_norms: np.ndarray
     params: model_lib.Params
+    auxiliary: model_lib.Params | None = None
 
 
 def make_config(case: Case) -> ConfigDict:
@@ -81,8 +88,10 @@ def make_config(case: Case) -> ConfigDict:
     own.learning_rate, own.num_steps, own.ema_decay = 1e-2, 100, _DECAY
     if case.stage in stages.FEW_STEP:
         own.max_log2_steps = 4
-    if case.stage in ("distill", "refine"):
+    if case.stage == "distill":
         own.tau = 0.25
+    if case.stage == "refine":  # rows of a sample: 2 x 2 or 3 x 4
+        own.max_log2_steps = 1 if case.rows % 12 else 2
     return config
 
 
@@ -106,12 +115,10 @@ def base_params(case: Case) -> model_lib.Params:
 
 def batches(case: Case, rows: Sequence[int], start: int) -> Iterator[dict[str, np.ndarray]]:
     """The rows that a process reads of the batches from step `start` on."""
-    names = ("x1", "x0") if case.stage == "refine" else ("x1",)
     shape = (case.rows, case.length)
     for step in range(start, sys.maxsize):
         rng = np.random.default_rng([7, step])
-        batch = {name: rng.integers(case.vocab_size - 1, size=shape) for name in names}
-        yield {name: tokens[list(rows)].astype(np.int32) for name, tokens in batch.items()}
+        yield {"x1": rng.integers(case.vocab_size - 1, size=shape)[list(rows)].astype(np.int32)}
 
 
 def make_mesh(sizes: Sequence[int]) -> Mesh:
@@ -136,36 +143,42 @@ def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
     """Trains a case on a mesh of this process's devices; nothing is written."""
     stage, _, config = make_stage(case)
     optimizer = optim.make_optimizer(config.optim, config[case.stage])
+    turns = optim.make_turns(config.optim, config[case.stage], stage)
     mesh, settings = make_mesh(sizes), _settings(case, num_steps)
     init_key, step_key = jax.random.split(jax.random.key(0))
     with jax.set_mesh(mesh):
         base = base_params(case)
-        init = loop_lib.make_init(stage, optimizer, settings)
+        init = loop_lib.make_init(stage, optimizer, settings, turns)
         places = mesh_lib.state_shardings(mesh, jax.eval_shape(init, init_key, base))
         base = jax.device_put(base, mesh_lib.state_shardings(mesh, base))
         state = jax.jit(init, out_shardings=places)(init_key, base)
-        step = loop_lib.make_step(stage, optimizer, settings, mesh, places)
+        step = loop_lib.make_step(stage, optimizer, settings, mesh, places, turns)
+        needed = dict.fromkeys(stage.needs, base)
         stream = batches(case, mesh_lib.local_rows(mesh, case.rows), 0)
         seen = []
         for _ in range(num_steps):
             rows = mesh_lib.place_rows(mesh, case.rows, next(stream))
-            state, metrics = step(state, rows, step_key, None)
+            state, metrics = step(state, rows, step_key, needed)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     losses, grad_norms = np.asarray(seen).T
-    return Trained(losses, grad_norms, jax.device_get(state.params))
+    auxiliary = None if turns is None else jax.device_get(state.auxiliary.params)
+    return Trained(losses, grad_norms, jax.device_get(state.params), auxiliary)
 
 
 def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Path) -> None:
     """Trains a case in a folder, from its newest checkpoint if there is one."""
     stage, _, config = make_stage(case)
-    mesh = make_mesh(sizes)
+    mesh, base = make_mesh(sizes), base_params(case)
+    needed = dict.fromkeys(stage.needs, base)
     loop_lib.train(
         stage,
         _settings(case, num_steps),
         name=str(case),
         optimizer=optim.make_optimizer(config.optim, config[case.stage]),
         batches=functools.partial(batches, case, mesh_lib.local_rows(mesh, case.rows)),
-        base=base_params(case),
+        base=base,
+        needed=jax.device_put(needed, mesh_lib.state_shardings(mesh, needed)),
+        turns=optim.make_turns(config.optim, config[case.stage], stage),
         key=jax.random.key(0),
         mesh=mesh,
         directory=directory,
@@ -185,8 +198,9 @@ def difference(got: Trained, want: Trained) -> dict[str, float]:
     """The worst relative differences of losses, norms of gradients and parameters."""
     worst = lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
     each = lambda a, b: float(np.max(np.abs(a / b - 1.0)))
+    networks = [(one.params, one.auxiliary) for one in (got, want)]
     return {
         "losses": each(got.losses, want.losses),
         "grad_norms": each(got.grad_norms, want.grad_norms),
-        "parameters": max(jax.tree.leaves(jax.tree.map(worst, got.params, want.params))),
+        "parameters": max(jax.tree.leaves(jax.tree.map(worst, *networks))),
     }

@@ -67,6 +67,10 @@ def test_operations_of_a_step_count_student_and_teacher():
     config.distill.guidance = 1.0
     guided = 3 * 96 + 2 * taught + 2 * (96 - taught)
     assert flops.step_flops("distill", config, model, 96) == guided * forward
+    # The student: a walk, a training pass, two readers. Three turns: a walk, its answers, a pass.
+    config.refine.auxiliary_updates = 3
+    turns = (1 + 3 + 2) + 3 * (1 + 1 + 3)
+    assert flops.step_flops("refine", config, model, 96) == 96 * turns * forward
 
 
 # ------------------------------------------------------------------------------------- collectives
@@ -299,6 +303,13 @@ def test_the_other_stages_are_lowered(name):
     _, (program,) = make(["train"], name, small_config(fsdp=8))
     assert program.lower(16).as_text()
     assert program.flops(16) > 0
+
+
+def test_rows_of_refine_hold_whole_samples():
+    config = small_config(fsdp=8)
+    config.refine.max_log2_steps, config.refine.accumulate = 2, 2  # 12 rows, on 8 devices
+    _, (train, sample) = make(aot.KINDS, "refine", config, rows=48)
+    assert (train.unit, sample.unit) == (48, 8)
 
 
 def test_described_chips_have_the_attention_of_their_kind(monkeypatch):

@@ -248,9 +248,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
             "model.num_heads": 1,
             "model.cond_width": 4,
             "model.mlp_ratio": 1,
-            "refine.num_pairs": 2,
-            "refine.pair_batch_size": 2,
-            "refine.pairs.steps": 1,
+            "refine.max_log2_steps": 1,
             "eval.num_samples": 2,
             "eval.batch_size": 2,
         }

@@ -74,9 +74,8 @@ TOLERANCES = {
     "base/cumulative": 0.0006,
     "base": 0.0006,
     "compose": 0.0006,
-    "rect3": 0.0006,
 }
-HEUN_TOLERANCES = {"heun": 0.0015, "rect3+heun": 0.0015}
+HEUN_TOLERANCES = {"heun": 0.0015}
 RK4_TOLERANCES = {"paper": 0.04, "rk4": 0.012}
 
 
@@ -382,7 +381,7 @@ def test_each_recipe_is_one_that_stages_read(source):
         for stage in config.pipeline.split(","):
             if source == "uniform" or exact_lab._possible(name, source):
                 stages.make_stage(stage, config, process)
-            if stage in ("distill", "refine"):
+            if stage == "distill":
                 exact_lab.read_taught(config, stage, process, recipe)
 
 

@@ -191,7 +191,7 @@ def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
     ids=["after", "before"],
 )
 def test_sigterm_outside_of_training_ends_as_always(tmp_path, where):
-    """Before the first step as well: pairs may take hours to be made, and survive a kill."""
+    """Before the first step as well: text may take hours to be prepared."""
     job = Job(tmp_path / "stage", where).until("waits").stop()
     assert job.end() == -signal.SIGTERM
 

@@ -50,6 +50,50 @@ def test_learned_positions_are_those_of_the_block(tmp_path):
         fs.train(np.tile(TEXT_NL, 2)[:, :17], stage="distill", base=base, **HOW)
 
 
+@pytest.fixture(scope="module")
+def student(base):
+    return fs.train(TEXT_NL, stage="step_aware", base=base, **HOW)
+
+
+def test_refine_matches_its_base_or_the_model_that_it_is_given(base, student):
+    how = HOW | {"stage": "refine", "max_log2_steps": 1, "ema_decay": 0.0}
+    refined = fs.train(TEXT_NL, base=base, **how)
+    assert refined.model.conditioning == "additive"
+    assert _equal(refined, fs.train(TEXT_NL, base=base, teacher=base, **how))
+    other = fs.train(TEXT_NL, model=NETWORK, **HOW, seed=1)
+    assert not _equal(refined, fs.train(TEXT_NL, base=base, teacher=other, **how))
+    again = fs.train(TEXT_NL, base=student, teacher=base, **how)
+    assert not _equal(again, student)
+
+
+@pytest.mark.parametrize("what", ["none", "few-step", "other network", "other path"])
+def test_refine_refuses_what_is_no_base_model_of_its_own(base, student, what):
+    how = HOW | {"stage": "refine", "max_log2_steps": 1}
+    if what == "none":
+        given, message = {}, "teacher must be a base model.*give it as teacher="
+    elif what == "few-step":
+        given, message = {"teacher": student}, "teacher must be a base model"
+    else:
+        network, path = (
+            (NETWORK | {"width": 8}, {}) if "network" in what else (NETWORK, {"power": 2.0})
+        )
+        given = {"teacher": fs.train(TEXT_NL, model=network, path=path, **HOW | {"num_steps": 1})}
+        message = "teacher must have the network and the path of base"
+    with pytest.raises(ValueError, match=message):
+        fs.train(TEXT_NL, base=student, **how, **given)
+
+
+def test_guidance_needs_a_weaker_model(base):
+    how = HOW | {"stage": "distill", "guidance": 1.0}
+    with pytest.raises(ValueError, match="guide must be a base model"):
+        fs.train(TEXT_NL, base=base, guide="short", **how)
+    weak = fs.train(TEXT_NL, model=NETWORK, **HOW | {"num_steps": 1})
+    assert (
+        fs.train(TEXT_NL, base=base, guide=weak, **how).provenance["config"]["distill"]["guidance"]
+        == 1
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [

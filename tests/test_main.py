@@ -20,14 +20,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from fsdfm_jax import main, schema, stages
+from fsdfm_jax import main, schema
 from fsdfm_jax.data import prepared as prepared_lib
-from fsdfm_jax.flow import process as process_lib
-from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.stages import autoregressive, refine
+from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.training import checkpoint, pipeline, recipe, workdir
-from fsdfm_jax.training import pairs as pairs_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
@@ -42,9 +38,7 @@ TINY = {
     "model.num_heads": 2,
     "model.cond_width": 8,
     "model.mlp_ratio": 2,
-    "refine.num_pairs": 8,
-    "refine.pairs.steps": 2,
-    "refine.pair_batch_size": 2,
+    "refine.max_log2_steps": 1,
     "train.log_every": 1,
     "train.checkpoint_every": 2,
     "eval.num_samples": 4,
@@ -179,13 +173,15 @@ def _files(folder):
         ({"distill.divergence": "kl"}, "kl"),
         ({"distill.teacher_rule": "midpoint"}, "midpoint"),
         ({"distill.teacher_end": "draw"}, "teacher_end must be one of .*'draw'"),
-        ({"refine.pairs.jump": "leap"}, "refine.pairs.jump must be one of"),
-        ({"refine.num_pairs": 7}, r"refine\.num_pairs=7"),
-        ({"refine.real_fraction": 1.5}, r"refine\.real_fraction"),
+        ({"refine.max_log2_steps": 3}, "refine's batch of 8 rows must be a multiple of 32"),
+        ({"refine.noise": (0.5, 1.0)}, r"refine\.noise must be .* in \(0, 1\)"),
+        ({"refine.auxiliary_updates": 0}, r"refine\.auxiliary_updates"),
+        ({"refine.teacher": "short"}, "refine.teacher='short' names no trained run"),
+        ({"refine.teacher": "base"}, "refine.teacher must name a base .*/distill holds a few-step"),
         ({"step_aware.warmup_steps": 100}, "warmup_steps"),
         (
             {"distill.guidance": 1.0, "distill.guide": "pretrain"},
-            "distill.guidance compares base models.*/step_aware is a few-step model",
+            "distill.init_from must name a base model.*/step_aware holds a few-step model",
         ),
         (
             {"distill.guidance": 1.0, "distill.guide": "short"},
@@ -197,7 +193,7 @@ def _files(folder):
                 "distill.guidance": 1.0,
                 "distill.guide": "autoregressive",
             },
-            "/autoregressive is an autoregressive model",
+            "distill.guide must name a base .*/autoregressive holds an autoregressive model",
         ),
         ({"autoregressive.num_steps": 0}, "num_steps"),
     ],
@@ -265,6 +261,8 @@ def test_check_gives_each_run_its_recipe(tmp_path):
     assert recipes["pretrain"]["base"] is None
     assert recipes["refine"]["base"] == recipe.digest(recipes["pretrain"])
     assert recipes["refine_2"]["base"] == recipe.digest(recipes["refine"])
+    teacher = [recipe.digest(recipes["pretrain"])]
+    assert [recipes[run]["needs"] for run in recipes] == [[], teacher, teacher]
     assert mesh.shape["data"] == 8
 
 
@@ -410,13 +408,13 @@ def test_killed_three_times_ends_the_same_bit_for_bit(world, finished):
     folder = world.folder / "killed"
     command = ("main", *world.flags, f"--workdir={folder}")
     checkpoints = folder / "stages" / "pretrain" / "checkpoints"
-    pairs = folder / "stages" / "refine" / "pairs"
+    refined = folder / "stages" / "refine" / "checkpoints"
     report = folder / "report"
 
     # In the middle of a stage: its second checkpoint has begun, five are to come.
     _kill_when(world.start(*command), lambda: any(checkpoints.glob("4*")))
     assert 2 <= checkpoint.latest_step(checkpoints) < TINY["pretrain.num_steps"]
-    _kill_when(world.start(*command), lambda: any(pairs.glob("[0-9]*.npy")))
+    _kill_when(world.start(*command), lambda: any(refined.glob("2*")))  # of 3 steps
     assert not report.exists()
     kept = _files(folder / "stages" / "distill" / "checkpoints")
     _kill_when(world.start(*command), lambda: (report / "points.jsonl").exists())
@@ -426,9 +424,9 @@ def test_killed_three_times_ends_the_same_bit_for_bit(world, finished):
 
     for stage in STAGES:
         ours, theirs = (f / "stages" / stage / "checkpoints" for f in (folder, whole))
-        parts = ("params", "opt_state", "step") + (
-            () if stage in ("autoregressive", "pretrain") else ("ema",)
-        )
+        parts = ["params", "opt_state", "step"]
+        parts += [] if stage in ("autoregressive", "pretrain") else ["ema"]
+        parts += ["auxiliary"] if stage == "refine" else []
         ours, theirs = (checkpoint.restore_part(f, parts) for f in (ours, theirs))
         _assert_bitwise(ours, theirs)
         ours, theirs = (
@@ -536,11 +534,11 @@ def test_too_little_held_out_text_for_a_task_is_told_before_training(
 # ----------------------------------------------------------------------------------------- guidance
 def test_a_guided_run_reads_the_runs_that_it_names(world, tmp_path, monkeypatch):
     """A run of another folder as the weak model; then an earlier run of the same pipeline."""
-    guides = []
+    given = []
     train = pipeline.train
 
     def watching(stage, settings, **others):
-        guides.append(others["guide"])
+        given.append(others["needed"])
         return train(stage, settings, **others)
 
     monkeypatch.setattr(pipeline, "train", watching)
@@ -550,12 +548,13 @@ def test_a_guided_run_reads_the_runs_that_it_names(world, tmp_path, monkeypatch)
     changes = {"pipeline": "pretrain,distill", "distill.guidance": 1.0, "distill.guide": str(weak)}
     config, folder = _config(world.corpus, **changes), tmp_path / "run"
     _run_here(monkeypatch, config, folder)
-    *others, guide = guides
-    assert others == [None, None]
-    for weights, run in ((guide.strong, folder / "stages" / "pretrain"), (guide.weak, weak)):
+    *others, needed = given
+    assert others == [{}, {}]
+    assert list(needed) == ["init_from", "guide"]
+    for weights, run in zip(needed.values(), (folder / "stages" / "pretrain", weak), strict=True):
         jax.tree.map(np.testing.assert_array_equal, weights, workdir.load_weights(run).params)
     _run_here(monkeypatch, config, folder)
-    assert guides[3:] == [None, None]  # finished: nothing is read
+    assert given[3:] == [{}, {}]  # finished: nothing is read
     # Named otherwise, it is the same run; trained otherwise, another one.
     _run_here(monkeypatch, short, folder / "moved")
     config.distill.guide = str(folder / "moved" / "stages" / "pretrain")
@@ -563,64 +562,3 @@ def test_a_guided_run_reads_the_runs_that_it_names(world, tmp_path, monkeypatch)
     config.distill.guide = "pretrain"
     with pytest.raises(ValueError, match=r"\(needs: \["):
         main.check(config, folder)
-
-
-# ------------------------------------------------------------------------------------------ pairs
-
-
-def _pairs(folder, monkeypatch, step=3, **changes):
-    """The pairs of a refine run."""
-    config = _config("texts", pipeline="pretrain,refine", **changes)
-    process = process_lib.make_process(**config.path, num_tokens=11, eos_id=0)
-    model = stages.model_config("pretrain", config.model, vocab_size=11)
-    params = jax.jit(lambda key: model_lib.init_params(key, model))(jax.random.key(0))
-    params = jax.device_put(params, jax.devices()[0])
-    weights = workdir.Weights(params, model, {"recipe": {"of": "pretrain"}}, step)
-
-    def load_weights(directory, *, mesh, **_):
-        places = mesh_lib.state_shardings(mesh, weights.params)
-        return weights._replace(params=jax.device_put(weights.params, places))
-
-    monkeypatch.setattr(workdir, "load_weights", load_weights)
-    monkeypatch.setattr(workdir, "weights_metadata", lambda *_, **__: (step, weights.metadata))
-    prepared = types.SimpleNamespace(
-        tokenizer=types.SimpleNamespace(fingerprint="tokens"), fingerprint="text", block_length=8
-    )
-    mesh = mesh_lib.make_mesh(config.mesh)
-    assert mesh.size == 8
-    with jax.set_mesh(mesh):
-        return pairs_lib.make_pairs(
-            folder / "stages" / "refine",
-            refine.read_pair_settings(config.refine),
-            base=folder / "stages" / "pretrain",
-            seed=pipeline.run_seed(config, "refine/pairs"),
-            process=process,
-            prepared=prepared,
-            mesh=mesh,
-        )
-
-
-def test_pairs_are_made_on_any_mesh_and_only_once(tmp_path, monkeypatch):
-    x0, x1 = _pairs(tmp_path, monkeypatch)
-    assert x0.shape == x1.shape == (8, 8)
-    files = sorted((tmp_path / "stages" / "refine" / "pairs").glob("*.npy"))
-    assert len(files) == 4
-    # A part that is there is kept, one that is missing is made anew, the same as before.
-    files[1].unlink()
-    kept = files[0].stat().st_mtime_ns
-    again = _pairs(tmp_path, monkeypatch)
-    assert files[0].stat().st_mtime_ns == kept
-    np.testing.assert_array_equal(again, (x0, x1))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"refine.pairs.steps": 3}, {"step": 4}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_pairs_of_other_settings_or_weights_are_not_reused(tmp_path, monkeypatch, changes):
-    _pairs(tmp_path, monkeypatch)
-    first = tmp_path / "stages" / "refine" / "pairs" / "00000.npy"
-    made = first.stat().st_mtime_ns
-    _pairs(tmp_path, monkeypatch, **changes)
-    assert first.stat().st_mtime_ns != made

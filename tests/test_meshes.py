@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from meshes import Case
 
-from configs import base
 from fsdfm_jax.evaluate import draw
 from fsdfm_jax.evaluate.models import Subject
 from fsdfm_jax.evaluate.plan import Point
@@ -19,7 +18,6 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.stages import refine
 
 TOLERANCE = 1e-5
 
@@ -50,6 +48,8 @@ def assert_same(case, sizes, num_steps):
 
 # Two parts of the loss, none of which divides over the devices; a dropout, a teacher, an average.
 DISTILL = Case("distill", accumulate=2, max_skipped=2)
+# A second network, and states that the student walks through.
+REFINE = Case("refine")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ DISTILL = Case("distill", accumulate=2, max_skipped=2)
     [
         Case("pretrain"),
         Case("pretrain", positions="learned"),
-        pytest.param(DISTILL, marks=pytest.mark.slow),
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (DISTILL, REFINE)),
     ],
     ids=str,
 )
@@ -120,22 +120,11 @@ def left_to_right(memory="cache"):
     return run, params, (jax.random.key(3), first_B, jnp.float32(1.0))
 
 
-def pairs():
-    model, process, params = a_network("pretrain")
-    config = base.get_config().refine
-    config.num_pairs = config.pair_batch_size = ROWS
-    config.pairs.steps = 4
-    settings = refine.read_pair_settings(config)
-    run = refine.make_pair_sampler(model, process, settings, length=LENGTH)
-    return run, params, (jax.random.key(3),)
-
-
 KINDS = {
     "few steps": few_steps,
     "dispersed": functools.partial(few_steps, jump="dispersed"),
     "left to right": left_to_right,
     "left to right, anew": functools.partial(left_to_right, "none"),
-    "pairs": pairs,
 }
 
 

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from configs import base as base_config
+from fsdfm_jax import stages
+from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.training import optim
 
@@ -95,6 +97,26 @@ def test_adamw_equals_its_equations():
         m_hat, v_hat = m / (1 - b1**n), v / (1 - b2**n)
         w = w - lr * (m_hat / (np.sqrt(v_hat) + eps) + decay * w)
         assert float(params) == pytest.approx(w, rel=1e-5)
+
+
+@pytest.mark.parametrize("decay_steps", [0, 8])
+def test_a_second_network_learns_at_the_same_share_of_the_training(decay_steps):
+    """At 3 updates to one: warm-up and decay are thrice as long, the rate is scaled."""
+    config = base_config.get_config()
+    config.optim.weight_decay = 0.0
+    config.refine.update(learning_rate=0.5, num_steps=20, warmup_steps=4, decay_steps=decay_steps)
+    config.refine.update(auxiliary_updates=3, auxiliary_rate=2.0)
+    process = process_lib.make_process(**config.path, num_tokens=5, eos_id=0)
+    make_turns = lambda name: optim.make_turns(
+        config.optim, config[name], stages.make_stage(name, config, process)
+    )
+    turns = make_turns("refine")
+    assert turns.auxiliary.updates == 3
+    own = learning_rates(turns.optimizer, 60)
+    student = learning_rates(optim.make_optimizer(config.optim, config.refine), 20)
+    np.testing.assert_allclose(own[::3], 2 * student, rtol=1e-5)
+    assert config.refine.num_steps == 20
+    assert make_turns("distill") is None
 
 
 def test_the_papers_values_are_the_defaults():

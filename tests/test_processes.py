@@ -325,10 +325,6 @@ def test_the_program_in_two_processes_is_that_in_one(tmp_path):
         for mine, theirs in zip(got, want, strict=True):
             for name in ("loss", "grad_norm"):
                 np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, err_msg=stage)
-    pairs = [sorted((folder / "stages/refine/pairs").glob("*.npy")) for folder in (one, two)]
-    assert len(pairs[0]) == len(pairs[1]) == 4
-    for files in zip(*pairs, strict=True):
-        np.testing.assert_array_equal(*map(np.load, files))
     rows = [
         [(row["group"], row["steps"]) for row in _results(folder)["rows"]] for folder in (one, two)
     ]

@@ -27,7 +27,6 @@ from fsdfm_jax.flow.process import make_process
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.network import model as model_lib
-from fsdfm_jax.stages import refine
 from fsdfm_jax.training import workdir
 
 
@@ -66,23 +65,17 @@ def _sample(params, model, process, given_BL, frozen_BL):
     return jax.jit(run)(key)
 
 
-def _pairs(params, model, process, config):
-    settings = refine.read_pair_settings(config.refine)
-    make_pairs = refine.make_pair_sampler(model, process, settings, length=L)
-    return np.stack(make_pairs(params, jax.random.key(SEED)))
-
-
 def _stage_loss(stage, params, average, key, batch, guide):
     """(loss, metrics); `guide` is (strong, weak), the base weights that guidance compares."""
-    guide = None if stage.needs is None else stages.Guide(*guide)
-    return stage.loss(params, stages.Frozen(average, guide), key, batch)
+    needed = dict(zip(("init_from", "guide"), guide, strict=True)) if stage.needs else {}
+    return stage.loss(params, stages.Frozen(average, needed), key, batch)
 
 
 # ------------------------------------------------------------------------------------ what is drawn
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = ROOT / "tests" / "goldens" / "recorded.json"
 V, L, B, SEED = 37, 12, 5, 3_000_000_007
-STAGES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
+STAGES = ("autoregressive", "pretrain", "step_aware", "distill")
 FEW_STEP, RULES = STAGES[2:], ("cumulative", "euler", "mixture", "dispersed")
 SOURCES = {
     "uniform": {},
@@ -107,11 +100,9 @@ CHANGES = {name: {} for name in STAGES} | {
 def _config(**changes):
     config = base_config.get_config()
     config.model.update(width=16, num_blocks=2, num_heads=2, cond_width=8, mlp_ratio=2)
-    config.refine.update(num_pairs=4, pair_batch_size=4)
-    config.refine.pairs.steps = 4
     for stage in FEW_STEP:
         config[stage].max_log2_steps = 4
-    config.distill.tau = config.refine.tau = 0.25
+    config.distill.tau = 0.25
     config.update_from_flattened_dict(changes)
     return config
 
@@ -153,7 +144,7 @@ def _given(kind):
 
 def _token_cases():
     """Name -> a function without arguments that draws the tokens."""
-    cases = {"pairs": lambda: _pairs(*_drawing("uniform"), _config())}
+    cases = {}
 
     def add(name, function, network, kind, **how):
         cases[name] = lambda: function(*_drawing(*network), *_given(kind), **how)
@@ -184,8 +175,7 @@ def _metrics(case):
     stage = stages.make_stage(stage_name, config, process)
     base = _network("pretrain", config, process.source.vocab_size)[1]
     fresh = stage.init_params(jax.random.key(1), base if stage_name in FEW_STEP else None)
-    tokens = np.random.default_rng(2).integers(V, size=(2, 8, L)).astype(np.int32)
-    batch = {"x1": tokens[0]} | ({"x0": tokens[1]} if stage_name == "refine" else {})
+    batch = {"x1": np.random.default_rng(2).integers(V, size=(8, L)).astype(np.int32)}
     guide = (_noised(base, 3), _noised(base, 4))
 
     def loss(params):
@@ -199,6 +189,7 @@ def _metrics(case):
 def _smoke(folder):
     """Run -> its last line of metrics, and each array's sum of squares."""
     command = f"-m fsdfm_jax.main --config=configs/tiny.py:smoke --workdir={folder} --noevaluate"
+    command += f" --config.pipeline={','.join(STAGES)}"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT, env=env)
     result = {}

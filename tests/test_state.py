@@ -12,9 +12,10 @@ from test_train import assert_same_bits, make_mesh, make_stage, toy_stage
 from configs import base as base_config
 from fsdfm_jax import main
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.stages import Frozen
+from fsdfm_jax.stages import Auxiliary, Frozen
 from fsdfm_jax.training import loop as loop_lib
 from fsdfm_jax.training import state
+from fsdfm_jax.training.optim import Turns
 
 B, L = 16, 3
 RATE, DECAY = 0.25, 0.75
@@ -108,10 +109,10 @@ def test_rows_of_a_part_are_on_all_devices():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "distill"])
 def test_a_real_stage_in_parts(name):
-    stage, optimizer = make_stage(name)
+    stage, optimizer, _ = make_stage(name)
     rng = np.random.default_rng(0)
     batch = {"x1": rng.integers(0, 11, (8, 6)).astype(np.int32)}
-    fresh, _ = make_stage("pretrain")
+    fresh, _, _ = make_stage("pretrain")
     base = jax.jit(fresh.init_params)(jax.random.key(0), None)
     now = jax.jit(
         lambda: state.init_state(
@@ -130,6 +131,144 @@ def test_a_real_stage_in_parts(name):
     np.testing.assert_allclose(metrics["loss"], values, rtol=1e-4)
     mean = jax.tree.map(lambda *x: sum(x) / 2, *(grads for _, grads in found))
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(mean), rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- turns
+
+
+def student_loss(params, frozen, key, batch):
+    """`loss`, pulled by the other network."""
+    value, metrics = loss(params, frozen, key, batch)
+    value = value + jnp.sum(params["w"] * frozen.partner["w"] ** 2)
+    return value, metrics | {"loss": value}
+
+
+def learn(params, frozen, key, batch):
+    """Follows the student and the average, with noise."""
+    x = batch["x1"].astype(jnp.float32).mean(0)[:2]
+    target = x * frozen.partner["w"] + frozen.average["w"] + jax.random.normal(key, (2,))
+    value = jnp.sum((params["w"] - target) ** 2)
+    return value, {"loss": value}
+
+
+def make_turns(updates, loss=learn, optimizer=None):
+    return Turns(Auxiliary(loss, updates, 1.0), optimizer or optax.sgd(0.01))
+
+
+def start_turns(optimizer, turns):
+    """Weights of its own for each network."""
+    params = {"w": jnp.asarray([2.0, -3.0])}
+    now = state.init_state(params, optimizer, ema_decay=DECAY, turns=turns)
+    own = now.auxiliary._replace(params={"w": jnp.asarray([1.0, 0.5])})
+    return now._replace(step=jnp.int32(7), ema={"w": jnp.asarray([0.5, -1.0])}, auxiliary=own)
+
+
+def mean_gradient(loss, params, frozen, key, batch, parts):
+    """(gradient of one network alone, loss) as the mean over the parts of a batch."""
+    found = []
+    for a in range(parts):
+        rows = {name: x[a::parts] for name, x in batch.items()}
+        part_key = jax.random.fold_in(key, a) if parts > 1 else key
+        found.append(jax.value_and_grad(loss, has_aux=True)(params, frozen, part_key, rows))
+    grad = np.mean([np.asarray(grads["w"], np.float64) for _, grads in found], axis=0)
+    return grad, np.mean([float(value) for (value, _), _ in found])
+
+
+@pytest.mark.parametrize(("updates", "parts"), [(1, 1), (3, 1), (2, 4)])
+def test_the_second_network_has_its_turns_before_the_first(updates, parts):
+    optimizer, batch, turns = optax.sgd(RATE), make_batch(), make_turns(updates)
+    now = start_turns(optimizer, turns)
+    step = step_of(student_loss, optimizer, accumulate=parts, turns=turns)
+    after, metrics = step(now, batch, KEY)
+
+    key, turns_key = jax.random.split(jax.random.fold_in(KEY, 7))
+    frozen = Frozen(now.ema, {}, now.params)  # of the student as it was
+    own, losses, norms = np.asarray(now.auxiliary.params["w"]), [], []
+    for turn in range(updates):
+        params = {"w": jnp.asarray(own, jnp.float32)}
+        turn_key = jax.random.fold_in(turns_key, turn)
+        grad, value = mean_gradient(learn, params, frozen, turn_key, batch, parts)
+        own = own - 0.01 * grad
+        losses.append(value)
+        norms.append(np.linalg.norm(grad))
+    np.testing.assert_allclose(after.auxiliary.params["w"], own, rtol=1e-5)
+    frozen = Frozen(now.ema, {}, {"w": jnp.asarray(own, jnp.float32)})  # as it is after its turns
+    grad, value = mean_gradient(student_loss, now.params, frozen, key, batch, parts)
+    weights = np.asarray(now.params["w"]) - RATE * grad
+    np.testing.assert_allclose(after.params["w"], weights, rtol=1e-5)
+    # Only the student has an average.
+    np.testing.assert_allclose(
+        after.ema["w"], DECAY * np.asarray(now.ema["w"]) + (1 - DECAY) * weights, rtol=1e-5
+    )
+    want = {"loss": value, "grad_norm": np.linalg.norm(grad)}
+    want |= {"auxiliary_loss": np.mean(losses), "auxiliary_grad_norm": np.mean(norms)}
+    got = {name: float(value) for name, value in metrics.items() if name != "root"}
+    assert got == pytest.approx(want, rel=1e-5)
+    assert int(after.step) == 8
+
+
+def test_no_two_draws_of_a_step_have_the_same_key():
+    """Nor does what one loss splits off the key of another, where `fold_in` gives the same."""
+    seen = []
+
+    def watching(params, frozen, key, batch):
+        del frozen, batch
+        for each in (key, *jax.random.split(jax.random.clone(key), 4)):
+            jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), _data(each))
+        value = jnp.sum(params["w"] ** 2)
+        return value, {"loss": value}
+
+    optimizer, turns = optax.sgd(RATE), make_turns(3, watching)
+    for parts in (1, 4):
+        seen.clear()
+        step = step_of(watching, optimizer, accumulate=parts, turns=turns)
+        jax.block_until_ready(step(start_turns(optimizer, turns), make_batch(), KEY))
+        jax.effects_barrier()
+        assert len(seen) == len(set(seen)) == 5 * parts * (1 + 3)
+
+
+def _data(key):
+    return jax.random.key_data(jax.random.clone(key))
+
+
+def test_the_second_network_starts_as_the_first_with_its_own_optimiser():
+    turns = make_turns(2, optimizer=optax.adam(0.1))
+    params = {"w": jnp.asarray([2.0, -3.0])}
+    now = state.init_state(params, optax.sgd(RATE), ema_decay=DECAY, turns=turns)
+    assert_same_bits(now.auxiliary, state.AuxiliaryState(params, turns.optimizer.init(params)))
+    assert state.init_state(params, optax.sgd(RATE), ema_decay=DECAY).auxiliary is None
+
+
+@pytest.mark.parametrize("which", ["student", "auxiliary"])
+def test_a_skipped_step_leaves_both_networks(which):
+    """Whichever of the two isn't finite, and in whatever turn."""
+
+    def bad(learn):
+        def broken(params, frozen, key, batch):
+            value, metrics = learn(params, frozen, key, batch)
+            # In half of the turns: one of them is enough.
+            hit = jax.random.bernoulli(jax.random.clone(key)) | (learn is student_loss)
+            value = value + jnp.where(jnp.any(batch["x1"] < 0) & hit, jnp.nan, 0.0)
+            return value, metrics | {"loss": value}
+
+        return broken
+
+    own = bad(learn) if which == "auxiliary" else learn
+    first = bad(student_loss) if which == "student" else student_loss
+    optimizer, turns = optax.adam(RATE), make_turns(4, own, optax.adam(0.1))
+    step = step_of(first, optimizer, max_skipped=3, turns=turns)
+    batch = make_batch()
+    good, metrics = step(start_turns(optimizer, turns), batch, KEY)
+    assert metrics["skipped"] == 0
+    poisoned = {"x1": batch["x1"].copy(), "x0": batch["x0"]}
+    poisoned["x1"][5, 0] = -1
+    after, metrics = step(good, poisoned, KEY)
+    assert metrics["skipped"] == 1
+    assert int(after.step) == 9
+    kept = ("params", "ema", "opt_state", "auxiliary")
+    assert_same_bits(*([getattr(one, name) for name in kept] for one in (after, good)))
+    after, _ = step(after, batch, KEY)
+    assert np.any(np.asarray(after.auxiliary.params["w"]) != np.asarray(good.auxiliary.params["w"]))
 
 
 # ------------------------------------------------------------------------------------------ skipped

@@ -75,7 +75,7 @@ class Stream:
 def run(directory, num_steps, *, stage=None, batches=None, **values):
     batches = batches or Stream()
     given = {"name": "toy", "base": None, "key": jax.random.key(0), "mesh": make_mesh()}
-    given["guide"] = None
+    given |= {"needed": None, "turns": None}
     given |= {"optimizer": optax.adam(0.1), "metadata": {"of": "toy"}}
     given |= {name: values.pop(name) for name in list(values) if name in given}
     stage = stage or toy_stage()
@@ -213,6 +213,30 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, killed_at):
         assert_same_bits(*parts)
 
 
+def test_a_second_network_goes_on_from_its_checkpoint(tmp_path):
+    """Its weights, its optimiser and its draws, bit for bit."""
+
+    def loss(params, frozen, key, batch):
+        target = frozen.partner["w"] + jax.random.normal(key)
+        value = jnp.mean((params["w"] - target) ** 2) + 0.0 * batch["x1"].mean()
+        return value, {"loss": value}
+
+    auxiliary = stages.Auxiliary(loss, 2, 1.0)
+    stage = toy_stage(loss)._replace(auxiliary=auxiliary)
+    given = {"stage": stage, "turns": optim.Turns(auxiliary, optax.adam(0.05))}
+    given["base"] = {"w": jnp.asarray([1.0, -1.0])}
+    run(tmp_path / "whole", 5, **given)
+    run(tmp_path / "killed", 3, **given)
+    run(tmp_path / "killed", 5, **given)
+    parts = (*EVERYTHING, "auxiliary")
+    got, want = (saved(tmp_path / name, *parts) for name in ("killed", "whole"))
+    assert_same_bits(got, want)
+    assert want["auxiliary"]["opt_state"]["0"]["count"] == 10
+    for got, want in zip(lines(tmp_path / "killed"), lines(tmp_path / "whole"), strict=True):
+        assert got | UNTIMED == want | UNTIMED
+        assert {"loss", "auxiliary_loss", "auxiliary_grad_norm"} <= got.keys()
+
+
 def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(tmp_path):
     assert run(tmp_path, 3).read == [0, 1, 2]
     before = lines(tmp_path)
@@ -316,65 +340,62 @@ def make_config():
         config[name].learning_rate, config[name].num_steps = 1e-2, 100
         if name in stages.FEW_STEP:
             config[name].max_log2_steps = 4
-    for name in ("distill", "refine"):
-        config[name].tau = 0.25
+    config.distill.tau = 0.25
+    config.refine.max_log2_steps = 1  # rows of one step and of two
     return config
 
 
 def make_stage(name):
-    """The stage of a name; "guided" is `distill` with guidance."""
+    """(stage, what trains it) of a name; "guided" is `distill` with guidance."""
     config = make_config()
     if name == "guided":
         name = "distill"
         config.distill.guidance, config.distill.guide = 1.0, "short"
     process = process_lib.make_process(**config.path, num_tokens=V, eos_id=2)
-    return stages.make_stage(name, config, process), optim.make_optimizer(
-        config.optim, config[name]
-    )
+    stage = stages.make_stage(name, config, process)
+    optimizer = optim.make_optimizer(config.optim, config[name])
+    return stage, optimizer, optim.make_turns(config.optim, config[name], stage)
 
 
 @functools.cache
 def base_params():
     """Not what a fresh network holds: behind its zeros all stages would look alike."""
-    stage, _ = make_stage("pretrain")
+    stage, _, _ = make_stage("pretrain")
     rng = np.random.default_rng(0)
     fresh = jax.eval_shape(stage.init_params, jax.random.key(0), None)
     noise = lambda leaf: 0.5 * rng.standard_normal(leaf.shape).astype(np.float32)
     return jax.tree.map(noise, fresh)
 
 
-def make_guide(name):
-    """What `train_step` takes besides, for a guided stage."""
-    if name != "guided":
-        return None
-    return stages.Guide(base_params(), jax.tree.map(lambda leaf: 0.8 * leaf, base_params()))
+def make_needed(stage):
+    """Weights of base models, another one for each that a stage names."""
+    scaled = lambda scale: jax.tree.map(lambda leaf: scale * leaf, base_params())
+    return {key: scaled(0.8**number) for number, key in enumerate(stage.needs)}
 
 
-def text(start, *, coupled=False):
+def text(start):
     for step in itertools.count(start):
         rng = np.random.default_rng([7, step])
-        batch = {"x1": rng.integers(0, V, (B, L)).astype(np.int32)}
-        if coupled:
-            batch["x0"] = rng.integers(0, V, (B, L)).astype(np.int32)
-        yield batch
+        yield {"x1": rng.integers(0, V, (B, L)).astype(np.int32)}
 
 
 DECAY = 0.9
 
 
 def train_on_eight(directory, name, num_steps, **values):
-    stage, optimizer = make_stage(name)
+    stage, optimizer, turns = make_stage(name)
     # As `workdir.load_weights` gives them: committed to one device.
     base = jax.device_put(base_params(), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    guide = make_guide(name)
+    needed = make_needed(stage)
     run(
         directory,
         num_steps,
         stage=stage,
-        guide=jax.device_put(guide, mesh_lib.state_shardings(make_mesh(), guide)),
-        batches=functools.partial(text, coupled=name == "refine"),
+        needed=jax.device_put(needed, mesh_lib.state_shardings(make_mesh(), needed)),
+        batches=text,
         base=base,
         optimizer=optimizer,
+        turns=turns,
         ema_decay=DECAY,
         **values,
     )
@@ -399,36 +420,38 @@ def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
         directory, steps = tmp_path, 3
         if name == "autoregressive":
             # has no time embedding to start from
-            stage, optimizer = make_stage(name)
+            stage, optimizer, _ = make_stage(name)
             given = {"stage": stage, "optimizer": optimizer, "ema_decay": DECAY}
             run(directory, steps, batches=text, **given)
         else:
             train_on_eight(directory, name, steps)
-    stage, optimizer = make_stage(name)
+    stage, optimizer, turns = make_stage(name)
     init_key, step_key = jax.random.split(jax.random.key(0))
     base = None if name == "autoregressive" else base_params()
 
     def init(key, base):
-        return state.init_state(stage.init_params(key, base), optimizer, ema_decay=DECAY)
+        params = stage.init_params(key, base)
+        return state.init_state(params, optimizer, ema_decay=DECAY, turns=turns)
 
     one = jax.jit(init)(init_key, base)
     step = functools.partial(
-        state.train_step, loss=stage.loss, optimizer=optimizer, ema_decay=DECAY
+        state.train_step, loss=stage.loss, optimizer=optimizer, ema_decay=DECAY, turns=turns
     )
     step = jax.jit(step)
-    stream = text(0, coupled=name == "refine")
+    stream = text(0)
     want = []
     for _ in range(steps):
-        one, metrics = step(one, next(stream), step_key, make_guide(name))
+        one, metrics = step(one, next(stream), step_key, make_needed(stage))
         want.append(metrics)
     for line, metrics in zip(lines(directory), want, strict=True):
         for key, value in metrics.items():
             np.testing.assert_allclose(line[key], value, rtol=1e-5, err_msg=key)
-    eight = saved(directory, "params", "ema")
-    for got, values in [(eight["params"], one.params), (eight["ema"], one.ema)]:
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, values
-        )
+    pairs = [(saved(directory, part)[part], getattr(one, part)) for part in ("params", "ema")]
+    if turns is not None:
+        pairs.append((saved(directory, "auxiliary")["auxiliary"]["params"], one.auxiliary.params))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for got, values in pairs:
+        jax.tree.map(close, got, values)
 
 
 def test_golden_distillation_steps(distilled):
@@ -463,7 +486,7 @@ def test_four_steps_are_two_and_two(tmp_path, distilled):
 
 
 def test_no_checkpoint_of_a_stage_that_cannot_start(tmp_path):
-    stage, optimizer = make_stage("distill")
+    stage, optimizer, _ = make_stage("distill")
     batches = Stream()
     with pytest.raises(ValueError, match="starts from trained base weights"):
         run(tmp_path, 4, stage=stage, optimizer=optimizer, batches=batches)

@@ -136,17 +136,34 @@ def _needed(config, workdir):
 
 def test_a_guided_stage_needs_its_base_and_the_run_that_it_names(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    assert _needed(_config("pretrain,distill"), here) is None
+    assert _needed(_config("pretrain,distill"), here) == {}
     guided = {"distill.guidance": 1.0}
     config = _config("pretrain,pretrain,distill", **guided, **{"distill.guide": "pretrain"})
     runs = here / "stages"
-    assert _needed(config, here) == stages.Guide(runs / "pretrain_2", runs / "pretrain")
+    assert _needed(config, here) == {
+        "init_from": runs / "pretrain_2",
+        "guide": runs / "pretrain",
+    }
     _save(there)
     config = _config("pretrain,distill", **guided, **{"distill.guide": str(there)})
-    assert _needed(config, here) == stages.Guide(runs / "pretrain", there)
+    assert _needed(config, here) == {"init_from": runs / "pretrain", "guide": there}
     config = _config("pretrain,distill", **guided, **{"distill.guide": "short"})
     with pytest.raises(ValueError, match="distill.guide='short' names no trained run"):
         _needed(config, here)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "teacher", "run"),
+    [
+        ("pretrain,distill,refine", "pretrain", "pretrain"),
+        ("pretrain,distill,refine,refine", "pretrain", "pretrain"),  # in later rounds as well
+        ("pretrain,pretrain,refine", "base", "pretrain_2"),
+        ("pretrain,pretrain,refine", "pretrain", "pretrain"),
+    ],
+)
+def test_refine_needs_the_base_model_that_it_names(tmp_path, pipeline, teacher, run):
+    config = _config(pipeline, **{"refine.teacher": teacher})
+    assert _needed(config, tmp_path) == {"teacher": tmp_path / "stages" / run}
 
 
 def test_the_recipe_says_how_what_is_needed_was_trained():
@@ -155,6 +172,13 @@ def test_the_recipe_says_how_what_is_needed_was_trained():
     one, two = (_recipe(needs=[{"seed": seed}]) for seed in (1, 2))
     assert plain["needs"] != one["needs"] != two["needs"]
     assert one == _recipe(needs=[{"seed": 1}])
+    # What they are called doesn't matter.
+    recipes = [
+        recipe_lib.make_recipe(_config(**{"refine.teacher": name}).to_dict(), "refine", None)
+        for name in ("pretrain", "elsewhere")
+    ]
+    assert recipes[0] == recipes[1]
+    assert "noise" in recipes[0]["refine"]
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -240,7 +264,8 @@ def test_all_changed_keys_are_named(trained):
         ("pipeline", "distill"),
         ("distill.init_from", "elsewhere"),
         ("distill.guide", "elsewhere"),
-        ("refine.tau", 0.5),
+        ("refine.teacher", "elsewhere"),
+        ("refine.noise", (0.1, 0.2)),
         ("optim.max_skipped", 3),
         ("model.remat", "full"),
     ],

@@ -60,7 +60,8 @@ def log_leave_one_out(logits_BLV: jax.Array, z_BL: jax.Array, kept_BL: jax.Array
 def log_conditional(log_L_BLV: jax.Array, kept_BL: jax.Array) -> jax.Array:
     """log of eq. 3: the law of a token at a signal of `kept`, given all others; [B, L, V]."""
     kept_BL1, size = kept_BL[..., None], log_L_BLV.shape[-1]
-    return jnp.log(kept_BL1 * jnp.exp(log_L_BLV) + (1.0 - kept_BL1) / size)
+    # Of logarithms: at kept = 1 a token that is nearly impossible would be log 0.
+    return jnp.logaddexp(jnp.log(kept_BL1) + log_L_BLV, jnp.log1p(-kept_BL1) - jnp.log(size))
 
 
 def student_loss(

@@ -100,9 +100,11 @@ def train_step(
     frozen = jax.lax.stop_gradient(Frozen(averaged(state), needed or {}))
     auxiliary, auxiliary_metrics = state.auxiliary, {}
     if turns is not None:
+        # Apart from the student's: `split` and `fold_in` of one key give the same keys.
+        key, turns_key = jax.random.split(key)
         partner = jax.lax.stop_gradient(state.params)
         auxiliary, auxiliary_metrics = _train_auxiliary(
-            auxiliary, frozen._replace(partner=partner), key, batch, turns, accumulate
+            auxiliary, frozen._replace(partner=partner), turns_key, batch, turns, accumulate
         )
         frozen = frozen._replace(partner=jax.lax.stop_gradient(auxiliary.params))
     params, opt_state, metrics = _update(
@@ -147,7 +149,7 @@ def _train_auxiliary(
             auxiliary.params,
             auxiliary.opt_state,
             frozen,
-            jax.random.fold_in(key, turn + 1),
+            jax.random.fold_in(key, turn),
             batch,
             turns.auxiliary.loss,
             turns.optimizer,

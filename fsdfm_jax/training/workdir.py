@@ -3,7 +3,7 @@
 WORKDIR/config.json                    the configuration last used
 WORKDIR/data/                          tokenizer, blocks, manifest (or config.data.directory)
 WORKDIR/stages/NAME/checkpoints/       of each entry of the pipeline; repeated: NAME_2 ..
-WORKDIR/stages/NAME/metrics.jsonl, tensorboard/, pairs/
+WORKDIR/stages/NAME/metrics.jsonl, tensorboard/
 WORKDIR/report/                        table, pictures, samples
 """
 

@@ -1,0 +1,395 @@
+"""Stage `refine`: where steps begin and end, both losses against their equations, what is refused.
+
+Numbers are checked with a network of one table in place of `model.predict`, whose every call is
+recorded; what the losses must be follows from the record by the equations of `flow.matching`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chance import assert_frequencies
+from test_stages import (
+    Calls,
+    L,
+    V,
+    base_params,
+    flat,
+    literal_log_p,
+    literal_logits,
+    make_batch,
+    make_config,
+    make_process,
+    make_stage,
+    noised,
+    table,
+)
+
+from fsdfm_jax import stages
+from fsdfm_jax.flow import jumps, matching
+from fsdfm_jax.network import model as model_lib
+from fsdfm_jax.ops.logits import dense
+from fsdfm_jax.stages import refine
+
+PROCESS = make_process(make_config())
+
+
+# ------------------------------------------------------------------------------------------- starts
+
+
+def by_budget(starts, samples, max_log2_steps):
+    """Rows as (number of steps) -> (z [samples, 2^K, L], t, h [samples, 2^K])."""
+    count = 2**max_log2_steps
+    chains = [np.asarray(x).reshape(count, max_log2_steps + 1, samples, -1) for x in starts]
+    return {2**k: [np.swapaxes(x[:, k], 0, 1) for x in chains] for k in range(max_log2_steps + 1)}
+
+
+@pytest.mark.parametrize("max_log2_steps", [0, 1, 3])
+def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps):
+    """2^K rows of each sample: all steps of S, as often as they take to fill 2^K."""
+    samples, count = 3, 2**max_log2_steps
+    asked = []
+
+    def denoise(z_CL, t_C, h_C):
+        asked.append((z_CL.shape, t_C.shape, h_C.shape))
+        return z_CL
+
+    starts = refine.walk(
+        jax.random.key(0),
+        denoise,
+        lambda key, logits, z_CL, t_C, h_C: z_CL,
+        PROCESS,
+        max_log2_steps=max_log2_steps,
+        samples=samples,
+        length=L,
+    )
+    chains = samples * (max_log2_steps + 1)
+    assert asked == [((chains, L), (chains,), (chains,))]  # a step of all of them is one call
+    assert starts.z_BL.shape == (chains * count, L)
+    assert starts.z_BL.dtype == jnp.int32
+    assert starts.t_B.dtype == starts.h_B.dtype == jnp.float32
+    for steps, (_, t, h) in by_budget(starts, samples, max_log2_steps).items():
+        np.testing.assert_array_equal(h, np.full((samples, count, 1), 1 / steps))
+        grid = np.tile(np.arange(steps) / steps, count // steps)
+        np.testing.assert_array_equal(t[..., 0], np.tile(grid, (samples, 1)))
+
+
+def test_states_follow_the_jump_and_start_again_from_noise():
+    """A jump that says what it was given: (logits + 2t/h + 1) modulo V, of logits = 3z + 1/h."""
+    samples, K = 200, 3
+    starts = refine.walk(
+        jax.random.key(1),
+        lambda z_CL, t_C, h_C: 3 * z_CL + (1 / h_C).astype(int)[:, None],
+        lambda key, logits, z_CL, t_C, h_C: (logits + (2 * t_C / h_C).astype(int)[:, None] + 1) % V,
+        PROCESS,
+        max_log2_steps=K,
+        samples=samples,
+        length=L,
+    )
+    noise = []
+    for steps, (z, _, _) in by_budget(starts, samples, K).items():
+        for n in range(2**K):
+            if n % steps:
+                step = (n - 1) % steps
+                np.testing.assert_array_equal(z[:, n], (3 * z[:, n - 1] + steps + 2 * step + 1) % V)
+            else:
+                noise.append(z[:, n])
+    assert_frequencies(np.bincount(np.ravel(noise), minlength=V), np.full(V, 1 / V))
+    # 8 + 4 + 2 + 1 starts of each sample, all drawn anew.
+    drawn = np.concatenate(noise)
+    assert drawn.shape == (15 * samples, L)
+    both = drawn[:-samples, 0] * V + drawn[samples:, 0]  # from one start to the next
+    assert_frequencies(np.bincount(both, minlength=V * V), np.full(V * V, 1 / V**2))
+
+
+def test_states_have_the_law_of_the_rule():
+    """At step j of S a share j/S of the positions has been drawn from the student's answer."""
+    samples, K = 4000, 2
+    p = np.arange(1, V + 1) / np.arange(1, V + 1).sum()
+    logits_V = jnp.log(jnp.asarray(p, jnp.float32))
+    denoise = lambda z_CL, t_C, h_C: jnp.broadcast_to(logits_V, (*z_CL.shape, V))
+    walk = functools.partial(
+        refine.walk,
+        denoise=denoise,
+        jump=PROCESS.make_jump(jumps.MIXTURE),
+        process=PROCESS,
+        max_log2_steps=K,
+        samples=samples,
+        length=2,
+    )
+    starts = jax.jit(walk)(jax.random.key(2))
+    for steps, (z, t, _) in by_budget(starts, samples, K).items():
+        for n in range(2**K):
+            share = float(t[0, n, 0])
+            assert share == (n % steps) / steps
+            both = np.bincount(z[:, n] @ [V, 1], minlength=V * V)
+            one = share * p + (1 - share) / V
+            assert_frequencies(both, np.outer(one, one))
+
+
+def test_a_step_is_named_to_the_auxiliary_network():
+    """Widths that all differ, also as float32, each within its octave."""
+    h = np.concatenate([np.full(2**k, 2.0**-k) for k in range(11)]).astype(np.float32)
+    t = np.concatenate([np.arange(2**k) / 2**k for k in range(11)]).astype(np.float32)
+    width = np.asarray(refine.auxiliary_width(t, h))
+    assert len(np.unique(width)) == len(h) == 2**11 - 1
+    assert np.all((h / 2 < width) & (width <= h))
+    assert width[0] == 1.0
+
+
+@pytest.mark.parametrize(("rows", "K", "samples"), [(32, 3, 1), (96, 3, 3), (1, 0, 1), (12, 2, 1)])
+def test_samples_fill_a_batch(rows, K, samples):
+    assert refine.count_samples(rows, K) == samples
+
+
+@pytest.mark.parametrize(("rows", "K"), [(33, 3), (16, 3), (0, 0), (4, 2)])
+def test_a_batch_that_samples_do_not_fill_is_refused(rows, K):
+    message = f"batch of {rows} rows must be a multiple of {(K + 1) * 2**K}: .* {2**K} steps"
+    with pytest.raises(ValueError, match=message):
+        refine.count_samples(rows, K)
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    recorded = Calls()
+    monkeypatch.setattr(model_lib, "predict", recorded)
+    return recorded
+
+
+def setting(max_log2_steps, power=1.0, **values):
+    config = make_config()
+    config.path.power = power
+    config.refine.update({"max_log2_steps": max_log2_steps, "batch_size": 96} | values)
+    return make_stage("refine", config)
+
+
+def frozen_of(partner, teacher):
+    return stages.Frozen(table(9), {"teacher": teacher}, partner)
+
+
+def asked(calls, loss, params, frozen, rows):
+    """(value, calls): outside of jit, so that those inside loops are numbers as well."""
+    calls.clear()
+    with jax.disable_jit():
+        value, metrics = loss(params, frozen, jax.random.key(5), make_batch(rows=rows))
+    assert metrics == {"loss": value}
+    assert all(call["key"] is None for call in calls)  # nothing is dropped
+    return float(value), [
+        {"params": call["params"]}
+        | {name: np.asarray(call[name]) for name in "xth" if call[name] is not None}
+        for call in calls
+    ]
+
+
+def leave_one_out(logits, z, kept):
+    """log L [B, L, V] by its definition, float64."""
+    shown = kept[:, None, None] * np.eye(V)[z] + (1 - kept[:, None, None]) / V
+    return literal_log_p(literal_log_p(logits) - np.log(shown))
+
+
+def conditional(log_L, kept):
+    return kept[:, None, None] * np.exp(log_L) + (1 - kept[:, None, None]) / V
+
+
+LOSSES = [(0, 1.0), (1, 2.0), (2, 1.0)]
+
+
+@pytest.mark.parametrize(("K", "power"), LOSSES)
+def test_the_students_loss_and_gradient_equal_their_equation(calls, K, power):
+    stage, rows = setting(K, power, noise=(0.3, 0.8)), (K + 1) * 2**K * 2
+    student, partner, teacher = table(1), table(2), table(3)
+    frozen = frozen_of(partner, teacher)
+    value, made = asked(calls, stage.loss, student, frozen, rows)
+    *walked, answers, own, base = made
+    assert [call["params"] is student for call in made] == [True] * (2**K + 1) + [False] * 2
+    assert own["params"] is partner
+    assert base["params"] is teacher
+    assert [call["x"].shape for call in walked] == [(2 * (K + 1), L)] * 2**K
+    # Steps begin where the walk was.
+    for name in "xth":
+        np.testing.assert_array_equal(answers[name], np.concatenate([c[name] for c in walked]))
+    t, h = answers["t"], answers["h"]
+    # Both others are asked at the noised end of the step; the base model knows no widths.
+    np.testing.assert_array_equal(own["x"], base["x"])
+    np.testing.assert_array_equal(own["t"], base["t"])
+    np.testing.assert_allclose(own["h"], refine.auxiliary_width(t, h))
+    assert "h" not in base
+    kept = own["t"].astype(np.float64) ** power
+    again = kept / (t + h) ** power
+    assert np.all((again >= 0.3 - 1e-6) & (again < 0.8 + 1e-6))
+    assert len(np.unique(again)) == rows
+
+    z_s = own["x"]
+    gap = [
+        np.log(conditional(leave_one_out(literal_logits(**call), z_s, kept), kept))
+        for call in (own | {"h": own["h"]}, base)
+    ]
+    gap = gap[0] - gap[1]
+    gap = gap - gap.mean(-1, keepdims=True)
+    log_G = literal_log_p(literal_logits(**answers))
+    np.testing.assert_allclose(value, (np.exp(log_G) * gap).sum(-1).mean(), rtol=1e-4, atol=1e-6)
+
+    # Nothing but the student's answers to where it was is differentiated.
+    def literal(params):
+        logits = dense(Calls()(params, None, *(jnp.asarray(answers[name]) for name in "xth")))
+        return jnp.mean(jnp.sum(jax.nn.softmax(logits) * jnp.asarray(gap, jnp.float32), axis=-1))
+
+    run = lambda params, frozen: stage.loss(
+        params, frozen, jax.random.key(5), make_batch(rows=rows)
+    )[0]
+    got, others = jax.jit(jax.grad(run, argnums=(0, 1)))(student, frozen)
+    want = jax.grad(literal)(student)
+    for name, leaf in flat(got).items():
+        np.testing.assert_allclose(leaf, want[name], rtol=1e-3, atol=1e-6, err_msg=name)
+    assert not any(leaf.any() for leaf in flat(others).values())
+
+
+@pytest.mark.parametrize(("K", "power"), LOSSES)
+def test_the_auxiliary_loss_and_gradient_equal_their_equation(calls, K, power):
+    stage, rows = setting(K, power, noise=(0.3, 0.8)), (K + 1) * 2**K * 2
+    own, student = table(2), table(1)
+    frozen = frozen_of(student, table(3))
+    value, made = asked(calls, stage.auxiliary.loss, own, frozen, rows)
+    *walked, answers, last = made
+    assert [call["params"] is student for call in made] == [True] * (2**K + 1) + [False]
+    assert last["params"] is own
+    for name in "xth":
+        np.testing.assert_array_equal(answers[name], np.concatenate([c[name] for c in walked]))
+    t, h, z, z_s = answers["t"].astype(np.float64), answers["h"], answers["x"], last["x"]
+    np.testing.assert_allclose(last["h"], refine.auxiliary_width(t, h))
+    kept, end = last["t"].astype(np.float64) ** power, (t + h) ** power
+    again, share = kept / end, ((end - t**power) / (1 - t**power))[:, None, None]
+    assert np.all((again >= 0.3 - 1e-6) & (again < 0.8 + 1e-6))
+
+    seen = again[:, None, None] * np.eye(V)[z_s] + (1 - again[:, None, None]) / V
+    answer = np.exp(literal_log_p(literal_logits(**answers)))
+    target = ((1 - share) * np.eye(V)[z] + share * answer) * seen
+    target /= target.sum(-1, keepdims=True)
+    M = conditional(leave_one_out(literal_logits(**last), z_s, kept), end) * seen
+    M /= M.sum(-1, keepdims=True)
+    want = (target * (np.log(np.maximum(target, 1e-300)) - np.log(M))).sum(-1).mean()
+    np.testing.assert_allclose(value, want, rtol=1e-4)
+
+    run = lambda params, frozen: stage.auxiliary.loss(
+        params, frozen, jax.random.key(5), make_batch(rows=rows)
+    )[0]
+    got, others = jax.jit(jax.grad(run, argnums=(0, 1)))(own, frozen)
+    assert not any(leaf.any() for leaf in flat(others).values())
+    # By differences, which know of no stopped gradient.
+    step = 1e-2
+    for name in ("slope", "bend"):
+        moved = [
+            jax.jit(run)(own | {name: own[name].at[3].add(sign * step)}, frozen) for sign in (1, -1)
+        ]
+        np.testing.assert_allclose(
+            got[name][3], (moved[0] - moved[1]) / (2 * step), rtol=0.02, atol=1e-4
+        )
+
+
+def test_the_noised_end_shows_the_outcome(calls):
+    """A student sure of token 3: one step from noise writes it, further noise hides 1 - r of it."""
+    rows = 400
+    stage = setting(0, noise=(0.2, 0.9))
+    zeros = jnp.zeros(V)
+    sure = {"table": jnp.zeros((V, V)), "slope": zeros, "bend": zeros}
+    sure["table"] = sure["table"].at[:, 3].set(100.0)
+    for loss, params, partner in (
+        (stage.loss, sure, table(2)),
+        (stage.auxiliary.loss, table(2), sure),
+    ):
+        _, made = asked(calls, loss, params, frozen_of(partner, table(3)), rows)
+        (last,) = [call for call in made if call["params"] is not sure and "h" in call]
+        shown, again = last["x"] == 3, last["t"].astype(np.float64)
+        p = again + (1 - again) / V
+        error = np.sqrt((p * (1 - p)).mean() / shown.size)
+        assert abs(shown.mean() - p.mean()) <= 5 * error
+        # Row by row too: r is that of the row.
+        slope = np.polyfit(p, shown.mean(1), 1)[0]
+        assert slope == pytest.approx(1.0, abs=0.15)
+        assert_frequencies(
+            np.bincount(last["x"][~shown], minlength=V), (np.arange(V) != 3) / (V - 1)
+        )
+
+
+def test_a_student_with_the_path_s_law_has_nothing_to_learn(calls):
+    """One position, K = 0: where both networks say the same, and where both laws are uniform."""
+    stage, teacher = setting(0), table(3)
+    teacher["bend"] = jnp.zeros(V)
+    run = lambda params, partner: stage.loss(
+        params, frozen_of(partner, teacher), jax.random.key(0), make_batch(rows=8)
+    )[0]
+    value, gradient = jax.value_and_grad(run)(table(1), teacher)
+    assert abs(value) < 1e-6
+    assert all(np.abs(leaf).max() < 1e-6 for leaf in flat(gradient).values())
+    assert abs(run(table(1), table(4))) > 1e-3
+
+
+@pytest.mark.parametrize("size", [30.0, 200.0])
+@pytest.mark.parametrize(
+    ("share", "end", "again"), [(1.0, 1.0, 0.97), (0.5, 1.0, 0.3), (0.5, 0.5, 0.97)]
+)
+def test_networks_that_are_sure_leave_the_losses_finite(size, share, end, again):
+    """At the end of the path nothing is mixed in: what is said to be impossible is, in float32."""
+    rng = np.random.default_rng(0)
+    draw = lambda: jnp.asarray(size * rng.standard_normal((4, L, V)), jnp.float32)
+    own, student, base = draw(), draw(), draw()
+    z, zs = (jnp.asarray(rng.integers(V, size=(4, L))) for _ in range(2))
+    share, end, again = (jnp.full((4, L), number) for number in (share, end, again))
+    learn = lambda own: jnp.mean(matching.auxiliary_loss(own, student, z, zs, share, end, again))
+    move = lambda student: jnp.mean(matching.student_loss(student, own, base, zs, end * again))
+    for loss, logits in ((learn, own), (move, student)):
+        value, gradient = jax.value_and_grad(loss)(logits)
+        assert math.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+def test_the_auxiliary_loss_reaches_all_of_a_network_and_nothing_else():
+    stage = setting(1)
+    fresh = jax.jit(stage.init_params)(jax.random.key(1), base_params())
+    params, partner = noised(fresh, 1), noised(fresh, 2)
+    frozen = stages.Frozen(fresh, {"teacher": base_params()}, partner)
+    run = jax.jit(jax.value_and_grad(stage.auxiliary.loss, argnums=(0, 1), has_aux=True))
+    (value, _), (grads, others) = run(params, frozen, jax.random.key(2), make_batch())
+    assert value > 0
+    for path, grad in flat(grads).items():
+        assert grad.any(), f"no gradient reaches {path}"
+    assert not any(grad.any() for grad in flat(others).values())
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+
+def test_the_stage_names_its_teacher_and_its_turns():
+    stage = setting(1, teacher="elsewhere", auxiliary_updates=3, auxiliary_rate=0.5)
+    assert stage.needs == {"teacher": "elsewhere"}
+    assert stage.auxiliary[1:] == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"path.source": "mask"}, "needs path.source='uniform'; .*Leave 'refine' out"),
+        ({"refine.noise": (0.0, 0.5)}, r"refine\.noise must be .* 0 < low .*, got 0\.0, 0\.5"),
+        ({"refine.noise": (0.5, 1.0)}, r"refine\.noise must be .* high < 1, got 0\.5, 1\.0"),
+        ({"refine.noise": (0.6, 0.5)}, r"refine\.noise must be .*, got 0\.6, 0\.5"),
+        ({"refine.noise": (float("nan"), 0.5)}, r"refine\.noise must be .*, got nan"),
+        ({"refine.max_log2_steps": -1}, r"refine\.max_log2_steps must be 0 or more, got -1"),
+        ({"refine.auxiliary_updates": 0}, r"auxiliary_updates must be at least 1 .* got 0 and 2"),
+        ({"refine.auxiliary_rate": 0.0}, r"refine\.auxiliary_rate above 0, got 2 and 0\.0"),
+        ({"refine.batch_size": 98}, r"batch of 98 rows must be a multiple of 4: .*refine\.acc"),
+        ({"refine.accumulate": 48}, "batch of 2 rows must be a multiple of 4"),
+        ({"refine.max_log2_steps": 5}, "batch of 96 rows must be a multiple of 192"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_values_are_refused(values, message):
+    config = make_config()
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ValueError, match=message):
+        make_stage("refine", config)
