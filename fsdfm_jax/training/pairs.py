@@ -1,12 +1,14 @@
 """The pairs of noise and text that `refine` is trained on, made by the run it starts from."""
 
 import contextlib
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from fsdfm_jax import io
@@ -35,8 +37,8 @@ def make_pairs(
 ) -> Pairs:
     """The (x0, x1) pairs of a run, int [N, L] each; reads those that are there.
 
-    They are written part by part, so that a killed run loses one part at most; pairs of other
-    weights or settings are deleted first.
+    They are written part by part, each with a checksum, so that a killed run loses one part at
+    most; damaged parts are made again, pairs of other weights or settings are deleted first.
 
     Args:
       directory: WORKDIR/stages/RUN, gets pairs/.
@@ -76,10 +78,10 @@ def make_pairs(
             for part in missing:
                 pair = run(generator.params, jax.random.fold_in(key, part))
                 if progress:
-                    io.write_array(parts[part], np.stack(pair).astype(np.int32))
+                    _write(parts[part], np.stack(pair).astype(np.int32))
                     progress.advance(settings.batch_size)
     processes.barrier(f"{directory.name}/pairs")
-    made = [np.load(part) for part in parts]
+    made = [_read(part) for part in parts]
     x0_NL, x1_NL = (np.concatenate(side) for side in zip(*made, strict=True))
     return x0_NL, x1_NL
 
@@ -87,11 +89,49 @@ def make_pairs(
 def _missing(place: pathlib.Path, parts: list[pathlib.Path], made_from: dict) -> list[int]:
     """Numbers of the parts to be made; all of them where those that are there are of others."""
     stamp = place / "made_from.json"
-    if not (stamp.is_file() and io.read_json(stamp) == made_from):
+    if not _is_stamp(stamp, made_from):
         if place.exists():
             shutil.rmtree(place)
         io.write_json(stamp, made_from)
-    return [number for number, part in enumerate(parts) if not part.is_file()]
+    return [number for number, part in enumerate(parts) if not _is_whole(part)]
+
+
+def _is_stamp(stamp: pathlib.Path, made_from: dict) -> bool:
+    try:
+        return io.read_json(stamp) == made_from
+    except (OSError, ValueError):
+        return False
+
+
+def _write(part: pathlib.Path, pair_2BL: np.ndarray) -> None:
+    """Writes a part, then its checksum, as the sign that it is whole."""
+    io.write_array(part, pair_2BL)
+    io.write_text(_sum_of(part), _digest(part))
+
+
+def _read(part: pathlib.Path) -> np.ndarray:
+    if not _is_whole(part):
+        raise ValueError(f"{part} is damaged; run the same command again, which makes it anew")
+    return np.load(part, allow_pickle=False)
+
+
+def _is_whole(part: pathlib.Path) -> bool:
+    """Whether a part is what was written, with a warning where it is something else."""
+    if not (part.is_file() and _sum_of(part).is_file()):
+        return False
+    if io.read_text(_sum_of(part)) == _digest(part):
+        return True
+    logging.warning("%s is damaged: its pairs are made again.", part)
+    return False
+
+
+def _sum_of(part: pathlib.Path) -> pathlib.Path:
+    return part.with_suffix(".sha256")
+
+
+def _digest(part: pathlib.Path) -> str:
+    with open(part, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
