@@ -237,8 +237,13 @@ def test_check_refuses_what_only_the_end_of_a_run_would_notice(tmp_path, changes
     (key,) = changes
     config = _config("no/such/*.txt", **changes)
     with pytest.raises(ValueError, match=key.split(".")[1]):
-        schema.check(config)  # as every program does before it starts
-        main.check(config, tmp_path / "run")
+        _check_all(config, tmp_path / "run")
+
+
+def _check_all(config, folder):
+    """What the program does before it starts."""
+    schema.check(config)
+    main.check(config, folder)
 
 
 def test_workdir_may_not_be_a_file(tmp_path):
