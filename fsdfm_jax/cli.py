@@ -153,7 +153,10 @@ def run(
     add_shared_to_path()
     # A line for each accelerator that isn't there is noise to everyone else.
     logging.getLogger("jax").setLevel(logging.WARNING)
-    app.run(guarded, flags_parser=functools.partial(_parse, default_config=default_config))
+    try:
+        app.run(guarded, flags_parser=functools.partial(_parse, default_config=default_config))
+    except KeyboardInterrupt:  # before the program itself began
+        _leave("stopped by Ctrl-C: nothing was begun.", processes.STOPPED)
 
 
 def _leave(message: str, code: int) -> NoReturn:

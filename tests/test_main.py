@@ -613,6 +613,28 @@ def test_pairs_are_made_on_any_mesh_and_only_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.write_bytes(path.read_bytes()[:-7]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.with_suffix(".sha256").unlink(),
+        lambda path: path.with_suffix(".sha256").write_bytes(b"\n"),
+        lambda path: path.with_name("made_from.json").write_text("{"),
+    ],
+    ids=["zeroed", "cut", "empty", "no sum", "empty sum", "stamp"],
+)
+def test_damaged_pairs_are_made_again(tmp_path, monkeypatch, damage):
+    x0, x1 = _pairs(tmp_path, monkeypatch)
+    part = tmp_path / "stages" / "refine" / "pairs" / "00001.npy"
+    whole = part.read_bytes()
+    damage(part)
+    again = _pairs(tmp_path, monkeypatch)
+    np.testing.assert_array_equal(again, (x0, x1))
+    assert part.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
     "changes",
     [{"refine.pairs.steps": 3}, {"step": 4}],
     ids=lambda changes: next(iter(changes)),
