@@ -181,6 +181,15 @@ def _out_of_memory(error: Exception) -> str:
     )
 
 
+def define_config(description: str) -> flags.FlagHolder:
+    """The flag --config of a program."""
+    try:
+        return config_flags.DEFINE_config_file("config", None, description)
+    except flags.Error as error:  # it looks into flag files at once
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
 def config_was_given() -> bool:
     """Whether the parsed command line named a configuration file, be it the default one."""
     return _Parsed.names_config

@@ -10,7 +10,7 @@ import time
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from fsdfm_jax import cli
 from fsdfm_jax.data.prepared import PreparedData
@@ -23,7 +23,7 @@ from fsdfm_jax.parallel import processes
 from fsdfm_jax.training import lock, pipeline
 from fsdfm_jax.training.pipeline import Plan
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/tiny.py.")
+_CONFIG = cli.define_config("Configuration, configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for data, checkpoints and report.")
 _EVALUATE = flags.DEFINE_bool("evaluate", True, "End with the result table.")
 _PRINT_SHARDING = flags.DEFINE_bool(
@@ -54,6 +54,13 @@ def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
     return pipeline.check(config, folder)
 
 
+def with_places(config: ConfigDict) -> ConfigDict:
+    """The same, with the folder of the text as it holds wherever it is read."""
+    if config.data.directory:
+        config.data.directory = str(pathlib.Path(config.data.directory).expanduser().absolute())
+    return config
+
+
 def evaluate(config: ConfigDict, plan: Plan, folder: pathlib.Path, prepared: PreparedData) -> str:
     """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
     settings = plan_lib.Settings.from_config(config.eval)
@@ -71,8 +78,7 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
-    if config.data.directory:  # what is stored of it must hold in every folder
-        config.data.directory = str(pathlib.Path(config.data.directory).expanduser().absolute())
+    config = with_places(config)
     plan = check(config, folder)
     if _PRINT_SHARDING.value:
         if processes.is_first():

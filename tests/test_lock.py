@@ -55,7 +55,7 @@ def test_a_job_of_this_machine_that_ended_leaves_no_lock(tmp_path):
 
 def test_a_zombie_is_no_writer(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
-    time.sleep(0.3)  # it has ended, and nobody has asked how
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has asked how
     _left(tmp_path / "run", pid=ended.pid, began="7")
     assert lock._start_of(ended.pid) == ""
     assert _take(tmp_path / "run")["pid"] == os.getpid()
