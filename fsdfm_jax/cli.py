@@ -153,7 +153,10 @@ def run(
     add_shared_to_path()
     # A line for each accelerator that isn't there is noise to everyone else.
     logging.getLogger("jax").setLevel(logging.WARNING)
-    app.run(guarded, flags_parser=functools.partial(_parse, default_config=default_config))
+    try:
+        app.run(guarded, flags_parser=functools.partial(_parse, default_config=default_config))
+    except KeyboardInterrupt:  # before the program itself began
+        _leave("stopped by Ctrl-C: nothing was begun.", processes.STOPPED)
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -176,6 +179,15 @@ def _out_of_memory(error: Exception) -> str:
         f"out of memory ({said[0][:200]}); use a smaller network, batch, or block, or more devices "
         "(config.mesh.fsdp)"
     )
+
+
+def define_config(description: str) -> flags.FlagHolder:
+    """The flag --config of a program."""
+    try:
+        return config_flags.DEFINE_config_file("config", None, description)
+    except flags.Error as error:  # it looks into flag files at once
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 def config_was_given() -> bool:

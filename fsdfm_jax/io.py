@@ -73,8 +73,8 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text; ValueError, with `name` as its place, for anything else."""
-    try:
-        return json.loads(text)
+    try:  # of bytes the library would guess the encoding
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError(f"{name} is no JSON that can be meant: it is nested too deeply") from None
     except UnicodeDecodeError as error:

@@ -4,12 +4,13 @@ Prepares the text, trains every stage of `config.pipeline`, and ends with a tabl
 steps in WORKDIR/report. Killed at any moment, the same command goes on where it was.
 """
 
+import contextlib
 import pathlib
 import time
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from fsdfm_jax import cli
 from fsdfm_jax.data.prepared import PreparedData
@@ -19,10 +20,10 @@ from fsdfm_jax.evaluate import references
 from fsdfm_jax.evaluate import run as run_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
-from fsdfm_jax.training import pipeline
+from fsdfm_jax.training import lock, pipeline
 from fsdfm_jax.training.pipeline import Plan
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/tiny.py.")
+_CONFIG = cli.define_config("Configuration, configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for data, checkpoints and report.")
 _EVALUATE = flags.DEFINE_bool("evaluate", True, "End with the result table.")
 _PRINT_SHARDING = flags.DEFINE_bool(
@@ -53,6 +54,13 @@ def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
     return pipeline.check(config, folder)
 
 
+def with_places(config: ConfigDict) -> ConfigDict:
+    """The same, with the folder of the text as it holds wherever it is read."""
+    if config.data.directory:
+        config.data.directory = str(pathlib.Path(config.data.directory).expanduser().absolute())
+    return config
+
+
 def evaluate(config: ConfigDict, plan: Plan, folder: pathlib.Path, prepared: PreparedData) -> str:
     """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
     settings = plan_lib.Settings.from_config(config.eval)
@@ -71,6 +79,7 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
+    config = with_places(config)
     plan = check(config, folder)
     if _PRINT_SHARDING.value:
         if processes.is_first():
@@ -83,6 +92,21 @@ def main(argv: list[str]) -> None:
         jax.devices()[0].device_kind,
         jax.process_count(),
     )
+    with contextlib.ExitStack() as stack:
+
+        def take() -> list[int]:
+            stack.enter_context(lock.only_writer(folder))
+            return []
+
+        processes.from_first(take)
+        run(config, plan, folder)
+        if processes.is_first():
+            print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
+        processes.barrier("done")
+
+
+def run(config: ConfigDict, plan: Plan, folder: pathlib.Path) -> None:
+    """Everything from the text to the report, in a folder that no other job writes into."""
     prepared = pipeline.prepare(config, folder)
     if _EVALUATE.value:
         references.check(
@@ -91,12 +115,9 @@ def main(argv: list[str]) -> None:
     if processes.is_first():
         pipeline.save_config(folder, config)
     pipeline.train_all(config, plan, prepared, folder)
-    if processes.is_first():
-        if _EVALUATE.value:
-            print(evaluate(config, plan, folder, prepared))
-            print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
-        print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
-    processes.barrier("done")
+    if processes.is_first() and _EVALUATE.value:
+        print(evaluate(config, plan, folder, prepared))
+        print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from configs import base
 from fsdfm_jax import cli, io, stages
@@ -35,7 +34,7 @@ from launch import aot
 
 def define_flags() -> None:
     """The flags of the program; called when it runs as one."""
-    config_flags.DEFINE_config_file("config", None, "Configuration, configs/paper.py:1.3B.")
+    cli.define_config("Configuration, configs/paper.py:1.3B.")
     flags.DEFINE_string("topology", None, "TPUs to compile for, as v5e:8x8, or local.")
     flags.DEFINE_enum(
         "stage",

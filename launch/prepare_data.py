@@ -13,13 +13,12 @@ import logging
 import shlex
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from fsdfm_jax import cli
 from fsdfm_jax.data import beam
 from fsdfm_jax.data import prepared as prepared_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Configuration file.")
+_CONFIG = cli.define_config("Configuration file.")
 _DIRECTORY = flags.DEFINE_string(
     "directory", "", "Folder to make; the configuration's data.directory if empty."
 )

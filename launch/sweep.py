@@ -15,7 +15,6 @@ I = 0 on; all of them write to the same folder and each reports what all have fi
 import pathlib
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from fsdfm_jax import cli
 from fsdfm_jax.evaluate import models as models_lib
@@ -25,7 +24,7 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, configs/sweep.py.")
+_CONFIG = cli.define_config("Configuration, configs/sweep.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of trained runs.")
 _HOST = flags.DEFINE_string("host", "0/1", "Which of how many machines this is, as 2/8.")
 

@@ -919,7 +919,9 @@ def test_stages_steps_and_weights_of_a_run(working):
         assert bundle.provenance["weights"] == ("ema" if part == "ema" else "student")
     with pytest.raises(ValueError, match="which='teacher' isn't kept in a training run"):
         formats.open_bundle(folder, which="teacher")
-    with pytest.raises(ValueError, match="no checkpoint in .*refine"):
+    with pytest.raises(
+        ValueError, match="no trained run 'refine' in .*; trained there: distill, pretrain"
+    ):
         formats.open_bundle(folder, stage="refine")
     with pytest.raises(ValueError, match="stage='distill' chooses a run of a working directory"):
         formats.open_bundle(stages_folder / "distill", stage="distill")

@@ -88,9 +88,9 @@ class Job:
             assert text in self.said, self.said
         return self
 
-    def stop(self):
-        """SIGTERM."""
-        self._process.send_signal(signal.SIGTERM)
+    def stop(self, number=signal.SIGTERM):
+        """A signal that asks it to end."""
+        self._process.send_signal(number)
         return self
 
     def end(self, timeout=120):
@@ -132,12 +132,15 @@ def ends_like(directory, whole):
 # ---------------------------------------------------------------------------------------- SIGTERM
 
 
-def test_sigterm_saves_the_step_at_hand(tmp_path, whole):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
+def test_a_signal_saves_the_step_at_hand(tmp_path, whole, number, name):
     directory = tmp_path / "stage"
-    job = Job(directory, "--pause=0.1").until("step 6/12").stop()
+    job = Job(directory, "--pause=0.1").until("step 6/12").stop(number)
     assert job.end() == 143
     (step,) = re.findall(
-        r"^toy: stopped by SIGTERM at step (\d+) of 12, which is saved; the same command goes on "
+        rf"^toy: stopped by {name} at step (\d+) of 12, which is saved; the same command goes on "
         r"from there\.$",
         job.said,
         re.M,
@@ -194,6 +197,13 @@ def test_sigterm_outside_of_training_ends_as_always(tmp_path, where):
     """Before the first step as well: text may take hours to be prepared."""
     job = Job(tmp_path / "stage", where).until("waits").stop()
     assert job.end() == -signal.SIGTERM
+
+
+def test_ctrl_c_outside_of_training_ends_with_one_line(tmp_path):
+    job = Job(tmp_path / "stage", "--wait_at=1").until("waits").stop(signal.SIGINT)
+    assert job.end() == 143
+    assert job.said.splitlines()[-1].startswith("stopped by Ctrl-C: ")
+    assert "Traceback" not in job.said
 
 
 # ------------------------------------------------------------------------------------- checkpoints

@@ -499,15 +499,17 @@ def test_streaming_changes_no_token_and_shows_each_step(monkeypatch, bundle):
     flags = {"infill": "The [3] of the [2]", "num_samples": 4}
     alone = _run(monkeypatch, bundle, **flags)
     out = _run(monkeypatch, bundle, stream=True, **flags)
-    steps = re.findall("^(step .*)\n", out, re.M)
-    assert re.sub("^step .*\n", "", out, flags=re.M) == alone
+    steps = re.findall("^(step .*\n(?:  .*\n)+)", out, re.M)
+    assert re.sub("^step .*\n(?:  .*\n)+", "", out, flags=re.M) == alone
     texts = re.split(r"--- sample \d of 4: distill, 3 network calls\n", alone)[1:]
     shown = prompts.infill(flags["infill"], BPE, L).shown
-    heads = [re.match(r"step (\d)/3, (\d+) of (\d+) tokens changed: The", line) for line in steps]
+    heads = [re.match(r"step (\d)/3, (\d+) of (\d+) tokens changed\n  The", line) for line in steps]
     assert [int(head[1]) for head in heads] == [1, 2, 3] * 2  # of two batches
     assert {int(head[3]) for head in heads} == {shown}
     for step, text in ((steps[2], texts[0]), (steps[5], texts[3])):  # the first of each batch
-        assert step.endswith("changed: " + stream.printable(text[:-1], keep=""))
+        lines = stream.readable(text[:-1]).split("\n")
+        assert step.split("\n")[1:-1] == ["  " + line for line in lines]
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\ufffd]|\\x", step)
     if bundle is MASK:
         changed = [int(head[2]) for head in heads[:3]]
         assert sum(changed) == 5  # each gap token once
@@ -541,7 +543,8 @@ def test_views_cope_with_masks_markup_and_control_characters(monkeypatch, kind):
     assert "\x07" not in text
     assert "\x9b" not in text
     assert "\x7f" not in text
-    assert r"\x1b]0;owned\x07[red]a\x9b2J\r" in text
+    escaped = "·]0;owned·[red]a·2J·" if kind is view.View else r"\x1b]0;owned\x07[red]a\x9b2J\r"
+    assert escaped in text
     assert "░" * 20 in text
     assert ("noise" in text) == (kind is view.LiveView)
 

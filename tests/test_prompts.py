@@ -183,9 +183,11 @@ def test_the_first_bad_line_is_named(tmp_path, bpe, line, message):
         prompts.read_requests(path, bpe, L, check)
 
 
-def test_an_empty_line_of_text_is_named(tmp_path, bpe):
-    with pytest.raises(ValueError, match="line 2: The prompt is empty"):
-        prompts.read_requests(_write(tmp_path / "a.txt", "The\n\nof\n"), bpe, L)
+def test_blank_lines_are_skipped(tmp_path, bpe):
+    requests = prompts.read_requests(_write(tmp_path / "a.txt", "\nThe\n \nof\n\n"), bpe, L)
+    assert [(r.id, r.text) for r in requests] == [(2, "The"), (4, "of")]
+    path = _write(tmp_path / "a.jsonl", '{"prompt": "The"}\n\n{"prompt": "of"}\n\n')
+    assert [r.id for r in prompts.read_requests(path, bpe, L)] == [1, 3]
 
 
 def test_files_without_prompts(tmp_path, bpe):

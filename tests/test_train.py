@@ -19,7 +19,7 @@ from configs import base as base_config
 from fsdfm_jax import io, stages
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
-from fsdfm_jax.training import checkpoint, optim, state
+from fsdfm_jax.training import checkpoint, optim, recipe, state
 from fsdfm_jax.training import loop as loop_lib
 
 V, B, L = 11, 8, 6
@@ -507,3 +507,19 @@ def test_the_loss_goes_down_on_text_that_can_be_learnt(tmp_path):
     assert got[0] > 1.5  # ln 11 = 2.4 at the start
     assert got[-1] < 0.3
     assert got == sorted(got, reverse=True)
+
+
+def test_an_older_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
+    """The newest is of this recipe and damaged; the one before is of another."""
+    other = {"format": recipe.FORMAT, "stage": "toy", "recipe": {"toy": {"num_steps": 2}}}
+    ours = other | {"recipe": {"toy": {"num_steps": 4}}}
+    run(tmp_path, 2, metadata=other)
+    run(tmp_path, 4, metadata=ours | {"recipe": other["recipe"]})
+    folder = tmp_path / "checkpoints"
+    record = checkpoint.read_record(folder, 4)
+    assert record.metadata["recipe"] == other["recipe"]
+    for path in (folder / "4").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=r"another configuration \(toy.num_steps: 2 there, 4 now"):
+        run(tmp_path, 6, metadata=ours)

@@ -2,7 +2,7 @@
 
     python -m fsdfm_jax.convert checkpoint.pth model.safetensors --check
     python -m fsdfm_jax.convert checkpoint.pth runs/published --to=orbax --tokenizer=gpt2
-    python -m fsdfm_jax.convert runs/mine model.pth --stage=distill
+    python -m fsdfm_jax.convert runs/mine model.safetensors --stage=distill
     python -m fsdfm_jax.convert runs/mine exported --to=sampler --steps=8
 
 Formats are those of fsdfm_jax/convert/formats.py. A target appears whole or not at all.
@@ -163,6 +163,12 @@ def main(argv: list[str]) -> None:
         stage=values.stage,
         source=values.source,
     )
+    known = source.provenance.get("tokenizer")
+    if source.tokenizer is None and known:
+        raise ValueError(
+            f"{argv[1]} was trained with tokenizer {known}, which isn't where its text was "
+            "prepared; give it, --tokenizer=PATH of its tokenizer.json."
+        )
     target = Target(
         pathlib.Path(argv[2]).expanduser(),
         to=values.to,

@@ -94,7 +94,11 @@ def load(
         tensors, _ = file.state_dict(which)
         cfg = infer_config(tensors, num_heads)
         leaves = to_leaves(tensors, cfg)
-        return bundle_lib.unflatten({name: leaf.read() for name, leaf in leaves.items()}), cfg
+        params = {
+            name: bundle_lib.check_finite(name, leaf.read(), str(path))
+            for name, leaf in leaves.items()
+        }
+        return bundle_lib.unflatten(params), cfg
 
 
 def save(
@@ -249,6 +253,20 @@ def _unwrapped(tree: Any) -> Any:
     while isinstance(tree, dict) and not tree.keys() & WHICH.values() and "state_dict" in tree:
         tree = tree["state_dict"]
     return tree
+
+
+def plain_names(tensors: Mapping[str, Leaf], name: str) -> dict[str, Leaf]:
+    """The same tensors under the names that they have without the prefixes of wrappers.
+
+    Raises:
+      BadFile: naming one that is there twice; `name` is the file.
+    """
+    plain: dict[str, Leaf] = {}
+    for wrapped, leaf in tensors.items():
+        if (short := _plain_name(wrapped)) in plain:
+            raise BadFile(f"{name}: {short[:80]} is there twice, under different prefixes.")
+        plain[short] = leaf
+    return plain
 
 
 def _plain_name(name: Any) -> str:

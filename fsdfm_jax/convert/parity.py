@@ -78,8 +78,8 @@ def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
     Logits alone don't tell small models apart. One parameter of each is in memory at a time.
     """
     different = []
-    for path, leaf in source.leaves.items():
-        expected = leaf.read().astype(bundle_lib.DTYPES[dtype]).astype(np.float32)
+    for path, array in source.arrays():
+        expected = array.astype(bundle_lib.DTYPES[dtype]).astype(np.float32)
         if not np.array_equal(expected.view(np.int32), target.leaves[path].read().view(np.int32)):
             different.append(path)
     if different:

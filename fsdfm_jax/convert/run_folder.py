@@ -10,6 +10,7 @@ it has no optimiser state.
 """
 
 import dataclasses
+import errno
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from fsdfm_jax.training import workdir as workdir_lib
 # has.
 _PARTS = {"ema": "ema", "student": "params", "model": "params"}
 _TOKENIZER = "tokenizer.json"
+_MOST_TRIES = 5  # to open the newest checkpoint beside a training that replaces it
 
 
 def is_run_folder(path: pathlib.Path) -> bool:
@@ -59,42 +61,68 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
     Raises:
       ValueError: no such run or weights, or the checkpoint is damaged.
     """
-    path = path.absolute()
     if which not in _PARTS:
         raise ValueError(
             f"which={which!r} isn't kept in a training run; expected one of {', '.join(_PARTS)}."
         )
-    step = None
+    path, step = _locate(path, stage)
+    tried: list[int | None] = []
+    while True:
+        found = checkpoint.newest_step(path / "checkpoints") if step is None else step
+        try:
+            return _open(path, which, found)
+        except (BadFile, checkpoint.NotACheckpoint, OSError) as error:
+            tried.append(found)
+            # A training that goes on beside may have put a newer one in its place meanwhile.
+            newer = step is None and checkpoint.newest_step(path / "checkpoints") not in tried
+            if not newer or isinstance(error, BadFile) or len(tried) > _MOST_TRIES:
+                raise
+        except Exception as error:  # Orbax and TensorStore raise all kinds on damage
+            raise BadFile(
+                f"The checkpoint in {path} can't be read; it is damaged or not one of this "
+                f"project: {bundle_lib.first_line(error)}"
+            ) from error
+
+
+def pinned(path: pathlib.Path, stage: str = "") -> pathlib.Path:
+    """The folder of the checkpoint that `read` takes now, whatever is trained afterwards."""
+    path, step = _locate(path, stage)
+    if step is None:
+        step = checkpoint.newest_step(path / "checkpoints")
+    return path if step is None else path / "checkpoints" / str(step)
+
+
+def _locate(path: pathlib.Path, stage: str) -> tuple[pathlib.Path, int | None]:
+    """Folder of a run, and the step where the path names one."""
+    path, step = path.absolute(), None
     if (path / "stages").is_dir():
-        path = workdir_lib.stage_directory(path, stage or _last_trained(path))
+        path = workdir_lib.stage_directory(path, _chosen(path, stage))
     elif stage:
         raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
     if _step_folder(path):
         step, path = int(path.name), path.parent
-    if path.name == "checkpoints":
-        path = path.parent
-    try:
-        return _open(path, which, step)
-    except (BadFile, checkpoint.NotACheckpoint):
-        raise
-    except Exception as error:  # Orbax and TensorStore raise all kinds on damage
-        raise BadFile(
-            f"The checkpoint in {path} can't be read; it is damaged or not one of this project: "
-            f"{bundle_lib.first_line(error)}"
-        ) from error
+    return (path.parent if path.name == "checkpoints" else path), step
 
 
-def _last_trained(folder: pathlib.Path) -> str:
+def _chosen(folder: pathlib.Path, stage: str) -> str:
+    """The run that is named, or the last one of the pipeline that is trained."""
+    is_trained = lambda run: workdir_lib.is_trained(workdir_lib.stage_directory(folder, run))
+    if stage and is_trained(stage):
+        return stage
+    if stage:
+        others = sorted(child.name for child in (folder / "stages").iterdir())
+        trained = ", ".join(run for run in others if is_trained(run)) or "none"
+        raise ValueError(
+            f"There is no trained run {stage!r} in {folder} (stage={stage!r}); trained there: "
+            f"{trained}."
+        )
     runs = [run for run, _ in pipeline_lib.runs(pipeline_lib.load_config(folder))]
-    trained = [
-        run for run in runs if workdir_lib.is_trained(workdir_lib.stage_directory(folder, run))
-    ]
-    if not trained:
+    if not any(map(is_trained, runs)):
         raise ValueError(
             f"No stage of {folder} has been trained yet (expected one of {', '.join(runs)}); "
             "run python -m fsdfm_jax.main with this --workdir first."
         )
-    return trained[-1]
+    return [run for run in runs if is_trained(run)][-1]
 
 
 def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
@@ -155,6 +183,13 @@ def _read(
     try:
         array = np.asarray(checkpoint.restore_part(folder, (whole,), record)[whole], np.float32)
     except Exception as error:
+        if not (folder / str(record.step)).is_dir():
+            raise OSError(
+                errno.ESTALE,
+                f"the checkpoint of step {record.step} was removed while it was read, by a "
+                "training that goes on there; run the same command again",
+                str(folder),
+            ) from error
         raise BadFile(
             f"{whole} of the checkpoint in {folder} can't be read: {bundle_lib.first_line(error)}"
         ) from error

@@ -147,6 +147,12 @@ def _write_shard(path: pathlib.Path, stream, description: str, tokenizer: str = 
         usual_rights = path.stat().st_mode
         safetensors.numpy.save_file(arrays, path, metadata=metadata)
         path.chmod(usual_rights)  # the library makes files that only their owner reads
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        path.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} can't be written: {bundle_lib.first_line(error)}; free space or make its "
+            "folder writable"
+        ) from error
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -189,7 +195,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Leaf], dict[str, Any] | None, st
         shard, metadata = _open(file)
         if twice := sorted(set(shard) & set(tensors)):
             raise BadFile(f"{file}: {twice[0][:80]!r} stands in another shard too.")
-        tensors |= shard
+        tensors |= shard if "fsdfm_jax" in metadata else official.plain_names(shard, str(file))
         if "fsdfm_jax" in metadata:
             description = bundle_lib.parse_json(metadata["fsdfm_jax"], f"the metadata of {file}")
         tokenizer = metadata.get("tokenizer", "") or tokenizer

@@ -27,9 +27,7 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration; its eval section then replaces that of the run."
-)
+_CONFIG = cli.define_config("Configuration; its eval section then replaces that of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory; or give --checkpoint.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Any model file or folder; or --workdir.")
 _RUNS = flags.DEFINE_list("runs", None, "Runs of the working directory; all trained by default.")

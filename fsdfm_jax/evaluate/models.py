@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fsdfm_jax import stages
-from fsdfm_jax.convert import formats
+from fsdfm_jax.convert import formats, run_folder
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data.prepared import PreparedData
 from fsdfm_jax.data.tokenizer import Tokenizer
@@ -151,6 +151,7 @@ class Catalogue:
     ):
         if not places:
             raise ValueError("There is no model to evaluate.")
+        places = {label: _pinned(*place) for label, place in places.items()}
         self._places = places
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._latest: tuple[tuple[str, str], Subject] | None = None
@@ -195,6 +196,15 @@ class Catalogue:
                 self._facts[name] = _facts(bundle, bundle_lib.content_hash(params))
             self._latest = name, _subject(label, bundle, params, self._facts[name])
         return self._latest[1]
+
+
+def _pinned(
+    path: pathlib.Path, options: Mapping[str, Any]
+) -> tuple[pathlib.Path, Mapping[str, Any]]:
+    """A place that stands for the same weights later, also while they are trained."""
+    if not run_folder.is_run_folder(path):
+        return path, options
+    return run_folder.pinned(path, options.get("stage", "")), {**options, "stage": ""}
 
 
 def _open(path: pathlib.Path, **options: Any) -> Bundle:

@@ -77,9 +77,14 @@ class Bundle:
     provenance: Mapping[str, Any]
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, float32 array) of each parameter, read as the iterator goes on."""
+        """(path, float32 array) of each parameter, read as the iterator goes on.
+
+        Raises:
+          BadFile: naming the first one with a value that isn't finite.
+        """
+        file = (self.provenance.get("source") or {}).get("file", "the model")
         for path, leaf in self.leaves.items():
-            yield path, leaf.read()
+            yield path, check_finite(path, leaf.read(), file)
 
     def params(self) -> Params:
         """All parameters, as nested dicts of float32 numpy arrays."""
@@ -114,6 +119,18 @@ class Bundle:
             num_tokens=self.num_tokens,
             eos_id=0 if self.tokenizer is None else self.tokenizer.eos_id,
         )
+
+
+def check_finite(path: str, array: np.ndarray, name: str) -> np.ndarray:
+    """The array; BadFile, naming file and parameter, where a value is NaN or infinite."""
+    # One pass without a copy: neither of them is lost in a sum, and float64 has room for the rest.
+    if not np.isfinite(np.sum(array, dtype=np.float64)):
+        bad = int(np.sum(~np.isfinite(array)))
+        raise BadFile(
+            f"The weights of {name} are damaged: {bad} of the {array.size} values of {path} are "
+            "NaN or infinite. Take an earlier checkpoint, or train again."
+        )
+    return array
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

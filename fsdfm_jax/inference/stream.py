@@ -50,6 +50,16 @@ def printable(text: str, keep: str = "\n\t") -> str:
     )
 
 
+def readable(text: str) -> str:
+    """Text with a dot for each character that is none to a reader: noise is full of them."""
+    return "".join(
+        "·"
+        if char == "\ufffd" or (unicodedata.category(char) in ("Cc", "Cs") and char != "\n")
+        else char
+        for char in text
+    )
+
+
 def pieces(
     tokens_L: np.ndarray,
     given_L: np.ndarray,

@@ -8,7 +8,7 @@ from typing import TextIO
 import numpy as np
 
 from fsdfm_jax.inference.job import Job, Row
-from fsdfm_jax.inference.stream import Piece, pieces, printable
+from fsdfm_jax.inference.stream import Piece, pieces, printable, readable
 
 _LIVE_SAMPLES = 4  # rows that the live view shows
 _MIN_FRAME, _MAX_SLOWDOWN = 0.15, 3.0  # seconds: small models are done before anyone has looked
@@ -16,7 +16,7 @@ _STYLES = {"given": "bold", "masked": "dim", "changed": "black on green", "kept"
 
 
 class View:
-    """Prints a line for each step of the first sample of a batch.
+    """Prints the text after each step of the first sample of a batch.
 
     Args:
       job: what is drawn.
@@ -79,8 +79,9 @@ class View:
         """After step number `step` = 1 .. S."""
         none_changed_BL = np.zeros_like(changed_BL)  # in fewer pieces
         text = "".join(piece.text for piece in self.row_pieces(0, none_changed_BL))
-        summary = self.summary(step, changed_BL, 1)
-        print(f"{summary}: {printable(text, keep='')}", file=self._out, flush=True)
+        lines = [self.summary(step, changed_BL, 1)]
+        lines += ["  " + line for line in readable(text).split("\n")]
+        print("\n".join(lines), file=self._out, flush=True)
 
 
 class LiveView(View):

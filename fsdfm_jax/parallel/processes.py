@@ -25,6 +25,8 @@ T = TypeVar("T")
 # Of a program that was asked to end (SIGTERM), as shells count: 128 + 15.
 STOPPED = 143
 
+_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
 # Longer than anything that one process does alone, as preparing text or evaluating.
 _BARRIER_SECONDS = 30 * 24 * 3600
 
@@ -169,7 +171,7 @@ def _same(rows: jax.Array) -> jax.Array:
 
 
 class StopRequest:
-    """SIGTERM as a wish that a loop grants between two steps; a second signal ends at once.
+    """SIGTERM or Ctrl-C as a wish that a loop grants between two steps; a second ends at once.
 
         with StopRequest(mesh) as request:
             for ...:
@@ -178,11 +180,11 @@ class StopRequest:
                 if request.granted(agreed):   # a step later, the same in all processes
                     save; raise Stopped
 
-    Outside of such a loop SIGTERM ends a program as it always does.
+    Outside of such a loop both end a program as they always do.
     """
 
     def __init__(self, mesh: Mesh):
-        self._asked = False
+        self._asked = 0  # the signal that asked for it
         self._undo = lambda: None
         self._mesh = mesh
         spread = NamedSharding(mesh, P(mesh.axis_names))
@@ -193,7 +195,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         try:
-            handler = signal.signal(signal.SIGTERM, self._handle)
+            handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         except ValueError:  # not the main thread: whoever runs us handles signals
             return self
         # Python calls a handler between two instructions of the main thread, which may be waiting
@@ -206,7 +208,8 @@ class StopRequest:
 
         def undo():
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             os.close(sender)
             listener.join()
 
@@ -217,18 +220,23 @@ class StopRequest:
         self._undo()
         if self._asked and exc_type is None:
             # It came after the last `ask`: all is saved, what follows need not begin.
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(self._asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self._asked = True
+        del frame
+        self._asked = number
+
+    @property
+    def name(self) -> str:
+        """What asked for it, for messages."""
+        return _SIGNALS.get(self._asked, _SIGNALS[signal.SIGTERM])
 
     def ask(self) -> bool | jax.Array:
         """Whether any process was told to stop; over several processes computed on the devices."""
         if jax.process_count() == 1:
-            return self._asked
+            return bool(self._asked)
         # What each process knows, in the places of its devices; the others' aren't looked at.
-        return self._any(self._place(np.full(self._mesh.size, self._asked, np.int32)))
+        return self._any(self._place(np.full(self._mesh.size, bool(self._asked), np.int32)))
 
     def granted(self, agreed: bool | jax.Array) -> bool:
         """The answer to an `ask`, waited for on all devices, see `_everyones`."""
@@ -239,13 +247,14 @@ def _listen(receiver: int) -> None:
     """Answers the signals whose numbers come out of a pipe, until it is closed."""
     asked = 0
     while numbers := os.read(receiver, 64):
-        for _ in range(numbers.count(signal.SIGTERM)):
+        for name in (_SIGNALS[number] for number in numbers if number in _SIGNALS):
             asked += 1
             if asked == 1:
                 # Without a lock: the signal may have come while a line was being logged.
-                os.write(2, b"SIGTERM: saves after this step, then ends; again to end at once.\n")
+                said = f"{name}: saves after this step, then ends; again to end at once.\n"
+                os.write(2, said.encode())
             else:
                 # No clean-up: the one who asks twice wants it gone, and a kill is survived.
-                os.write(2, b"Second SIGTERM: ends at once.\n")
+                os.write(2, f"Second {name}: ends at once.\n".encode())
                 os._exit(STOPPED)
     os.close(receiver)

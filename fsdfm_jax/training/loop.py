@@ -20,7 +20,7 @@ from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.parallel import processes
 from fsdfm_jax.stages.base import Stage
-from fsdfm_jax.training import state
+from fsdfm_jax.training import recipe, state
 from fsdfm_jax.training.checkpoint import Checkpoints, Retention
 from fsdfm_jax.training.metrics import MetricWriter
 from fsdfm_jax.training.optim import Turns
@@ -171,7 +171,8 @@ def train(
         checkpoint. Before, when there is nothing new to save, SIGTERM ends the process as usual.
       checkpoint.SaveFailed: where one can't be written.
       checkpoint.DamagedCheckpoint: where there are checkpoints and none is whole.
-      ValueError: if the stage can't start from `base`, or has no metric to choose checkpoints by.
+      ValueError: if the stage can't start from `base`, has no metric to choose checkpoints by, or
+        the checkpoint that it would go on from is of another recipe.
     """
     check_settings(settings)
     init_key, step_key = jax.random.split(key)
@@ -185,6 +186,8 @@ def train(
         shardings = mesh_lib.state_shardings(mesh, shapes)
         found = checkpoints.restore_latest(_sharded(shapes, shardings))
         if found is not None:
+            if "recipe" in metadata:  # the newest intact one may be older than what was checked
+                recipe.check_recipe(directory, metadata["recipe"])
             logging.info("%s goes on from the checkpoint of step %d.", name, found[0])
         elif _is_abstract(base):
             raise ValueError(
@@ -270,8 +273,8 @@ def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: S
         return
     processes.barrier(f"{name} stopped")
     raise processes.Stopped(
-        f"{name}: stopped by SIGTERM at step {step} of {settings.num_steps}, which is saved; the "
-        "same command goes on from there."
+        f"{name}: stopped by {stop.name} at step {step} of {settings.num_steps}, which is saved; "
+        "the same command goes on from there."
     )
 
 

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from fsdfm_jax.network import model as model_lib
@@ -89,7 +90,8 @@ def load_weights(
       step: of the checkpoint, by default the newest.
 
     Raises:
-      ValueError: if there is no checkpoint, or it is damaged or belongs to another tokenizer.
+      ValueError: if there is no checkpoint, it is damaged or belongs to another tokenizer, or a
+        parameter isn't finite.
     """
     together = mesh is not None and jax.process_count() > 1
     step, metadata = weights_metadata(directory, step, together=together)
@@ -103,7 +105,21 @@ def load_weights(
     place = None if mesh is None else functools.partial(mesh_lib.leaf_sharding, mesh)
     folder = directory / "checkpoints"
     restored = checkpoint.restore_part(folder, (part,), step, sharding=place, together=together)
+    check = functools.partial(_check_finite, restored[part], folder, step)
+    processes.together(check) if together else check()
     return Weights(restored[part], ModelConfig(**metadata["model"]), metadata, step)
+
+
+def _check_finite(params: Params, folder: pathlib.Path, step: int) -> None:
+    """ValueError naming the first parameter with a value that isn't finite in this process."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for shard in leaf.addressable_shards:
+            if not np.isfinite(np.sum(np.asarray(shard.data), dtype=np.float64)):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"The weights of step {step} in {folder} are damaged: {name} has values that "
+                    "are NaN or infinite. Take an earlier checkpoint, or train that run again."
+                )
 
 
 def weight_shapes(directory: pathlib.Path) -> Params:

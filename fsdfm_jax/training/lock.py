@@ -1,0 +1,150 @@
+"""One writer for a working directory: a second job is refused while the first one runs.
+
+The lock is a file with host, process and start of its owner, touched every few seconds. Where the
+owner is of this machine, whether it runs is known at once; of another one, the lock is watched for
+as long as it takes to tell a job from what a killed one has left.
+"""
+
+import contextlib
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fsdfm_jax import io
+
+NAME = "writer.json"
+_BEAT = 5.0  # seconds between two touches
+_WATCH = 4 * _BEAT  # without a touch, after which a lock is stale
+
+
+@contextlib.contextmanager
+def only_writer(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a folder, which is made.
+
+    Raises:
+      ValueError: if another job holds it; names host, process and age.
+      OSError: if the folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, ours = folder / NAME, _owner()
+    while not _create(path, ours):
+        _remove_if_stale(path)
+    ended = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+        if _read(path) == ours:
+            path.unlink(missing_ok=True)
+
+
+def _owner() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "began": _start_of(os.getpid()),
+        "since": time.time(),
+    }
+
+
+def _machine() -> str:
+    """Where process numbers mean the same: this boot of this machine, and this container of it."""
+    try:
+        boot = pathlib.Path("/", "proc", "sys", "kernel", "random", "boot_id").read_text().strip()
+        return f"{boot} {os.readlink(pathlib.Path('/', 'proc', 'self', 'ns', 'pid'))}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in ticks since the boot: numbers of processes come again.
+
+    "" where it has ended, "unknown" where this system doesn't say.
+    """
+    try:
+        fields = pathlib.Path("/", "proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return ""
+    return "unknown"
+
+
+def _create(path: pathlib.Path, owner: dict[str, Any]) -> bool:
+    """Makes the lock; False if there is one. It is never seen half-written."""
+    own = path.with_name(f".{NAME}.{owner['pid']}.{socket.gethostname()}.tmp")
+    io.write_json(own, owner)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(own.read_text(encoding="utf-8"))
+        except FileExistsError:
+            return False
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
+def _beat(path: pathlib.Path, ended: threading.Event) -> None:
+    while not ended.wait(_BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        found = io.read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else {}
+
+
+def _remove_if_stale(path: pathlib.Path) -> None:
+    owner = _read(path)
+    if owner is not None and _runs(path, owner):
+        age = max(time.time() - float(owner.get("since") or 0), 0) / 60
+        raise ValueError(
+            f"Another job writes into {path.parent}: process {owner.get('pid')} on "
+            f"{owner.get('host')}, for {age:.0f} minutes. End it, or choose another --workdir."
+        )
+    # Two jobs may come here at once: the second one must not remove what the first has made.
+    aside = path.with_name(f".{NAME}.{os.getpid()}.{socket.gethostname()}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if _read(aside) != owner:
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _runs(path: pathlib.Path, owner: dict[str, Any]) -> bool:
+    if owner.get("machine") == _machine():
+        return owner.get("began") == _start_of(int(owner.get("pid", 0))) != ""
+    # Of another machine: its process can't be asked.
+    try:
+        before = path.stat().st_mtime_ns
+        if time.time() - path.stat().st_mtime > 3600:  # whatever the clocks say of each other
+            return False
+        end = time.monotonic() + _WATCH
+        while time.monotonic() < end:
+            time.sleep(_BEAT / 5)
+            if path.stat().st_mtime_ns != before:
+                return True
+    except FileNotFoundError:
+        pass
+    return False
