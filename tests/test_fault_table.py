@@ -57,8 +57,8 @@ def test_a_batch_too_small_for_both_losses_is_refused_before_training():
     config.distill.batch_size = config.distill.accumulate = 8
     config.pipeline = "pretrain,distill"
     config.mesh.data, config.mesh.fsdp = 1, 1
+    process = pipeline.make_process(config, 5)
     with pytest.raises(ValueError, match=r"A batch of 1 row\(s\) can't hold 2 parts"):
-        process = pipeline.make_process(config, 5)
         pipeline.stages.make_stage("distill", config, process)
 
 
