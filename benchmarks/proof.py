@@ -133,7 +133,7 @@ def _draw(run, params, size: sudoku.Sudoku, sampling: Sampling, count: int, seed
     parts = []
     for index in range(-(-count // rows)):
         own = generate.batch_seed(seed, index)
-        parts.append(np.asarray(run(params, own, free_BL, frozen_BL, sampling)))
+        parts.append(np.asarray(run(params, jnp.uint32(own), free_BL, frozen_BL, sampling)))
     return np.concatenate(parts)[:count]
 
 
