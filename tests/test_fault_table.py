@@ -4,6 +4,9 @@ Each row has its right outcome here; the tests of the kinds are in test_schema, 
 test_readers, test_data_faults, test_weight_faults, test_lock and test_faults.
 """
 
+import dataclasses
+import resource
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from configs import base, sweep
 from fsdfm_jax import main, schema
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
+from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
@@ -56,7 +60,6 @@ def test_a_batch_too_small_for_both_losses_is_refused_before_training():
     config = base.get_config()
     config.distill.batch_size = config.distill.accumulate = 8
     config.pipeline = "pretrain,distill"
-    config.mesh.data, config.mesh.fsdp = 1, 1
     process = pipeline.make_process(config, 5)
     with pytest.raises(ValueError, match=r"A batch of 1 row\(s\) can't hold 2 parts"):
         pipeline.stages.make_stage("distill", config, process)
@@ -105,3 +108,29 @@ def test_where_the_text_lies_is_stored_for_every_folder(tmp_path, monkeypatch):
 def test_temperature_zero_is_greedy():
     assert Sampling(temperature=0).temperature == 0
     assert Sampling(temperature=0.0).to_dict()["temperature"] == 0.0
+
+
+@pytest.fixture
+def full_disk():
+    """A limit on the size of files stands for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_place_and_leaves_nothing(tmp_path, full_disk):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(100):
+        (texts / f"{i:02}.txt").write_text(f"we the people of the united states {i * 7919} " * 60)
+    spec = prepared_lib.DataSpec(f"{texts}/*.txt", "text", "bpe", 300, 8, 0.3)
+    with pytest.raises(OSError, match=rf"{tmp_path}/.*; free space"):
+        prepared_lib.prepare(spec, tmp_path / "data")
+    large = dataclasses.replace(MODEL, width=64)
+    params = jax.tree.map(np.asarray, model_lib.init_params(jax.random.key(0), large))
+    bundle = bundle_lib.from_params(params, large, block_length=4)
+    for name, to in (("m.safetensors", ""), ("folder", "safetensors"), ("run", "orbax")):
+        with pytest.raises(OSError, match=rf"{tmp_path}/"):
+            formats.write(bundle, Target(tmp_path / name, to))
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]

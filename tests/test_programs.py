@@ -63,10 +63,11 @@ def _cases():
             add(f"empty --{flag}, apart", program, [*given, f"--{flag}", " "], 2, message)
     for program in CONFIGURED:
         good = PROGRAMS[program]
+        own = [part for part in good if not part.startswith("--config=")]
         nearest = "config.eval.stepz: the nearest are"
         add("unknown key", program, [*good, WRONG_KEY], 2, nearest)
         add("unknown key in a flag file", program, [*good, "--flagfile={flags}"], 2, nearest)
-        own = [part for part in good if not part.startswith("--config=")]
+        add("config in a flag file", program, ["--flagfile={named}", *own], 2, nearest)
         add("unknown key in a file", program, ["--config={own}", *own], 2, nearest)
         add("config apart", program, ["--config", "{own}", *own], 2, nearest)
         add("bad value", program, [*good, "--config.eval.seed=-1"], 2, "config.eval.seed must be")
@@ -83,9 +84,12 @@ CASES = _cases()
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
-    places = {name: str(folder / name) for name in ("none", "work", "flags", "own.py", "text.py")}
+    places = {
+        name: str(folder / name) for name in ("none", "work", "flags", "named", "own.py", "text.py")
+    }
     places["own"], places["text"] = places["own.py"], places["text.py"]
     (folder / "flags").write_text(WRONG_KEY + "\n")
+    (folder / "named").write_text(f"--config={folder / 'own.py'}\n")
     (folder / "text.py").write_text("this is no Python\n")
     (folder / "own.py").write_text(
         "from configs import base, sweep\n\n\ndef get_config():\n"
@@ -107,7 +111,7 @@ def results(tmp_path_factory):
         timeout=550,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    known = {"flags", "own.py", "text.py", "__pycache__", "work"}
+    known = {"flags", "named", "own.py", "text.py", "__pycache__", "work"}
     left = {path.name for path in folder.iterdir()} - known
     return dict(zip(CASES, json.loads(done.stdout), strict=True)) | {"left": left}
 
