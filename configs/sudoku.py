@@ -57,6 +57,7 @@ def get_config(arg: str = "6x6"):
 
     if recipe == "paper":
         base.use_paper_recipe(config)
+        config.path.revealed = "stay"  # as the base model's; uniform noise doesn't ask
         stage = config.distill
     else:
         config.pipeline = "pretrain,refine"

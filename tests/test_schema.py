@@ -73,7 +73,8 @@ def test_every_key_has_a_lowest_and_a_highest_value(name, key):
     low, high = map(float, interval[1:-1].split(","))
     step = 1 if isinstance(inner, schema.Whole) else (high - low) * 1e-3
     number = int if isinstance(inner, schema.Whole) else float
-    wrap = (lambda value: (value,)) if isinstance(kind, schema.Several) else (lambda value: value)
+    several = isinstance(kind, schema.Several)
+    wrap = lambda value: (value,) * max(kind.least, 1) if several else value
     for edge, inside, outward in ((low, interval[0] == "[", -1), (high, interval[-1] == "]", 1)):
         assert bool(kind.problem(wrap(number(edge)))) != inside, edge
         assert kind.problem(wrap(number(edge + outward * max(step, abs(edge) * 1e-3)))), edge
@@ -178,7 +179,7 @@ def test_choices_are_those_of_the_code():
     assert names("optim.name") == set(optim._BY_NAME)
     assert names("pretrain.loss") == set(pretrain._LOSSES)
     assert set(schema.KEYS["eval.memories"].kind.names) == set(MEMORIES)
-    assert set(schema.KEYS["eval.controls"].kind.names) == set(plan_lib.CONTROLS)
+    assert set(schema.KEYS["eval.controls"].kind.names) == {*plan_lib.CONTROLS, plan_lib.COLD}
     for name in names("distill.divergence"):
         losses.get_divergence(name)
     for name in names("distill.teacher_rule"):
