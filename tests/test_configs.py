@@ -248,6 +248,7 @@ def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
             "model.num_heads": 1,
             "model.cond_width": 4,
             "model.mlp_ratio": 1,
+            "optim.name": "muon",  # reads all keys of the optimiser
             "refine.max_log2_steps": 1,
             "eval.num_samples": 2,
             "eval.batch_size": 2,

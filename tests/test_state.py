@@ -344,7 +344,6 @@ def test_settings_that_cannot_be(values, message):
             r"pretrain\.batch_size=64 .* pretrain\.accumulate=3: its parts",
         ),
         ({"pretrain.accumulate": 16}, r"pretrain\.batch_size / pretrain\.accumulate \(16\)=4 .* 8"),
-        ({"optim.moment_dtype": "float16"}, r"optim\.moment_dtype='float16'"),
         ({"optim.max_skipped": -1}, "max_skipped must not be negative, got -1"),
         ({"train.watchdog_minutes": -1.0}, "watchdog_minutes must not be negative"),
     ],
