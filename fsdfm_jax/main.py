@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from fsdfm_jax import cli
+from fsdfm_jax import cli, extras
 from fsdfm_jax.data.prepared import PreparedData
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import plan as plan_lib
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
         jax.devices()[0].device_kind,
         jax.process_count(),
     )
+    extras.check("train", "Training")
     with contextlib.ExitStack() as stack:
 
         def take() -> list[int]:

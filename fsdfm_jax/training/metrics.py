@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fsdfm_jax import io
+from fsdfm_jax import extras, io
 
 _LOG_SECONDS = 5.0  # shortest time between two lines of a Progress that is not on a terminal
 
@@ -145,8 +145,9 @@ class _Events:
 
     def __init__(self, directory: pathlib.Path, start_step: int):
         # imported late: not every user of this file writes events
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with extras.needed("train", "Writing TensorBoard's events"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._directory = directory
