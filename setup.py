@@ -72,6 +72,8 @@ setuptools.setup(
         ],
         # Models by their names on the Hugging Face Hub.
         "hub": ["huggingface_hub>=0.34"],
+        # Metrics at Weights & Biases too: config.train.wandb.
+        "wandb": ["wandb>=0.18"],
         # Preparation of more text than one process gets through.
         "beam": ["fsdfm_jax[train]", "apache-beam>=2.70"],
         # Judges of other makers: Hugging Face's models, GGUF files among them, and word models.

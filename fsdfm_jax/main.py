@@ -47,6 +47,8 @@ def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
+    if config.train.wandb:
+        extras.check("wandb", "config.train.wandb")
     runs = [run for run, _ in pipeline.runs(config)]
     settings = plan_lib.Settings.from_config(config.eval)
     run_lib.check_inputs(settings, config.data.block_length)

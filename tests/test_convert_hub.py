@@ -377,7 +377,7 @@ def test_a_name_of_the_hub_is_downloaded(tmp_path, monkeypatch):
 
 def test_without_huggingface_hub_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r'pip install "fsdfm_jax\[hub\]"') as error:
+    with pytest.raises(FileNotFoundError, match=r'pip install "fsdfm_jax\[hub\]"') as error:
         fs.load("someone/some-model")
     assert "There is no file or folder someone/some-model" in str(error.value)
     assert "\n" not in str(error.value)

@@ -185,7 +185,7 @@ def card(bundle: Bundle, *, digest: str, dtype: str, rows: Iterable[Mapping[str,
 import fsdfm_jax as fs
 
 model = fs.load("path/of/this/folder")  # or the name of this repository
-print(fs.generate(model, sampling=fs.Sampling(steps={sampling.steps}))[0])
+print(fs.generate(model)[0])
 ```
 
 The logits in PyTorch, by code of this repository; t runs from 0 (noise) to 1 (data), h is the width
@@ -332,11 +332,15 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
     """The folder of a repository, from the Hub or this machine's copy of it; weights and JSON only.
 
     Raises:
-      ValueError: huggingface_hub isn't installed.
+      FileNotFoundError: huggingface_hub isn't installed.
       OSError: there is no such repository, or it can't be had.
     """
-    with extras.needed("hub", f"There is no file or folder {name}; loading from the Hub"):
-        import huggingface_hub
+    try:
+        extras.check("hub", "a download from the Hub")
+    except ValueError as error:
+        raise FileNotFoundError(f"There is no file or folder {name}, and {error}") from None
+    import huggingface_hub
+
     try:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(_DOWNLOADED)
