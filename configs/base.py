@@ -232,6 +232,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     train.keep_every = 0  # steps; checkpoints at multiples of it are kept for good, 0: none
     train.keep_best = 0  # checkpoints kept for the lowest mean of a metric since the one before
     train.best_metric = "loss"  # that metric, a name in metrics.jsonl
+    train.wandb = ""  # project of Weights & Biases, beside TensorBoard: fsdfm_jax[wandb]; "": off
     # Without a finished step: dumps all stacks and exits; until the first one 3 times as many, and
     # at least 30. 0: off.
     train.watchdog_minutes = 60.0

@@ -36,6 +36,7 @@ _PUBLIC = {
     # models as a whole
     "load": "library",
     "save": "library",
+    "save_pretrained": "library",
     "export": "library",
     "generate": "inference.job",
     "train": "library",

@@ -35,6 +35,7 @@ from fsdfm_jax.inference.job import generate as generate
 from fsdfm_jax.library import export as export
 from fsdfm_jax.library import load as load
 from fsdfm_jax.library import save as save
+from fsdfm_jax.library import save_pretrained as save_pretrained
 from fsdfm_jax.library import train as train
 from fsdfm_jax.network.config import ModelConfig as ModelConfig
 from fsdfm_jax.network.model import apply as apply

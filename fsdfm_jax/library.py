@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fsdfm_jax import cli, schema, stages
-from fsdfm_jax.convert import formats
+from fsdfm_jax.convert import formats, hub
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.flow.process import make_process
@@ -26,7 +26,9 @@ from fsdfm_jax.training import optim, state
 from fsdfm_jax.training.metrics import Progress
 
 
-def load(path: str | os.PathLike | None = None, **options: Any) -> Bundle:
+def load(
+    path: str | os.PathLike | None = None, *, revision: str | None = None, **options: Any
+) -> Bundle:
     """Opens a model of any format; parameters are read when they are asked for.
 
     >>> import fsdfm_jax as fs
@@ -35,8 +37,10 @@ def load(path: str | os.PathLike | None = None, **options: Any) -> Bundle:
     128
 
     Args:
-      path: a file or folder: official .pth, safetensors, a working directory, an exported sampler;
-        None is the bundled model.
+      path: a file or folder: official .pth, safetensors, a working directory, an exported sampler,
+        a folder of `save_pretrained`; or "user/name" of the Hugging Face Hub, where no such folder
+        is at hand (`pip install "fsdfm_jax[hub]"`). None is the bundled model.
+      revision: branch, tag or commit of a model of the Hub.
       **options: of `formats.open_bundle`: which, num_heads, tokenizer, stage, source.
 
     Returns:
@@ -45,8 +49,15 @@ def load(path: str | os.PathLike | None = None, **options: Any) -> Bundle:
     Raises:
       ValueError: for a file that is damaged, hostile or of no known format.
       FileNotFoundError: there is nothing at `path`.
+      OSError: the Hub doesn't give the model.
     """
-    return formats.open_bundle(formats.BUNDLED if path is None else path, **options)
+    if path is None:
+        path = formats.BUNDLED
+    elif hub.is_name(path) and not pathlib.Path(path).exists():
+        path = hub.download(str(path), revision)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is of a model of the Hub; {path} is none.")
+    return formats.open_bundle(path, **options)
 
 
 def save(
@@ -71,6 +82,42 @@ def save(
       ValueError: if the format has no place for this network, or the target exists.
     """
     target = Target(pathlib.Path(path).expanduser(), **options)
+    formats.write(model, target, overwrite=overwrite)
+
+
+def save_pretrained(
+    model: Bundle,
+    folder: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    report: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model in the layout of the Hugging Face Hub, whole or not at all.
+
+    >>> import fsdfm_jax as fs, tempfile
+    >>> model = fs.load()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fs.save_pretrained(model, f"{folder}/tiny")
+    ...     fs.load(f"{folder}/tiny").num_params() == model.num_params()
+    True
+
+    The folder has weights, tokenizer, configuration, sampler, a model card and the network in
+    PyTorch, so that `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` has its
+    logits. `hf upload user/name FOLDER` publishes it.
+
+    Args:
+      model: from `load` or `train`.
+      folder: made here.
+      dtype: of the weights in the file, "float32" | "bfloat16".
+      report: folder of a report, whose figures for these weights the card shows.
+      overwrite: whether a folder in this layout may be replaced.
+
+    Raises:
+      ValueError: if the folder exists, or there is no report where it was said to be.
+    """
+    place = None if report is None else pathlib.Path(report).expanduser()
+    target = Target(pathlib.Path(folder).expanduser(), "hub", dtype=dtype, report=place)
     formats.write(model, target, overwrite=overwrite)
 
 

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from fsdfm_jax import cli
+from fsdfm_jax import cli, extras
 from fsdfm_jax.data.prepared import PreparedData
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import plan as plan_lib
@@ -47,6 +47,8 @@ def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
+    if config.train.wandb:
+        extras.check("wandb", "config.train.wandb")
     runs = [run for run, _ in pipeline.runs(config)]
     settings = plan_lib.Settings.from_config(config.eval)
     run_lib.check_inputs(settings, config.data.block_length)
@@ -92,6 +94,7 @@ def main(argv: list[str]) -> None:
         jax.devices()[0].device_kind,
         jax.process_count(),
     )
+    extras.check("train", "Training")
     with contextlib.ExitStack() as stack:
 
         def take() -> list[int]:

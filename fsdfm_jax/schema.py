@@ -214,6 +214,7 @@ _TRAIN: dict[str, Kind] = {
     "keep_every": _MANY_OR_NONE,
     "keep_best": _MANY_OR_NONE,
     "best_metric": Text(),
+    "wandb": Text(r"[\w.-]{0,128}", "the name of a project (letters, digits, _ . -)"),
     "watchdog_minutes": Number("[0, 1e6]"),
 }
 _EVAL: dict[str, Kind] = {

@@ -14,7 +14,7 @@ import shlex
 
 from absl import app, flags
 
-from fsdfm_jax import cli
+from fsdfm_jax import cli, extras
 from fsdfm_jax.data import beam
 from fsdfm_jax.data import prepared as prepared_lib
 
@@ -83,6 +83,7 @@ def describe(prepared: prepared_lib.PreparedData) -> None:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    extras.check("train", "Preparing text")
     config = _CONFIG.value
     directory = _DIRECTORY.value or (config.data.directory if config else "")
     if not directory:

@@ -16,7 +16,7 @@ import pathlib
 
 from absl import app, flags
 
-from fsdfm_jax import cli
+from fsdfm_jax import cli, extras
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.evaluate import run as run_lib
@@ -44,6 +44,7 @@ def parse_host(text: str) -> tuple[int, int]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    extras.check("train", "A sweep")
     config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value).expanduser()
     index, count = parse_host(_HOST.value)
     axes = plan_lib.Axes.from_config(config.axes)

@@ -371,6 +371,7 @@ FORMS = {
     "folder_official": ("o", {"to": "safetensors", "layout": "official"}),
     "orbax": ("run", {"to": "orbax"}),
     "sampler": ("exported", {"to": "sampler", "steps": (2,)}),
+    "hub": ("hub", {"to": "hub"}),
 }
 
 

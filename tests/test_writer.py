@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 
 import numpy as np
@@ -239,3 +240,56 @@ def test_progress_tells_when_it_was_stopped(capsys):
 )
 def test_short_numbers(value, text):
     assert metrics_lib._short(value) == text
+
+
+# ------------------------------------------------------------------------------- Weights & Biases
+class FakeWandb:
+    """Records what the library is told."""
+
+    def __init__(self):
+        self.runs, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.runs.append(options)
+        return self
+
+    def log(self, values, *, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_the_metrics_too(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with metric_writer(tmp_path, wandb="fsdfm") as writer:
+        writer.write(20, {"loss": np.float32(0.5)})
+    with metric_writer(tmp_path, wandb="fsdfm", start_step=20) as writer:
+        writer.write(40, {"loss": 0.25})
+    assert fake.logged == [(20, {"loss": 0.5}), (40, {"loss": 0.25})]
+    assert fake.finished == 2
+    first, second = fake.runs
+    assert first == second  # one run there: the id stays
+    assert (first["project"], first["name"], first["resume"]) == ("fsdfm", "distill", "allow")
+    metric_writer(tmp_path, wandb="fsdfm").close()  # trained anew
+    assert fake.runs[2]["id"] != first["id"]
+    assert [scalar[:2] for scalar in events(tmp_path)[0]] == [("loss", 20), ("loss", 40)]
+
+
+def test_weights_and_biases_is_off_and_optional(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    metric_writer(tmp_path).close()
+    with pytest.raises(
+        ValueError, match=r'wandb needs wandb; run: pip install "fsdfm_jax\[wandb\]'
+    ):
+        metric_writer(tmp_path, wandb="fsdfm")
+    fake = FakeWandb()
+
+    def refuse(**options):
+        raise RuntimeError("api_key not configured\nmore")
+
+    fake.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ValueError, match=r"\(api_key not configured\); run `wandb login`"):
+        metric_writer(tmp_path, wandb="fsdfm")

@@ -4,6 +4,7 @@
     python -m fsdfm_jax.convert checkpoint.pth runs/published --to=orbax --tokenizer=gpt2
     python -m fsdfm_jax.convert runs/mine model.safetensors --stage=distill
     python -m fsdfm_jax.convert runs/mine exported --to=sampler --steps=8
+    python -m fsdfm_jax.convert runs/mine mine-8-steps --to=hub --check
 
 Formats are those of fsdfm_jax/convert/formats.py. A target appears whole or not at all.
 """
@@ -44,6 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; the model's."
     )
+    flags.DEFINE_string("report", None, "Report whose figures the card of --to=hub shows.")
     flags.DEFINE_bool("check", False, "Compare SOURCE and TARGET: parameters and logits.")
     flags.DEFINE_float(
         "tolerance", None, "Of --check's logits; what rounding explains.", lower_bound=0.0
@@ -151,6 +153,14 @@ def _whole_numbers(words: list[str]) -> tuple[int, ...]:
         raise ValueError(f"--steps takes whole numbers, got {','.join(words)!r}.") from None
 
 
+def _report(source: pathlib.Path, named: str | None, to: str) -> pathlib.Path | None:
+    """The report of the card: the one that is named, else that of a working directory."""
+    if named is not None:
+        return pathlib.Path(named).expanduser()
+    own = source / "report"
+    return own if to == "hub" and (own / "results.json").is_file() else None
+
+
 def main(argv: list[str]) -> None:
     if len(argv) != 3:
         raise app.UsageError("Expected SOURCE and TARGET.")
@@ -177,6 +187,7 @@ def main(argv: list[str]) -> None:
         steps=_whole_numbers(values.steps),
         length=values.length,
         sampling=source.sampling().replace(jump=values.jump) if values.jump else None,
+        report=_report(pathlib.Path(argv[1]).expanduser(), values.report, values.to),
     )
     for line in convert(
         source,

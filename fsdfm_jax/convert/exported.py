@@ -141,9 +141,7 @@ def _sampled_by(bundle: Bundle, sampling: Sampling) -> Bundle:
     """The model whose config says that it is sampled so, but for the number of steps."""
     if bundle.sampling().replace(steps=sampling.steps) == sampling:
         return bundle
-    config = dict(bundle.provenance.get("config") or {})
-    config["eval"] = dict(config.get("eval") or {}) | {"sampling": sampling.to_dict()}
-    return dataclasses.replace(bundle, provenance=dict(bundle.provenance) | {"config": config})
+    return bundle_lib.sampled_by(bundle, sampling)
 
 
 def _input_names(sampling: Sampling) -> list[str]:

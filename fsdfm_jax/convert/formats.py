@@ -4,6 +4,7 @@
     safetensors   X.safetensors, a folder  see safetensors_file.py
     orbax         a folder                 our checkpoints, see run_folder.py
     sampler       a folder                 an exported program with its weights, see exported.py
+    hub           a folder                 the layout of the Hugging Face Hub, see hub.py
 
 `.npz` files of an official state dict are read as well.
 """
@@ -16,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from fsdfm_jax.convert import exported, official, run_folder
+from fsdfm_jax.convert import exported, hub, official, run_folder
 from fsdfm_jax.convert import safetensors as safetensors_lib
 from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from fsdfm_jax.training import checkpoint
 
 # The bundled model, made by `python -m launch.bundle`.
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "model.safetensors"
-FORMATS = ("official", "safetensors", "orbax", "sampler")
+FORMATS = ("official", "safetensors", "orbax", "sampler", "hub")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
 _GPT2_TOKENS = 50_257
 
@@ -69,7 +70,7 @@ def open_bundle(
     name = _format_of(path)
     if stage and name != "orbax":
         raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
-    if which != "ema" and name in ("sampler", "safetensors"):
+    if which != "ema" and name in ("sampler", "safetensors", "hub"):
         raise ValueError(f"{path} holds one set of weights; leave out which={which!r}.")
     if name == "sampler":
         exported.check(path)
@@ -78,6 +79,8 @@ def open_bundle(
         bundle = run_folder.read(path, which=which, stage=stage)
     elif name == "safetensors":
         bundle = _read_safetensors(path, num_heads, given, source)
+    elif name == "hub":
+        bundle = hub.with_sampling(_read_safetensors(path, num_heads, given, source), path)
     else:
         bundle = _read_official(path, which, num_heads, given, source)
     bundle = _with_source(_with_tokenizer(bundle, given, path), source, path)
@@ -98,12 +101,12 @@ def _format_of(path: pathlib.Path) -> str:
     if run_folder.is_run_folder(path):
         return "orbax"
     if safetensors_lib.is_safetensors(path):
-        return "safetensors"
+        return "hub" if hub.is_hub(path) else "safetensors"
     if path.is_file():
         return "official"
     raise BadFile(
         f"{path} is a folder of no known kind; expected a working directory, a run with "
-        "checkpoints/, a folder with .safetensors files or an exported sampler."
+        "checkpoints/, a folder with .safetensors files (as the Hub's) or an exported sampler."
     )
 
 
@@ -227,8 +230,9 @@ class Target:
       path: file or folder.
       to: one of `FORMATS`, "" tells it by the suffix.
       layout: names in safetensors, "ours" | "official".
-      dtype: of the weights in official and safetensors files, "float32" | "bfloat16".
+      dtype: of the weights in official, safetensors and hub files, "float32" | "bfloat16".
       steps, length, sampling: of an exported sampler, see `exported.write`.
+      report: folder of a report, for the model card of "hub", see `hub.write`.
     """
 
     path: pathlib.Path
@@ -238,6 +242,7 @@ class Target:
     steps: tuple[int, ...] = ()
     length: int | None = None
     sampling: Sampling | None = None
+    report: pathlib.Path | None = None
 
     @property
     def format(self) -> str:
@@ -290,6 +295,10 @@ def check_target(
     given = [name for name in options if getattr(target, name)]
     if given and target.format != "sampler":
         raise ValueError(f"{', '.join(given)}: choices of an exported sampler (--to=sampler) only.")
+    if target.report is not None:
+        if target.format != "hub":
+            raise ValueError("report: figures of the card that --to=hub writes; leave it out.")
+        hub.read_report(target.report)
     if target.format == "official" or target.layout == "official":
         official.check_layout(bundle.model)
     if target.format == "orbax":
@@ -321,6 +330,7 @@ def _check_place(target: Target, source: pathlib.Path | None, overwrite: bool) -
 _CONTENTS = {
     "orbax": ("checkpoints", "tokenizer.json"),
     "safetensors": ("model*.safetensors", "model.safetensors.index.json", "*.json"),
+    "hub": hub.CONTENTS,
 }
 
 
@@ -398,6 +408,8 @@ def _write(bundle: Bundle, target: Target) -> None:
         write_it(path, bundle, layout=target.layout, dtype=target.dtype)
     elif name == "orbax":
         run_folder.write(path, bundle)
+    elif name == "hub":
+        hub.write(path, bundle, dtype=target.dtype, report=target.report)
     else:
         exported.write(
             path,

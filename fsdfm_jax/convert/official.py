@@ -7,7 +7,8 @@
 The names are those of the published checkpoints of arXiv:2509.20624. Blocks are stacked along a
 leading axis here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head
 width and has no counterpart. Only conditioning "none" and "official" have an official layout, and
-no learned positions.
+no learned positions. `dt_proj` and `position_embed` are names of ours in the same style, for what
+networks without an official layout have besides: the Hub's files use them (see hub.py).
 
 PyTorch is not needed, and nothing that a file has pickled is ever run (see torch_pickle.py).
 """
@@ -43,6 +44,7 @@ _TOP = {
     "dt_embedding/in_proj": "dt_embedding.mlp.0",
     "dt_embedding/out_proj": "dt_embedding.mlp.2",
     "time_condition_fuser": "time_condition_fuser",
+    "dt_proj": "dt_proj",
     "final_norm/LayerNorm_0": "output_layer.norm_final",
     "final_adaln/condition_fuser": "output_layer.condition_fuser",
     "final_adaln/modulation": "output_layer.adaLN_modulation",
@@ -60,8 +62,9 @@ _BLOCK = {
     "adaln/condition_fuser": "condition_fuser",
     "adaln/modulation": "adaLN_modulation",
 }
+_POSITIONS = "vocab_embed/positions"
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-_BUFFER = "rotary_emb.inv_freq"
+BUFFER = "rotary_emb.inv_freq"
 # Parts of names that wrappers add: DistributedDataParallel, torch.compile, FSDP and activation
 # checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -150,9 +153,10 @@ def write_file(
     Raises:
       ValueError: as `save`.
     """
+    check_layout(bundle.model)
     pending = {
         name: torch_pickle.Pending(
-            name, np.dtype(np.float32) if name == _BUFFER else bundle_lib.DTYPES[dtype], shape
+            name, np.dtype(np.float32) if name == BUFFER else bundle_lib.DTYPES[dtype], shape
         )
         for name, shape in state_shapes(bundle).items()
     }
@@ -378,17 +382,17 @@ def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> in
         raise ValueError(f"num_heads must be an int or None, got {num_heads!r}.")
     if num_heads is not None and (num_heads < 1 or width % num_heads):
         raise BadFile(f"num_heads={num_heads} doesn't divide the width {width}.")
-    buffer = tensors.get(_BUFFER)
+    buffer = tensors.get(BUFFER)
     if buffer is not None:
         head_width = 2 * buffer.shape[0] if len(buffer.shape) == 1 else 0
         if not head_width or width % head_width:
             raise BadFile(
-                f"{_BUFFER}: shape {buffer.shape}, expected half a head's width, a divisor of "
+                f"{BUFFER}: shape {buffer.shape}, expected half a head's width, a divisor of "
                 f"the width {width}."
             )
         if num_heads is not None and num_heads != width // head_width:
             raise BadFile(
-                f"num_heads={num_heads}, but {_BUFFER} has {buffer.shape[0]} frequencies, those of "
+                f"num_heads={num_heads}, but {BUFFER} has {buffer.shape[0]} frequencies, those of "
                 f"{width // head_width} heads; leave num_heads out."
             )
         return width // head_width
@@ -407,6 +411,8 @@ def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> in
 
 def _official_name(path: str) -> tuple[str, bool]:
     """Official name of our parameter ({} for the block number); whether to transpose it."""
+    if path == _POSITIONS:
+        return "position_embed.weight", False
     group, leaf = path.rsplit("/", 1)
     suffix = _LEAF[leaf]
     if group == "vocab_embed":
@@ -424,11 +430,9 @@ def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
       cfg: the network they are for.
 
     Raises:
-      ValueError: naming every missing, unexpected or misshapen key; for a network without official
-        layout, see `check_layout`.
+      ValueError: naming every missing, unexpected or misshapen key.
     """
-    check_layout(cfg)
-    problems, used, leaves = [], {_BUFFER}, {}
+    problems, used, leaves = [], {BUFFER}, {}
     for path, shape in bundle_lib.expected_shapes(cfg).items():
         name, transpose = _official_name(path)
         stacked = "{}" in name
@@ -452,14 +456,14 @@ def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
 
 def _buffer_problems(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> list[str]:
     """The rotary frequencies aren't parameters here, so a file must have the ones we compute."""
-    buffer, expected = tensors.get(_BUFFER), _frequencies(cfg.head_width)
+    buffer, expected = tensors.get(BUFFER), _frequencies(cfg.head_width)
     if buffer is None:
         return []
     if tuple(buffer.shape) != expected.shape:
-        return [f"{_BUFFER}: shape {tuple(buffer.shape)}, expected {expected.shape}"]
+        return [f"{BUFFER}: shape {tuple(buffer.shape)}, expected {expected.shape}"]
     # Wide enough for a buffer that was stored in bfloat16.
     if not np.allclose(np.asarray(buffer.read(), np.float32), expected, rtol=1e-2, atol=0):
-        return [f"{_BUFFER}: other frequencies than 10000^(-2i/{cfg.head_width})"]
+        return [f"{BUFFER}: other frequencies than 10000^(-2i/{cfg.head_width})"]
     return []
 
 
@@ -493,10 +497,9 @@ def state_shapes(bundle: bundle_lib.Bundle) -> dict[str, tuple[int, ...]]:
     """Official name -> shape of a network's state dict, in the official order.
 
     Raises:
-      ValueError: for a network without official layout, or parameters that aren't the network's.
+      ValueError: for parameters that aren't the network's.
     """
     cfg = bundle.model
-    check_layout(cfg)
     expected = bundle_lib.expected_shapes(cfg)
     found = {path: tuple(leaf.shape) for path, leaf in bundle.leaves.items()}
     if found != expected:
@@ -509,14 +512,14 @@ def state_shapes(bundle: bundle_lib.Bundle) -> dict[str, tuple[int, ...]]:
         one = shape[1:] if stacked else shape
         one = one[::-1] if transpose else one
         shapes |= {name.format(i): one for i in range(shape[0] if stacked else 1)}
-    shapes[_BUFFER] = (cfg.head_width // 2,)
+    shapes[BUFFER] = (cfg.head_width // 2,)
     return {name: shapes[name] for name in sorted(shapes, key=_official_order)}
 
 
 def _official_order(name: str) -> tuple:
     head, _, rest = name.partition(".")
-    groups = ("vocab_embed", "time_embedding", "dt_embedding", "time_condition_fuser")
-    groups += ("rotary_emb", "blocks", "output_layer")
+    groups = ("vocab_embed", "position_embed", "time_embedding", "dt_embedding")
+    groups += ("time_condition_fuser", "dt_proj", "rotary_emb", "blocks", "output_layer")
     number, _, rest = rest.partition(".") if head == "blocks" else ("0", "", rest)
     return groups.index(head), int(number), rest
 
@@ -533,7 +536,7 @@ def stream(bundle: bundle_lib.Bundle, dtype: str = "float32") -> Iterator[tuple[
             one = np.ascontiguousarray(one.T if transpose else one)
             yield name.format(i), one.astype(bundle_lib.DTYPES[dtype], copy=False)
         del array, rows, one  # or they would stay while the next parameter is read
-    yield _BUFFER, _frequencies(bundle.model.head_width)
+    yield BUFFER, _frequencies(bundle.model.head_width)
 
 
 def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
@@ -542,6 +545,7 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for a network without official layout, see `check_layout`.
     """
+    check_layout(cfg)
     bundle = bundle_lib.from_params(params, cfg)
     names = state_shapes(bundle)
     state = dict(stream(bundle))
@@ -558,6 +562,6 @@ def check_layout(cfg: ModelConfig) -> None:
     if found := [name for name, is_so in what.items() if is_so]:
         raise ValueError(
             f"The official layout has no place for {' and '.join(found)}; it can be converted to "
-            "safetensors or orbax with our names. (model.conditioning='official' and "
-            "model.positions='rotary' have one.)"
+            "safetensors or orbax with our names, or to the Hub's layout (--to=hub). "
+            "(model.conditioning='official' and model.positions='rotary' have one.)"
         )

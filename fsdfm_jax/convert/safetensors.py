@@ -8,6 +8,8 @@ Names inside are, by layout,
 
     ours      paths with "/" ("blocks/q_proj/kernel"), blocks stacked, kernels [in, out]
     official  names of the published checkpoints ("blocks.0.qw.weight"), kernels [out, in]
+    hub       those of official, for every network and without the rotary buffer; marked as
+              PyTorch's, which `transformers` looks for
 
 Each file carries the checksums of its tensors, which are verified as they are read.
 """
@@ -29,7 +31,8 @@ from fsdfm_jax.convert import official
 from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 
-LAYOUTS = ("ours", "official")
+LAYOUTS = ("ours", "official")  # of the format "safetensors"
+HUB = "hub"
 MAX_SHARD_BYTES = 5 * 10**9
 SUFFIX = ".safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -46,7 +49,7 @@ def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -
     Args:
       path: exactly where to write; the caller renames.
       bundle: the model.
-      layout: "ours" | "official".
+      layout: "ours" | "official" | "hub".
       dtype: of the weights in the file, "float32" | "bfloat16".
 
     Raises:
@@ -59,9 +62,10 @@ def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -
             f"The weights take {size / 1e9:.1f} GB, more than one file of "
             f"{MAX_SHARD_BYTES / 1e9:.0f} GB; give a folder as target (--to=safetensors)."
         )
-    tokenizer = "" if bundle.tokenizer is None else bundle.tokenizer.to_json()
-    description = json.dumps(bundle_lib.describe(bundle))
-    _write_shard(path, _stream(bundle, layout, dtype), description, tokenizer)
+    metadata = {"fsdfm_jax": json.dumps(bundle_lib.describe(bundle))}
+    if bundle.tokenizer is not None:
+        metadata["tokenizer"] = bundle.tokenizer.to_json()
+    _write_shard(path, _stream(bundle, layout, dtype), metadata)
 
 
 def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -> None:
@@ -72,19 +76,19 @@ def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: st
     total = sum(_sizes(bundle, layout, dtype).values())
     count = -(-total // MAX_SHARD_BYTES)
     description = bundle_lib.describe(bundle)
-    text = json.dumps(description)
+    metadata = {"fsdfm_jax": json.dumps(description)} | ({"format": "pt"} if layout == HUB else {})
     folder.mkdir(parents=True)
     stream = _stream(bundle, layout, dtype)
     if count == 1:
-        _write_shard(folder / f"model{SUFFIX}", stream, text)
+        _write_shard(folder / f"model{SUFFIX}", stream, metadata)
     else:
-        _write_shards(folder, stream, text, total=total, count=count)
+        _write_shards(folder, stream, metadata, total=total, count=count)
     io.write_json(folder / _CONFIG, description)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(folder / _TOKENIZER)
 
 
-def _write_shards(folder, stream, description: str, *, total: int, count: int) -> None:
+def _write_shards(folder, stream, metadata: Mapping[str, str], *, total: int, count: int) -> None:
     """Cuts the stream where a shard has its share; names need the final count, so rename last."""
     files: list[tuple[pathlib.Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
@@ -92,7 +96,7 @@ def _write_shards(folder, stream, description: str, *, total: int, count: int) -
     def flush():
         path = folder / f"model-{len(files) + 1:05d}.partial"
         names = list(shard)
-        _write_shard(path, iter(list(shard.items())), description)
+        _write_shard(path, iter(list(shard.items())), metadata)
         files.append((path, names))
         shard.clear()
 
@@ -116,31 +120,34 @@ def _write_shards(folder, stream, description: str, *, total: int, count: int) -
 
 def _sizes(bundle: Bundle, layout: str, dtype: str) -> dict[str, int]:
     """Bytes of each tensor that `_stream` gives."""
-    if layout not in LAYOUTS:
+    if layout not in (*LAYOUTS, HUB):
         raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     if dtype not in bundle_lib.DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; expected one of {', '.join(bundle_lib.DTYPES)}")
     shapes = {path: leaf.shape for path, leaf in bundle.leaves.items()}
     if layout == "official":
-        shapes = official.state_shapes(bundle)
+        official.check_layout(bundle.model)
+    if layout != "ours":
+        shapes = dict(official.state_shapes(bundle))
+    if layout == HUB:
+        del shapes[official.BUFFER]
     each = bundle_lib.DTYPES[dtype].itemsize
     return {name: int(np.prod(shape)) * each for name, shape in shapes.items()}
 
 
 def _stream(bundle: Bundle, layout: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    if layout == "official":
-        yield from official.stream(bundle, dtype)
+    if layout != "ours":
+        state = official.stream(bundle, dtype)
+        yield from (item for item in state if layout != HUB or item[0] != official.BUFFER)
         return
     for path, array in bundle.arrays():
         yield path, array.astype(bundle_lib.DTYPES[dtype], copy=False)
 
 
-def _write_shard(path: pathlib.Path, stream, description: str, tokenizer: str = "") -> None:
+def _write_shard(path: pathlib.Path, stream, about: Mapping[str, str]) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in stream}
     checksums = {name: bundle_lib.checksum(array) for name, array in arrays.items()}
-    metadata = {"fsdfm_jax": description, "checksums": json.dumps(checksums)}
-    if tokenizer:
-        metadata["tokenizer"] = tokenizer
+    metadata = dict(about) | {"checksums": json.dumps(checksums)}
     metadata["checksum"] = _metadata_checksum(metadata)
     try:
         path.touch()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from fsdfm_jax import io
+from fsdfm_jax import extras, io
 from fsdfm_jax.data.tokenizer import package_folder
 
 _TEXT = (".txt", ".raw", ".tokens")  # the last two are WikiText's
@@ -355,8 +355,9 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document]:
 
 
 def _open_parquet(file: str):
-    import pyarrow
-    import pyarrow.parquet
+    with extras.needed("train", f"Reading {file}"):
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(file)
@@ -365,10 +366,10 @@ def _open_parquet(file: str):
 
 
 def _read_parquet(piece: Piece, text_field: str) -> Iterator[Document]:
-    import pyarrow
-
     file = piece.file
     with _open_parquet(file) as reader:
+        import pyarrow
+
         columns = reader.schema_arrow.names
         if text_field not in columns:
             raise ValueError(

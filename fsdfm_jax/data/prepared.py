@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 
-from fsdfm_jax import io
+from fsdfm_jax import extras, io
 from fsdfm_jax.data import corpus as corpus_lib
 from fsdfm_jax.data import mixture as mixture_lib
 from fsdfm_jax.data import packing
@@ -217,7 +217,8 @@ class _Blocks:
     """The tokens of a TFDS data source."""
 
     def __init__(self, directory: pathlib.Path, split: str):
-        from fsdfm_jax.data import tfds
+        with extras.needed("train", "Prepared text"):
+            from fsdfm_jax.data import tfds
 
         self._records = shards_lib.Guarded(*tfds.open_split(directory, split))
 
@@ -391,7 +392,8 @@ def _storage(manifest: Mapping[str, Any]) -> str:
 
 
 def _build(spec: DataSpec, directory: pathlib.Path) -> None:
-    from fsdfm_jax.data import tfds
+    with extras.needed("train", "Preparing text"):
+        from fsdfm_jax.data import tfds
 
     reading = _Reading(spec)
     # Validation first: it is the smaller one, so a block length that is too long is told early.
@@ -674,7 +676,8 @@ class Batches:
         return self._iterate(start_step, num_threads, prefetch)
 
     def _iterate(self, start_step: int, num_threads: int, prefetch: int) -> Iterator[np.ndarray]:
-        import grain
+        with extras.needed("train", "Reading batches"):
+            import grain
 
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         steps = grain.MapDataset.range(start_step, sys.maxsize)
@@ -704,7 +707,8 @@ def validation_blocks(source: Source, n: int) -> np.ndarray:
 
 def _shuffled(source: Source, seed: int) -> Sequence[np.ndarray]:
     """The blocks of a source in endless epochs."""
-    import grain
+    with extras.needed("train", "Reading batches"):
+        import grain
 
     # Given through .seed(), grain hashes the seed: in shuffle(seed=...) the second epoch of seed s
     # would be the first of seed s + 1.

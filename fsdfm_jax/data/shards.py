@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from fsdfm_jax import extras
+
 # One record a chunk, for random access. Of zstd's levels the first reads and writes fastest, and
 # the higher ones gain nothing on tokens.
 _OPTIONS = "group_size:1,zstd:1"
@@ -81,7 +83,8 @@ class ShardWriter:
     def write(self, blocks_NL: np.ndarray) -> None:
         """Adds int [N, L] blocks; OSError if they can't be written, as on a full disk."""
         if self._writer is None and len(blocks_NL):
-            from array_record.python.array_record_module import ArrayRecordWriter
+            with extras.needed("train", "Preparing text"):
+                from array_record.python.array_record_module import ArrayRecordWriter
 
             with self._errors():
                 self._writer = ArrayRecordWriter(str(self._partial), _OPTIONS)
@@ -153,7 +156,8 @@ class Shards:
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[File], length: int, dtype: np.dtype):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        with extras.needed("train", "Prepared text"):
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._length, self._dtype = length, dtype
         paths = [folder / file.name for file in files]

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import cli
+from fsdfm_jax import cli, extras
 from fsdfm_jax.convert import formats
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.evaluate import models as models_lib
@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("Give a folder for the report of a checkpoint: --output=DIR.")
     if _CHECKPOINT.value and _RUNS.value:
         raise ValueError("--runs chooses among the runs of a --workdir.")
+    extras.check("train", "Evaluating")
     config = _CONFIG.value
     options = {"tokenizer": _TOKENIZER.value, "source": _SOURCE.value}
     options["num_heads"] = _NUM_HEADS.value

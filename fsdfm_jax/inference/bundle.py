@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -189,9 +189,14 @@ def checksum(array: np.ndarray) -> str:
 
 def content_hash(params: Params) -> str:
     """sha256 of all parameters with their paths, in their order, first 16 hex digits."""
+    return combined((path, checksum(array)) for path, array in flatten(params).items())
+
+
+def combined(checksums: Iterable[tuple[str, str]]) -> str:
+    """`content_hash` out of (path, checksum) of each parameter."""
     content = hashlib.sha256()
-    for path, array in flatten(params).items():
-        content.update(f"{path} {checksum(array)}\n".encode())
+    for path, each in checksums:
+        content.update(f"{path} {each}\n".encode())
     return content.hexdigest()[:16]
 
 
@@ -289,6 +294,13 @@ def read_sampling(evaluation: Mapping[str, Any]) -> Sampling:
             if evaluation.get(former) not in (None, "")
         }
     return Sampling.from_dict(said)
+
+
+def sampled_by(bundle: Bundle, sampling: Sampling) -> Bundle:
+    """The same model, whose config says that it is sampled so."""
+    config = dict(bundle.provenance.get("config") or {})
+    config["eval"] = dict(config.get("eval") or {}) | {"sampling": sampling.to_dict()}
+    return dataclasses.replace(bundle, provenance=dict(bundle.provenance) | {"config": config})
 
 
 # Fields that files of earlier versions don't have, with what their networks are.

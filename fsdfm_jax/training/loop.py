@@ -44,6 +44,7 @@ class Settings(NamedTuple):
       watchdog_minutes: without a finished step, after which the process dumps the stacks of its
         threads to stderr and exits with code 1; until the first step has ended, which is compiled,
         three times as many and at least 30; 0 for never.
+      wandb: project of Weights & Biases that gets the metrics too; "" for none.
     """
 
     num_steps: int
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
     accumulate: int = 1
     max_skipped: int = 0
     watchdog_minutes: float = 0.0
+    wandb: str = ""
 
 
 def check_settings(settings: Settings) -> None:
@@ -240,6 +242,7 @@ def _take_steps(
             total_steps=settings.num_steps,
             tokens_per_step=settings.batch_size * batch["x1"].shape[1],
             start_step=start,
+            wandb=settings.wandb,
         ) as metric_writer,
         processes.StopRequest(mesh) as stop,
     ):

@@ -1,6 +1,7 @@
 """Metrics of a training run and the progress of long work.
 
-A run's metrics are `metrics.jsonl` (one JSON object a line, each step once) and TensorBoard events.
+A run's metrics are `metrics.jsonl` (one JSON object a line, each step once) and TensorBoard events;
+on request Weights & Biases has them too.
 With several processes only one of them writes; callers choose it.
 """
 
@@ -12,10 +13,11 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from fsdfm_jax import io
+from fsdfm_jax import extras, io
 
 _LOG_SECONDS = 5.0  # shortest time between two lines of a Progress that is not on a terminal
 
@@ -36,9 +38,10 @@ class MetricWriter:
       total_steps: Steps of the finished stage, those before `start_step` included.
       tokens_per_step: Tokens of one step, over all devices.
       start_step: Steps completed before this process.
+      wandb: Project of Weights & Biases that gets the metrics too; "" for none.
 
     Raises:
-      ValueError: `start_step` is not within 0 .. total_steps.
+      ValueError: `start_step` is not within 0 .. total_steps, or Weights & Biases can't be used.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class MetricWriter:
         total_steps: int,
         tokens_per_step: int,
         start_step: int = 0,
+        wandb: str = "",
     ):
         if not 0 <= start_step <= total_steps:
             raise ValueError(
@@ -59,6 +63,7 @@ class MetricWriter:
         self.path = directory / "metrics.jsonl"
         _keep_steps(self.path, start_step)
         self._events = _Events(directory / "tensorboard", start_step)
+        self._wandb = _Wandb(directory, wandb, name, anew=not start_step) if wandb else None
         self._name, self._total, self._tokens = name, total_steps, tokens_per_step
         self._last_written = start_step if start_step else -1
         self._rate = _Rate(total_steps)
@@ -109,6 +114,8 @@ class MetricWriter:
             | ({"timing": dict(timing)} if timing else {}),
         )
         self._events.add(step, values, now)
+        if self._wandb is not None:
+            self._wandb.add(step, values)
         self._last_written = step
         if "loss" in values:
             self._loss = f"loss {values['loss']:.4g}"
@@ -128,6 +135,8 @@ class MetricWriter:
             self._bar.stop()
             self._bar = None
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _speed(self) -> str:
         rate = self._rate.per_second
@@ -145,8 +154,9 @@ class _Events:
 
     def __init__(self, directory: pathlib.Path, start_step: int):
         # imported late: not every user of this file writes events
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with extras.needed("train", "Writing TensorBoard's events"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._directory = directory
@@ -172,6 +182,37 @@ class _Events:
     def close(self) -> None:
         with io.naming(self._directory):
             self._file.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases, which a resumed training continues.
+
+    Its id is kept in `directory`. Steps that a killed run logged and that are done again are
+    dropped by the service; they are the same, since a resumed training repeats them bit by bit.
+    """
+
+    def __init__(self, directory: pathlib.Path, project: str, name: str, *, anew: bool):
+        with extras.needed("wandb", "config.train.wandb"):
+            import wandb
+        path = directory / "wandb_id.txt"
+        if anew or not path.is_file():
+            io.write_text(path, uuid.uuid4().hex)
+        try:
+            self._run = wandb.init(
+                project=project, name=name, id=path.read_text(), resume="allow", dir=directory
+            )
+        except Exception as error:  # the library raises all kinds
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"Weights & Biases can't be used ({said[0][:200]}); run `wandb login`, set "
+                "WANDB_MODE=offline, or leave config.train.wandb empty"
+            ) from error
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Progress:

@@ -319,6 +319,7 @@ def train_settings(config: ConfigDict, stage: str) -> Settings:
         accumulate=config[stage].accumulate,
         max_skipped=config.optim.max_skipped,
         watchdog_minutes=config.train.watchdog_minutes,
+        wandb=config.train.wandb,
     )
 
 

@@ -13,9 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import markupsafe
-
+from fsdfm_jax import extras
 from fsdfm_jax.evaluate import exact_judges
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.evaluate.report.reading import Finding, Row
@@ -56,6 +54,9 @@ def page(
       pictures: name in `pictures.PICTURES` -> <svg> element.
       header: facts about the run, see `write.write`.
     """
+    with extras.needed("train", "The report"):
+        import jinja2
+        from markupsafe import Markup
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fsdfm_jax.evaluate", "report"),
         autoescape=True,
@@ -64,20 +65,17 @@ def page(
         lstrip_blocks=True,
         finalize=lambda shown: printable(shown) if type(shown) is str else shown,
     )
-    style, script = (_source(environment, name) for name in ("report.css", "report.js"))
+    source = lambda name: Markup(environment.loader.get_source(environment, name)[0])
+    style, script = source("report.css"), source("report.js")
     digest = hashlib.sha256(script.encode()).digest()
     return environment.get_template("report.html").render(
         collect(rows, findings, texts, header),
         paths=paths,
-        pictures={name: markupsafe.Markup(svg) for name, svg in pictures.items()},
+        pictures={name: Markup(svg) for name, svg in pictures.items()},
         style=style,
         script=script,
         script_hash=base64.b64encode(digest).decode(),
     )
-
-
-def _source(environment: jinja2.Environment, name: str) -> markupsafe.Markup:
-    return markupsafe.Markup(environment.loader.get_source(environment, name)[0])
 
 
 def collect(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fsdfm_jax import extras
 from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.evaluate.report.reading import Row
 from fsdfm_jax.inference.stream import printable
@@ -106,7 +107,8 @@ def svg(figure: Any, name: str) -> str:
 @contextlib.contextmanager
 def _style(salt: str = "fsdfm_jax") -> Iterator[None]:
     """Our own settings over the library's defaults, whatever the user's are."""
-    import matplotlib.style
+    with extras.needed("train", "A picture"):
+        import matplotlib.style
 
     with matplotlib.style.context(_STYLE | {"svg.hashsalt": salt}, after_reset=True):
         yield
