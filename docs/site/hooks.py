@@ -62,8 +62,8 @@ def on_files(files: Files, config) -> Files:
             files.append(File.generated(config, page, content=content))
     for file in list(files):
         if file.src_uri.endswith(".md"):
-            found = (outside(match[1], file.src_uri) for match in LINK.finditer(file.content_string))
-            linked |= {target for target in found if target is not None}
+            links = [match[1] for match in LINK.finditer(file.content_string)]
+            linked |= {outside(link, file.src_uri) for link in links} - {None}
     for target in sorted(linked):
         files.append(File.generated(config, source_page(target), content=show(target)))
     return files
