@@ -94,7 +94,7 @@ def commands(path):
 
 
 def split(text):
-    """Lists of words, without comments, redirections and variables that are set before a command."""
+    """Lists of words, without comments, redirections and variables set before a command."""
     lines = [re.sub(r"(^|\s)#.*$", "", line) for line in text.splitlines()]
     lexer = shlex.shlex(" ; ".join([*lines, ""]), posix=True, punctuation_chars=";&|<>")
     lexer.whitespace_split, lexer.commenters = True, ""
