@@ -81,6 +81,8 @@ setuptools.setup(
         "ngram": ["pocketsphinx>=5.0"],
         # Under the GPLv3, hence never a requirement: the figure is left out where it is missing.
         "mauve": ["mauve-text>=0.4", "threadpoolctl>=3"],
+        # The site of docs/, see docs/site/mkdocs.yml.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
     },

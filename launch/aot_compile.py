@@ -3,7 +3,8 @@ r"""Compiles the training step and the sampler for chips that aren't there, and 
     python -m launch.aot_compile --config=configs/paper.py:1.3B --topology=v5e:4x4 \
         --config.mesh.fsdp=16
     python -m launch.aot_compile --config=configs/tiny.py --topology=local
-    python -m launch.aot_compile --cases=docs/scaling.csv --markdown=docs/scaling.md
+    python -m launch.aot_compile --cases=docs/reference/scaling.csv \
+        --markdown=docs/reference/scaling.md
 
 For TPUs the compiler comes with the extra `tpu` (package libtpu) and runs on any machine; "local"
 stands for the devices of this one. Printed for each program: the memory of a chip against what it
@@ -13,7 +14,7 @@ collectives. `--largest_batch` looks for the batch that fills the memory.
 The last form compiles every row of a CSV file that this version of the compiler hasn't compiled
 yet: the first columns say what, the others are filled in. In the document the table between
 "<!-- NAME -->" and "<!-- /NAME -->" becomes that of the rows whose `table` is NAME.
-docs/scaling.md explains the numbers.
+docs/reference/scaling.md explains the numbers.
 """
 
 import csv

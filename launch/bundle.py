@@ -175,7 +175,7 @@ Noise `{bundle.path["source"]}`, seed {config["seed"]}. The judge isn't listed.
 From the report of the training, {figures["num_samples"]} samples a row, seed {figures["seed"]}, on
 {figures["device"]}. The in-house judge is an autoregressive model of the same size and text, its
 perplexity that of raw tokens (A: mean over samples); that of others is of the decoded text (B). The
-package's docs/evaluation.md has the definitions.
+package's docs/concepts/evaluation.md has the definitions.
 
 {table(rows)}
 

@@ -5,7 +5,8 @@
   python -m launch.prepare_data --verify --directory=DIR
 
 The main job prepares its data itself; this is for a folder that several runs share
-(`config.data.directory`), and for more text than one process can get through. See docs/data.md.
+(`config.data.directory`), and for more text than one process can get through. See
+docs/guides/your-text.md.
 """
 
 import functools

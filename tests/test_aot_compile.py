@@ -488,9 +488,9 @@ def test_a_table_is_compiled_row_by_row(tmp_path, monkeypatch):
 
 
 def test_the_table_of_the_document_is_that_of_the_file():
-    with open(ROOT / "docs" / "scaling.csv") as stream:
+    with open(ROOT / "docs" / "reference" / "scaling.csv") as stream:
         rows = list(csv.DictReader(stream))
-    text = (ROOT / "docs" / "scaling.md").read_text()
+    text = (ROOT / "docs" / "reference" / "scaling.md").read_text()
     assert aot_compile.replace_tables(text, rows) == text
 
 

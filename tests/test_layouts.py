@@ -141,7 +141,7 @@ def test_unknown_layout(tmp_path):
         corpus_lib.documents("sotu", "text", "x")
 
 
-# End to end: the recipes of docs/data.md.
+# End to end: the recipes of docs/guides/your-text.md.
 
 
 def _spec(root, corpus, **changes):

@@ -284,7 +284,8 @@ def test_csv_is_tidy_and_described(tmp_path):
     assert len(named) == len(lines) == 2 * len(rows)
     ends = "|".join(end for end in ("_low", "_high", "_count"))
     columns = {re.sub(f"({ends})$", "", name) for name in lines[0]}
-    described = (ROOT / "docs" / "evaluation.md").read_text().split("## results.csv")[1]
+    document = (ROOT / "docs" / "concepts" / "evaluation.md").read_text()
+    described = document.split("## results.csv")[1]
     names = set(re.findall(r"`(\w+)`", described.split("\n## ")[0]))
     assert columns <= names, columns - names
 

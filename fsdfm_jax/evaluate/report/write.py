@@ -4,7 +4,7 @@ Every point is written as it is; the tables, the pictures and the page show repe
 one row. What gives a row away (report/reading.py) stands beside its figures everywhere.
 
 results.csv has a line for each point and judge, and always the same columns, but for those of an
-exact judge, which are there if it is; docs/evaluation.md describes them.
+exact judge, which are there if it is; docs/concepts/evaluation.md describes them.
 """
 
 import csv

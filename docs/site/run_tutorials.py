@@ -1,0 +1,66 @@
+"""Runs the code cells of the tutorials, each notebook in a process and a folder of its own.
+
+    python docs/site/run_tutorials.py                     # with the quick settings, as CI does
+    python docs/site/run_tutorials.py --full sudoku       # one of them as a reader runs it
+
+A notebook has one cell tagged "parameters"; the quick settings, "quick" in the notebook's metadata,
+replace its values. Nothing is written into the notebooks.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "tutorials"
+LIMIT = 900  # seconds
+
+
+def script(path: pathlib.Path, *, full: bool) -> str:
+    """The code of a notebook, cell after cell, as one program."""
+    notebook = json.loads(path.read_text())
+    quick = {} if full else notebook["metadata"]["quick"]
+    parts = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            parts.append("".join(cell["source"]))
+            if "parameters" in cell["metadata"].get("tags", ()):
+                parts += [f"{name} = {value!r}" for name, value in quick.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def run(path: pathlib.Path, *, full: bool) -> bool:
+    """Whether a notebook runs to its end; its output is shown."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        program = pathlib.Path(folder) / f"{path.stem}.py"
+        program.write_text(script(path, full=full))
+        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        done = subprocess.run(
+            [sys.executable, program.name],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+            timeout=LIMIT,
+        )
+    print(f"{path.stem}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    return done.returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="notebooks, without .ipynb; all by default")
+    parser.add_argument("--full", action="store_true", help="the settings that a reader sees")
+    args = parser.parse_args()
+    names = args.names or sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+    failed = [name for name in names if not run(FOLDER / f"{name}.ipynb", full=args.full)]
+    if failed:
+        sys.exit(f"these tutorials failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
