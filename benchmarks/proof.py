@@ -17,6 +17,7 @@ a handful of grids can win. A killed run resumes by the same command. WORKDIR ge
 """
 
 import csv
+import functools
 import json
 import pathlib
 import subprocess
@@ -39,16 +40,25 @@ from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate
 from fsdfm_jax.training import workdir as workdir_lib
 
-_TASK = flags.DEFINE_enum("task", "sudoku:4x4", ("sudoku:4x4", "sudoku:6x6", "sudoku:9x9"), "Data.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of models and results.", required=True)
-_RECIPES = flags.DEFINE_list("recipes", ["ours", "heun", "paper"], "Few-step models.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the few-step trainings.")
-_STEPS = flags.DEFINE_list("few", ["1", "2", "4", "8", "16", "64"], "Steps of the models.")
-_MANY = flags.DEFINE_list("many", ["256", "1024"], "Further steps of the base model.")
-_TEMPERATURES = flags.DEFINE_list("temperatures", ["1", "0.8", "0.6", "0.4"], "Temperatures.")
-_MANY_TEMPERATURES = flags.DEFINE_list("many_temperatures", ["1", "0.8"], "Above 64 steps.")
-_SAMPLES = flags.DEFINE_integer("samples", 1_000, "Samples of a point.", lower_bound=100)
-_MANY_SAMPLES = flags.DEFINE_integer("many_samples", 250, "The same above 64 steps.")
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags; the program does, importing this file doesn't."""
+    sizes = tuple(f"sudoku:{name}" for name in sudoku.SIZES)
+    flags.DEFINE_enum("task", sizes[0], sizes, "Data.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Models and results.", required=True, flag_values=values)
+    for name, default, text in (
+        ("recipes", ["ours", "heun", "paper"], "Few-step models."),
+        ("seeds", ["0"], "Seeds of the few-step trainings."),
+        ("few", ["1", "2", "4", "8", "16", "64"], "Steps of all models."),
+        ("many", ["256", "1024"], "Further steps of the base model."),
+        ("temperatures", ["1", "0.8", "0.6", "0.4"], "Temperatures."),
+        ("many_temperatures", ["1", "0.8"], "Temperatures above 64 steps."),
+    ):
+        flags.DEFINE_list(name, default, text, flag_values=values)
+    number = functools.partial(flags.DEFINE_integer, lower_bound=100, flag_values=values)
+    number("samples", 1_000, "Samples of a point.")
+    number("many_samples", 250, "Samples of a point above 64 steps.")
+
 
 _BATCH = 250  # samples drawn at once
 # Network evaluations of a row in a training step, a gradient counted as three: `distill` has the
@@ -102,17 +112,19 @@ def _run(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
 
 
-def points(model: Trained, size: sudoku.Sudoku, done: dict[str, dict]) -> Iterator[dict[str, Any]]:
+def points(
+    model: Trained, size: sudoku.Sudoku, given: flags.FlagValues, done: dict[str, dict]
+) -> Iterator[dict[str, Any]]:
     """A row for each number of steps and temperature; those that are `done` are not drawn again."""
     weights = workdir_lib.load_weights(model.folder)
     process = process_lib.make_process(
         **weights.metadata["recipe"]["path"], num_tokens=weights.model.vocab_size, eos_id=size.n
     )
     run = jax.jit(generate.make_generator(weights.model, process))
-    few, many = measure.numbers(_STEPS, least=1), measure.numbers(_MANY, least=1)
-    for steps in few + (many if model.recipe == "base" else []):
-        count = _SAMPLES.value if steps <= 64 else _MANY_SAMPLES.value
-        temperatures = _TEMPERATURES.value if steps <= 64 else _MANY_TEMPERATURES.value
+    for steps in map(int, given.few + (given.many if model.recipe == "base" else [])):
+        many = steps > 64
+        count = given.many_samples if many else given.samples
+        temperatures = given.many_temperatures if many else given.temperatures
         for temperature in map(float, temperatures):
             row = {"recipe": model.recipe, "seed": model.seed, "steps": steps}
             row |= {"temperature": temperature, "samples": count, "trained": weights.step}
@@ -210,15 +222,16 @@ def draw(summary: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    if unknown := set(_RECIPES.value) - set(_COSTS):
+    given = flags.FLAGS
+    if unknown := set(given.recipes) - set(_COSTS):
         raise app.UsageError(f"--recipes has unknown {sorted(unknown)}; expected {list(_COSTS)}.")
-    name = _TASK.value.partition(":")[2]
-    workdir, size = pathlib.Path(_WORKDIR.value), sudoku.get_size(name)
-    models = train(name, workdir, _RECIPES.value, measure.numbers(_SEEDS, least=0))
+    name = given.task.partition(":")[2]
+    workdir, size = pathlib.Path(given.workdir), sudoku.get_size(name)
+    models = train(name, workdir, given.recipes, [int(seed) for seed in given.seeds])
     store, rows = workdir / "points.json", []
     done = {row["key"]: row for row in io.read_json(store)} if store.is_file() else {}
     for model in models:
-        for row in points(model, size, done):
+        for row in points(model, size, given, done):
             if row["key"] not in done:
                 shown = {k: v for k, v in row.items() if k in ("valid", "distinct", "flags")}
                 logging.info("%s: %s", row["key"], shown)
@@ -238,4 +251,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
