@@ -219,12 +219,7 @@ def train(
     """
     tokens_NL = _check_tokens(tokens_NL)
     config = cli.base_config()
-    if stage not in stages.NAMES:
-        raise ValueError(f"Unknown stage {stage!r}; expected one of {', '.join(stages.NAMES)}.")
-    if base is None and stage in stages.FEW_STEP:
-        raise ValueError(f"Stage {stage!r} starts from a trained model; give it as base=.")
-    if options.get("init_from"):
-        raise ValueError("init_from names a run of a working directory; give its model as base=.")
+    _check_stage(stage, base, options)
     networks = {key: value for key, value in options.items() if isinstance(value, Bundle)}
     options |= dict.fromkeys(networks, "given")
     given = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -294,6 +289,15 @@ def _take_over(config: ConfigDict, base: Bundle) -> None:
     cli.update(config, {"path": dict(base.path)})
     if base.model.num_positions:
         cli.update(config, {"data": {"block_length": base.model.num_positions}})
+
+
+def _check_stage(stage: str, base: Bundle | None, options: Mapping[str, Any]) -> None:
+    if stage not in stages.NAMES:
+        raise ValueError(f"Unknown stage {stage!r}; expected one of {', '.join(stages.NAMES)}.")
+    if base is None and stage in stages.FEW_STEP:
+        raise ValueError(f"Stage {stage!r} starts from a trained model; give it as base=.")
+    if options.get("init_from"):
+        raise ValueError("init_from names a run of a working directory; give its model as base=.")
 
 
 def _check_parts(batch_size: int, accumulate: int) -> None:

@@ -272,9 +272,9 @@ def test_weights_and_biases_gets_the_metrics_too(tmp_path, monkeypatch):
     first, second = fake.runs
     assert first == second  # one run there: the id stays
     assert (first["project"], first["name"], first["resume"]) == ("fsdfm", "distill", "allow")
+    assert [scalar[:2] for scalar in events(tmp_path)[0]] == [("loss", 20), ("loss", 40)]
     metric_writer(tmp_path, wandb="fsdfm").close()  # trained anew
     assert fake.runs[2]["id"] != first["id"]
-    assert [scalar[:2] for scalar in events(tmp_path)[0]] == [("loss", 20), ("loss", 40)]
 
 
 def test_weights_and_biases_is_off_and_optional(tmp_path, monkeypatch):
