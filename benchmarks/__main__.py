@@ -4,7 +4,7 @@ import ast
 import pathlib
 
 DURATIONS = {
-    "proof": "15 min",
+    "proof": "25 min",
     "train": "5 min",
     "sample": "5 min",
     "autoregressive": "25 min",
