@@ -38,8 +38,8 @@ def load(
 
     Args:
       path: a file or folder: official .pth, safetensors, a working directory, an exported sampler,
-        a folder of `save_pretrained`; or "user/name" of the Hugging Face Hub, where no such folder
-        is at hand (`pip install "fsdfm_jax[hub]"`). None is the bundled model.
+        a folder of `save_pretrained`; or "user/name" of the Hugging Face Hub, unless there is a
+        folder "user" here (`pip install "fsdfm_jax[hub]"`). None is the bundled model.
       revision: branch, tag or commit of a model of the Hub.
       **options: of `formats.open_bundle`: which, num_heads, tokenizer, stage, source.
 
@@ -53,7 +53,7 @@ def load(
     """
     if path is None:
         path = formats.BUNDLED
-    elif hub.is_name(path) and not pathlib.Path(path).exists():
+    elif hub.is_name(path) and not pathlib.Path(path).parent.is_dir():
         path = hub.download(str(path), revision)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is of a model of the Hub; {path} is none.")
