@@ -174,7 +174,7 @@ def _files(folder):
         ({"distill.teacher_rule": "midpoint"}, "midpoint"),
         ({"distill.teacher_end": "draw"}, "teacher_end 'draw'"),
         ({"refine.max_log2_steps": 3}, "refine's batch of 8 rows must be a multiple of 32"),
-        ({"refine.noise": (0.5, 1.0)}, r"refine\.noise .*, got 0\.5, 1\.0"),
+        ({"refine.noise": (0.5, 1.0)}, r"refine\.noise .*, got \(0\.5, 1\.0\)"),
         ({"refine.auxiliary_updates": 0}, r"refine\.auxiliary_updates"),
         ({"refine.teacher": "short"}, "refine.teacher='short' names no trained run"),
         ({"refine.teacher": "base"}, "refine.teacher must name a base .*/distill holds a few-step"),
