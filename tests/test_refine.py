@@ -101,8 +101,8 @@ def test_states_follow_the_jump_and_start_again_from_noise():
     # 8 + 4 + 2 + 1 starts of each sample, all drawn anew.
     drawn = np.concatenate(noise)
     assert drawn.shape == (15 * samples, L)
-    both = drawn[:-samples, 0] * V + drawn[samples:, 0]  # from one start to the next
-    assert_frequencies(np.bincount(both, minlength=V * V), np.full(V * V, 1 / V**2))
+    both = drawn[:-samples] * V + drawn[samples:]  # from one start to the next
+    assert_frequencies(np.bincount(both.ravel(), minlength=V * V), np.full(V * V, 1 / V**2))
 
 
 def test_states_have_the_law_of_the_rule():
