@@ -5,7 +5,11 @@ test_readers, test_data_faults, test_weight_faults, test_lock and test_faults.
 """
 
 import dataclasses
+import os
+import pathlib
 import resource
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -23,6 +27,7 @@ from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint, pipeline
 
+ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ModelConfig(9, 8, 1, 1, 4, mlp_ratio=1, conditioning="official")
 
 
@@ -110,27 +115,30 @@ def test_temperature_zero_is_greedy():
     assert Sampling(temperature=0.0).to_dict()["temperature"] == 0.0
 
 
-@pytest.fixture
-def full_disk():
-    """A limit on the size of files stands for it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def test_a_full_disk_names_the_place_and_leaves_nothing(tmp_path):
+    """In a process of its own: the limit that stands for the disk would hold for pytest's log."""
+    code = f"from tests import test_fault_table; test_fault_table.fill_disk({str(tmp_path)!r})"
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-def test_a_full_disk_names_the_place_and_leaves_nothing(tmp_path, full_disk):
-    texts = tmp_path / "texts"
+def fill_disk(folder):
+    """What is written where files can't be longer than 20 kB."""
+    folder = pathlib.Path(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    texts = folder / "texts"
     texts.mkdir()
     for i in range(100):
         (texts / f"{i:02}.txt").write_text(f"we the people of the united states {i * 7919} " * 60)
     spec = prepared_lib.DataSpec(f"{texts}/*.txt", "text", "bpe", 300, 8, 0.3)
-    with pytest.raises(OSError, match=rf"{tmp_path}/.*; free space"):
-        prepared_lib.prepare(spec, tmp_path / "data")
+    with pytest.raises(OSError, match=rf"{folder}/.*; free space"):
+        prepared_lib.prepare(spec, folder / "data")
     large = dataclasses.replace(MODEL, width=64)
     params = jax.tree.map(np.asarray, model_lib.init_params(jax.random.key(0), large))
     bundle = bundle_lib.from_params(params, large, block_length=4)
     for name, to in (("m.safetensors", ""), ("folder", "safetensors"), ("run", "orbax")):
-        with pytest.raises(OSError, match=rf"{tmp_path}/"):
-            formats.write(bundle, Target(tmp_path / name, to))
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+        with pytest.raises(OSError, match=rf"{folder}/"):
+            formats.write(bundle, Target(folder / name, to))
