@@ -90,7 +90,7 @@ def commands(path):
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     for code in re.findall(r"`([^`]*)`", prose):
         if code.startswith(("python -m ", "pip install ")):
-            yield from split(code)
+            yield from split(code.replace("\n", " "))
 
 
 def split(text):
