@@ -441,7 +441,8 @@ def test_killed_three_times_ends_the_same_bit_for_bit(world, finished):
     for row in ours["rows"] + theirs["rows"]:
         for key in TIMINGS:
             del row[key]
-    # The header names the corpus by its path, and nothing of the folder.
+    # The header names the run by its folder, else nothing of it.
+    assert [results.pop("run") for results in (ours, theirs)] == ["killed", "finished"]
     assert ours == theirs
     assert (report / "samples.txt").read_text() == (whole / "report" / "samples.txt").read_text()
     left = [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
