@@ -17,7 +17,8 @@ asks for, not how hard it is to learn.
     posterior_drop   its usual gradient, which leaves out how the state depends on the student
 
 `coordinate_gradient` is what makes `step` trainable: the gradient of a KL between joint laws as a
-sum over single positions. Stage `refine` trains `step_noised` by it. Letters: N states, L, V, S as in `benchmarks.chains`.
+sum over single positions. Stage `refine` trains `step_noised` by it. Letters: N states, L, V, S as
+in `benchmarks.chains`.
 """
 
 import functools
