@@ -60,10 +60,7 @@ def test_refine_matches_its_base_or_the_model_that_it_is_given(base, student):
     refined = fs.train(TEXT_NL, base=base, **how)
     assert refined.model.conditioning == "additive"
     assert _equal(refined, fs.train(TEXT_NL, base=base, teacher=base, **how))
-    other = fs.train(TEXT_NL, model=NETWORK, **HOW, seed=1)
-    assert not _equal(refined, fs.train(TEXT_NL, base=base, teacher=other, **how))
-    again = fs.train(TEXT_NL, base=student, teacher=base, **how)
-    assert not _equal(again, student)
+    assert not _equal(fs.train(TEXT_NL, base=student, teacher=base, **how), student)
 
 
 @pytest.mark.parametrize("what", ["none", "few-step", "other network", "other path"])
