@@ -41,6 +41,7 @@ def test_a_few_step_stage_starts_from_its_base(base, tmp_path):
     assert _equal(student, fs.load(tmp_path / "student.safetensors"))
 
 
+@pytest.mark.slow
 def test_learned_positions_are_those_of_the_block(tmp_path):
     base = fs.train(TEXT_NL, model=NETWORK | {"positions": "learned"}, **HOW)
     assert base.model.num_positions == 16

@@ -403,6 +403,7 @@ def _kill_when(process, happened):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_the_same_bit_for_bit(world, finished):
     whole, _ = finished
     folder = world.folder / "killed"
@@ -533,6 +534,7 @@ def test_too_little_held_out_text_for_a_task_is_told_before_training(
 
 
 # ----------------------------------------------------------------------------------------- guidance
+@pytest.mark.slow
 def test_a_guided_run_reads_the_runs_that_it_names(world, tmp_path, monkeypatch):
     """A run of another folder as the weak model; then an earlier run of the same pipeline."""
     given = []

@@ -50,14 +50,14 @@ def assert_same(case, sizes, num_steps):
 DISTILL = Case("distill", accumulate=2, max_skipped=2)
 # A second network, and states that the student walks through.
 REFINE = Case("refine")
+LEARNED = Case("pretrain", positions="learned")
 
 
 @pytest.mark.parametrize(
     "case",
     [
         Case("pretrain"),
-        Case("pretrain", positions="learned"),
-        *(pytest.param(c, marks=pytest.mark.slow) for c in (DISTILL, REFINE)),
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (LEARNED, DISTILL, REFINE)),
     ],
     ids=str,
 )

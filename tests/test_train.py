@@ -409,10 +409,13 @@ def distilled(tmp_path_factory):
 
 
 # Each compiles two programs; the loss of the slow ones is part of the others' or hardly random.
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("autoregressive", "step_aware", "refine")]
+SLOW = [
+    pytest.param(n, marks=pytest.mark.slow)
+    for n in ("autoregressive", "step_aware", "guided", "refine")
+]
 
 
-@pytest.mark.parametrize("name", ["pretrain", "distill", "guided", *SLOW])
+@pytest.mark.parametrize("name", ["pretrain", "distill", *SLOW])
 def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
     if name == "distill":
         directory, steps = request.getfixturevalue("distilled"), 4
