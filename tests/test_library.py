@@ -56,6 +56,7 @@ def student(base):
     return fs.train(TEXT_NL, stage="step_aware", base=base, **HOW)
 
 
+@pytest.mark.slow
 def test_refine_matches_its_base_or_the_model_that_it_is_given(base, student):
     how = HOW | {"stage": "refine", "max_log2_steps": 1, "ema_decay": 0.0}
     refined = fs.train(TEXT_NL, base=base, **how)
