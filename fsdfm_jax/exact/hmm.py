@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from fsdfm_jax.exact import intervals
 from fsdfm_jax.exact.intervals import Figure
@@ -337,6 +336,11 @@ def entropy_rate_bounds(
     return bounds[0], bounds[1]
 
 
+def xlogx(x: np.ndarray) -> np.ndarray:
+    """x log x, 0 at 0. SciPy has it too, at a fifth of a second for every program that starts."""
+    return x * np.log(np.where(x == 0, 1, x))
+
+
 def conditional_entropy(law: Law, k: int) -> float:
     """H(x_k | x_1 .. x_(k-1)), nats, exact: a sum over all (k-1)-grams, for k in 1, 2, 3.
 
@@ -354,5 +358,5 @@ def conditional_entropy(law: Law, k: int) -> float:
     for start in range(0, len(joint_GK), 4096):
         p_GV = joint_GK[start : start + 4096] @ law.emission_KV  # of the k-gram
         gram_G1 = p_GV.sum(1, keepdims=True)
-        total -= special.xlogy(p_GV, p_GV).sum() - special.xlogy(gram_G1, gram_G1).sum()
+        total -= xlogx(p_GV).sum() - xlogx(gram_G1).sum()
     return float(total)

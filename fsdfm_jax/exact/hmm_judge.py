@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from fsdfm_jax.exact import hmm, intervals
 from fsdfm_jax.exact.hmm import Law
@@ -152,5 +151,5 @@ class _Grams:
         """(KL of the frequencies to the law, their entropy), nats; each sample so many times."""
         weights = np.repeat(times_N.astype(np.float64), self._per_sample)
         share = np.bincount(self._kind, weights, len(self._log_p)) / weights.sum()
-        entropy = -float(special.xlogy(share, share).sum())
+        entropy = -float(hmm.xlogx(share).sum())
         return -entropy - float(share @ self._log_p), entropy
