@@ -110,7 +110,7 @@ def _sampling(**values) -> ml_collections.ConfigDict:
     sampling = ml_collections.ConfigDict()
     sampling.steps = 8  # network calls of a sample
     sampling.jump = "cumulative"  # cumulative | euler | mixture | dispersed
-    sampling.grid = "uniform"  # time grid: uniform | cosine | power:R
+    sampling.grid = "uniform"  # time grid: uniform | cosine | power:R | geometric:E
     sampling.temperature = 1.0  # 0 takes the likeliest token
     sampling.cooling = 0.0  # C: the temperature falls to 1 - C of it at t=1
     sampling.top_p = 1.0  # share of the posterior's mass that is drawn from
@@ -211,6 +211,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.refine = refine = _stage()
     refine.max_log2_steps = 3  # K: samples of 1, 2, 4 .. 2^K steps, each with as many rows
+    refine.grid = "uniform"  # time grid of those samples, as sampling.grid
     # The base model whose law is matched: a run of `pretrain`, by name or folder, or "base", the
     # run that the stage starts from.
     refine.teacher = "pretrain"

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     axes.temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)
     # Empty: as `generate` samples these runs, eval.sampling of their configuration.
     axes.jumps = ()  # cumulative | euler | mixture | dispersed
-    axes.grids = ()  # uniform | cosine | power:R
+    axes.grids = ()  # uniform | cosine | power:R | geometric:E
     axes.top_ps = ()
     axes.coolings = ()
     axes.look_aheads = ()

@@ -84,7 +84,7 @@ def define_flags() -> None:
     number("seed", "Seed of the samples.")
     number("steps", "Network calls per sample; an autoregressive model takes one a token.")
     choice("jump", list(jumps.RULES), "Jump rule; this and the next five default to the model's.")
-    text("grid", "Time grid: uniform, cosine or power:R.")
+    text("grid", "Time grid: uniform, cosine, power:R or geometric:E.")
     real("temperature", "Divides the logits; 0 takes the likeliest token.")
     real("cooling", "C in [0, 1): the temperature falls to 1 - C of it at the end.")
     real("top_p", "Share of the mass that is drawn from.")

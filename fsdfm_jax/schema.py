@@ -112,7 +112,8 @@ _MANY_OR_NONE = Whole("[0, 1e9]")
 _FREE = Text("(?s:.*)")
 _JUMP = Choice(("cumulative", "euler", "mixture", "dispersed"))
 _GRID = Text(
-    r"uniform|cosine|power:[0-9.eE+-]+", "uniform, cosine or power:R with a number R above 0"
+    r"uniform|cosine|(power|geometric):[0-9.eE+-]+",
+    "uniform, cosine, power:R with a number R above 0, or geometric:E with E between 0 and 1",
 )
 _STEPS = Whole("[1, 1048576]")
 _SEED = Whole("[0, 4294967295]")
@@ -270,6 +271,7 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
     "refine": _STAGE
     | {
         "max_log2_steps": Whole("[0, 20]"),
+        "grid": _GRID,
         "teacher": Text(),
         "noise": Several(Number("(0, 1)"), least=2),
         "auxiliary_updates": Whole("[1, 1000]"),

@@ -30,13 +30,19 @@ def test_grids_by_name():
     np.testing.assert_allclose(make_grid("power:0.5", 3), thirds**0.5, rtol=1e-6)
     cosine = [0, 1 - np.cos(np.pi / 6), 1 - np.cos(np.pi / 3), 1]
     np.testing.assert_allclose(make_grid("cosine", 3), cosine, rtol=1e-6)
-    for shape in ("uniform", "power:3", "cosine"):
+    np.testing.assert_allclose(make_grid("geometric:0.25", 3), [0, 0.5, 0.75, 1], rtol=1e-6)
+    np.testing.assert_allclose(make_grid("geometric:0.01", 2), [0, 0.99, 1], rtol=1e-6)
+    np.testing.assert_allclose(make_grid("geometric:0.64", 3), [0, 0.2, 0.36, 1], rtol=1e-6)
+    for shape in ("uniform", "power:3", "cosine", "geometric:0.01"):
         assert make_grid(shape, 1).tolist() == [0, 1]
         assert len(make_grid(shape, 1024)) == 1025
         assert make_grid(shape, 1024).dtype == np.float32
 
 
-@pytest.mark.parametrize("shape", ["power", "power:0", "power:x", "power:inf", "linear", ""])
+@pytest.mark.parametrize(
+    "shape",
+    ["power", "power:0", "power:x", "power:inf", "geometric:0", "geometric:1", "linear", ""],
+)
 def test_unknown_grids_are_refused(shape):
     with pytest.raises(ValueError, match=f"Unknown grid '{shape}'"):
         make_grid(shape, 4)

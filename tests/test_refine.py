@@ -30,6 +30,7 @@ from test_stages import (
 
 from fsdfm_jax import stages
 from fsdfm_jax.flow import jumps, matching
+from fsdfm_jax.flow.grids import make_grid
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.ops.logits import dense
 from fsdfm_jax.stages import refine
@@ -47,8 +48,9 @@ def by_budget(starts, samples, max_log2_steps):
     return {2**k: [np.swapaxes(x[:, k], 0, 1) for x in chains] for k in range(max_log2_steps + 1)}
 
 
+@pytest.mark.parametrize("grid", ["uniform", "geometric:0.05"])
 @pytest.mark.parametrize("max_log2_steps", [0, 1, 3])
-def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps):
+def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps, grid):
     """2^K rows of each sample: all steps of S, as often as they take to fill 2^K."""
     samples, count = 3, 2**max_log2_steps
     asked = []
@@ -63,6 +65,7 @@ def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps):
         lambda key, logits, z_CL, t_C, h_C: z_CL,
         PROCESS,
         max_log2_steps=max_log2_steps,
+        grid=grid,
         samples=samples,
         length=L,
     )
@@ -72,9 +75,10 @@ def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps):
     assert starts.z_BL.dtype == jnp.int32
     assert starts.t_B.dtype == starts.h_B.dtype == jnp.float32
     for steps, (_, t, h) in by_budget(starts, samples, max_log2_steps).items():
-        np.testing.assert_array_equal(h, np.full((samples, count, 1), 1 / steps))
-        grid = np.tile(np.arange(steps) / steps, count // steps)
-        np.testing.assert_array_equal(t[..., 0], np.tile(grid, (samples, 1)))
+        times = make_grid(grid, steps)
+        for found, expected in ((t, times[:-1]), (h, np.diff(times))):
+            expected = np.tile(expected, (samples, count // steps))
+            np.testing.assert_array_equal(found[..., 0], expected)
 
 
 def test_states_follow_the_jump_and_start_again_from_noise():
@@ -86,6 +90,7 @@ def test_states_follow_the_jump_and_start_again_from_noise():
         lambda key, logits, z_CL, t_C, h_C: (logits + (2 * t_C / h_C).astype(int)[:, None] + 1) % V,
         PROCESS,
         max_log2_steps=K,
+        grid="uniform",
         samples=samples,
         length=L,
     )
@@ -117,6 +122,7 @@ def test_states_have_the_law_of_the_rule():
         jump=PROCESS.make_jump(jumps.MIXTURE),
         process=PROCESS,
         max_log2_steps=K,
+        grid="uniform",
         samples=samples,
         length=2,
     )

@@ -30,11 +30,18 @@ def make_grid(name: str, steps: int) -> np.ndarray:
     >>> import fsdfm_jax as fs
     >>> fs.make_grid("power:2", 2).tolist()
     [0.0, 0.25, 1.0]
+    >>> fs.make_grid("geometric:0.125", 4).tolist()
+    [0.0, 0.5, 0.75, 0.875, 1.0]
 
     Args:
-      name: "uniform", k/S; "cosine", 1 - cos(pi k / 2S), whose first steps are the smallest; or
-        "power:R" with R > 0, (k/S)^R, whose first steps are the smallest for R > 1 and the largest
-        for R < 1.
+      name: one of
+
+        uniform       k/S
+        cosine        1 - cos(pi k / 2S): the first steps are the smallest
+        power:R       (k/S)^R, R > 0: the first steps are the smallest for R > 1, the largest for
+                      R < 1
+        geometric:E   1 - E^(k/(S-1)), then 1, 0 < E < 1: each step redraws the same share of what
+                      is left to draw, and the last one starts at 1 - E
       steps: S.
 
     Returns:
@@ -49,16 +56,20 @@ def make_grid(name: str, steps: int) -> np.ndarray:
         return uniform_grid(steps)
     if name == "cosine":
         return check_grid([*(1.0 - np.cos(0.5 * np.pi * shares[:-1])), 1.0])
+    limit = {"power": np.inf, "geometric": 1.0}.get(kind, 0.0)
     try:
-        power = float(number) if kind == "power" else 0.0
+        parameter = float(number)
     except ValueError:
-        power = 0.0
-    if not 0 < power < np.inf:
+        parameter = 0.0
+    if not 0 < parameter < limit:
         raise ValueError(
-            f"Unknown grid {name!r}; expected 'uniform', 'cosine' or 'power:R' with R > 0."
+            f"Unknown grid {name!r}; expected 'uniform', 'cosine', 'power:R' with R > 0, or "
+            "'geometric:E' with 0 < E < 1."
         )
     try:
-        return check_grid(shares**power)
+        if kind == "power":
+            return check_grid(shares**parameter)
+        return check_grid([*(1.0 - parameter ** (np.arange(steps) / max(steps - 1, 1))), 1.0])
     except ValueError as error:
         raise ValueError(f"Grid {name!r} with {steps} steps: {error}") from None
 

@@ -11,7 +11,7 @@ are compared with the path's law at that time, with no target for a single posit
 Steps begin where the student's own steps end, from noise on, so that what a step leaves wrong is
 seen by the next. No text is read: all that is known of it is in the base model.
 
-The student is sampled with the rule it is trained with: `mixture`, on a uniform grid. Needs a
+The student is sampled as it is trained: with the rule `mixture`, on `refine.grid`. Needs a
 uniform source: a mask source has no noise to carry what positions agree on.
 """
 
@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from fsdfm_jax.flow import jumps, matching, paths, schedules
+from fsdfm_jax.flow import grids, jumps, matching, paths, schedules
 from fsdfm_jax.flow.jumps import Jump
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.teacher import Denoise
@@ -93,12 +94,13 @@ def walk(
     process: Process,
     *,
     max_log2_steps: int,
+    grid: str,
     samples: int,
     length: int,
 ) -> Starts:
-    """States that steps begin in, on the way of samples of 1, 2, 4 .. 2^K uniform steps.
+    """The states that steps start from, along samples of 1, 2, 4 .. 2^K steps.
 
-    All samples take 2^K steps side by side; one of fewer steps starts again from noise.
+    All samples take 2^K steps side by side; those of fewer steps restart from noise.
 
     Args:
       key: typed PRNG key.
@@ -106,39 +108,47 @@ def walk(
       jump: the rule of the steps.
       process: gives the noise.
       max_log2_steps: K.
+      grid: name of the time grid, see `grids.make_grid`.
       samples: of each number of steps.
       length: L.
 
     Returns:
       samples (K+1) 2^K rows, one a step.
     """
-    steps_C = jnp.repeat(2 ** jnp.arange(max_log2_steps + 1), samples)
-    h_C = 1.0 / steps_C
+    count = 2**max_log2_steps
+    budget_C = np.repeat(np.arange(max_log2_steps + 1), samples)
+    steps_C = 2**budget_C
+    # One row for each number of steps: its S times before 1, then ones that nobody reads.
+    times = np.ones((max_log2_steps + 1, count + 1), np.float32)
+    for budget, row in enumerate(times):
+        row[: 2**budget] = grids.make_grid(grid, 2**budget)[:-1]
+    times_CT = jnp.asarray(times[budget_C])
 
     def step(z_CL, inputs):
         number, key = inputs
         noise_key, jump_key = jax.random.split(key)
         x0_CL = process.source.sample(noise_key, z_CL.shape)
         z_CL = jnp.where((number % steps_C == 0)[:, None], x0_CL, z_CL)
-        t_C = (number % steps_C) * h_C
+        t_C, end_C = (times_CT[rows, number % steps_C + last] for last in (0, 1))
+        h_C = end_C - t_C
         return jump(jump_key, denoise(z_CL, t_C, h_C), z_CL, t_C, h_C), Starts(z_CL, t_C, h_C)
 
-    count = 2**max_log2_steps
+    rows = np.arange(len(steps_C))
     empty_CL = jnp.zeros((len(steps_C), length), jnp.int32)
     _, starts = jax.lax.scan(step, empty_CL, (jnp.arange(count), jax.random.split(key, count)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 
 def auxiliary_width(t_B: jax.Array, h_B: jax.Array) -> jax.Array:
-    """What the auxiliary network is told of a step: a width in (h/2, h] that names h and t.
+    """The width that the auxiliary network is conditioned on: one in (h/2, h] that encodes h and t.
 
-    Widths of steps are powers of 2, so that no two steps share one.
+    Where all widths are powers of 2, as on a uniform grid, no two steps share one.
     """
     return h_B * jnp.exp2(t_B + h_B - 1.0)
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads `max_log2_steps`, `teacher`, `noise` and the keys of the auxiliary network.
+    """The stage; reads `max_log2_steps`, `grid`, `teacher`, `noise` and the auxiliary's keys.
 
     Raises:
       ValueError: for a mask source, or a value that no run can have.
@@ -151,7 +161,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     if len(config.noise) != 2 or config.noise[0] > config.noise[1]:
         raise ValueError(f"refine.noise must be two numbers, low <= high, got {config.noise}.")
     low, high = config.noise
-    budgets = config.max_log2_steps
+    budgets, grid = config.max_log2_steps, config.grid
     count_samples(config.batch_size // config.accumulate, budgets)
     base_model = dataclasses.replace(model, conditioning="none")
     jump = process.make_jump(jumps.MIXTURE)
@@ -165,6 +175,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
             jump,
             process,
             max_log2_steps=budgets,
+            grid=grid,
             samples=count_samples(rows, budgets),
             length=length,
         )
