@@ -40,7 +40,7 @@ _PREFIX = "_orig_mod.module."
 
 
 def make_source(path: pathlib.Path, size: str) -> int:
-    """Writes the synthetic checkpoint; returns the number of parameters of one set of weights."""
+    """Write the synthetic checkpoint; return the number of parameters of one set of weights."""
     width, num_blocks, num_heads, cond_width = base.SIZES[size]
     model = ModelConfig(
         vocab_size=_VOCAB_SIZE,
@@ -88,7 +88,7 @@ finally:
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, to: str, check: bool) -> dict:
-    """Converts in a fresh process; seconds and peak memory in GB (10^9 bytes)."""
+    """Convert in a fresh process; seconds and peak memory in GB (10^9 bytes)."""
     arguments = [str(source), str(target), f"--to={to}"]
     arguments += ["--length=1024"] if to == "sampler" else []
     arguments += ["--check"] if check else []

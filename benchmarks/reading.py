@@ -41,7 +41,7 @@ def files_of(prepared: prepared_lib.PreparedData, split: str) -> list[str]:
 
 
 def drop_from_cache(paths: list[str]) -> None:
-    """Asks the system to forget the content of files."""
+    """Ask the system to forget the content of files."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -52,7 +52,7 @@ def drop_from_cache(paths: list[str]) -> None:
 
 
 def read_through(paths: list[str]) -> None:
-    """Reads files so that the system keeps their content, as far as it fits into memory."""
+    """Read files so that the system keeps their content, as far as it fits into memory."""
     for path in paths:
         with open(path, "rb") as stream:
             while stream.read(1 << 24):

@@ -71,7 +71,7 @@ def shared(name: str) -> pathlib.Path:
 
 
 def add_shared_to_path() -> None:
-    """Lets `configs` and `launch` be imported; a folder of that name at hand comes first."""
+    """Let `configs` and `launch` be imported; a folder of that name at hand comes first."""
     place = str(shared("configs").parent)
     if place not in sys.path:
         sys.path.append(place)

@@ -17,7 +17,7 @@ import numpy as np
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Replaces the file at once (UTF-8): readers and a kill see the old content or the new one.
+    """Replace the file at once (UTF-8): readers and a kill see the old content or the new one.
 
     Folders are made where needed; the content is on the disk when this returns.
     """
@@ -57,7 +57,7 @@ def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Lets the errors of a file that is open say which it is, as a full disk doesn't."""
+    """Let the errors of a file that is open say which it is, as a full disk doesn't."""
     try:
         yield
     except OSError as error:
@@ -107,7 +107,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def append_jsonl(path: str | os.PathLike, obj: Any) -> None:
-    """Adds one line of JSON; first cuts off a last line that a killed process left unfinished."""
+    """Add one line of JSON; first cuts off a last line that a killed process left unfinished."""
     path = pathlib.Path(path)
     line = json.dumps(_plain(obj), allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _plain(obj: Any) -> Any:
 
 
 def _drop_torn_line(file) -> None:
-    """Truncates an open binary file after its last newline."""
+    """Truncate an open binary file after its last newline."""
     end = size = file.seek(0, os.SEEK_END)
     while end:
         start = max(end - 4096, 0)

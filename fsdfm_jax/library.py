@@ -29,7 +29,7 @@ from fsdfm_jax.training.metrics import Progress
 def load(
     path: str | os.PathLike | None = None, *, revision: str | None = None, **options: Any
 ) -> Bundle:
-    """Opens a model of any format; parameters are read when they are asked for.
+    """Open a model of any format; parameters are read when they are asked for.
 
     >>> import fsdfm_jax as fs
     >>> model = fs.load()
@@ -63,7 +63,7 @@ def load(
 def save(
     model: Bundle, path: str | os.PathLike, *, overwrite: bool = False, **options: Any
 ) -> None:
-    """Writes a model, whole or not at all.
+    """Write a model, whole or not at all.
 
     >>> import fsdfm_jax as fs, tempfile
     >>> model = fs.load()
@@ -93,7 +93,7 @@ def save_pretrained(
     report: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model in the layout of the Hugging Face Hub, whole or not at all.
+    """Write a model in the layout of the Hugging Face Hub, whole or not at all.
 
     >>> import fsdfm_jax as fs, tempfile
     >>> model = fs.load()
@@ -130,7 +130,7 @@ def export(
     sampling: Sampling | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Exports a few-step sampler as a folder that runs without this package (`run.py` in it).
+    """Export a few-step sampler as a folder that runs without this package (`run.py` in it).
 
     >>> import fsdfm_jax as fs, tempfile
     >>> model = fs.load()
@@ -176,7 +176,7 @@ def train(
     seed: int = 0,
     **options: Any,
 ) -> Bundle:
-    """Trains one stage on blocks of tokens, on this process's first device.
+    """Train one stage on blocks of tokens, on this process's first device.
 
     For long runs use the program `fsdfm_jax.main`, which checkpoints, resumes and spreads over
     devices; the stages and the optimiser step are the same.
@@ -282,7 +282,7 @@ def _base_model(key: str, networks: Mapping[str, Bundle], base: Bundle | None) -
 
 
 def _take_over(config: ConfigDict, base: Bundle) -> None:
-    """Sets the network and the path to those of a model."""
+    """Set the network and the path to those of a model."""
     cli.update(config, {"model": {name: getattr(base.model, name) for name in _KEPT}})
     if base.model.conditioning != "none":
         cli.update(config, {"model": {"conditioning": base.model.conditioning}})

@@ -64,7 +64,7 @@ def with_places(config: ConfigDict) -> ConfigDict:
 
 
 def evaluate(config: ConfigDict, plan: Plan, folder: pathlib.Path, prepared: PreparedData) -> str:
-    """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
+    """Write WORKDIR/report, return its table as text; by one process, on its own devices."""
     settings = plan_lib.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in plan.entries}
     catalogue = models_lib.catalogue(folder, trained, settings.models)

@@ -60,7 +60,7 @@ class Options:
 
 
 def define_flags() -> None:
-    """Defines a flag for each of `Options`; the program does, importing this file doesn't."""
+    """Define a flag for each of `Options`; the program does, importing this file doesn't."""
     default = Options()
     text = lambda name, help_: flags.DEFINE_string(name, getattr(default, name), help_)
     number = lambda name, help_: flags.DEFINE_integer(name, getattr(default, name), help_)
@@ -94,7 +94,7 @@ def define_flags() -> None:
 
 
 def check_options(options: Options) -> None:
-    """Refuses flags that can't work together, before anything is read.
+    """Refuse flags that can't work together, before anything is read.
 
     Raises:
       ValueError: naming the flags.
@@ -108,7 +108,7 @@ def check_options(options: Options) -> None:
     for name in ("length", "num_samples", "batch_size"):
         value = getattr(options, name)
         if value is not None and not 1 <= value <= _MOST:
-            raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
+            raise ValueError(f"--{name} must be in 1 .. {_MOST}, got {value}.")
     generate_lib.check_seed(options.seed)
     options.sampling(Sampling())
     if options.stream and (options.batch_file or options.output):
@@ -169,7 +169,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
 
 
 def print_samples(job: Job, out: TextIO, view: View | None = None) -> None:
-    """Draws a job and prints its texts, each under a line that names it."""
+    """Draw a job and print its texts, each under a line that names it."""
     clean = printable if out.isatty() else lambda text: text
     for batch in job_lib.draw(job, on_step=view.on_step if view else None):
         for i, row, tokens_L in batch:
@@ -184,7 +184,7 @@ def _print_line(line: dict, out: TextIO) -> None:
 
 
 def run(options: Options, out: TextIO) -> None:
-    """Does what the flags say; `out` gets the texts, or lines of JSON and nothing else.
+    """Do what the flags say; `out` gets the texts, or lines of JSON and nothing else.
 
     Raises:
       ValueError, OSError: for what the user can mend; then nothing has been written.

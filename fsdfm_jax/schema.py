@@ -296,7 +296,7 @@ SWEEP_KEYS: dict[str, Kind] = {
 
 # ----------------------------------------------------------------------------------------- checking
 def check(config: ConfigDict, declared: Mapping[str, Kind] | None = None) -> None:
-    """Refuses a configuration with an unknown or missing key, or a value that a key can't have.
+    """Refuse a configuration with an unknown or missing key, or a value that a key can't have.
 
     Args:
       config: a whole one.

@@ -104,7 +104,7 @@ def compile_case(case: dict[str, str]) -> dict[str, Any]:
 
 
 def compile_cases(path: pathlib.Path) -> list[dict[str, str]]:
-    """Compiles the rows of a CSV file, fills them in one by one, and returns all of them."""
+    """Compile the rows of a CSV file, fill them in one by one, and return all of them."""
     compiler = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
     cases = list(csv.DictReader(path.read_text().splitlines()))
     for number, case in enumerate(cases):

@@ -88,7 +88,7 @@ def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> li
 
 
 def check_copied(rows: Sequence[Row]) -> None:
-    """Refuses a model that writes its training text.
+    """Refuse a model that writes its training text.
 
     Raises:
       ValueError: naming the row and both shares.
@@ -199,7 +199,7 @@ The first {_SAMPLES} of {most} steps, not chosen:
 
 
 def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the model's file and card.
+    """Write the model's file and card.
 
     Raises:
       ValueError: for a folder without a few-step run or report, a model that is too large, or one

@@ -54,7 +54,7 @@ def beam_options() -> list[str]:
 
 
 def prepare(directory: str) -> prepared_lib.PreparedData:
-    """Makes what the configuration says."""
+    """Make what the configuration says."""
     spec = prepared_lib.DataSpec.from_config(_CONFIG.value.data)
     if _ENGINE.value == "local":
         return prepared_lib.prepare(spec, directory)
@@ -69,7 +69,7 @@ def prepare(directory: str) -> prepared_lib.PreparedData:
 
 
 def describe(prepared: prepared_lib.PreparedData) -> None:
-    """Prints what a folder holds."""
+    """Print what a folder holds."""
     facts = prepared.manifest["tokenizer"]
     print(f"tokenizer: {facts['vocab_size']} tokens, fingerprint {facts['fingerprint']}")
     for split, counts in prepared.manifest["splits"].items():

@@ -140,7 +140,7 @@ def _settings(case: Case, num_steps: int) -> loop_lib.Settings:
 
 
 def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
-    """Trains a case on a mesh of this process's devices; nothing is written."""
+    """Train a case on a mesh of this process's devices; nothing is written."""
     stage, _, config = make_stage(case)
     optimizer = optim.make_optimizer(config.optim, config[case.stage])
     turns = optim.make_turns(config.optim, config[case.stage], stage)
@@ -166,7 +166,7 @@ def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
 
 
 def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Path) -> None:
-    """Trains a case in a folder, from its newest checkpoint if there is one."""
+    """Train a case in a folder, from its newest checkpoint if there is one."""
     stage, _, config = make_stage(case)
     mesh, base = make_mesh(sizes), base_params(case)
     needed = dict.fromkeys(stage.needs, base)

@@ -506,8 +506,8 @@ def test_another_process():
         (np.full((2, 3), -1), {}, "got ids from -1"),
         (np.zeros((2, 3), np.int32), {"num_times": 0}, "num_times must be at least 1"),
         (np.zeros((2, 3), np.int32), {"batch_size": 0}, "batch_size must be at least 1"),
-        (np.zeros((2, 3), np.int32), {"time_eps": 0.0}, "time_eps must lie in"),
-        (np.zeros((2, 3), np.int32), {"time_eps": 1.0}, "time_eps must lie in"),
+        (np.zeros((2, 3), np.int32), {"time_eps": 0.0}, "time_eps must be in"),
+        (np.zeros((2, 3), np.int32), {"time_eps": 1.0}, "time_eps must be in"),
     ],
 )
 def test_arguments_that_are_refused(x1_NL, changes, message):

@@ -737,7 +737,7 @@ def test_converted_checkpoints_have_checksums(tmp_path):
 
 @pytest.fixture
 def file_size_limit():
-    """Sets how many bytes a file may have, which stands for a full disk."""
+    """Set how many bytes a file may have, which stands for a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -846,7 +846,7 @@ def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
 
 @pytest.fixture
 def once_written(monkeypatch):
-    """Sets what happens to the folder of each checkpoint that has been written."""
+    """Set what happens to the folder of each checkpoint that has been written."""
     save_async, happens = checkpoint.ocp.save_async, []
 
     class Response:

@@ -147,7 +147,7 @@ def test_the_same_model_gives_the_same_bytes(folder, source, tmp_path):
     ("model", "request_", "message"),
     [
         ({"causal": True}, {}, "autoregressive network has no few-step sampler"),
-        ({}, {"length": 0}, "length must lie in 1 .. 1048576, got 0"),
+        ({}, {"length": 0}, "length must be in 1 .. 1048576, got 0"),
         ({}, {"steps": (0,)}, "Sampling.steps must be"),
     ],
 )
@@ -179,8 +179,8 @@ def test_run_writes_the_librarys_text(folder, source, tmp_path):
     ("flags", "message"),
     [
         (("--steps=2",), "invalid choice: 2"),
-        (("--seed=-1",), "--seed must lie in"),
-        (("--seed=4294967296",), "--seed must lie in"),
+        (("--seed=-1",), "--seed must be in"),
+        (("--seed=4294967296",), "--seed must be in"),
         (("--temperature=inf",), "--temperature must be at least 0 and finite"),
         (("--temperature=nan",), "--temperature must be at least 0 and finite"),
         (("--num_samples=0",), "--num_samples must be at least 1"),

@@ -689,7 +689,7 @@ REFUSED = {
     "dtype": ("a.pth", {"dtype": "int8"}, "Unknown dtype 'int8'; expected one of float32"),
     "half orbax": ("a", {"to": "orbax", "dtype": "bfloat16"}, "'orbax' holds float32 weights"),
     "half sampler": ("a", {"to": "sampler", "dtype": "bfloat16"}, "holds float32 weights"),
-    "no length": ("a", {"to": "sampler"}, "length must lie in 1 .. 1048576, got None"),
+    "no length": ("a", {"to": "sampler"}, "length must be in 1 .. 1048576, got None"),
     "backslash": ("a\\b", {"to": "orbax"}, "backslash.*; choose another folder"),
 }
 

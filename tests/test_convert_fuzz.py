@@ -68,7 +68,7 @@ class Outcomes:
         self.slowest = 0.0
 
     def open(self, case, names=None):
-        """Reads the named parameters, all by default."""
+        """Read the named parameters, all by default."""
         began = time.perf_counter()
         try:
             bundle = formats.open_bundle(self.path)

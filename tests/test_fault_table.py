@@ -66,7 +66,7 @@ def test_a_batch_too_small_for_both_losses_is_refused_before_training():
     config.distill.batch_size = config.distill.accumulate = 8
     config.pipeline = "pretrain,distill"
     process = pipeline.make_process(config, 5)
-    with pytest.raises(ValueError, match=r"A batch of 1 row\(s\) can't hold 2 parts"):
+    with pytest.raises(ValueError, match=r"A batch of 1 row\(s\) is too small for 2 parts"):
         pipeline.stages.make_stage("distill", config, process)
 
 

@@ -83,7 +83,7 @@ class Job:
             self._news.notify()
 
     def until(self, text):
-        """Waits until it has said so."""
+        """Wait until it has said so."""
         with self._news:
             done = lambda: text in self.said or self._process.poll() is not None
             assert self._news.wait_for(done, 120)
@@ -264,7 +264,7 @@ def test_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(at_ten, 
 
 
 def _mount(folder, *options):
-    """Mounts a file system of its own, where this machine lets us."""
+    """Mount a file system of its own, where this machine lets us."""
     folder.mkdir(exist_ok=True)
     try:
         subprocess.run(["mount", *options, str(folder)], check=True, capture_output=True)

@@ -101,15 +101,15 @@ class Terminal(io.StringIO):
         ({"prompt": "a", "infill": "[1]"}, "--prompt and --infill exclude each other"),
         ({"prompt": "a", "batch_file": "b.txt"}, "--prompt and --batch_file exclude"),
         ({"infill": "", "batch_file": ""}, "--infill and --batch_file exclude"),
-        ({"length": 0}, "--length must lie in 1 .. 1048576, got 0"),
-        ({"num_samples": 0}, "--num_samples must lie in 1 .. 1048576"),
-        ({"batch_size": -1}, "--batch_size must lie in 1 .. 1048576, got -1"),
-        ({"steps": 0}, "steps must be a whole number"),
+        ({"length": 0}, "--length must be in 1 .. 1048576, got 0"),
+        ({"num_samples": 0}, "--num_samples must be in 1 .. 1048576"),
+        ({"batch_size": -1}, "--batch_size must be in 1 .. 1048576, got -1"),
+        ({"steps": 0}, "steps must be an integer"),
         ({"seed": -1}, "seed must be a whole number"),
-        ({"temperature": -1.0}, "temperature must lie in"),
-        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
-        ({"cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
-        ({"look_ahead": -0.5}, r"look_ahead must lie in \[0, 1\], got -0.5"),
+        ({"temperature": -1.0}, "temperature must be in"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"cooling": 1.0}, r"cooling must be in \[0, 1\), got 1.0"),
+        ({"look_ahead": -0.5}, r"look_ahead must be in \[0, 1\], got -0.5"),
         ({"jump": "leap"}, "jump must be one of .*'leap'"),
         ({"grid": "log"}, "Unknown grid 'log'"),
         ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
@@ -465,7 +465,7 @@ def test_printable():
 
 
 def _always(text, monkeypatch, length=64):
-    """Makes the library answer `text` to everything; returns its tokens."""
+    """Make the library answer `text` to everything; return its tokens."""
     ids = BPE.encode(text)
     row = np.asarray(ids + BPE.encode("q") * (length - len(ids)), np.int32)
     monkeypatch.setattr(generate_lib, "generate", lambda *_, given_BL, **__: row[None].repeat(B, 0))

@@ -84,11 +84,11 @@ def test_shape_and_seed(weights):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, r"Sampling.steps must be a whole number in \[1, "),
+        ({"steps": 0}, r"Sampling.steps must be an integer in \[1, "),
         ({"seed": -1}, r"seed must be a whole number in \[0, 2\^32\), got -1"),
         ({"seed": 2**32}, "seed must be a whole number"),
         ({"seed": 1.5}, "seed must be a whole number"),
-        ({"temperature": -1.0}, "temperature must lie in"),
+        ({"temperature": -1.0}, "temperature must be in"),
         ({"jump": "leap"}, "Sampling.jump must be one of .*'leap'"),
         ({"num_samples": 0}, "at least one row"),
         ({"frozen_BL": np.zeros((B, L + 1), bool)}, r"\(16, 5\) and \(16, 6\)"),

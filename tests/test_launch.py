@@ -551,7 +551,7 @@ chmod +x fsdfm_env/bin/python
 
 
 def _kill_group(pid):
-    """Kills a program of `start` together with the shell that waits for it."""
+    """Kill a program of `start` together with the shell that waits for it."""
     os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 

@@ -362,7 +362,7 @@ def test_add_conditioning_names_what_does_not_fit():
 
     base = shapes(SMALL)
     base["head"] = base["head"]["kernel"]
-    with pytest.raises(ValueError, match=r"/head: a group of parameters in one, an array"):
+    with pytest.raises(ValueError, match=r"/head: a group of parameters in one tree, an array"):
         model_lib.add_conditioning(base, fresh)
     base = shapes(SMALL)
     base["final_norm"]["LayerNorm_0"]["scale"] = {"deeper": base["head"]["bias"]}
@@ -670,7 +670,7 @@ def test_batch_over_eight_devices_is_one_device(kind):
         ({"num_heads": 3}, r"width=16 must split into num_heads=3"),
         ({"width": 6, "num_heads": 2}, r"heads of even width"),
         ({"logits_mib": -1}, r"model\.logits_mib must be at least 0, got -1"),
-        ({"dropout": 1.0}, r"model\.dropout must lie in \[0, 1\), got 1\.0"),
+        ({"dropout": 1.0}, r"model\.dropout must be in \[0, 1\), got 1\.0"),
         ({"dropout": -0.1}, r"model\.dropout .*got -0\.1"),
         ({"dropout": math.nan}, r"model\.dropout .*got nan"),
         ({"conditioning": "adaptive"}, r"model\.conditioning='adaptive'.*none, official, additive"),

@@ -144,7 +144,7 @@ def student_loss(params, frozen, key, batch):
 
 
 def learn(params, frozen, key, batch):
-    """Follows the student and the average, with noise."""
+    """Follow the student and the average, with noise."""
     x = batch["x1"].astype(jnp.float32).mean(0)[:2]
     target = x * frozen.partner["w"] + frozen.average["w"] + jax.random.normal(key, (2,))
     value = jnp.sum((params["w"] - target) ** 2)
@@ -323,7 +323,7 @@ def test_without_skipping_what_is_not_finite_goes_through():
         ({"accumulate": -1}, "accumulate must be at least 1, got -1"),
         ({"max_skipped": -1}, "max_skipped must not be negative, got -1"),
         ({"watchdog_minutes": -0.5}, r"watchdog_minutes must not be negative, got -0\.5"),
-        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1\.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1\.0"),
     ],
 )
 def test_settings_that_cannot_be(values, message):

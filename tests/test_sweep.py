@@ -199,7 +199,7 @@ def test_more_points_join_those_that_are_there(world, whole):
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"axes.steps": (0,)}, (), "axes: Sampling.steps must be a whole number in [1"),
+        ({"axes.steps": (0,)}, (), "axes: Sampling.steps must be an integer in [1"),
         ({"axes.models": ("refine",)}, (), "axes.models names the unknown 'refine'"),
         ({}, ("--host=2/2",), "--host must be I/N with 0 <= I < N, got '2/2'"),
         ({"eval.num_samples": 1000, "eval.task": "prefix:4"}, (), "eval.num_samples=1000"),

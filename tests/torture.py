@@ -125,7 +125,7 @@ def temporary(folder: pathlib.Path) -> list[str]:
 
 
 def live(victim: Victim, workdir: pathlib.Path, kind: str, draw: random.Random) -> Life:
-    """Starts the program and kills it in a moment of this kind; "none" lets it live."""
+    """Start the program and kill it in a moment of this kind; "none" lets it live."""
     directory = victim.directory(workdir)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -163,7 +163,7 @@ def live(victim: Victim, workdir: pathlib.Path, kind: str, draw: random.Random) 
 def _moments(
     kind: str, victim: Victim, directory: pathlib.Path, draw: random.Random
 ) -> Iterator[None]:
-    """Ends when the moment has come."""
+    """End when the moment has come."""
     if kind == "none":
         while True:
             time.sleep(0.05)
@@ -246,7 +246,7 @@ def _leaves(tree):
 
 
 def torture(victim: Victim, folder: pathlib.Path, *, kills: int, seed: int) -> dict:
-    """Kills so many processes of a program and compares with one that is left alone.
+    """Kill so many processes of a program and compare with one that is left alone.
 
     Args:
       victim: the program.

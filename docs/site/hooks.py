@@ -52,7 +52,7 @@ def show(target: pathlib.Path) -> str:
 
 
 def on_files(files: Files, config) -> Files:
-    """Adds the pages of notebooks and of linked files."""
+    """Add the pages of notebooks and of linked files."""
     linked = set()
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
@@ -70,7 +70,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Leads links to notebooks and to files outside docs/ to their pages."""
+    """Lead links to notebooks and to files outside docs/ to their pages."""
     here = page.file.src_uri
     if here.startswith("source/"):
         return markdown

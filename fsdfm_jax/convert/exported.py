@@ -68,7 +68,7 @@ def write(
     length: int | None = None,
     sampling: Sampling | None = None,
 ) -> None:
-    """Exports a few-step sampler.
+    """Export a few-step sampler.
 
     Args:
       folder: made here; what an error leaves of it is for the caller to remove.
@@ -92,7 +92,7 @@ def write(
     length = bundle.block_length if length is None else length
     if length is None or not 1 <= length <= _MOST_LENGTH:
         raise ValueError(
-            f"length must lie in 1 .. {_MOST_LENGTH}, got {length}; None is the block length of "
+            f"length must be in 1 .. {_MOST_LENGTH}, got {length}; None is the block length of "
             f"the training, which is {bundle.block_length or 'unknown'} here."
         )
     bundle.model.check_length(length)
@@ -171,7 +171,7 @@ def _export(bundle: Bundle, sampling: Sampling, length: int) -> export.Exported:
 
 @contextlib.contextmanager
 def _no_locations():
-    """Leaves source lines and callers, paths of this machine, out of a program."""
+    """Leave source lines and callers, paths of this machine, out of a program."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)

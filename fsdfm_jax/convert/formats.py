@@ -42,7 +42,7 @@ def open_bundle(
     stage: str = "",
     source: str = "",
 ) -> Bundle:
-    """Opens a model of any format; its parameters are read when they are asked for.
+    """Open a model of any format; its parameters are read when they are asked for.
 
     Args:
       path: file or folder.
@@ -351,7 +351,7 @@ def write(
     overwrite: bool = False,
     before_publishing: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
-    """Writes a bundle, whole or not at all: under a temporary name that is renamed at the end.
+    """Write a bundle, whole or not at all: under a temporary name that is renamed at the end.
 
     Args:
       bundle, target, source, overwrite: see `check_target`. A link is followed.

@@ -42,7 +42,7 @@ _MOST_ROWS = 12  # of the card's table
 def write(
     folder: pathlib.Path, bundle: Bundle, *, dtype: str, report: pathlib.Path | None = None
 ) -> None:
-    """Writes the folder; one stacked parameter (of a large model, one shard) in memory at a time.
+    """Write the folder; one stacked parameter (of a large model, one shard) in memory at a time.
 
     Args:
       folder: made here; what an error leaves of it is for the caller to remove.

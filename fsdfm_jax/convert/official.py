@@ -113,7 +113,7 @@ def save(
     dtype: str = "float32",
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an official checkpoint, whole or not at all.
+    """Write an official checkpoint, whole or not at all.
 
     A base network's weights stand under "model"; an h-conditioned one's under "student_ema_model"
     and, the same tensors, "student_model".

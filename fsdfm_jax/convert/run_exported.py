@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=config["sampling"]["temperature"])
     args = parser.parse_args()
     if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must lie in [0, 2^32), got {args.seed}")
+        parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
     if not 0 <= args.temperature < np.finfo(np.float32).max:
         parser.error(f"--temperature must be at least 0 and finite, got {args.temperature}")
     if args.num_samples < 1:

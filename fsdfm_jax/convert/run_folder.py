@@ -50,7 +50,7 @@ def _has_steps(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
-    """Opens a run; its parameters are read one by one, on this process's first device.
+    """Open a run; its parameters are read one by one, on this process's first device.
 
     Args:
       path: one of the folders that the module lists.
@@ -217,7 +217,7 @@ def _data_places(directory: pathlib.Path, config: dict[str, Any]) -> list[pathli
 
 
 def write(directory: pathlib.Path, bundle: Bundle) -> None:
-    """Writes a run folder that training can start from and every program can sample.
+    """Write a run folder that training can start from and every program can sample.
 
     Unlike the other formats this one holds all parameters in memory at once.
 

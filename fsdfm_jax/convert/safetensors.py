@@ -44,7 +44,7 @@ _FLOATS = {"F32", "BF16", "F16"}
 
 
 def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -> None:
-    """Writes one self-contained file.
+    """Write one self-contained file.
 
     Args:
       path: exactly where to write; the caller renames.
@@ -69,7 +69,7 @@ def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -
 
 
 def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -> None:
-    """Writes a folder, in shards of equal size where one would exceed `MAX_SHARD_BYTES`.
+    """Write a folder, in shards of equal size where one would exceed `MAX_SHARD_BYTES`.
 
     The tensors of one shard are in memory at a time. Arguments and errors as `write_file`.
     """
@@ -89,7 +89,7 @@ def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: st
 
 
 def _write_shards(folder, stream, metadata: Mapping[str, str], *, total: int, count: int) -> None:
-    """Cuts the stream where a shard has its share; names need the final count, so rename last."""
+    """Cut the stream where a shard has its share; names need the final count, so rename last."""
     files: list[tuple[pathlib.Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
 

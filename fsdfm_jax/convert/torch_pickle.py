@@ -116,7 +116,7 @@ class TorchFile:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; `tree` stays, but `read` no longer works."""
+        """Close the file; `tree` stays, but `read` no longer works."""
         self._file.close()
 
     def read(self, tensor: TorchTensor) -> np.ndarray:
@@ -191,7 +191,7 @@ def is_torch_file(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def _parsing(path: str | os.PathLike) -> Iterator[None]:
-    """Turns whatever fails while a file is parsed into one `BadFile` that names the file."""
+    """Turn whatever fails while a file is parsed into one `BadFile` that names the file."""
     try:
         yield
     except BadFile as error:
@@ -581,7 +581,7 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def write(path: str | os.PathLike, tree: Any, stream: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a checkpoint that torch.load(path, weights_only=True) reads, also with mmap=True.
+    """Write a checkpoint that torch.load(path, weights_only=True) reads, also with mmap=True.
 
     Arrays go to the file as they come, one in memory at a time. Equal arguments in equal order
     give equal bytes. Dicts with tensors in them are OrderedDicts in the file, as state dicts are.

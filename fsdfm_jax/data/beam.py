@@ -52,7 +52,7 @@ def prepare(
     group_bytes: int = 1 << 28,
     sample_characters: int = 1 << 26,
 ) -> PreparedData:
-    """Makes a prepared folder, goes on with an unfinished one, or opens it if it is there already.
+    """Make a prepared folder, go on with an unfinished one, or opens it if it is there already.
 
     The same arguments give the same blocks, files and fingerprint, whatever `run` does. Groups that
     are finished are not touched. One call at a time for a folder.
@@ -97,7 +97,7 @@ def prepare(
 
 
 def run_on_beam(function: Callable[[int], None], items: Sequence[int], options: list[str]) -> None:
-    """Calls `function` with each item on a Beam runner, in any order, some perhaps twice.
+    """Call `function` with each item on a Beam runner, in any order, some perhaps twice.
 
     Args:
       function: can be pickled.
@@ -123,7 +123,7 @@ def run_on_beam(function: Callable[[int], None], items: Sequence[int], options: 
 
 
 def make_group(directory: str, number: int) -> None:
-    """Makes the files of a group; what goes wrong with its documents is left in a file beside them.
+    """Make the files of a group; what goes wrong with its documents is left in a file beside them.
 
     Args:
       directory: an unfinished folder, with its plan.
@@ -164,7 +164,7 @@ def _make_plan(spec: DataSpec, group_bytes: int, sample_characters: int) -> dict
 
 
 def _begin(plan: dict[str, Any], spec: DataSpec, directory: pathlib.Path) -> None:
-    """Makes an unfinished folder with plan and tokenizer, or checks that it is the same one."""
+    """Make an unfinished folder with plan and tokenizer, or check that it is the same one."""
     path = directory / _PLAN
     if path.is_file():
         _check_plan(plan, io.read_object(path), directory)
@@ -298,7 +298,7 @@ def _read_group(directory: pathlib.Path, number: int, digest: str) -> dict[str, 
 
 
 def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Writes the manifest, if all groups are finished."""
+    """Write the manifest, if all groups are finished."""
     groups = _finished(directory, plan)
     missing = [number for number, group in enumerate(groups) if group is None]
     if missing:

@@ -98,13 +98,13 @@ def documents(
 
 
 def check_layout(layout: str) -> None:
-    """Refuses an unknown layout of documents with a ValueError."""
+    """Refuse an unknown layout of documents with a ValueError."""
     if layout not in LAYOUTS:
         raise ValueError(f"data.documents must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def groups(corpus: str, layout: str, group_bytes: int, without: str = "") -> list[list[Piece]]:
-    """Cuts a corpus into groups of about `group_bytes` stored bytes, in the order of `documents`.
+    """Cut a corpus into groups of about `group_bytes` stored bytes, in the order of `documents`.
 
     .jsonl files are cut between lines, .parquet files between row groups, text files not at all;
     small files are put together. With "wikitext" there is one group, as articles cross files.
@@ -313,7 +313,7 @@ def _lines(pieces: Iterable[Piece], text_field: str) -> Iterator[Document]:
 
 
 def _articles(lines: Iterator[Document]) -> Iterator[Document]:
-    """Joins lines to articles; what stands before the first title is a document too."""
+    """Join lines to articles; what stands before the first title is a document too."""
     article: list[Document] = []
     end = Document("", "")
     for line, following in itertools.pairwise(itertools.chain(lines, [end])):

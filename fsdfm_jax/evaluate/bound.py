@@ -152,7 +152,7 @@ def estimate(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if not 0 < time_eps < 1:
         raise ValueError(
-            f"time_eps must lie in (0, 1), got {time_eps}: the rate g(t) is unbounded at t=1."
+            f"time_eps must be in (0, 1), got {time_eps}: the rate g(t) is unbounded at t=1."
         )
     num_samples = len(x1_NL)
     parts = max(_FEWEST_TIMES, math.ceil(num_times / num_samples))

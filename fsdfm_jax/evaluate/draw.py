@@ -63,7 +63,7 @@ class Batches(Protocol):
         """A batch that was drawn before, None if it wasn't."""
 
     def save(self, index: int, tokens_BL: np.ndarray) -> None:
-        """Keeps a batch."""
+        """Keep a batch."""
 
 
 class Watched(NamedTuple):
@@ -91,7 +91,7 @@ def draw(
     batch_size: int,
     kept: Batches | None = None,
 ) -> Drawn:
-    """Draws a point's samples, batch after batch; the last batch is computed whole and cut.
+    """Draw a point's samples, batch after batch; the last batch is computed whole and cut.
 
     The noise of a row depends on seed, batch and row only, so that points are compared on the same
     noise. A batch is timed once the program has run before, unless it takes seconds.
@@ -192,7 +192,7 @@ def _compile(model, process, memory, shape, static):
 def watch(
     point: Point, subject: Subject, given: Given, drawn_NL: np.ndarray, *, count: int
 ) -> Watched:
-    """Samples the first rows of a point once more, watching.
+    """Sample the first rows of a point once more, watching.
 
     They are the first of the point's samples up to rounding: their noise is the same.
 

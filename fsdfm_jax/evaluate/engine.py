@@ -91,7 +91,7 @@ class Evaluation:
         return self._store.finished(point.slug, self.protocol(point))
 
     def _compute(self, point: Point) -> None:
-        """Draws and scores a point; its row is stored when this returns."""
+        """Draw and scores a point; its row is stored when this returns."""
         protocol = self.protocol(point)
         stamp = protocol["samples"]
         arrays = self._store.arrays(point.slug, stamp)
@@ -329,7 +329,7 @@ class Evaluation:
     def report(
         self, directory: pathlib.Path, rows: Sequence[Row], header: Mapping[str, Any]
     ) -> str:
-        """Writes the report of stored rows; returns its table as text.
+        """Write the report of stored rows; return its table as text.
 
         Args:
           directory: made where needed.

@@ -53,7 +53,7 @@ class NgramModel(NamedTuple):
 
 
 def fit(source: Sequence[np.ndarray], vocab_size: int, *, order: int = ORDER) -> NgramModel:
-    """Counts the n-grams of a text; none reaches from one block into the next.
+    """Count the n-grams of a text; none reaches from one block into the next.
 
     Args:
       source: blocks of token ids; of more than 32,768 that many are read, spread evenly.
@@ -102,7 +102,7 @@ def write(
     *,
     seed: int,
 ) -> np.ndarray:
-    """Draws text from left to right.
+    """Draw text from left to right.
 
     Args:
       model: from `fit`.

@@ -138,7 +138,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Takes the fields out of `config.eval`.
+        """Take the fields out of `config.eval`.
 
         Raises:
           ValueError: for values that can't be evaluated with, naming the key.
@@ -170,7 +170,7 @@ def check_names(key: str, allowed: Iterable[str], values: Iterable[str]) -> None
 
 @contextlib.contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Puts a config key before the message of a ValueError."""
+    """Put a config key before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -258,7 +258,7 @@ class Axes(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Axes":
-        """Takes the axes out of a sweep's `config.axes`.
+        """Take the axes out of a sweep's `config.axes`.
 
         Raises:
           ValueError: for an empty axis or a value that can't be sampled with, naming the axis.

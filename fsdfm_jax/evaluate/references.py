@@ -71,7 +71,7 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
 
 
 def check(num_blocks: int, settings: Settings) -> None:
-    """Refuses a conditional task with fewer held-out blocks than samples.
+    """Refuse a conditional task with fewer held-out blocks than samples.
 
     Raises:
       ValueError: naming both.

@@ -46,7 +46,7 @@ class Store:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what any machine has finished by now; rows of earlier versions are passed over."""
+        """Read what any machine has finished by now; rows of earlier versions are passed over."""
         for path in sorted(self._directory.glob("points*.jsonl")):
             for line in io.read_jsonl(path):
                 if not isinstance(line, dict):
@@ -80,12 +80,12 @@ class Store:
     def save_scores(
         self, slug: str, protocol: dict[str, Any], version: int, arrays: Arrays
     ) -> None:
-        """Writes what a point's figures are aggregated from; `version`: of the protocol."""
+        """Write what a point's figures are aggregated from; `version`: of the protocol."""
         path = self._directory / self.scores_file(slug, protocol)
         io.write_arrays(path, arrays | {"version": np.asarray(version)})
 
     def save_arrays(self, slug: str, stamp: Any, arrays: Arrays) -> None:
-        """Writes a point's samples, whole or not at all; its batches aren't needed any more."""
+        """Write a point's samples, whole or not at all; its batches aren't needed any more."""
         io.write_arrays(self._directory / self.samples_file(slug, stamp), arrays)
         shutil.rmtree(self._batches(slug, stamp), ignore_errors=True)
 
@@ -106,14 +106,14 @@ class Store:
             return None
 
     def save_batch(self, slug: str, stamp: Any, index: int, tokens_BL: np.ndarray) -> None:
-        """Keeps a batch until the samples are whole."""
+        """Keep a batch until the samples are whole."""
         io.write_array(self._batches(slug, stamp) / f"{index:05d}.npy", tokens_BL)
 
     def _batches(self, slug: str, stamp: Any) -> pathlib.Path:
         return self._directory / "samples" / f".{slug}-{recipe.digest(stamp)[:8]}"
 
     def add(self, row: Row) -> None:
-        """Appends a finished row; its samples have to be there."""
+        """Append a finished row; its samples have to be there."""
         io.append_jsonl(self._path, row)
         self._rows[row["slug"], recipe.digest(row["protocol"])] = row
 

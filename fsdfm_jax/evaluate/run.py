@@ -26,7 +26,7 @@ _DEFAULT_LENGTH = 1024  # tokens; the block of the paper
 
 # --------------------------------------------------------------------------- the whole of a program
 def check_inputs(settings: Settings, length: int) -> None:
-    """Refuses what `config.eval` names and isn't there, before any work is done.
+    """Refuse what `config.eval` names and isn't there, before any work is done.
 
     Args:
       settings: `config.eval`.
@@ -64,7 +64,7 @@ def evaluate(
     index: int = 0,
     count: int = 1,
 ) -> str:
-    """Computes the points that are missing and writes the report.
+    """Compute the points that are missing and write the report.
 
     Args:
       settings: `config.eval`.

@@ -19,7 +19,7 @@ _FIT, _HMM, _SUDOKU = hmm_fit.FitSpec(), documents.HmmSpec(), documents.SudokuSp
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags; the program does, importing this file doesn't."""
+    """Define the flags; the program does, importing this file doesn't."""
     number = functools.partial(flags.DEFINE_integer, flag_values=values)
     text = functools.partial(flags.DEFINE_string, flag_values=values)
     tasks = ", ".join(f"sudoku:{name}" for name in sudoku.SIZES)

@@ -104,7 +104,7 @@ Spec = SudokuSpec | HmmSpec
 def write(
     directory: str | os.PathLike, spec: Spec, report: Callable[[str], None] = lambda line: None
 ) -> pathlib.Path:
-    """Makes a folder of documents, whole or not at all; nothing to do if it is there already.
+    """Make a folder of documents, whole or not at all; nothing to do if it is there already.
 
     Args:
       directory: the folder.

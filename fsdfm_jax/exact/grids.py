@@ -38,7 +38,7 @@ _CHUNK = 512  # 9x9: bands and stacks drawn at once
 
 
 def sample(size: Sudoku, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws independent grids, each uniform over all valid ones.
+    """Draw independent grids, each uniform over all valid ones.
 
     Returns:
       int8 [N, n²], ids 0..n-1.
@@ -262,7 +262,7 @@ def _pick_bit(bits: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 
 def count_all() -> tuple[int, int, int]:
-    """Counts the completions of all frames, in 10 to 15 minutes of one core.
+    """Count the completions of all frames, in 10 to 15 minutes of one core.
 
     Frames whose counts are equal for a reason are counted once: N doesn't depend on the order of
     the columns in B2 and B3, nor on the order of the two, nor (for all stacks together) on orders

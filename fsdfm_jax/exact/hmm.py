@@ -136,7 +136,7 @@ class Law:
     # ------------------------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the law to a .npz file, whole or not at all."""
+        """Write the law to a .npz file, whole or not at all."""
         path = pathlib.Path(path)
         content = io.BytesIO()
         np.savez_compressed(
@@ -152,7 +152,7 @@ class Law:
 
 
 def load(path: str | os.PathLike) -> Law:
-    """Reads a law from a .npz file.
+    """Read a law from a .npz file.
 
     Raises:
       FileNotFoundError: there is none.
@@ -173,7 +173,7 @@ def load(path: str | os.PathLike) -> Law:
 
 
 def check_tokens(law: Law, tokens: np.ndarray) -> None:
-    """Refuses ids that are no tokens of the law.
+    """Refuse ids that are no tokens of the law.
 
     Raises:
       ValueError: naming one.
@@ -271,7 +271,7 @@ def _predictive_entropies(transition_KK, emission_KV, initial_BK, tokens_BL):
 
 
 def _by_rows(function, law: Law, initial_NK: np.ndarray, tokens_NL: np.ndarray) -> np.ndarray:
-    """Applies a jitted function to blocks, so many at a time as fit, float64 [N, L]."""
+    """Apply a jitted function to blocks, so many at a time as fit, float64 [N, L]."""
     tokens_NL = np.asarray(tokens_NL)
     check_tokens(law, tokens_NL)
     count, length = tokens_NL.shape

@@ -53,7 +53,7 @@ class FitSpec:
     def __post_init__(self):
         least = len(LETTERS) + 2 + 8
         if not least <= self.vocab_size <= 2**15:
-            raise ValueError(f"vocab_size must lie in {least} .. {2**15}, got {self.vocab_size}")
+            raise ValueError(f"vocab_size must be in {least} .. {2**15}, got {self.vocab_size}")
         if self.num_states < 2:
             raise ValueError(
                 f"num_states must be at least 2, one of which ends documents, got {self.num_states}"
@@ -95,7 +95,7 @@ def choose(documents: Sequence[str], spec: FitSpec) -> list[str]:
 
 
 def tokenise(documents: Sequence[str], vocab_size: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Trains a BPE on documents and encodes them.
+    """Train a BPE on documents and encodes them.
 
     Returns:
       (int32 [T], all documents one after another, each with the end of the text; the name of each
@@ -140,7 +140,7 @@ def fit(
     spec: FitSpec,
     report: Callable[[int, float], None] = lambda iteration, log_likelihood: None,
 ) -> Law:
-    """Fits a law to a stream of tokens.
+    """Fit a law to a stream of tokens.
 
     Args:
       stream: int [T], the documents with the end of the text after each.
@@ -176,7 +176,7 @@ def fit(
 
 
 def check_support(num_tokens: int, spec: FitSpec) -> None:
-    """Refuses more states than a text supports.
+    """Refuse more states than a text supports.
 
     Raises:
       ValueError: saying how many it does support.

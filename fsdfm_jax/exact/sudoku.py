@@ -157,7 +157,7 @@ def parse_puzzle(size: Sudoku, text: str) -> np.ndarray:
 
 
 def check_givens(size: Sudoku, puzzle: np.ndarray) -> None:
-    """Refuses givens that no grid has.
+    """Refuse givens that no grid has.
 
     Args:
       size: of the puzzle.
@@ -284,7 +284,7 @@ def _places(size: Sudoku) -> tuple[tuple[int, ...], ...]:
 def make_puzzle(
     size: Sudoku, rng: np.random.Generator, grid: np.ndarray, givens: int
 ) -> np.ndarray | None:
-    """Empties cells of a grid in random order for as long as it stays the only solution.
+    """Empty cells of a grid in random order for as long as it stays the only solution.
 
     Returns:
       int8 [n²] with `givens` cells left; None where this order leads to no such puzzle. Puzzles are
@@ -303,7 +303,7 @@ def make_puzzle(
 
 
 def check_num_givens(size: Sudoku, givens: int) -> None:
-    """Refuses a number of givens with which no puzzle has one solution.
+    """Refuse a number of givens with which no puzzle has one solution.
 
     Raises:
       ValueError: saying which numbers are possible.

@@ -94,7 +94,7 @@ class Report(NamedTuple):
 
 
 def validity(size: Sudoku, tokens_NL: np.ndarray) -> Validity:
-    """Applies the rules to samples.
+    """Apply the rules to samples.
 
     Args:
       size: of the grids.

@@ -268,7 +268,7 @@ def check_seed(seed: int) -> None:
 def check_given(
     model: ModelConfig, process: Process, given_BL: np.ndarray, frozen_BL: np.ndarray
 ) -> None:
-    """Refuses given tokens that the network can't be conditioned on.
+    """Refuse given tokens that the network can't be conditioned on.
 
     Raises:
       ValueError: for arrays that aren't [B, L] of one shape with B, L >= 1, more positions than the

@@ -163,7 +163,7 @@ def _line_head(row: Row) -> dict[str, Any]:
 def draw(
     job: Job, *, start: int = 0, on_step: OnStep | None = None
 ) -> Iterator[list[tuple[int, Row, np.ndarray]]]:
-    """Draws the batches of a job.
+    """Draw the batches of a job.
 
     Args:
       job: what to draw.
@@ -306,7 +306,7 @@ def rows_written(path: pathlib.Path, job: Job) -> int:
 
 
 def write_lines(job: Job, emit: Callable[[dict], None], *, start: int, progress: bool) -> None:
-    """Draws a job from row `start` on and hands each line to `emit` as its batch is done."""
+    """Draw a job from row `start` on and hands each line to `emit` as its batch is done."""
     total = len(job.rows) - start
     if not total:
         return

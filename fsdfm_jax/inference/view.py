@@ -90,7 +90,7 @@ class LiveView(View):
     _live = None
 
     def begin(self) -> None:
-        """Shows the noise."""
+        """Show the noise."""
         import rich.console
         import rich.live
 
@@ -102,14 +102,14 @@ class LiveView(View):
         self.show(0, np.zeros_like(self._frozen_BL))
 
     def end(self) -> None:
-        """Leaves the last step up for a moment."""
+        """Leave the last step up for a moment."""
         if self._live is not None:
             self._pause()
             self._live.stop()
             self._live = None
 
     def show(self, step: int, changed_BL: np.ndarray) -> None:
-        """Replaces the texts."""
+        """Replace the texts."""
         import rich.console
         import rich.panel
         import rich.text

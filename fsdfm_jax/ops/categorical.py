@@ -79,7 +79,7 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
 
 
 def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws ids from softmax(logits); logits float [..., V], may hold -inf; returns int32 [...]."""
+    """Draw ids from softmax(logits); logits float [..., V], may hold -inf; return int32 [...]."""
     return pick(uniform(key, (*logits.shape[:-1], NUMBERS)), logits)
 
 

@@ -346,7 +346,7 @@ class _Chunks:
 
 
 def _scan_chunks(step, carry, num_rows, logits, args):
-    """Scans step(carry, (features, whether a position counts, parts of args)) over the chunks."""
+    """Scan step(carry, (features, whether a position counts, parts of args)) over the chunks."""
     chunks = _Chunks(logits)
     rows_B1 = (jnp.arange(logits.shape[0]) < num_rows)[:, None]
     counts_NBc = chunks.split(jnp.broadcast_to(rows_B1, logits.shape[:2]))
@@ -378,7 +378,7 @@ def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
 def _contract(
     a: jax.Array, b: jax.Array, axes_a: Sequence[int], axes_b: Sequence[int]
 ) -> jax.Array:
-    """Sums over the named axes, as one matrix product, accumulated in float32."""
+    """Sum over the named axes, as one matrix product, accumulated in float32."""
     return jax.lax.dot_general(
         a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=jnp.float32
     )

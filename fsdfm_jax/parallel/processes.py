@@ -45,7 +45,7 @@ class Stopped(SystemExit):
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of a job; to be called before anything asks for a device.
+    """Join the processes of a job; to be called before anything asks for a device.
 
     Args:
       coordinator: "HOST:PORT" of the first process; None where JAX knows the cluster (TPU pods,
@@ -73,7 +73,7 @@ def is_joined() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this process of a job at once: the others, which can't go on alone, see it gone.
+    """End this process of a job at once: the others, which can't go on alone, see it gone.
 
     An ordinary exit waits minutes for them. Nothing in a lone process.
     """
@@ -89,7 +89,7 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the job is here, be it days; nothing in a lone process."""
+    """Wait until every process of the job is here, be it days; nothing in a lone process."""
     if jax.process_count() == 1:
         return
     # JAX has no public wait on hosts: `sync_global_devices` waits on the devices, whose
@@ -244,7 +244,7 @@ class StopRequest:
 
 
 def _listen(receiver: int) -> None:
-    """Answers the signals whose numbers come out of a pipe, until it is closed."""
+    """Answer the signals whose numbers come out of a pipe, until it is closed."""
     asked = 0
     while numbers := os.read(receiver, 64):
         for name in (_SIGNALS[number] for number in numbers if number in _SIGNALS):

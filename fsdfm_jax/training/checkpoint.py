@@ -187,7 +187,7 @@ class Checkpoints:
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies `state` and writes it in the background; the caller may donate it right after.
+        """Copy `state` and write it in the background; the caller may donate it right after.
 
         A checkpoint appears under its name once it is complete. Then it is read back: its record
         and the list of its arrays, after the first save also the arrays, the smallest up to
@@ -268,7 +268,7 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits until a running save is complete; SaveFailed if that failed in any process.
+        """Wait until a running save is complete; SaveFailed if that failed in any process.
 
         Orbax's threads of the other processes then wait for that one for minutes: end the program
         without joining them.
@@ -321,7 +321,7 @@ class Checkpoints:
         return []
 
     def restore(self, abstract_state: PyTree, step: int | None = None) -> PyTree:
-        """Reads a state onto the shardings of `abstract_state`, whatever it was saved from.
+        """Read a state onto the shardings of `abstract_state`, whatever it was saved from.
 
         Args:
           abstract_state: Pytree of `jax.ShapeDtypeStruct` with shardings (arrays do as well).
@@ -365,7 +365,7 @@ class Checkpoints:
 
 
 def save_once(directory: PathLike, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
-    """Writes one checkpoint into a new directory, with next to no memory besides `state` itself.
+    """Write one checkpoint into a new directory, with next to no memory besides `state` itself.
 
     For conversion: it returns when all is on the disk, copies nothing and doesn't compress (float
     weights hardly shrink). Where it raises, as `Checkpoints.save` does, it leaves nothing.
@@ -412,7 +412,7 @@ def restore_part(
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
     together: bool = False,
 ) -> dict[str, Any]:
-    """Reads only the named subtrees of a checkpoint, without knowing the tree it was saved from.
+    """Read only the named subtrees of a checkpoint, without knowing the tree it was saved from.
 
     Args:
       directory: Folder that a `Checkpoints` wrote.
@@ -522,7 +522,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _parsed(record: Mapping[str, Any]) -> Record:
-    """Raises anything unless this is what `_record` made."""
+    """Raise anything unless this is what `_record` made."""
     content = {key: value for key, value in record.items() if key != "sha256"}
     if record["sha256"] != _digest(content):
         raise ValueError("it is not what was saved")
@@ -588,7 +588,7 @@ def _find(directory: epath.Path, step: int | Record | None, *, together: bool = 
 
 
 def _read_back(directory: epath.Path, record: Mapping[str, Any], limit: int) -> Record:
-    """Raises unless what was written can be read; the smallest arrays up to `limit` bytes."""
+    """Raise unless what was written can be read; the smallest arrays up to `limit` bytes."""
     found = _read_record(directory, record["step"], arrays=True)
     if found.digest != record["sha256"]:
         raise _damaged(directory, found.step, "its metadata is that of another save")
@@ -664,7 +664,7 @@ def _context(*, everyone: bool = False) -> ocp.Context:
 
 @contextlib.contextmanager
 def _reading(directory: epath.Path, step: int, what: str) -> Iterator[None]:
-    """Makes a DamagedCheckpoint of anything that a damaged file can raise.
+    """Make a DamagedCheckpoint of anything that a damaged file can raise.
 
     Lack of rights or memory is no damage, nor is a folder that was removed: these are OSErrors.
     """
@@ -701,7 +701,7 @@ def _short(error: BaseException) -> str:
 
 
 def _check_same(saved: Leaves, wanted: Mapping[str, Any], directory: epath.Path) -> None:
-    """Raises NotACheckpoint with every leaf that differs (the first of many)."""
+    """Raise NotACheckpoint with every leaf that differs (the first of many)."""
     problems = [f"missing in the checkpoint: {name}" for name in wanted if name not in saved]
     problems += [f"only in the checkpoint: {name}" for name in saved if name not in wanted]
     for name, new in wanted.items():

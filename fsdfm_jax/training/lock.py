@@ -23,7 +23,7 @@ _WATCH = 4 * _BEAT  # without a touch, after which a lock is stale
 
 @contextlib.contextmanager
 def only_writer(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made.
+    """Hold the lock of a folder, which is made.
 
     Raises:
       ValueError: if another job holds it; names host, process and age.
@@ -82,7 +82,7 @@ def _start_of(pid: int) -> str:
 
 
 def _create(path: pathlib.Path, owner: dict[str, Any]) -> bool:
-    """Makes the lock; False if there is one. It is never seen half-written."""
+    """Make the lock; False if there is one. It is never seen half-written."""
     own = path.with_name(f".{NAME}.{owner['pid']}.{socket.gethostname()}.tmp")
     io.write_json(own, owner)
     try:

@@ -65,7 +65,7 @@ def check_settings(settings: Settings) -> None:
         if getattr(settings, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
     if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}.")
+        raise ValueError(f"ema_decay must be in [0, 1), got {settings.ema_decay}.")
     if settings.batch_size % settings.accumulate:
         raise ValueError(
             f"batch_size={settings.batch_size} must be a multiple of "
@@ -140,7 +140,7 @@ def train(
     metadata: dict[str, Any],
     turns: Turns | None = None,
 ) -> None:
-    """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
+    """Train a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
 
     The state after a step depends on nothing but the arguments and the step, so that a run killed
     at any moment and started again ends with the same parameters bit for bit; on another mesh, or
@@ -271,7 +271,7 @@ def _take_steps(
 
 
 def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: Settings) -> None:
-    """Raises Stopped, in all processes, if one of them was told to end."""
+    """Raise Stopped, in all processes, if one of them was told to end."""
     if not stop.granted(stop.ask()):
         return
     processes.barrier(f"{name} stopped")
@@ -306,10 +306,10 @@ class _Silent(contextlib.nullcontext):
         return self
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def tick(self, step: int) -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
 
 class _Watchdog:
@@ -360,7 +360,7 @@ class _Reporter:
         return means
 
     def finish(self) -> None:
-        """Waits for the pending step; raises Diverged unless it is finite or may be skipped."""
+        """Wait for the pending step; raise Diverged unless it is finite or may be skipped."""
         if self._pending is None:
             return
         step, metrics = self._pending

@@ -86,7 +86,7 @@ class MetricWriter:
     def write(
         self, step: int, metrics: Mapping[str, Any], *, timing: Mapping[str, float] | None = None
     ) -> None:
-        """Writes one line {"step", "time" (Unix seconds), name: value, ...} and shows progress.
+        """Write one line {"step", "time" (Unix seconds), name: value, ...} and show progress.
 
         Args:
           step: Steps completed, larger than in any line before.
@@ -124,13 +124,13 @@ class MetricWriter:
             _log(f"{self._name} step {step}/{self._total} {self._speed()}")
 
     def tick(self, step: int) -> None:
-        """Moves the live bar and counts towards the rates; cheap, for every step."""
+        """Move the live bar and count towards the rates; cheap, for every step."""
         self._rate.update(step)
         if self._bar is not None:
             self._bar.update(completed=step, speed=self._speed())
 
     def close(self) -> None:
-        """Flushes the events and takes the bar off the terminal's last line."""
+        """Flush the events and take the bar off the terminal's last line."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -347,7 +347,7 @@ def _duration(seconds: float) -> str:
 
 
 def _keep_steps(path: pathlib.Path, start_step: int) -> None:
-    """Removes the lines of steps after `start_step` (all for 0) and a torn one, atomically."""
+    """Remove the lines of steps after `start_step` (all for 0) and a torn one, atomically."""
     if not path.exists():
         return
     lines = [

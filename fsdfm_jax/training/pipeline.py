@@ -71,7 +71,7 @@ def data_directory(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
 
 
 def save_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes config.json."""
+    """Write config.json."""
     said = {"format": recipe_lib.FORMAT, "code_version": recipe_lib.code_version()}
     io.write_json(workdir / "config.json", said | {"config": config.to_dict()})
 
@@ -256,7 +256,7 @@ def check_needed(
     stage: Stage,
     config: ConfigDict,
 ) -> None:
-    """Refuses what `stage.needs` names unless it is a base model of the same network and process.
+    """Refuse what `stage.needs` names unless it is a base model of the same network and process.
 
     Args:
       folder: of the run that is needed.
@@ -356,7 +356,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> PreparedData:
 def train_all(
     config: ConfigDict, plan: Plan, prepared: PreparedData, workdir: pathlib.Path
 ) -> None:
-    """Trains the runs of a pipeline, each up to its end; those that are finished take a moment."""
+    """Train the runs of a pipeline, each up to its end; those that are finished take a moment."""
     tokenizer = prepared.tokenizer
     process = make_process(config, tokenizer.vocab_size, tokenizer.eos_id)
     for i, entry in enumerate(plan.entries):
@@ -385,7 +385,7 @@ def train_run(
     mesh: Mesh,
     directory: pathlib.Path,
 ) -> None:
-    """Trains one run of a pipeline up to its end, from its newest checkpoint if there is one.
+    """Train one run of a pipeline up to its end, from its newest checkpoint if there is one.
 
     `needs` are the folders of `needed_runs`; their weights are only read where steps are left.
     """

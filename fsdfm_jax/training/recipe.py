@@ -97,7 +97,7 @@ def make_metadata(
 
 
 def check_format(place: pathlib.Path, stored: Mapping[str, Any]) -> None:
-    """Refuses what another version of this code has written.
+    """Refuse what another version of this code has written.
 
     Args:
       place: where it is.
@@ -116,7 +116,7 @@ def check_format(place: pathlib.Path, stored: Mapping[str, Any]) -> None:
 
 
 def check_recipe(directory: pathlib.Path, wanted: Mapping[str, Any]) -> None:
-    """Refuses to resume the run in `directory` under another recipe.
+    """Refuse to resume the run in `directory` under another recipe.
 
     Raises:
       ValueError: naming each key that differs.
@@ -155,7 +155,7 @@ def _free_lengths(ours: dict, theirs: dict, stage: str | None, step: int) -> set
 
 
 def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
-    """Refuses to resume the run in `directory` on other text than it was trained on.
+    """Refuse to resume the run in `directory` on other text than it was trained on.
 
     Args:
       directory: WORKDIR/stages/RUN; without a checkpoint there is nothing to refuse.
@@ -177,7 +177,7 @@ def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
 
 
 def check_base(directory: pathlib.Path, model: ModelConfig, path: Mapping[str, Any]) -> None:
-    """Refuses weights of another network or noising process than the run that reads them.
+    """Refuse weights of another network or noising process than the run that reads them.
 
     Shapes alone don't show it: neither the number of heads nor the schedule changes any.
 

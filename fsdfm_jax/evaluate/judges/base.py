@@ -173,7 +173,7 @@ class _Located(NamedTuple):
 
 
 def check_spec(spec: str) -> None:
-    """Refuses early what `open_judge` would refuse before it loads anything.
+    """Refuse early what `open_judge` would refuse before it loads anything.
 
     Raises:
       ValueError: no such form, no file, folder or package there, or a library is missing. What is
@@ -183,7 +183,7 @@ def check_spec(spec: str) -> None:
 
 
 def open_judge(spec: str, *, batch_size: int = 32, ids_tokenizer: Tokenizer | None = None) -> Judge:
-    """Opens a judge that isn't a run of the pipeline.
+    """Open a judge that isn't a run of the pipeline.
 
     Args:
       spec: one of `SPECS`.

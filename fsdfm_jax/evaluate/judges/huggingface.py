@@ -247,7 +247,7 @@ def open_gguf(path: pathlib.Path, **options: Any) -> HuggingFaceJudge:
 
 
 def check_gguf(path: pathlib.Path) -> None:
-    """Raises a ValueError if a library is missing that reads GGUF files; nothing is loaded."""
+    """Raise a ValueError if a library is missing that reads GGUF files; nothing is loaded."""
     _check_libraries(path.stem, "torch", "transformers", "gguf", "accelerate")
 
 

@@ -76,7 +76,7 @@ class NGramJudge:
         }
 
     def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
-        """Raises a ValueError: a word model takes text."""
+        """Raise a ValueError: a word model takes text."""
         raise ValueError(
             f"The judge {self.name!r} scores words; decode the samples and score the text."
         )
@@ -108,7 +108,7 @@ class NGramJudge:
 
 
 def check_library() -> None:
-    """Raises a ValueError if pocketsphinx is missing; it isn't imported."""
+    """Raise a ValueError if pocketsphinx is missing; it isn't imported."""
     tokenizer_lib.package_folder("pocketsphinx", _REMEDY)
 
 

@@ -57,7 +57,7 @@ class Judge(Protocol):
         is given, context, dtype, versions of libraries."""
 
     def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
-        """Scores ids without a detour through text.
+        """Score ids without a detour through text.
 
         Args:
           tokens_NL: int [N, L].
@@ -68,7 +68,7 @@ class Judge(Protocol):
         """
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
-        """Scores texts after tokenising them anew; a token counts if its last character does.
+        """Score texts after tokenising them anew; a token counts if its last character does.
 
         A text in which nothing counts has 0 tokens and 0 nats.
         """

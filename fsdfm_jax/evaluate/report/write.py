@@ -62,7 +62,7 @@ def write(
     header: dict[str, Any],
     mask_id: int | None = None,
 ) -> None:
-    """Writes all files of the report; equal arguments give equal bytes.
+    """Write all files of the report; equal arguments give equal bytes.
 
     results.json (header and rows), results.csv, samples.txt, trajectories.txt, the pictures
     frontier.png, steps.png and time.png, and report.html, which needs no other file.
