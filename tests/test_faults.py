@@ -157,9 +157,9 @@ def test_a_signal_saves_the_step_at_hand(tmp_path, whole, number, name):
 def test_a_second_sigterm_ends_at_once(tmp_path, whole):
     directory = tmp_path / "stage"
     job = Job(directory, "--slow_save=300").until("saves 5").stop()
-    job.until("SIGTERM: saves after this step, then ends; again to end at once.").stop()
+    job.until("SIGTERM: saving after this step, then exiting; repeat to exit at once.").stop()
     assert job.end() == 143
-    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+    assert job.said.endswith("Second SIGTERM: exiting at once.\n")
     assert torture.steps_of(directory) == []
     ends_like(directory, whole)
 
@@ -170,7 +170,7 @@ def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
     job = Job(tmp_path / "stage", "--wait_in=4").until("step 2/12").stop()
     job.until("SIGTERM: saves").stop()
     assert job.end() == 143
-    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+    assert job.said.endswith("Second SIGTERM: exiting at once.\n")
 
 
 def test_a_second_sigterm_ends_what_does_not_return_to_python(tmp_path):
@@ -178,7 +178,7 @@ def test_a_second_sigterm_ends_what_does_not_return_to_python(tmp_path):
     job = Job(tmp_path / "stage", "--count_at=4").until("counts").stop()
     job.until("SIGTERM: saves").stop()
     assert job.end() == 143
-    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+    assert job.said.endswith("Second SIGTERM: exiting at once.\n")
 
 
 def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):

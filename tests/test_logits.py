@@ -263,7 +263,7 @@ def test_average():
 def test_an_average_has_weights_that_add_up_to_1(weights):
     logits = factored(0, 1, 2, 3)
     for pair in ((logits, logits), (dense(logits), dense(logits))):
-        with pytest.raises(ValueError, match=r"must add up to 1, got \(.*\)"):
+        with pytest.raises(ValueError, match=r"must sum to 1, got \(.*\)"):
             average(pair, weights)
     with pytest.raises(ValueError, match="shorter|longer"):
         average((logits, logits), (1.0,))

@@ -158,7 +158,7 @@ def _files(folder):
         ({"mesh.data": 3}, r"mesh sizes \(mesh.data=3, .*8 device"),
         (
             {"mesh.data": 1, "mesh.fsdp": 8, "model.width": 20, "model.num_heads": 2},
-            r"kernel can't be spread: dimension \d of its shape .* by mesh.*=8",
+            r"kernel can't be sharded: dimension \d of its shape .* by mesh.*=8",
         ),
         ({"pipeline": "pretrain,distil"}, "unknown stage 'distil'"),
         ({"pipeline": "distill"}, "distill.init_from"),

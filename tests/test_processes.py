@@ -267,7 +267,7 @@ def test_one_that_is_gone_ends_the_other(tmp_path, task):
 
 
 def test_processes_that_cannot_join_are_told_what_to_give():
-    with pytest.raises(ValueError, match=r"can't be joined.*--coordinator=HOST:PORT"):
+    with pytest.raises(ValueError, match=r"can't connect.*--coordinator=HOST:PORT"):
         processes.initialize(None, 2, None)
     assert not processes.is_joined()
 
