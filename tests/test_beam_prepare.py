@@ -320,9 +320,9 @@ def test_only_damaged_groups_are_made_again(root, prepared, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_length": 8}, "block_length: 16 there, 8 now"),
-        ({"group_bytes": 2 * GROUP}, "group_bytes: 2048 there, 4096 now"),
-        ("corpus", r"files .*new\.txt: 'absent' there, 4 now|new\.txt: 'absent' there, 4 now"),
+        ({"block_length": 8}, "block_length: 16 before, 8 now"),
+        ({"group_bytes": 2 * GROUP}, "group_bytes: 2048 before, 4096 now"),
+        ("corpus", r"files .*new\.txt: 'absent' before, 4 now|new\.txt: 'absent' there, 4 now"),
     ],
 )
 def test_an_unfinished_folder_goes_on_with_the_same_only(root, tmp_path, change, message):

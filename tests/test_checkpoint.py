@@ -263,7 +263,7 @@ def test_bad_input(tmp_path):
             ({"a.b": ones}, "cannot be named"),
             ({"a/b": ones}, "cannot be named"),
             (ones, "cannot be named"),
-            ({"a": 1.0}, "arrays only, but 'a' is float"),
+            ({"a": 1.0}, "only arrays, but 'a' is float"),
             ({"a": jnp.zeros((0, 3))}, "'a' has no elements"),
         ]:
             with pytest.raises(ValueError, match=complaint):
@@ -388,7 +388,7 @@ def test_saving_once(tmp_path):
     assert restore_part(tmp_path / "new", ("step",))["step"] == 7
     with pytest.raises(ValueError, match="exists already"):
         checkpoint.save_once(tmp_path / "new", 8, tree, {})
-    with pytest.raises(ValueError, match="arrays only, but 'params/kernel' is float"):
+    with pytest.raises(ValueError, match="only arrays, but 'params/kernel' is float"):
         checkpoint.save_once(tmp_path / "other", 7, {"params": {"kernel": 1.0}}, {})
     with pytest.raises(ValueError, match="must be a JSON dict"):
         checkpoint.save_once(tmp_path / "other", 7, tree, {"a": np.nan})
@@ -548,7 +548,7 @@ def check_mishap(folder, file, content, states, warnings):
     named = [text for text in warnings if "step 2" in text and "damaged" in text]
     if step == 1:
         assert len(named) == 1
-        assert "going back to step 1" in named[0]
+        assert "resuming from step 1" in named[0]
         assert os.listdir(folder / "checkpoints") == ["1"]
         (folder / "damaged" / "2").rename(folder / "checkpoints" / "2")
     assert os.listdir(folder / "damaged") == [] if step == 1 else not named
@@ -616,7 +616,9 @@ def test_edited_metadata(tmp_path, warnings, edit):
     edit_metadata(tmp_path, 2, EDITS[edit])
     directory = tmp_path / "checkpoints"
     for read in (checkpoint.read_metadata, lambda d: restore_part(d, ("big",))):
-        with pytest.raises(DamagedCheckpoint, match=r"step 2 .* goes back to the checkpoint befor"):
+        with pytest.raises(
+            DamagedCheckpoint, match=r"step 2 .* resumes from the previous checkpoint"
+        ):
             read(directory)
     assert checkpoint.latest_step(directory) == 1
     assert "step 2" in warnings[-1]
@@ -839,7 +841,7 @@ def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
         lambda: checkpoint.newest_step(directory),
     )
     for use in uses:
-        with pytest.raises(ValueError, match=r"cannot be kept below .*(backslash|UTF-8).*another"):
+        with pytest.raises(ValueError, match=r"cannot be stored in .*(backslash|UTF-8).*another"):
             use()
     assert os.listdir(tmp_path) == []
 

@@ -150,7 +150,7 @@ def test_a_signal_saves_the_step_at_hand(tmp_path, whole, number, name):
     assert "Traceback" not in job.said
     assert torture.steps_of(directory) == [5, int(step)]
     assert torture.lines_of(directory)[-1]["step"] == int(step) >= 6
-    assert f"goes on from the checkpoint of step {step}." in ends_like(directory, whole)
+    assert f"resumes from the checkpoint of step {step}." in ends_like(directory, whole)
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
     assert job.end() == 0
     (warning,) = [line for line in job.said.splitlines() if "was moved to" in line]
     assert "the checkpoint of step 12 in" in warning
-    assert f"it was moved to {directory / 'damaged' / '12'}, going back to step 10" in warning
-    assert "goes on from the checkpoint of step 10." in job.said
+    assert f"it was moved to {directory / 'damaged' / '12'}, resuming from step 10" in warning
+    assert "resumes from the checkpoint of step 10." in job.said
     assert torture.differences(directory, whole) == ["a checkpoint was found damaged"]
 
 
@@ -545,9 +545,13 @@ def begun(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("pretrain.batch_size", 16, r"pretrain\.batch_size: 32 there, 16 now"),
-        ("pretrain.accumulate", 2, r"pretrain\.accumulate: 1 there, 2 now"),
-        ("optim.moment_dtype", "bfloat16", r"optim\.moment_dtype: 'float32' there, 'bfloat16' now"),
+        ("pretrain.batch_size", 16, r"pretrain\.batch_size: 32 before, 16 now"),
+        ("pretrain.accumulate", 2, r"pretrain\.accumulate: 1 before, 2 now"),
+        (
+            "optim.moment_dtype",
+            "bfloat16",
+            r"optim\.moment_dtype: 'float32' before, 'bfloat16' now",
+        ),
     ],
 )
 def test_what_changes_the_run_is_refused_by_name(begun, key, value, message):

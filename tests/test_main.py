@@ -162,7 +162,7 @@ def _files(folder):
         ),
         ({"pipeline": "pretrain,distil"}, "unknown stage 'distil'"),
         ({"pipeline": "distill"}, "distill.init_from"),
-        ({"pipeline": ""}, "names no stage"),
+        ({"pipeline": ""}, "pipeline is empty"),
         ({"path.source": "noise"}, "Unknown source 'noise'"),
         ({"path.source": "mask"}, "needs path.source='uniform'"),
         ({"path.schedule": "linear"}, "linear"),
@@ -176,16 +176,16 @@ def _files(folder):
         ({"refine.max_log2_steps": 3}, "refine's batch of 8 rows must be a multiple of 32"),
         ({"refine.noise": (0.5, 1.0)}, r"refine\.noise must be .* in \(0, 1\)"),
         ({"refine.auxiliary_updates": 0}, r"refine\.auxiliary_updates"),
-        ({"refine.teacher": "short"}, "refine.teacher='short' names no trained run"),
-        ({"refine.teacher": "base"}, "refine.teacher must name a base .*/distill holds a few-step"),
+        ({"refine.teacher": "short"}, "refine.teacher='short' is not a trained run"),
+        ({"refine.teacher": "base"}, "refine.teacher must be a base .*/distill has a few-step"),
         ({"step_aware.warmup_steps": 100}, "warmup_steps"),
         (
             {"distill.guidance": 1.0, "distill.guide": "pretrain"},
-            "distill.init_from must name a base model.*/step_aware holds a few-step model",
+            "distill.init_from must be a base model.*/step_aware has a few-step model",
         ),
         (
             {"distill.guidance": 1.0, "distill.guide": "short"},
-            "distill.guide='short' names no trained run",
+            "distill.guide='short' is not a trained run",
         ),
         (
             {
@@ -193,7 +193,7 @@ def _files(folder):
                 "distill.guidance": 1.0,
                 "distill.guide": "autoregressive",
             },
-            "distill.guide must name a base .*/autoregressive holds an autoregressive model",
+            "distill.guide must be a base .*/autoregressive has an autoregressive model",
         ),
         ({"autoregressive.num_steps": 0}, "num_steps"),
     ],

@@ -131,7 +131,7 @@ def test_the_papers_values_are_the_defaults():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"warmup_steps": 11}, "warmup_steps must lie between 0 and num_steps=10, got 11"),
+        ({"warmup_steps": 11}, "warmup_steps must be between 0 and num_steps=10, got 11"),
         ({"warmup_steps": -1}, "warmup_steps .* got -1"),
         ({"warmup_steps": 4, "decay_steps": 7}, "decay_steps .* = 10 - 4, got 7"),
         ({"decay_steps": -1}, "decay_steps .* got -1"),

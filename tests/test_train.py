@@ -491,7 +491,7 @@ def test_four_steps_are_two_and_two(tmp_path, distilled):
 def test_no_checkpoint_of_a_stage_that_cannot_start(tmp_path):
     stage, optimizer, _ = make_stage("distill")
     batches = Stream()
-    with pytest.raises(ValueError, match="starts from trained base weights"):
+    with pytest.raises(ValueError, match="needs trained base weights"):
         run(tmp_path, 4, stage=stage, optimizer=optimizer, batches=batches)
     assert checkpoint.latest_step(tmp_path / "checkpoints") is None
     assert batches.starts == []
@@ -524,5 +524,5 @@ def test_an_older_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
     for path in (folder / "4").rglob("*"):
         if path.is_file() and path.stat().st_size:
             path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match=r"another configuration \(toy.num_steps: 2 there, 4 now"):
+    with pytest.raises(ValueError, match=r"another configuration \(toy.num_steps: 2 before, 4 now"):
         run(tmp_path, 6, metadata=ours)

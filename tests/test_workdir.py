@@ -75,7 +75,7 @@ def test_repeated_stages_are_further_rounds(tmp_path):
 
 @pytest.mark.parametrize("pipeline", ["", " , ", ","])
 def test_empty_pipeline(tmp_path, pipeline):
-    with pytest.raises(ValueError, match="names no stage.*pretrain"):
+    with pytest.raises(ValueError, match="pipeline is empty.*pretrain"):
         pipeline_lib.entries(_config(pipeline), tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_init_from_by_name_and_by_path(tmp_path):
 @pytest.mark.parametrize("given", ["pretrain", "no/such/stages/pretrain", "distill"])
 def test_init_from_untrained(tmp_path, given):
     config = _config("distill", **{"distill.init_from": given})
-    with pytest.raises(ValueError, match=f"distill.init_from='{given}' names no trained run"):
+    with pytest.raises(ValueError, match=f"distill.init_from='{given}' is not a trained run"):
         pipeline_lib.entries(config, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +148,7 @@ def test_a_guided_stage_needs_its_base_and_the_run_that_it_names(tmp_path):
     config = _config("pretrain,distill", **guided, **{"distill.guide": str(there)})
     assert _needed(config, here) == {"init_from": runs / "pretrain", "guide": there}
     config = _config("pretrain,distill", **guided, **{"distill.guide": "short"})
-    with pytest.raises(ValueError, match="distill.guide='short' names no trained run"):
+    with pytest.raises(ValueError, match="distill.guide='short' is not a trained run"):
         _needed(config, here)
 
 
@@ -228,7 +228,7 @@ def test_the_same_recipe_goes_on(trained, tmp_path):
     ],
 )
 def test_a_changed_key_is_refused_by_name(trained, key, old, new):
-    with pytest.raises(ValueError, match=re.escape(f"({key}: {old} there, {new!r} now)")):
+    with pytest.raises(ValueError, match=re.escape(f"({key}: {old} before, {new!r} now)")):
         recipe_lib.check_recipe(trained, _recipe({"seed": 0}, **{key: new}))
 
 

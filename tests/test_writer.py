@@ -147,7 +147,7 @@ def test_bad_use(tmp_path):
         for step in (5, 4):
             with pytest.raises(ValueError, match=f"got step {step} after 5"):
                 metrics.write(step, {})
-        with pytest.raises(ValueError, match=r"may not be called \['time'\]"):
+        with pytest.raises(ValueError, match=r"can.t be named \['time'\]"):
             metrics.write(6, {"time": 1.0})
 
 

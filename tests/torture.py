@@ -37,7 +37,7 @@ SAVED = ("step", "params", "ema", "opt_state")
 KINDS = ("any moment", "training", "a save")
 _WEIGHTS = (20, 40, 40)  # how often each kind is drawn
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_GOES_ON = re.compile(r"goes on from the checkpoint of step (\d+)")
+_GOES_ON = re.compile(r"resumes from the checkpoint of step (\d+)")
 _LONGEST = 600.0  # seconds of a life, after which something is wrong
 
 

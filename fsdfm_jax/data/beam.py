@@ -195,11 +195,11 @@ def _check_plan(plan: dict[str, Any], begun: dict[str, Any], directory: pathlib.
         ours, theirs = plan[key], begun.get(key)
         if ours == theirs:
             continue
-        what = f"{key}: {theirs!r} there, {ours!r} now"
+        what = f"{key}: {theirs!r} before, {ours!r} now"
         if key in ("spec", "files") and isinstance(theirs, dict):
             names = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
             what = "; ".join(
-                f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} now"
+                f"{name}: {theirs.get(name, 'absent')!r} before, {ours.get(name, 'absent')!r} now"
                 for name in names[:3]
             )
         raise ValueError(

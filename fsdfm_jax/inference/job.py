@@ -294,7 +294,7 @@ def rows_written(path: pathlib.Path, job: Job) -> int:
         wanted = _line_head(row) | job.stamp
         found = line if isinstance(line, dict) else {}
         different = [
-            f"{key}: {found.get(key, 'absent')!r} there, {value!r} now"
+            f"{key}: {found.get(key, 'absent')!r} before, {value!r} now"
             for key, value in wanted.items()
             if key not in found or found[key] != value
         ]
