@@ -982,7 +982,7 @@ TWO = """
         try:
             restore_part(directory, ("w", "n"), sharding=place)
         except ValueError as error:
-            assert "devices of other processes; all of them read together" in str(error)
+            assert "devices of other processes; use together=True in all" in str(error)
         else:
             raise AssertionError("read alone")
         checkpoints.save(4, state(4), {"step": 4}, {"loss": 0.4})  # they find each other again

@@ -186,7 +186,7 @@ def test_run_writes_the_librarys_text(folder, source, tmp_path):
         (("--num_samples=0",), "--num_samples must be at least 1"),
         (("--prompt=a", "--infill=[1]"), "exclude each other"),
         (("--infill=no gap",), "has no gap"),
-        ((f"--prompt={TEXT * 5}",), "leaves nothing to write"),
+        ((f"--prompt={TEXT * 5}",), "fills the length"),
     ],
 )
 def test_run_refuses_in_one_line(folder, flags, message):

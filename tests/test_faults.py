@@ -142,8 +142,8 @@ def test_a_signal_saves_the_step_at_hand(tmp_path, whole, number, name):
     job = Job(directory, "--pause=0.1").until("step 6/12").stop(number)
     assert job.end() == 143
     (step,) = re.findall(
-        rf"^toy: stopped by {name} at step (\d+) of 12, which is saved; the same command goes on "
-        r"from there\.$",
+        rf"^toy: stopped by {name} at step (\d+) of 12, which is saved; run the same "
+        r"command to resume\.$",
         job.said,
         re.M,
     )
@@ -550,7 +550,7 @@ def begun(tmp_path):
         (
             "optim.moment_dtype",
             "bfloat16",
-            r"optim\.moment_dtype: 'float32' before, 'bfloat16' now",
+            r"optim\.moment_dtype: 'float32' before",
         ),
     ],
 )

@@ -105,7 +105,7 @@ class Terminal(io.StringIO):
         ({"num_samples": 0}, "--num_samples must be in 1 .. 1048576"),
         ({"batch_size": -1}, "--batch_size must be in 1 .. 1048576, got -1"),
         ({"steps": 0}, "steps must be an integer"),
-        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be an integer"),
         ({"temperature": -1.0}, "temperature must be in"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"cooling": 1.0}, r"cooling must be in \[0, 1\), got 1.0"),
@@ -320,7 +320,7 @@ def test_left_to_right(monkeypatch, batch_file, tmp_path):
     assert line["text"].startswith("the")
     monkeypatch.setattr(generate_lib, "generate", None)
     for changes, message in (
-        ({"infill": "The [2] of"}, "can't see text that stands after a gap"),
+        ({"infill": "The [2] of"}, "can't see text after a gap"),
         ({"batch_file": str(batch_file)}, "prompts.jsonl line 2: .*after a gap"),
         ({"stream": True}, "autoregressive model writes each token once"),
     ):

@@ -98,7 +98,7 @@ def test_infill_may_fill_the_block(bpe):
     ("make", "text", "message"),
     [
         (prompts.prefix, "", "prompt is empty"),
-        (prompts.prefix, "q" * L, "has 16 tokens and leaves nothing to write in 16; .*least 17"),
+        (prompts.prefix, "q" * L, "has 16 tokens and fills the length of 16; .*least 17"),
         (prompts.prefix, "q" * 40, "has 40 tokens"),
         (prompts.prefix, "a\ud800", "not Unicode"),
         (prompts.infill, "", "infill text is empty"),
