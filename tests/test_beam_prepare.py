@@ -338,7 +338,9 @@ def test_an_unfinished_folder_goes_on_with_the_same_only(root, tmp_path, change,
     else:
         spec = _spec(root, **change)
     try:
-        with pytest.raises(ValueError, match=f"begun with another .*{message}.*; go on with those"):
+        with pytest.raises(
+            ValueError, match=f"started with another .*{message}.*; go on with those"
+        ):
             _prepare(spec, tmp_path / "data", **options)
     finally:
         (root / "texts" / "new.txt").unlink(missing_ok=True)
@@ -365,9 +367,7 @@ def test_faults_of_the_corpus_are_told_after_all_else_is_done(root, tmp_path):
     fine = json.dumps({"text": "fine " * 100}) + "\n"
     (tmp_path / "bad.jsonl").write_text(fine * 1100 + '{"body": ""}\n')
     spec = _spec(root, corpus=f"{root}/texts/*,{tmp_path}/bad.jsonl")
-    message = (
-        r"bad\.jsonl:1101 has no field 'text' .*\(1 group\(s\) not made; the same command goes"
-    )
+    message = r"bad\.jsonl:1101 has no field 'text' .*\(1 group\(s\) not made; run the same command"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             _prepare(spec, tmp_path / "data", group_bytes=1 << 20)
@@ -385,8 +385,8 @@ def test_faults_of_the_corpus_are_told_after_all_else_is_done(root, tmp_path):
     [
         ({"corpus": "nowhere/*.txt"}, "no file matches 'nowhere"),
         ({"block_length": 50_000}, "the validation split has no full block of 50000|train split"),
-        ({"holdout": 1e-12}, r"none of the corpus's 400 document\(s\) falls into the validation"),
-        ({"mixture": "a=1"}, "mixes folders that are prepared already; leave out --engine"),
+        ({"holdout": 1e-12}, r"none of the corpus's 400 document\(s\) is in the validation"),
+        ({"mixture": "a=1"}, "mixes folders that are already prepared; omit --engine"),
         ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
     ],
 )
@@ -433,7 +433,7 @@ def test_a_shard_that_goes_bad_while_training_is_named(root, prepared, tmp_path)
         data.verify()
     path.unlink()
     stream = prepared_lib.Batches(_unchecked(data), batch_size=4, seed=0).iterate()
-    with pytest.raises(FileNotFoundError, match=r"train-00005\.array_record has vanished"):
+    with pytest.raises(FileNotFoundError, match=r"train-00005\.array_record has disappeared"):
         collections.deque(stream, maxlen=0)
 
 

@@ -90,7 +90,7 @@ def _broken_files(folder):
     [
         ("*.md", FileNotFoundError, r"no file matches '.*\*\.md'"),
         ("", FileNotFoundError, "is a folder; add"),
-        ("x.csv", ValueError, r"cannot read .*x\.csv: expected a file that ends in \.txt, \.raw"),
+        ("x.csv", ValueError, r"cannot read .*x\.csv: expected a name ending in \.txt, \.raw"),
         ("blank.txt", ValueError, r"has no text in its 1 file"),
         ("latin.txt", ValueError, r"latin\.txt is not UTF-8: .* at byte 3"),
         ("latin.jsonl", ValueError, r"latin\.jsonl:2 is not UTF-8"),

@@ -261,7 +261,9 @@ def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=rf"is damaged: \S*{shard.name} is missing"):
         prepared_lib.load(data.directory)
-    with pytest.raises(FileNotFoundError, match=rf"{shard.name} has vanished; put the files back"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{shard.name} has disappeared; restore the files"
+    ):
         _ = source[0]
 
 
@@ -288,7 +290,7 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
     shutil.copytree(prepared.directory, tmp_path / "data")
     path = tmp_path / "data" / "manifest.json"
     path.write_text(path.read_text().replace('"holdout": 0.2', '"holdout": 0.3'))
-    with pytest.raises(ValueError, match="damaged \\(its fingerprint is not that of the rest"):
+    with pytest.raises(ValueError, match="damaged \\(its fingerprint is wrong"):
         prepared_lib.load(tmp_path / "data")
 
 
@@ -301,7 +303,7 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
         ({"block_length": 5000}, "the validation split has no full block of 5000 tokens: its 1"),
         (
             {"holdout": 1e-9},
-            r"none of the corpus's 60 document\(s\) falls into the validation split",
+            r"none of the corpus's 60 document\(s\) is in the validation split",
         ),
         ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
     ],
@@ -510,9 +512,12 @@ def test_only_the_own_rows_are_read():
         (lambda: _batches(batch_size=0), "positive batch size"),
         (lambda: prepared_lib.Batches(NUMBERS[:0], batch_size=1, seed=0), "at least one block"),
         (lambda: _batches(seed=-1), r"must be in \[0, 2\*\*32\), got -1"),
-        (lambda: _batches(rows=range(4, 8)), r"some of the 4 rows of a batch, got range\(4, 8\)"),
-        (lambda: _batches(rows=[0, -1]), r"some of the 4 rows of a batch, got \[0, -1\]"),
-        (lambda: _batches(rows=[]), r"some of the 4 rows of a batch, got \[\]"),
+        (
+            lambda: _batches(rows=range(4, 8)),
+            r"rows must be indices in \[0, 4\), got range\(4, 8\)",
+        ),
+        (lambda: _batches(rows=[0, -1]), r"rows must be indices in \[0, 4\), got \[0, -1\]"),
+        (lambda: _batches(rows=[]), r"rows must be indices in \[0, 4\), got \[\]"),
         (lambda: _batches().batch_at(-1), "must not be negative, got -1"),
         (lambda: _batches().iterate(-2), "must not be negative, got -2"),
         (lambda: prepared_lib.validation_blocks(NUMBERS, 11), "expected 1 to 10 .* got 11"),

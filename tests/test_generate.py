@@ -389,7 +389,7 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
         ({"batch_size": 2}, "batch_size: 3 before, 2 now"),
         ({"num_samples": 2}, "line 2 is of another job .id: 2 before, 'a' now"),
         ({"batch_file": None, "num_samples": 9}, "id: 'a' before, 1 now"),
-        ({"batch_file": None}, "has 5 samples, more than the 1 asked for"),
+        ({"batch_file": None}, "has 5 samples, more than the 1 requested"),
         ({"bundle": _bundle(seed=1)}, "sha256"),
         ({"bundle": _bundle(path=UNIFORM.path | {"power": 2.0})}, "'power': 2.0"),
     ],

@@ -42,7 +42,7 @@ def test_parse():
         ("a=nan", "got 'a=nan'"),
         ("a=inf", "got 'a=inf'"),
         ("a=1/0", "got 'a=1/0'"),
-        ("a=1,b=2,a=3", "names a twice"),
+        ("a=1,b=2,a=3", "has a twice"),
         (" , ", "has no DIR=WEIGHT"),
     ],
 )
@@ -241,7 +241,7 @@ def test_mixtures_that_are_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"c has tokenizer \w+, but .*a has \w+; prepare it with"):
         prepare(_mixed_spec(folders, "a=1,c=1"))
     data = prepare(_mixed_spec(folders))
-    with pytest.raises(ValueError, match="is a mixture itself"):
+    with pytest.raises(ValueError, match="is itself a mixture"):
         prepare(_spec("x", mixture=f"{data.directory}=1"), "other")
     with pytest.raises(ValueError, match=r"data\.mixture is .* but the folder has"):
         prepare(_mixed_spec(folders, "a=1,b=1"))
@@ -260,7 +260,7 @@ def test_a_member_that_changed_or_lost_a_file(folders, tmp_path):
         prepared_lib.load(tmp_path / "mixed")
     shutil.rmtree(tmp_path / "own" / "b")
     prepared_lib.prepare(_spec(tmp_path / "own" / "b.jsonl", holdout=0.4), tmp_path / "own" / "b")
-    with pytest.raises(ValueError, match=r"mixture with data \w+, but .*b has \w+ now; put back"):
+    with pytest.raises(ValueError, match=r"mixture with data \w+, but .*b now has \w+; restore"):
         prepared_lib.load(tmp_path / "mixed")
 
 

@@ -131,11 +131,11 @@ def test_damage_found_while_reading_names_the_shard(tmp_path, folder):
     assert wrong >= 1  # only the chunk that holds the byte
     assert message.startswith(f"{path} cannot be read (Corrupted")
     assert "--verify" in message
-    assert "put the files back" in message
+    assert "restore the files" in message
     path.unlink()
     source = _open(tmp_path, files)
     source[0]
-    with pytest.raises(FileNotFoundError, match=r"train-1 has vanished; put the files back"):
+    with pytest.raises(FileNotFoundError, match=r"train-1 has disappeared; restore the files"):
         source[300]
     # What is open already can still be read where the system keeps it, or else is named.
     source[0]
