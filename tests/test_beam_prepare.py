@@ -338,9 +338,7 @@ def test_an_unfinished_folder_goes_on_with_the_same_only(root, tmp_path, change,
     else:
         spec = _spec(root, **change)
     try:
-        with pytest.raises(
-            ValueError, match=f"started with another .*{message}.*; go on with those"
-        ):
+        with pytest.raises(ValueError, match=f"started with another .*{message}.*; resume with"):
             _prepare(spec, tmp_path / "data", **options)
     finally:
         (root / "texts" / "new.txt").unlink(missing_ok=True)

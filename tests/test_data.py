@@ -514,7 +514,7 @@ def test_only_the_own_rows_are_read():
         (lambda: _batches(seed=-1), r"must be in \[0, 2\*\*32\), got -1"),
         (
             lambda: _batches(rows=range(4, 8)),
-            r"rows must be indices in \[0, 4\), got range\(4, 8\)",
+            r"must be indices in \[0, 4\), got range\(4, 8\)",
         ),
         (lambda: _batches(rows=[0, -1]), r"rows must be indices in \[0, 4\), got \[0, -1\]"),
         (lambda: _batches(rows=[]), r"rows must be indices in \[0, 4\), got \[\]"),
