@@ -491,7 +491,7 @@ def test_networks_without_a_bound(changes, message):
 
 def test_another_process():
     model = dataclasses.replace(MODEL, vocab_size=V + 1)
-    with pytest.raises(ValueError, match="knows 8 tokens, the process 7"):
+    with pytest.raises(ValueError, match="has 8 tokens, but the process has 7"):
         bound.nats_per_token({}, model, PROCESS, np.zeros((2, 3), np.int32), **GIVEN)
 
 
@@ -501,7 +501,7 @@ def test_another_process():
         (np.zeros(3, np.int32), {}, r"token ids \[N, L\].*int32 \(3,\)"),
         (np.zeros((0, 3), np.int32), {}, "N, L >= 1"),
         (np.zeros((2, 3)), {}, "float64"),
-        (np.full((2, 3), V - 1), {}, "other than the mask"),
+        (np.full((2, 3), V - 1), {}, "and not the mask"),
         (np.full((2, 3), V), {}, "got ids from 7 to 7"),
         (np.full((2, 3), -1), {}, "got ids from -1"),
         (np.zeros((2, 3), np.int32), {"num_times": 0}, "num_times must be at least 1"),

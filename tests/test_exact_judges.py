@@ -127,7 +127,7 @@ def test_the_judge_of_a_task(tmp_path):
     names = tokenizer_lib.from_json(documents.hmm_tokenizer(LAW), "names")
     found = exact_judges.find(names, LENGTH, str(tmp_path / "law.npz"))
     assert found.describe() == exact_judges.LawJudge(LAW).describe()
-    with pytest.raises(ValueError, match=r"eval\.law: .*law of 13 tokens, the models have 5"):
+    with pytest.raises(ValueError, match=r"eval\.law: .*law of 13 tokens, but the models have 5"):
         exact_judges.find(DIGITS, 17, str(tmp_path / "law.npz"))
     with pytest.raises(ValueError, match=r"eval\.law: no law in .*fsdfm_jax\.exact"):
         exact_judges.find(names, LENGTH, str(tmp_path / "none.npz"))

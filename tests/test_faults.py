@@ -168,7 +168,7 @@ def test_a_second_sigterm_ends_at_once(tmp_path, whole):
 def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
     """The loop waits for a computation then, where Python runs no handler of signals by itself."""
     job = Job(tmp_path / "stage", "--wait_in=4").until("step 2/12").stop()
-    job.until("SIGTERM: saves").stop()
+    job.until("SIGTERM: saving").stop()
     assert job.end() == 143
     assert job.said.endswith("Second SIGTERM: exiting at once.\n")
 
@@ -176,7 +176,7 @@ def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
 def test_a_second_sigterm_ends_what_does_not_return_to_python(tmp_path):
     """Where nothing looks for signals: a library that waits for a host that is gone."""
     job = Job(tmp_path / "stage", "--count_at=4").until("counts").stop()
-    job.until("SIGTERM: saves").stop()
+    job.until("SIGTERM: saving").stop()
     assert job.end() == 143
     assert job.said.endswith("Second SIGTERM: exiting at once.\n")
 

@@ -178,7 +178,7 @@ def test_overlapping_spans_count_once(judge):
 
 @pytest.mark.parametrize("span", [(0, 4), (-1, 2), (2, 1)])
 def test_a_span_outside_its_text(judge, span):
-    with pytest.raises(ValueError, match="isn't one of a text of 3 characters"):
+    with pytest.raises(ValueError, match="is outside a text of 3 characters"):
         judge.score_text([Text("the", (span,))])
 
 
@@ -210,10 +210,10 @@ def test_a_long_text_is_padded_by_a_quarter_at_most(judge):
 
 def test_only_left_to_right_networks_judge():
     wrong = ModelConfig(vocab_size=V, width=8, num_blocks=1, num_heads=2, cond_width=4)
-    with pytest.raises(ValueError, match="belong to stage 'distill'"):
+    with pytest.raises(ValueError, match="are of stage 'distill'"):
         judges_base.AutoregressiveJudge(PARAMS, wrong, TOKENIZER, metadata={"stage": "distill"})
     small = dataclasses.replace(MODEL, vocab_size=V - 1)
-    with pytest.raises(ValueError, match=f"tokenizer has {V} tokens, the judge {V - 1}"):
+    with pytest.raises(ValueError, match=f"tokenizer has {V} tokens, but the judge has {V - 1}"):
         judges_base.AutoregressiveJudge(PARAMS, small, TOKENIZER, metadata=METADATA)
 
 
@@ -384,10 +384,10 @@ def test_a_model_of_this_project_judges(judge, tmp_path):
 def test_a_model_of_this_project_that_is_no_judge(tmp_path):
     flow = dataclasses.replace(MODEL, causal=False)
     _write(tmp_path / "flow.safetensors", flow, provenance={"stage": "pretrain"})
-    with pytest.raises(ValueError, match="holds a model of stage 'pretrain'.*PATH#RUN"):
+    with pytest.raises(ValueError, match="has a model of stage 'pretrain'.*PATH#RUN"):
         judges_base.open_judge(f"bundle:{tmp_path / 'flow.safetensors'}")
     _write(tmp_path / "mute.safetensors", tokenizer=None)
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer"):
         judges_base.open_judge(f"bundle:{tmp_path / 'mute.safetensors'}")
 
 
@@ -563,7 +563,7 @@ def test_ids_only_of_the_same_vocabulary(folder, hf):
     for given in (None, other):
         stranger = judges_base.open_judge(f"hf:{folder}", ids_tokenizer=given)
         assert stranger.tokenizer is None
-        with pytest.raises(ValueError, match="another vocabulary than the samples; decode them"):
+        with pytest.raises(ValueError, match="different vocabulary than the samples; decode them"):
             stranger.score_ids(np.zeros((1, 3), np.int64))
     # A beginning of the vocabulary means the same text.
     fewer = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
@@ -643,7 +643,7 @@ def test_damaged_checkpoints(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights)
     larger = tokenizer.train_bpe(["the people of the united states of america"] * 9, V + 2)
     larger.save(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match=f"has ids up to {V + 1}, the model embeds {V}"):
+    with pytest.raises(ValueError, match=f"has ids up to {V + 1}, but the model embeds {V}"):
         judges_base.open_judge(f"hf:{tmp_path}")
 
 

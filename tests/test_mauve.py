@@ -72,8 +72,8 @@ def _with(value):
         (_features(1), _features(2, 39), r"reference of at least 40 samples"),
         (_features(1)[:, 0], _features(2), r"got shape \(120,\)"),
         (_features(1)[:, :-1], _features(2), "widths 11 and 12"),
-        (_with(np.nan), _features(2), "features hold values that are not finite"),
-        (_features(2), _with(np.inf), "reference hold values that are not finite"),
+        (_with(np.nan), _features(2), "features have values that are not finite"),
+        (_features(2), _with(np.inf), "reference have values that are not finite"),
     ],
 )
 def test_what_is_refused(features, reference, message):

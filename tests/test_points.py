@@ -143,8 +143,8 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"sampling.grid": "linear"}, "eval.sampling.grid must be uniform, .*'linear'"),
         ({"seed": -1}, "eval.seed must"),
         ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
-        ({"models": "runs/other"}, "expected LABEL=PATH"),
-        ({"models": "a=x,a=y"}, "each label once"),
+        ({"models": "runs/other"}, "expected comma-separated LABEL=PATH"),
+        ({"models": "a=x,a=y"}, "unique labels"),
         ({"models": "a/b=x"}, "of letters, digits"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
 def test_no_models_named_is_all_of_them():
     plan = plan_lib.sweep(_axes(models=()), _settings(), STAGES, 128)
     assert {p.source for p in plan if p.kind == "model"} == set(STAGES)
-    with pytest.raises(ValueError, match=r"axes\.models names the unknown 'refine'"):
+    with pytest.raises(ValueError, match=r"axes\.models has the unknown 'refine'"):
         plan_lib.sweep(_axes(models=("refine",)), _settings(), STAGES, 128)
 
 

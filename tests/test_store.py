@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got 2 of 2"):
         Store(tmp_path, index=2, count=2)
     (tmp_path / "points.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"points\.jsonl holds a line that is no result"):
+    with pytest.raises(ValueError, match=r"points\.jsonl has a line that isn't a result"):
         Store(tmp_path)
     (tmp_path / "points.jsonl").write_text("nonsense\n")
     with pytest.raises(ValueError, match="line 1 is no JSON"):

@@ -200,11 +200,11 @@ def test_more_points_join_those_that_are_there(world, whole):
     ("changes", "flags", "message"),
     [
         ({"axes.steps": (0,)}, (), "axes: Sampling.steps must be an integer in [1"),
-        ({"axes.models": ("refine",)}, (), "axes.models names the unknown 'refine'"),
+        ({"axes.models": ("refine",)}, (), "axes.models has the unknown 'refine'"),
         ({}, ("--host=2/2",), "--host must be I/N with 0 <= I < N, got '2/2'"),
         ({"eval.num_samples": 1000, "eval.task": "prefix:4"}, (), "eval.num_samples=1000"),
         ({"eval.judges": "gguf:none.gguf"}, (), "none.gguf"),
-        ({"eval.models": "distill=RUN#pretrain"}, (), "choose another label"),
+        ({"eval.models": "distill=RUN#pretrain"}, (), "choose another one"),
         ({"axes.grids": ("power:30",)}, (), "Grid 'power:30' with 1024 steps"),
     ],
 )
