@@ -152,7 +152,7 @@ def test_a_working_directory_has_a_config(monkeypatch, tmp_path):
 
 
 def test_a_model_needs_a_tokenizer(monkeypatch):
-    with pytest.raises(ValueError, match="holds no tokenizer; .*--tokenizer=gpt2"):
+    with pytest.raises(ValueError, match="has no tokenizer; .*--tokenizer=gpt2"):
         _run(monkeypatch, _bundle(tokenizer=None))
 
 
