@@ -277,7 +277,7 @@ def test_killed_and_resumed(root, prepared, tmp_path, place, countdown):
     with pytest.raises(FileNotFoundError, match="no prepared data"):
         prepared_lib.load(target)
     if (target / "plan.json").exists():
-        with pytest.raises(ValueError, match="if --engine=beam was stopped in it, run that"):
+        with pytest.raises(ValueError, match="If --engine=beam was stopped there, run that"):
             prepared_lib.prepare(_spec(root), target)
     finished = {p.stem for p in (target / "shards").glob("*.json") if not p.name.startswith(".")}
     before = _inodes(target)

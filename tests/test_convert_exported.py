@@ -244,7 +244,7 @@ def test_each_missing_or_changed_file_is_named(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "has version 3, this version of the package reads 4"),
+        ({"version": 3}, "has version 3, but this package reads 4"),
         ({"steps": []}, "doesn't describe an exported sampler"),
         ({"steps": [True]}, "doesn't describe an exported sampler"),
         ({"steps": [5]}, "doesn't describe an exported sampler"),
@@ -285,5 +285,5 @@ def test_is_exported(folder, tmp_path):
 
 
 def test_a_program_of_other_steps_is_not_there(folder, source):
-    with pytest.raises(ValueError, match="has programs of 3, 1 steps, got steps=2"):
+    with pytest.raises(ValueError, match="has programs for 3, 1 steps, got steps=2"):
         exported.call(folder, source.params(), Sampling(2), **_rows(source))

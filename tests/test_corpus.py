@@ -89,7 +89,7 @@ def _broken_files(folder):
     ("corpus", "error", "message"),
     [
         ("*.md", FileNotFoundError, r"no file matches '.*\*\.md'"),
-        ("", FileNotFoundError, "is a folder; add"),
+        ("", FileNotFoundError, "is a folder; append"),
         ("x.csv", ValueError, r"cannot read .*x\.csv: expected a name ending in \.txt, \.raw"),
         ("blank.txt", ValueError, r"has no text in its 1 file"),
         ("latin.txt", ValueError, r"latin\.txt is not UTF-8: .* at byte 3"),

@@ -147,7 +147,7 @@ def test_prepare_again_reuses_or_refuses(corpus, prepared, monkeypatch):
     again = prepared_lib.prepare(_spec(corpus), prepared.directory)
     assert again.fingerprint == prepared.fingerprint
     other = _spec(corpus, block_length=8, holdout=0.3)
-    message = r"data\.block_length is 8 but the folder has 16, data\.holdout is 0\.3 .*; set data"
+    message = r"data\.block_length is 8, but the folder has 16, data\.holdout is 0\.3 .*; set data"
     with pytest.raises(ValueError, match=message):
         prepared_lib.prepare(other, prepared.directory)
 
@@ -250,7 +250,9 @@ def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
     source = data.source("train")
     shard.write_bytes(whole[:8000] + bytes(len(whole) - 8000))  # the size stays
     prepared_lib.load(data.directory)
-    with pytest.raises(ValueError, match=rf"{shard.name} has sha256 \w+ instead of \w+; put the"):
+    with pytest.raises(
+        ValueError, match=rf"{shard.name} has sha256 \w+ instead of \w+; restore the"
+    ):
         data.verify()
     with pytest.raises(ValueError, match=rf"{shard.name} cannot be read \("):
         _ = [source[index] for index in range(len(source))]
@@ -282,7 +284,7 @@ def test_folders_of_older_versions_open_but_cannot_be_verified(corpus, prepared,
     data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
     assert data.fingerprint == prepared.fingerprint
     assert len(data.source("train")) == data.num_blocks("train")
-    with pytest.raises(ValueError, match="no checksums; prepare it again"):
+    with pytest.raises(ValueError, match="without checksums; prepare it again"):
         data.verify()
 
 

@@ -231,9 +231,9 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
     largest.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     job = Job(directory)
     assert job.end() == 0
-    (warning,) = [line for line in job.said.splitlines() if "was moved to" in line]
+    (warning,) = [line for line in job.said.splitlines() if "; moved to" in line]
     assert "the checkpoint of step 12 in" in warning
-    assert f"it was moved to {directory / 'damaged' / '12'}, resuming from step 10" in warning
+    assert f"moved to {directory / 'damaged' / '12'}, resuming from step 10" in warning
     assert "resumes from the checkpoint of step 10." in job.said
     assert torture.differences(directory, whole) == ["a checkpoint was found damaged"]
 

@@ -208,7 +208,9 @@ def test_a_mixture_follows_folders_that_were_moved(folders, tmp_path):
     shutil.copytree(folders, tmp_path / "old")
     first = prepared_lib.prepare(_mixed_spec(tmp_path / "old"), tmp_path / "mixed")
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match="old/a .* or name its new place in data.mixture"):
+    with pytest.raises(
+        FileNotFoundError, match="old/a .* if it was moved, give its new path in data.mixture"
+    ):
         prepared_lib.load(tmp_path / "mixed")
     moved = prepared_lib.prepare(_mixed_spec(tmp_path / "new"), tmp_path / "mixed")
     assert moved.fingerprint == first.fingerprint
@@ -255,7 +257,7 @@ def test_a_member_that_changed_or_lost_a_file(folders, tmp_path):
     shard = next((tmp_path / "own" / "b").rglob("*train.array_record*"))
     shard.rename(tmp_path / "away")
     with pytest.raises(
-        ValueError, match=rf"b is damaged: .*{shard.name} is missing; put the files"
+        ValueError, match=rf"b is damaged: .*{shard.name} is missing; restore the files"
     ):
         prepared_lib.load(tmp_path / "mixed")
     shutil.rmtree(tmp_path / "own" / "b")

@@ -151,8 +151,8 @@ def test_lines_of_text(tmp_path, bpe):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "this is no JSON"),
-        (b'{"prompt": "a"', "this is no JSON"),
+        (b"{", "this isn't JSON"),
+        (b'{"prompt": "a"', "this isn't JSON"),
         (b'"a"', "expected .*prompt.*infill"),
         (b"[1]", "expected .*prompt.*infill"),
         (b"{}", "expected .*prompt.*infill"),

@@ -511,7 +511,7 @@ def test_the_claim_is_of_the_base_model(tmp_path):
     page = _page(tmp_path / "b", [*ROWS, base])
     assert "instead of 1,024, timed on different devices; " in _key(page)
     assert "times the speed" not in page
-    assert "several: compare times of one only" in page.split('<section id="time">')[1]
+    assert "several: compare times only within one" in page.split('<section id="time">')[1]
     assert _cells(page, "pretrain", "sampler") == ["1 x other"]
 
 

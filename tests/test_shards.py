@@ -103,7 +103,9 @@ def test_sizes_and_sums(tmp_path, folder):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     shards.check_sizes(tmp_path, files)
-    with pytest.raises(ValueError, match=r"damaged: train-1 has sha256 \w+ instead of \w+; put"):
+    with pytest.raises(
+        ValueError, match=r"damaged: train-1 has sha256 \w+ instead of \w+; restore"
+    ):
         shards.check_sums(tmp_path, files)
     path.write_bytes(data[:-1])
     (tmp_path / "train-2").unlink()

@@ -341,7 +341,7 @@ def test_settings_that_cannot_be(values, message):
         ),
         (
             {"pretrain.accumulate": 3},
-            r"pretrain\.batch_size=64 .* pretrain\.accumulate=3: its parts",
+            r"pretrain\.batch_size=64 .* pretrain\.accumulate=3: micro-batches",
         ),
         ({"pretrain.accumulate": 16}, r"pretrain\.batch_size / pretrain\.accumulate \(16\)=4 .* 8"),
         ({"optim.max_skipped": -1}, "max_skipped must not be negative, got -1"),

@@ -356,7 +356,7 @@ def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
 
 
 def test_weights_of_another_tokenizer(trained):
-    with pytest.raises(ValueError, match="tokenizer tok, the data has other"):
+    with pytest.raises(ValueError, match="tokenizer tok, but the data has other"):
         workdir_lib.load_weights(trained, tokenizer="other")
     assert workdir_lib.load_weights(trained).metadata["tokenizer"] == "tok"
 
