@@ -113,5 +113,7 @@ def test_many_steps_with_it_give_the_law(source):
 
 def test_other_vocabularies_are_refused():
     for source in (sources.Source(4), sources.Source(3, mask_id=0), sources.Source(4, mask_id=0)):
-        with pytest.raises(ValueError, match="a law of 3 tokens needs a uniform source of as many"):
+        with pytest.raises(
+            ValueError, match="a law of 3 tokens needs a uniform source of the same size"
+        ):
             hmm_posterior.make_denoiser(LAW, schedules.Polynomial(), source)
