@@ -429,7 +429,7 @@ def test_the_program_prints_what_it_found():
     ("arguments", "message"),
     [
         ([SMOKE, "--topology=v5e:4by4"], "Unknown --topology='v5e:4by4'"),
-        ([SMOKE, "--topology="], "--topology is empty (a variable of the shell that isn't set?)"),
+        ([SMOKE, "--topology="], "--topology is empty (an unset shell variable?)"),
         ([SMOKE], "Give --config and --topology"),
         ([SMOKE, "--topology=local", "--batch=12"], "This mesh fits: --config.mesh.data=4"),
     ],

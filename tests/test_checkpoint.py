@@ -246,10 +246,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
 
 def test_bad_input(tmp_path):
     for wrong, complaint in [
-        ({"keep": 0}, "keep must be at least 1"),
-        ({"keep": 2.0}, "keep must be at least 1"),
-        ({"keep_every": -1}, "keep_every must be at least 0"),
-        ({"keep_best": True}, "keep_best must be at least 0"),
+        ({"keep": 0}, "keep must be an integer >= 1"),
+        ({"keep": 2.0}, "keep must be an integer >= 1"),
+        ({"keep_every": -1}, "keep_every must be an integer >= 0"),
+        ({"keep_best": True}, "keep_best must be an integer >= 0"),
         ({"metric": ""}, "metric must be the name"),
     ]:
         with pytest.raises(ValueError, match=complaint):

@@ -364,7 +364,7 @@ def test_a_name_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     for path in (tmp_path / "absent", slip, "a/b/c", "./absent", pathlib.Path("a/b")):
         with pytest.raises(FileNotFoundError, match="no file or folder"):
             fs.load(path)
-    with pytest.raises(ValueError, match="revision='v1' is of a model of the Hub"):
+    with pytest.raises(ValueError, match="revision='v1' needs a model on the Hub"):
         fs.load(tmp_path / "model", revision="v1")
     assert len(asked) == 1
 

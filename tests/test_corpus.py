@@ -94,7 +94,7 @@ def _broken_files(folder):
         ("blank.txt", ValueError, r"has no text in its 1 file"),
         ("latin.txt", ValueError, r"latin\.txt is not UTF-8: .* at byte 3"),
         ("latin.jsonl", ValueError, r"latin\.jsonl:2 is not UTF-8"),
-        ("cut.jsonl", ValueError, r"cut\.jsonl:2 is no JSON"),
+        ("cut.jsonl", ValueError, r"cut\.jsonl:2 isn't valid JSON"),
         ("list.jsonl", ValueError, r"list\.jsonl:1 has no field 'text' \(found: list\)"),
         ("field.jsonl", ValueError, r"field\.jsonl:3 has no field 'text' \(found: body, id\)"),
         ("number.jsonl", ValueError, r"number\.jsonl:1: expected text in 'text', got int"),

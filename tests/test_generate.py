@@ -112,8 +112,8 @@ class Terminal(io.StringIO):
         ({"look_ahead": -0.5}, r"look_ahead must be in \[0, 1\], got -0.5"),
         ({"jump": "leap"}, "jump must be one of .*'leap'"),
         ({"grid": "log"}, "Unknown grid 'log'"),
-        ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
-        ({"stream": True, "output": "o.jsonl"}, "--stream shows texts to you"),
+        ({"stream": True, "batch_file": "b.txt"}, "--stream displays texts"),
+        ({"stream": True, "output": "o.jsonl"}, "--stream displays texts"),
         ({"output": "o.txt"}, "--output must be a .jsonl file, got 'o.txt'"),
     ],
 )
@@ -417,7 +417,7 @@ def test_an_output_of_another_prompt_is_refused(monkeypatch, complete, batch_fil
     [
         (b"my only notes", "was not written by this program"),
         (b'{"id": 1}\nmy notes', "was not written by this program"),
-        (b"my notes\n", "line 1 is no JSON"),
+        (b"my notes\n", "line 1 isn't valid JSON"),
         (b"[3]\n", "line 1 is of another job"),
     ],
 )

@@ -108,7 +108,7 @@ def test_values_that_were_believed(key, value):
 
 @pytest.mark.parametrize("name", ["../../escape", "a/b", "..", ".", "", "a\nb"])
 def test_the_name_of_a_sweep_stays_in_its_folder(name):
-    with pytest.raises(ValueError, match=r"config\.name must be a folder's name"):
+    with pytest.raises(ValueError, match=r"config\.name must be a folder name"):
         schema.check(_with("sweep", "name", name))
 
 

@@ -169,5 +169,5 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"points\.jsonl has a line that isn't a result"):
         Store(tmp_path)
     (tmp_path / "points.jsonl").write_text("nonsense\n")
-    with pytest.raises(ValueError, match="line 1 is no JSON"):
+    with pytest.raises(ValueError, match="line 1 isn't valid JSON"):
         Store(tmp_path)

@@ -98,7 +98,7 @@ def test_torn_line_is_ignored_and_cut_by_the_next_append(tmp_path):
 def test_bad_complete_line_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"x": 1}\nnope\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2 isn't valid JSON"):
         read_jsonl(path)
     with pytest.raises(FileNotFoundError):
         read_jsonl(tmp_path / "missing")
