@@ -252,7 +252,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     evaluation.seed = 1
     # unconditional | prefix:K | continuation (prefix:512) | random:SHARE | infill:COUNTxN
     evaluation.task = "unconditional"
-    # Baseline texts, which show how metrics can be gamed and what count models achieve:
+    # Controls: texts that show how metrics can be gamed and what count models achieve:
     # unigram | ngram | shuffled | repeated | one, few (repeated held-out blocks) | cold (the base
     # model at temperature 0.5).
     evaluation.controls = ("unigram", "shuffled", "repeated", "ngram")

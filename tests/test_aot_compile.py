@@ -233,7 +233,7 @@ def test_a_compiler_that_jax_cannot_read_is_named():
         made.as_text = refuse
         return types.SimpleNamespace(compile=lambda: made)
 
-    message = r"fsdfm_jax\[tpu\]'. It said: INTERNAL: RET_CHECK failure$"
+    message = r"fsdfm_jax\[tpu\]'. The error: INTERNAL: RET_CHECK failure$"
     with pytest.raises(ValueError, match=message):
         aot.describe(program._replace(lower=lower), 8, target)
 
@@ -259,7 +259,7 @@ def test_the_largest_batch_is_where_a_line_meets_the_memory(total, compiled, bes
     assert [int(line.split()[0]) for line in lines] == compiled
     assert (row and row["rows"]) == best
     assert best is None or row["fits"]
-    with pytest.raises(ValueError, match="needs to know the memory of a device, and toy doesn't"):
+    with pytest.raises(ValueError, match="needs the memory of a device, which toy doesn't"):
         aot.find_largest(program, target._replace(memory=None), lines.append)
 
 

@@ -125,7 +125,7 @@ def test_scripts_pass_shellcheck(script):
         (["local.sh"], "expected '--'"),
         (["local.sh", "--", "--workdir=x"], "--processes must be"),
         (["local.sh", "--processes=2x", "--", "--workdir=x"], "--processes must be"),
-        (["local.sh", "--processes=0", "--", "--workdir=x"], "from 1 on"),
+        (["local.sh", "--processes=0", "--", "--workdir=x"], ">= 1"),
         (["local.sh", "--processes=1", "--", "--config=x"], "no --workdir"),
         (["local.sh", "--process=1", "--", "--workdir=x"], "unknown option '--process=1'"),
         (["slurm.sh", "--nodes=", "--", "--workdir=x"], "--nodes must be"),
@@ -139,7 +139,7 @@ def test_scripts_pass_shellcheck(script):
         (["tpu_pod.sh", "start", "--name=n", "--zone=z", "--", "--workdir=x"], "--workdir=/FOLDER"),
         (
             ["tpu_pod.sh", "stop", "--name=n", "--zone=z", "--", "--workdir=/x"],
-            "takes no arguments",
+            "takes no program arguments",
         ),
         (["tpu_pod.sh", "stop", "--name=n", "--zone=z", "--env=A B=1"], "--env must be"),
     ],
@@ -216,18 +216,18 @@ def test_local_ends_all_when_one_fails_and_returns_its_code(stub):
     ended = _local(stub, "--processes=3", "--devices=1", "--grace=1", does=does)
     assert ended.returncode == 7
     assert time.monotonic() - began < 20
-    assert "process 1 ended with exit code 7" in ended.stderr
+    assert "process 1 exited with code 7" in ended.stderr
     assert "told 15" in (stub / "runs/logs/process-2.log").read_text()
 
 
 @pytest.mark.parametrize("first", [2, 134])
-def test_local_does_not_run_again_what_is_to_be_mended(stub, first):
+def test_local_does_not_run_again_what_must_be_fixed(stub, first):
     # Whichever is seen first: 2 says why, and the other process only lost its coordinator.
     does = f"if me == '1': time.sleep(1)\nsys.exit({first} if me == '0' else {136 - first})"
     ended = _local(stub, "--processes=2", "--devices=1", "--restarts=3", "--grace=5", does=does)
     assert ended.returncode == 2
-    assert "ended with exit code 2, see" in ended.stderr
-    assert "running again" not in ended.stderr
+    assert "exited with code 2, see" in ended.stderr
+    assert "restart" not in ended.stderr
     assert not (stub / "seen-0-1").exists()
 
 
@@ -638,8 +638,8 @@ def test_tpu_pod_restarts_a_failed_program_as_often_as_allowed(cloud, stub):
     assert len(_calls(cloud, "create")) == 1  # the slice was still there
 
 
-def test_tpu_pod_does_not_restart_what_is_to_be_mended(cloud, stub):
-    # The host that says what is to be mended is not the first that ends, and one goes on waiting.
+def test_tpu_pod_does_not_restart_what_must_be_fixed(cloud, stub):
+    # The host that exits with 2 is not the first to end, and one keeps waiting.
     does = (
         "if me == 'pod-0-0': sys.exit(134)\n"
         "if me == 'pod-1-0': time.sleep(1); sys.exit(2)\n"
@@ -648,7 +648,7 @@ def test_tpu_pod_does_not_restart_what_is_to_be_mended(cloud, stub):
     options = ["--type=v6e-8", "--slices=2", "--settle=3"]
     ended = cloud("run", *options, "--", "--workdir=/x", does=does)
     assert ended.returncode == 2, ended.stderr
-    assert "something is to be mended" in ended.stderr
+    assert "you must fix something" in ended.stderr
     assert not (stub / "seen-pod-0-0-1").exists()
     # No host is left behind that still waits for the others.
     assert "told 15" in (cloud.fake / "host-pod-1-1/fsdfm_run/log").read_text()
@@ -683,7 +683,7 @@ def test_tpu_pod_run_leaves_alone_what_does_not_answer(cloud, stub):
     (cloud.fake / "fail-ssh").write_text("1000")
     ended = cloud(*RUN)
     assert ended.returncode == 1
-    assert "asked 10 times" in ended.stderr
+    assert "in 10 attempts" in ended.stderr
     assert "nothing was stopped" in ended.stderr
     (cloud.fake / "fail-ssh").unlink()
     assert cloud("status").stdout.count("running") == 2
