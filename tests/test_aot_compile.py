@@ -1,4 +1,4 @@
-"""Compiling ahead: what is read out of a compiled program, and the program that prints it."""
+"""Ahead-of-time compilation: the figures read from a compiled program, and the command."""
 
 import csv
 import os
@@ -401,7 +401,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
 
 
 def run(*arguments):
-    """The program in a process of its own, with 8 devices: it has its own flags, as others do."""
+    """Run the program in a separate process with 8 devices, because its flags are global."""
     command = [sys.executable, "-m", "launch.aot_compile", *arguments]
     paths = os.pathsep.join([str(ROOT), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "8"}

@@ -1,4 +1,4 @@
-"""What may import what, and what may not stand in the package at all; read from the sources."""
+"""Import layers and forbidden constructs, checked in the sources."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""Attention in blocks against all scores at once, and what "auto" stands for."""
+"""Blocked attention against all scores at once, and the choice of "auto"."""
 
 import functools
 import math

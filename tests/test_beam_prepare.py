@@ -1,4 +1,4 @@
-"""Preparation by groups: same blocks whoever makes them, resuming, damage; on Beam where it is."""
+"""Preparation by groups: deterministic blocks, resuming, damage; on Beam if installed."""
 
 import collections
 import dataclasses

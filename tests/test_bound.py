@@ -1,8 +1,8 @@
 """The likelihood bound against exact enumeration.
 
-Three positions of three tokens, with [MASK] four, are few enough states to write down what the
-bound estimates, and the likelihood that the sampler's chain gives each text. The reference below is
-float64 NumPy and calls nothing of the package.
+Three positions of three tokens, with [MASK] four, are few enough states to compute the bound
+and the sampler's likelihood of each text exactly. The reference below is float64 NumPy and calls no
+code of the package.
 """
 
 import dataclasses

@@ -363,7 +363,7 @@ def test_a_killed_save_leaves_a_usable_checkpoint(tmp_path):
             # written by a process with one device, read onto eight
             restored = checkpoints.restore(abstract(want, mesh_sharding))
             assert_same_bits(restored, want)
-            checkpoints.save(3, restored, {"step": 3})  # the run goes on
+            checkpoints.save(3, restored, {"step": 3})  # the run continues
         assert os.listdir(tmp_path / moment) == ["3"]
 
 
@@ -421,7 +421,7 @@ def test_a_record_stands_for_its_step(tmp_path, monkeypatch):
     assert checkpoint.read_record(tmp_path).step == 4
     shapes = checkpoint.leaf_shapes(tmp_path, "ema", 3)
     want = restore_part(tmp_path, ("ema", "step"), 3)
-    monkeypatch.setattr(checkpoint, "_read_record", lambda *_: pytest.fail("read anew"))
+    monkeypatch.setattr(checkpoint, "_read_record", lambda *_: pytest.fail("read again"))
     assert checkpoint.read_record(tmp_path, record) is record
     assert checkpoint.leaf_shapes(tmp_path, "ema", record) == shapes
     jax.tree.map(assert_same_bits, restore_part(tmp_path, ("ema", "step"), record), want)
@@ -451,7 +451,7 @@ def test_retention(tmp_path, retention, kept):
 
 
 def test_another_process_that_is_gone_is_no_failed_write(tmp_path, monkeypatch):
-    """A launcher starts the job again after that, and not after what has to be mended."""
+    """A launcher restarts the job after transient errors only."""
 
     def gone(*_, **__):
         raise jax.errors.JaxRuntimeError("Connection closed by peer")
@@ -636,7 +636,7 @@ def test_a_renamed_folder_is_damage(tmp_path, warnings):
         step, _ = checkpoints.restore_latest(abstract(states[1], on_one_device))
         assert step == 1
         assert "saved as step 2" in warnings[-1]
-        # The run goes on from there, over the step that was moved away.
+        # The run resumes from there and repeats the step that was moved away.
         checkpoints.save(2, states[2], {})
         assert checkpoints.steps() == [1, 2]
     # Nothing that was moved aside is overwritten later.

@@ -1,4 +1,4 @@
-"""Configuration files: they load, they agree on the keys, and a run reads every key."""
+"""Configuration files: they load, have the same keys, and a run reads every key."""
 
 import collections
 import importlib

@@ -1,4 +1,4 @@
-"""The exported sampler: the library's tokens without the library; damaged folders are refused."""
+"""The exported sampler: the library's tokens without the library; damaged folders are rejected."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Every format to every other, what targets refuse, and that they appear whole or not at all."""
+"""Conversion between all formats, rejected targets, and atomic writes."""
 
 import dataclasses
 import json
@@ -756,7 +756,7 @@ def test_the_tokenizer_tells_the_noise_of_official_files(tmp_path):
         formats.open_bundle(path, tokenizer=str(tmp_path / "61.json"), source="mask")
     with pytest.raises(ValueError, match="Unknown source 'masked'"):
         formats.open_bundle(path, source="masked")
-    # What was only assumed may be mended later, what was said may not.
+    # An assumed source may be corrected later, a given one may not.
     formats.write(formats.open_bundle(path), Target(tmp_path / "a.safetensors"))
     mended = formats.open_bundle(tmp_path / "a.safetensors", source="mask")
     assert mended.path["source"] == "mask"

@@ -1,4 +1,4 @@
-"""Broken copies of every kind of file: refused with one message, or read bit by bit right."""
+"""Broken copies of every kind of file: rejected with one message, or read exactly."""
 
 import dataclasses
 import functools

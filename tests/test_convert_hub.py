@@ -1,4 +1,4 @@
-"""The Hub's layout: written and read, the network in PyTorch, the model card, names of the Hub."""
+"""The Hub's layout: writing and reading, the network in PyTorch, the model card, Hub names."""
 
 import dataclasses
 import html

@@ -1,4 +1,4 @@
-"""Official state dicts: recorded logits, bit-exact round trips, errors that name every key."""
+"""Official state dicts: recorded logits, bit-exact round trips, errors with every key."""
 
 import dataclasses
 import pathlib

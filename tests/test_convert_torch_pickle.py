@@ -1,4 +1,4 @@
-"""PyTorch checkpoints: recorded files, round trips, torch's opinion, hostile and broken files."""
+"""PyTorch checkpoints: recorded files, round trips, torch as reference, hostile files."""
 
 import itertools
 import os
@@ -787,7 +787,7 @@ def test_directories_that_lie(tmp_path):
 
 
 def test_overlapping_entries_are_refused(tmp_path):
-    # The second entry's header lies in the content of the first, as in overlapping zip bombs.
+    # The second entry's header is inside the content of the first, as in overlapping zip bombs.
     inner = (
         struct.pack("<4s5HIIIHH", b"PK\3\4", 20, 0, 0, 0, 33, 0, 6, 6, 5, 0) + b"m/two" + b"inside"
     )
@@ -807,7 +807,7 @@ def test_huge_directories_are_not_read(tmp_path, monkeypatch):
     refused(path, "zip directory of")
 
 
-# Broken files of every kind: 3 x 1,200 copies, each with a seed of its own.
+# Broken files of every kind: 3 x 1,200 copies, each with a different seed.
 
 
 def small_file(path):

@@ -1,4 +1,4 @@
-"""Documents out of files: order, formats, the split, and one clear error for each fault."""
+"""Documents from files: order, formats, the split, and one clear error for each fault."""
 
 import json
 

@@ -106,7 +106,7 @@ def test_packing_streams(prepared):
 
 
 def test_no_document_is_in_both_splits(tmp_path):
-    """Each document is a word of its own, and one text is there many times over."""
+    """Each document is a different word, except one text that occurs many times."""
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"text": f"<{i % 50:03}>" * 9}) + "\n" for i in range(200))
     )

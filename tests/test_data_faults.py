@@ -1,4 +1,4 @@
-"""What is missing, twice, empty, lost or in two lists of a corpus: named, counted or refused."""
+"""Missing, duplicate, empty or lost parts of a corpus: reported, counted or rejected."""
 
 import pathlib
 

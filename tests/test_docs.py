@@ -1,6 +1,6 @@
-"""README and docs: links lead somewhere, commands name what exists, tutorials are as they should.
+"""README and docs: valid links and commands, well-formed tutorials.
 
-The site itself is built with warnings as errors, and the tutorials are run, by .ci/run.
+.ci/run builds the site with warnings as errors and runs the tutorials.
 """
 
 import ast

@@ -1,7 +1,7 @@
-"""The evaluation as a whole: numbers recomputed from what is saved, what is computed again, stamps.
+"""The whole evaluation: numbers recomputed from saved data, reuse of rows, stamps.
 
-Networks are random and tiny; what is tested is that the right samples are drawn, counted, judged
-and kept.
+Networks are random and tiny; the tests check that the right samples are drawn, counted, scored and
+stored.
 """
 
 import collections
@@ -619,7 +619,7 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
         jnp.asarray(logits)[None, None], (*x_BL.shape, size)
     )
     monkeypatch.setattr(model_lib, "predict", constant)
-    # A program of its own: by its length no other test gets it from the cache.
+    # Its length gives a distinct program, which no other test has put into the cache.
     process = Process(Polynomial(), Source(size), TOKENIZER.eos_id)
     subject = SUBJECTS["distill"]._replace(process=process)
     given = Given(np.zeros((rows, length), np.int32), np.zeros((rows, length), bool))

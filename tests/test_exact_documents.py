@@ -1,4 +1,4 @@
-"""Both tasks through the ordinary data path: documents, tokenizer, blocks."""
+"""Both exact tasks in the ordinary data path: documents, tokenizer, blocks."""
 
 import json
 

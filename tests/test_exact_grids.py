@@ -1,4 +1,4 @@
-"""Grids are uniform over all: counted, compared with an independent search, and by chi-square."""
+"""Uniform grids: counts, an independent search, and chi-square tests."""
 
 import numpy as np
 import pytest

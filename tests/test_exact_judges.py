@@ -1,4 +1,4 @@
-"""Exact judges in the evaluation: what they say of good samples, of bad ones and of gamed ones."""
+"""Exact judges in the evaluation: good, bad and gamed samples."""
 
 import csv
 import dataclasses

@@ -1,7 +1,7 @@
 """The exact lab: its matrices against the package's draws, its tables against the losses.
 
-The lab goes through all outcomes of what the package draws; here both are held together, and the
-reference table is computed again.
+The lab enumerates all outcomes of the package's draws. These tests compare both and recompute the
+reference table.
 """
 
 import functools
@@ -104,7 +104,7 @@ def test_the_reference_table_of_heun():
 def test_the_reference_table_of_rk4():
     assert set(exact_lab.REFERENCE) == set(TOLERANCES | HEUN_TOLERANCES | RK4_TOLERANCES)
     found = assert_reference(RK4_TOLERANCES, 0.04)
-    # It writes what is likelier than data are, and at 8 steps lies further off than no teacher.
+    # Its output is more likely than the data, and at 8 steps further off than without a teacher.
     for steps in found.values():
         assert steps[8]["perplexity"] < 1.6 < 1.79
         assert steps[8]["tv"] > 2 * 0.08

@@ -1,8 +1,8 @@
-"""What can go wrong while a stage is trained, and how each of these ends.
+"""Failures during training and their outcomes.
 
-A stop, a second one, a damaged checkpoint, no space, no rights, a shard that is gone, a step that
-isn't finite, one that never ends, a configuration that changed. Where a process has to end, it is
-one of its own (tests/toy_job.py); its runs have to end as the one that nothing happened to.
+One or two stop signals, a damaged checkpoint, a full disk, missing permissions, a missing shard,
+non-finite or endless steps, a changed configuration. Tests that end a process use a separate one
+(tests/toy_job.py); its results must equal those of an undisturbed run.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def whole(tmp_path_factory):
 
 
 def ends_like(directory, whole):
-    """The same command goes on, and at the end nothing is to be seen of what happened."""
+    """The same command resumes, and the result shows no trace of the failure."""
     job = Job(directory)
     assert job.end() == 0, job.said
     assert torture.differences(directory, whole) == []
@@ -264,7 +264,7 @@ def test_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(at_ten, 
 
 
 def _mount(folder, *options):
-    """Mount a file system of its own, where this machine lets us."""
+    """Mount a separate file system if this machine allows it."""
     folder.mkdir(exist_ok=True)
     try:
         subprocess.run(["mount", *options, str(folder)], check=True, capture_output=True)
@@ -437,7 +437,7 @@ def test_a_run_stops_after_too_many_skipped_steps_in_a_row(tmp_path):
     with pytest.raises(loop_lib.Diverged, match=text):
         go(tmp_path / "whole", 12, batches=Poisoned(4, 5, 6), **given)
     assert checkpoint.latest_step(tmp_path / "whole" / "checkpoints") == 5
-    # Two of them are in the checkpoint: the count goes on.
+    # Two of them are in the checkpoint: the count continues.
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", 12, batches=Poisoned(4, 5, 6, killed_at=5), **given)
     assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") == 5

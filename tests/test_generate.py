@@ -1,4 +1,4 @@
-"""The generation program: its jobs and their lines, going on after a kill, the view, the errors."""
+"""The command `generate`: jobs and their output, resuming after a kill, the view, errors."""
 
 import dataclasses
 import io

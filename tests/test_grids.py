@@ -1,4 +1,4 @@
-"""Time grids by name, and what is refused."""
+"""Time grids by name, and rejected values."""
 
 import numpy as np
 import pytest

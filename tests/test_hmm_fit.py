@@ -1,4 +1,4 @@
-"""EM: expected counts against all paths, growth, recovery of a law; text; one error per fault."""
+"""EM: expected counts against all paths, monotonicity, recovery of a law; text; errors."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Samplers of trained weights: what goes in, what stays, what is compiled, and how it is drawn."""
+"""Samplers of trained weights: inputs, frozen tokens, compilation and draws."""
 
 import itertools
 
@@ -238,7 +238,7 @@ def test_revealed_tokens_stay_with_a_mask_source_only(process):
 
 @pytest.mark.parametrize("weights", [FEW_STEP, CAUSAL], ids=["few-step", "causal"])
 def test_low_temperature_is_the_mode(weights):
-    """At 1e-4 the draws of one prefix or one noise agree, whatever the key."""
+    """At 1e-4 the draws of one prefix or one noise agree for all keys."""
     if weights is CAUSAL:
         tokens = _generate(weights, temperature=1e-4)
         assert len({tuple(row) for row in tokens}) == 1

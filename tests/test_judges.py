@@ -1,6 +1,6 @@
-"""Judges: what they score, given what, against literal loops; what counts; how they are opened.
+"""Judges: scores and their contexts against naive loops; counted tokens; how they are opened.
 
-Those of other libraries are tested where these are installed (`pip install -e .[judge,ngram]`).
+Judges from other libraries are tested if installed (`pip install -e .[judge,ngram]`).
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ _apply = jax.jit(lambda tokens_BL: model_lib.apply(PARAMS, MODEL, tokens_BL))
 
 
 def _literal_losses(ids):
-    """-log p of each token, the network asked anew for each, knowing nothing of what follows."""
+    """-log p of each token, with a separate network call that sees only the tokens before it."""
     losses = []
     for i, wanted in enumerate(ids):
         given = np.zeros((1, 32), np.int32)

@@ -340,7 +340,7 @@ def test_rules_by_name():
 
 
 def exact_logits(batch, length, size):
-    """Factors of small integers: products are exact, in whatever order they are summed."""
+    """Factors of small integers: products are exact in any order of summation."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
     return Factored(draw(batch, length, 3), draw(3, size), draw(size), temperature=2.0)

@@ -1,4 +1,4 @@
-"""The launchers: what they would run, and what they do with stand-ins for clouds and clusters."""
+"""The launchers: their commands, and their behaviour with fake clouds and clusters."""
 
 import os
 import pathlib
@@ -222,7 +222,7 @@ def test_local_ends_all_when_one_fails_and_returns_its_code(stub):
 
 @pytest.mark.parametrize("first", [2, 134])
 def test_local_does_not_run_again_what_must_be_fixed(stub, first):
-    # Whichever is seen first: 2 says why, and the other process only lost its coordinator.
+    # In either order: 2 gives the reason, and the other process only lost its coordinator.
     does = f"if me == '1': time.sleep(1)\nsys.exit({first} if me == '0' else {136 - first})"
     ended = _local(stub, "--processes=2", "--devices=1", "--restarts=3", "--grace=5", does=does)
     assert ended.returncode == 2

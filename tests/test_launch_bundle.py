@@ -1,4 +1,4 @@
-"""A model becomes the package's own, or is refused."""
+"""Packaging a model as the bundled one, or rejecting it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""FineWeb-Edu and WikiText-103 as they lie on disk: stand-ins of both, read and prepared."""
+"""The file layouts of FineWeb-Edu and WikiText-103: reading and preparing small substitutes."""
 
 import dataclasses
 

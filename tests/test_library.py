@@ -1,4 +1,4 @@
-"""Models in and out, and training from Python on arrays of tokens."""
+"""Loading and saving models, and training from Python on arrays of tokens."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Factored logits: what is done with them chunk by chunk equals what is done with all at once."""
+"""Factored logits: operations in chunks equal operations on full logits."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def factored(seed, batch, length, size, *, positions=0, **changes):
 
 
 def whole_numbers(seed, batch, length, size, **changes):
-    """Factors of small integers: every product and sum is exact, in whatever order it is taken."""
+    """Factors of small integers: products and sums are exact in any order."""
     logits = factored(seed, batch, length, size, **changes)
     rounded = {
         name: jnp.round(getattr(logits, name)) for name in ("features_BLD", "kernel_DV", "bias_V")
@@ -252,7 +252,7 @@ def test_average():
     assert isinstance(got, Factored)
     assert_close(dense(got), want, 1e-6)
     assert_close(average([dense(part) for part in parts], weights), want, 1e-6)
-    # In float32, whatever the parts are.
+    # In float32 for any dtype of the parts.
     halved = [
         dataclasses.replace(p, features_BLD=p.features_BLD.astype(jnp.bfloat16)) for p in parts
     ]

@@ -1,6 +1,6 @@
-"""The main job: refusals before work, a whole run, going on after kills, generating from it.
+"""The main job: early errors, a complete run, resuming after kills, generating from it.
 
-The runs are subprocesses: what a kill leaves behind is only real in another process.
+The runs are subprocesses, so that kills are real.
 """
 
 import csv
@@ -497,7 +497,7 @@ def test_prepared_data_of_another_spec_is_refused(world, finished, tmp_path, mon
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp_path, monkeypatch):
-    """Same configuration, but the files behind the glob are others and were prepared anew."""
+    """Same configuration, but the glob matches other files, which were prepared again."""
     shutil.copytree(finished[0] / "data", tmp_path / "run" / "data")
     config = _config(world.corpus, pipeline="pretrain")
     _, recipes, _ = main.check(config, tmp_path / "run")
@@ -514,7 +514,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp
     directory = workdir.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
     with checkpoint.Checkpoints(directory, retention=checkpoint.Retention()) as checkpoints:
         checkpoints.save(2, {"params": {"w": np.zeros(2)}}, metadata)
-    # Whatever else is wrong with that checkpoint, this is what has to be said.
+    # This message takes precedence over other faults of that checkpoint.
     with pytest.raises(ValueError, match="tokenizer"):
         _run_here(monkeypatch, config, tmp_path / "run")
 

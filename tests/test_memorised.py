@@ -1,4 +1,4 @@
-"""N-grams looked up in the training text."""
+"""Lookup of n-grams in the training text."""
 
 import numpy as np
 import pytest

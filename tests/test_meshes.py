@@ -1,4 +1,4 @@
-"""What is trained and sampled doesn't depend on the mesh, on eight simulated devices."""
+"""Training and sampling don't depend on the mesh, on eight simulated devices."""
 
 import functools
 import shutil

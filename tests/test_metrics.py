@@ -1,4 +1,4 @@
-"""Figures against worked examples and literal, slow implementations."""
+"""Figures against worked examples and naive implementations."""
 
 import collections
 import itertools

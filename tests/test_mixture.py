@@ -1,4 +1,4 @@
-"""Mixtures: which source a position comes from, prepared folders by weight, what is refused."""
+"""Mixtures: the source of each position, prepared folders by weight, rejected inputs."""
 
 import dataclasses
 import itertools
@@ -110,7 +110,7 @@ def test_batches_are_pure_and_have_the_shares_of_the_weights():
     drawn = np.concatenate([_batches(mixed).batch_at(step)[:, 0] for step in range(50)])
     # 500 positions are 50 periods of 10: the shares are exact.
     assert np.bincount(drawn // 1000).tolist() == [250, 150, 100]
-    # Each source runs through epochs of its own, every block once.
+    # Each source has independent epochs, with every block once.
     second = drawn[drawn // 1000 == 1]
     for epoch in range(7):
         assert sorted(second[20 * epoch : 20 * epoch + 20] - 1000) == list(range(20))

@@ -1,4 +1,4 @@
-"""The network against a NumPy transcription of its layout, and against its own promises."""
+"""The network against a NumPy transcription, and its invariants."""
 
 import dataclasses
 import math
@@ -274,7 +274,7 @@ def test_diffusion_networks_start_at_zero_logits(kind):
     assert all(not leaf.any() for leaf in jax.tree.leaves(zeros))
     kernels = params["blocks"]["q_proj"]["kernel"]
     assert kernels.any()
-    assert not np.array_equal(kernels[0], kernels[1])  # each block has draws of its own
+    assert not np.array_equal(kernels[0], kernels[1])  # each block has independent draws
     # Xavier-uniform over one block's (in, out), not over the stack: up to sqrt(6 / 2D).
     bound = math.sqrt(6 / (2 * cfg.width))
     assert 0.9 * bound < np.abs(kernels).max() <= bound

@@ -1,4 +1,4 @@
-"""The optimiser, read off the updates it makes of a scalar."""
+"""The optimiser, checked by its updates of a scalar."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What is evaluated: settings that are refused, the points of a report and of a sweep."""
+"""Points of an evaluation: rejected settings, the points of a report and of a sweep."""
 
 import pytest
 
@@ -186,7 +186,7 @@ def test_a_sweep_is_made_around_the_sampler_of_generate():
 
 
 def test_one_label_is_one_sampler_in_reports_and_sweeps():
-    """Whatever plan a point is of: label, steps and temperature say how it is sampled."""
+    """In every plan, label, steps and temperature describe the sampler of a point."""
     plans = []
     each_alone = ({name: value} for name, value in (OTHER | {"top_p": 0.9}).items())
     for sampling in ({}, OTHER, *each_alone, {"grid": "cosine", "temperature": 0.8}):

@@ -1,6 +1,6 @@
-"""Several processes as one job, on CPU devices that talk over the network.
+"""Several processes as one job, on CPU devices connected by the network.
 
-What the processes do is `work` below; the tests look at what is left.
+The processes run `work` below; the tests check the results.
 """
 
 import contextlib
@@ -260,7 +260,7 @@ def test_one_that_is_gone_ends_the_other(tmp_path, task):
     assert time.monotonic() - began < 200
     if task == "failed":
         assert "error: the text is gone" in errors[1]
-    # What was saved before is whole, the save at hand perhaps not; the job goes on from it.
+    # Earlier saves are complete, the current one may not be; the job resumes from them.
     assert checkpoint.latest_step(tmp_path / "checkpoints") in (3, 6)
     train_toy(tmp_path, 9)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))

@@ -1,4 +1,4 @@
-"""Templates: where tokens and gaps lie, what is literal, what is refused and how it is named."""
+"""Templates: positions of tokens and gaps, literal text, rejected input and its messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Sudoku as text in and grids out: the program `generate` and the library."""
+"""Sudoku puzzles from text to grids: the command `generate` and the library."""
 
 import io
 import json

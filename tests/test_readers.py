@@ -1,4 +1,4 @@
-"""Every reader of a file that people make: damaged in every way, one line that names the file."""
+"""All readers of user files: any damage gives one line with the file's name."""
 
 import json
 

@@ -1,7 +1,7 @@
-"""Recorded numbers: what each seed drew and each stage computed, kept while the code moves.
+"""Recorded numbers: draws of each seed and results of each stage, fixed across refactorings.
 
-Tokens must come out bit for bit, losses and weights within rounding. After a change on purpose,
-`python -m tests.test_recorded [WORKDIR]` records anew (the smoke run too, if it is told where); the
+Tokens must match exactly, losses and weights up to rounding. After an intended change,
+`python -m tests.test_recorded [WORKDIR]` updates the record (with WORKDIR, also the smoke run); the
 diff of goldens/recorded.json shows what changed.
 """
 

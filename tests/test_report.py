@@ -1,4 +1,4 @@
-"""The report: its files, what is held against rows, the page as data."""
+"""The report: its files, findings about rows, the page as data."""
 
 import base64
 import copy

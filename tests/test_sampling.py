@@ -1,4 +1,4 @@
-"""`Sampling`: its values, what they refuse, and the wrappers that they switch on."""
+"""`Sampling`: its values, rejected values, and the wrappers that they enable."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every configuration key: declared, checked, and refused wherever a bad value comes from."""
+"""All configuration keys: declared and checked, with bad values rejected from any source."""
 
 import math
 import subprocess

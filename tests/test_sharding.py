@@ -1,4 +1,4 @@
-"""Meshes and where arrays lie on them, on the eight CPU devices of conftest.py."""
+"""Meshes and the sharding of arrays, on the eight CPU devices of conftest.py."""
 
 import collections
 import dataclasses

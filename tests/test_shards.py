@@ -1,4 +1,4 @@
-"""Shards: what is written and read, damage that is named, writers that fail."""
+"""Shards: writing and reading, reported damage, failing writers."""
 
 import dataclasses
 import hashlib

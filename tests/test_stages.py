@@ -1,7 +1,7 @@
-"""The stages: one signature, the numbers of their equations, and what they refuse.
+"""The stages: one signature, the numbers of their equations, and rejected inputs.
 
-Numbers are checked with a network of one table in place of `models.predict`: everything it is asked
-is recorded, and what the loss must be follows from the record by the literal equations.
+A network of one table replaces `models.predict` and records its inputs; the expected loss follows
+from the record by the literal equations.
 """
 
 import functools

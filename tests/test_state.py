@@ -1,4 +1,4 @@
-"""One optimiser step: a batch in parts, by hand, and steps that aren't finite."""
+"""One optimiser step: accumulation against a manual computation, and non-finite steps."""
 
 import functools
 
@@ -156,7 +156,7 @@ def make_turns(updates, loss=learn, optimizer=None):
 
 
 def start_turns(optimizer, turns):
-    """Weights of its own for each network."""
+    """Separate weights for each network."""
     params = {"w": jnp.asarray([2.0, -3.0])}
     now = state.init_state(params, optimizer, ema_decay=DECAY, turns=turns)
     own = now.auxiliary._replace(params={"w": jnp.asarray([1.0, 0.5])})
@@ -241,7 +241,7 @@ def test_the_second_network_starts_as_the_first_with_its_own_optimiser():
 
 @pytest.mark.parametrize("which", ["student", "auxiliary"])
 def test_a_skipped_step_leaves_both_networks(which):
-    """Whichever of the two isn't finite, and in whatever turn."""
+    """Either of the two may be non-finite, in any turn."""
 
     def bad(learn):
         def broken(params, frozen, key, batch):

@@ -1,4 +1,4 @@
-"""Finished points: what is found again, what is not, and several machines in one folder."""
+"""Finished points: reuse, its limits, and several machines in one folder."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Exact probabilities, calibrated statistics, and controls that game a share of valid grids."""
+"""Exact probabilities, calibrated statistics, and controls that game the share of valid grids."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Figures out of stored arrays: what is measured once, taken over, aggregated, pooled, left out."""
+"""Figures from stored arrays: measured once, reused, aggregated, pooled or left out."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_scores_are_taken_over_from_the_same_judge():
     assert added.asked == ["text"]
     np.testing.assert_array_equal(again["main.ids.nll"], before["main.ids.nll"])
     assert str(again["main.digest"]) == str(before["main.digest"])
-    # What costs nothing is computed anew, and nothing else comes along.
+    # Cheap figures are recomputed, and nothing else is taken over.
     fresh = _measured([judge, added])
     assert set(again) == set(fresh)
     np.testing.assert_array_equal(again["entropy_nats"], fresh["entropy_nats"])

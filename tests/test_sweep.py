@@ -1,7 +1,7 @@
-"""The sweep and the evaluation as programs: killed and resumed, shared by machines, refused input.
+"""The sweep and evaluation commands: kills and resumes, several machines, rejected input.
 
-A working directory with two trained (for a step or two) runs is made once; the programs are
-subprocesses, because what a kill leaves behind is only real in another process.
+A working directory with two runs (of a step or two) is made once. The commands are subprocesses, so
+that kills are real.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: nothing is lost, and it would be noticed."""
+"""Runs that are killed repeatedly: nothing is lost, and a loss would be detected."""
 
 import json
 import os
@@ -72,8 +72,8 @@ def life(**values):
         ({"newest": 9, "reached": 12}, 6, None),
         ({"newest": 6, "reached": 12}, 6, None),  # the save of step 9 was at hand
         ({"newest": 6, "reached": 13}, 6, "at step 13 the newest checkpoint is 6, not 9"),
-        ({"resumed": 3}, 6, "went on from step 3, step 6 was complete"),
-        ({"resumed": 0}, 6, "went on from step 0, step 6 was complete"),
+        ({"resumed": 3}, 6, "resumed from step 3, step 6 was complete"),
+        ({"resumed": 0}, 6, "resumed from step 0, step 6 was complete"),
         ({"resumed": None, "newest": 3}, 6, "the checkpoint of step 6 is gone, the newest is 3"),
         ({"resumed": 0, "reached": 3, "newest": 0}, 0, None),
     ],

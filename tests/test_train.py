@@ -1,6 +1,6 @@
 """The training loop: against a plain loop, across devices, across kills, and when it diverges.
 
-The loop's own promises are tested with a stage of two numbers, which compiles at once; the real
+Properties of the loop are tested with a stage of two numbers, which compiles quickly; the real
 stages run once each, on eight devices, against `state.train_step` on one.
 """
 
@@ -301,7 +301,7 @@ def test_a_run_stops_where_it_diverges(tmp_path, loss, what, every, kept):
     assert (checkpoint.latest_step(tmp_path / "checkpoints") or 0) == kept
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert lines(tmp_path)[-1][what.split()[0]] == "nan"
-    if every == 2:  # goes on where the text has been mended
+    if every == 2:  # resumes after the text was repaired
         assert run(tmp_path, 8, **given).starts == [kept]
         assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
         assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))

@@ -1,4 +1,4 @@
-"""Weights that can't be used, or that another tool has wrapped: named, or loaded."""
+"""Weights that are unusable (reported) or wrapped by another tool (loaded)."""
 
 import dataclasses
 import tarfile

@@ -352,7 +352,7 @@ def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
         workdir_lib.load_weights(tmp_path)
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
         run_folder.read(tmp_path, which="ema")
-    assert workdir_lib.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
+    assert workdir_lib.saved_metadata(tmp_path) is not None  # of step 2: a run resumes from there
 
 
 def test_weights_of_another_tokenizer(trained):

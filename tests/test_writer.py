@@ -273,7 +273,7 @@ def test_weights_and_biases_gets_the_metrics_too(tmp_path, monkeypatch):
     assert first == second  # one run there: the id stays
     assert (first["project"], first["name"], first["resume"]) == ("fsdfm", "distill", "allow")
     assert [scalar[:2] for scalar in events(tmp_path)[0]] == [("loss", 20), ("loss", 40)]
-    metric_writer(tmp_path, wandb="fsdfm").close()  # trained anew
+    metric_writer(tmp_path, wandb="fsdfm").close()  # trained from scratch
     assert fake.runs[2]["id"] != first["id"]
 
 

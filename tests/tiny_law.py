@@ -1,4 +1,4 @@
-"""A law small enough to write everything down, and its exact distributions by enumeration."""
+"""A small law and its exact distributions by enumeration."""
 
 import itertools
 

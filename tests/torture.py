@@ -1,18 +1,18 @@
-"""A training run that is killed again and again: does it end as if it had not been?
+"""A training run that is killed repeatedly must give the results of an undisturbed run.
 
-Runs a program once without a disturbance, and once in a working directory of its own whose
-processes are killed (SIGKILL, with all their children): at any moment from their start on, while
-they train, or as soon as the temporary folder of a checkpoint is seen. The same command then goes
-on. After each kill, and at the end, it is checked that
+Runs a program once undisturbed, and once in a separate working directory whose processes are killed
+(SIGKILL, with all their children): at any time after their start, during training, or as soon as
+the temporary folder of a checkpoint appears. The same command then resumes. After each kill, and at
+the end, these conditions are checked:
 
-- the next process begins with the newest checkpoint that was complete, and no complete one is lost;
-- nothing is lost but the steps since the last save: the save before the one at hand is complete;
-- parameters, average and optimiser are those of the undisturbed run bit for bit, the metrics have
-  each step once with the same values, and the same checkpoints are kept;
-- no temporary folder is left, and no checkpoint was found damaged.
+- the next process starts from the newest complete checkpoint, and no complete one is lost;
+- only the steps since the last save are lost: the save before the current one is complete;
+- parameters, average and optimiser match the undisturbed run bit for bit, the metrics have each
+  step once with the same values, and the same checkpoints are kept;
+- no temporary folder is left, and no checkpoint is damaged.
 
-Where a run ends before all kills are used, another one begins. Moments are drawn from a seed; what
-a process has reached by then depends on the machine.
+If a run ends before all kills are used, another one starts. Times are drawn from a seed; the
+progress of a process at that time depends on the machine.
 """
 
 import json
@@ -68,7 +68,7 @@ class Life(NamedTuple):
     Attributes:
       kind: the moment it was meant to be killed in, one of `KINDS`, or "none".
       ended: it ended of itself before.
-      resumed: step that it said to go on from, 0 where it trained without saying so, None where it
+      resumed: step that it reported to resume from, 0 if it trained without a report, None if it
         was killed before.
       reached: last step in the metrics.
       newest: step of the newest complete checkpoint.
@@ -199,7 +199,7 @@ def faults_of_life(life: Life, before: int, every: int) -> list[str]:
     """What one life lost, given the newest checkpoint that was complete when it began."""
     faults = []
     if life.resumed is not None and life.resumed != before:
-        faults.append(f"went on from step {life.resumed}, step {before} was complete")
+        faults.append(f"resumed from step {life.resumed}, step {before} was complete")
     if life.newest < before:
         faults.append(f"the checkpoint of step {before} is gone, the newest is {life.newest}")
     # The line of a step is written after the save of the step before it began, which waited for

@@ -2,7 +2,7 @@
 
     python tests/toy_job.py --directory=DIR --num_steps=9
 
-Tests run it as a process of its own, which can be stopped, killed, starved and hung.
+Tests run it as a separate process, which can be stopped, killed, starved and hung.
 """
 
 import hashlib
