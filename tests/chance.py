@@ -11,7 +11,7 @@ _POOL = 25
 def assert_frequencies(counts, probabilities):
     """Counts of n independent draws agree with a categorical distribution.
 
-    Every cell within 5 standard errors sqrt(n p (1-p)); the chi-square below the quantile that
+    Every cell is within 5 standard errors sqrt(n p (1-p)); chi-square is below the quantile that
     leaves the same 6e-7 of probability above it; cells of probability zero empty. Keys are fixed,
     so that a pass stays one.
     """

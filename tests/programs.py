@@ -48,7 +48,7 @@ def _child(case, out, err):
 
 
 def run(case):
-    """What a command line does."""
+    """Run a command line and return its result."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:

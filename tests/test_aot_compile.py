@@ -192,7 +192,7 @@ def test_other_errors_of_the_compiler_are_errors():
 
 
 def toy_program(total):
-    """A program that takes total(rows) bytes; too large are those above 10,000."""
+    """A program that needs total(rows) bytes; more than 10,000 don't compile."""
 
     def lower(rows):
         if total(rows) > 10_000:
@@ -498,7 +498,7 @@ def test_the_table_of_the_document_is_that_of_the_file():
 
 
 def test_a_small_pod_is_compiled_for():
-    """One small topology, where the TPU compiler is installed."""
+    """One small topology, if the TPU compiler is installed."""
     pytest.importorskip("libtpu")
     found = run(SMOKE, "--topology=v5e:2x4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     assert found.returncode == 0, found.stderr

@@ -467,7 +467,7 @@ def _arguments(root, directory, workers):
 
 @pytest.fixture(scope="module")
 def large(root, tmp_path_factory):
-    """What the program makes of 7 MB, made without it."""
+    """The command's result for 7 MB, made without the command."""
     texts = _texts(7_000)
     lines = [json.dumps({"text": f"{i} {t}" * 8}) + "\n" for i, t in enumerate(texts)]
     (root / "large.jsonl").write_text("".join(lines))

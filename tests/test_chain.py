@@ -214,7 +214,7 @@ def test_temperature(program):
 
 
 def test_the_settings_differ():
-    """No two programs are so alike that the chi-square, 125 +- 16 for equals, confuses them."""
+    """All programs differ enough for the chi-square, 125 +- 16 for equal ones, to separate them."""
     exact = [exact_distribution(p, GRIDS["4 uneven"], {}, 1.0) for p in PROGRAMS]
     for one, two in itertools.permutations(exact, 2):
         possible = two > 0

@@ -71,7 +71,7 @@ def abstract(state, sharding=None):
 
 
 def mesh_sharding(x):
-    """Rows over eight devices where they divide, else a copy on each."""
+    """Rows over eight devices if divisible, else replicated."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     return NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 8 == 0 else P())
 
@@ -533,7 +533,7 @@ def two_checkpoints(folder, steps=(1, 2)):
 
 
 def check_mishap(folder, file, content, states, warnings):
-    """Step 2 comes back as it was, or step 1 and the damage is named. Returns which."""
+    """Check that step 2 is restored unchanged, or step 1 with a report. Return which."""
     path = folder / "checkpoints" / "2" / file
     kept = path.read_bytes()
     if content is None:
@@ -648,7 +648,7 @@ def test_a_renamed_folder_is_damage(tmp_path, warnings):
 
 
 def test_swapped_arrays_are_damage(tmp_path):
-    """Each file is as it was written, but by another save."""
+    """Each file is intact but belongs to another save."""
     two_checkpoints(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "checked_state")
     old, new = (tmp_path / "checkpoints" / step / "checked_state" for step in "12")
@@ -708,7 +708,7 @@ def test_none_without_checkpoints(tmp_path):
 
 
 def test_checkpoints_from_before_the_checksums(tmp_path):
-    """As written by the Orbax calls of then."""
+    """As written by the Orbax calls of that time."""
     state = {"w": jnp.arange(12.0), "n": jnp.int32(3)}
     with checkpoint.ocp.training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(5, state, force=True, custom_metadata={"of": "old"})
@@ -739,7 +739,7 @@ def test_converted_checkpoints_have_checksums(tmp_path):
 
 @pytest.fixture
 def file_size_limit():
-    """Set how many bytes a file may have, which stands for a full disk."""
+    """Limit the size of files in bytes, to emulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -810,7 +810,7 @@ def test_a_directory_that_cannot_be_written_any_more(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["run[1]", "[!a]", "a*", "wh?t", "%20 #&", "ünï"])
 def test_a_name_is_no_pattern(tmp_path, name, warnings):
-    """Also where a folder beside it matches."""
+    """Even if another folder matches it."""
     beside = tmp_path / "run1" / "checkpoints"
     two_checkpoints(beside.parent)
     before = sorted(beside.rglob("*"))
@@ -848,7 +848,7 @@ def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
 
 @pytest.fixture
 def once_written(monkeypatch):
-    """Set what happens to the folder of each checkpoint that has been written."""
+    """Set an action for the folder of each written checkpoint."""
     save_async, happens = checkpoint.ocp.save_async, []
 
     class Response:
@@ -1032,7 +1032,7 @@ TWO = """
 
 
 def test_two_processes(tmp_path):
-    """They read what one wrote, one reads what they wrote, and both see damage that one has."""
+    """Two processes read a checkpoint of one and vice versa, and both see damage in one."""
     host = lambda step: {
         "w": np.arange(80_000, dtype=np.float32).reshape(80, -1) * step,
         "n": np.int32(step),

@@ -164,7 +164,7 @@ def _run(folder, *arguments, python=sys.executable, **options):
 
 
 def test_run_writes_the_librarys_text(folder, source, tmp_path):
-    """Elsewhere, without the package on the path, and leaves nothing behind."""
+    """In another folder, without the package on the path, and without leaving files."""
     before = sorted(path.name for path in folder.iterdir())
     asked = {"prompt": ("--prompt", "the cat"), "infill": ("--infill", "the [3] sat")}
     for steps, (kind, flags) in zip(STEPS, asked.items(), strict=True):

@@ -43,7 +43,7 @@ MASK_PATH = {"schedule": "cosine", "power": 2.0, "source": "mask", "revealed": "
 
 
 def _words(size):
-    """A tokenizer of so many words."""
+    """A tokenizer with a given number of words."""
     ids = {f"w{i}": i for i in range(1, size)} | {"<|endoftext|>": 0}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="w1"))
     return tokenizer_lib.Tokenizer(backend)
@@ -1003,7 +1003,7 @@ def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
 
 
 def test_counts_of_an_earlier_version_are_ignored_with_one_warning(tmp_path, caplog):
-    """Files could hold n-gram counts beside their weights, as int32."""
+    """Files could contain n-gram counts with the weights, as int32."""
     bundle = _bundle(block_length=6)
     path = tmp_path / "m.safetensors"
     formats.write(bundle, Target(path))
@@ -1171,7 +1171,7 @@ def test_a_causal_network_can_be_checked(tmp_path, form):
 
 
 def test_parameters_are_compared_bit_by_bit():
-    """Logits alone don't tell small models apart."""
+    """Logits alone don't distinguish small models."""
     bundle = _bundle()
     parity.check_parameters(bundle, _bundle(), "float32")
     params = _params(_model())

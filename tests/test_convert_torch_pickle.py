@@ -90,7 +90,7 @@ def pickled(path, body, storages=None, **how):
 
 
 def refused(path, *words):
-    """The message of opening the file and reading all of it."""
+    """Open and read the file, which must fail; return the message."""
     with pytest.raises(BadFile) as caught:
         loaded(path)
     message = str(caught.value)
@@ -377,7 +377,7 @@ class Evil:
 
 
 def hostile(canary):
-    """name -> (pickle, what the message names); each would write the canary file if unpickled."""
+    """name -> (pickle, part of the message); each would write the canary file if unpickled."""
     command = f"touch {canary}"
     source = f"open({str(canary)!r}, 'w')"
     short = text(command)
@@ -852,7 +852,7 @@ def mutated(raw, rng):
 
 
 def mutated_directory(raw, rng):
-    """A copy with extreme or wrong numbers in the fields that say what is where."""
+    """A copy with extreme or wrong numbers in offsets and sizes."""
     raw = bytearray(raw)
     places = []  # (position, layout)
     for magic, fields in (

@@ -348,7 +348,7 @@ def test_no_network_no_noise(corpus, tmp_path, monkeypatch, capfd):
 
 
 def test_program_reads_without_tensorflow(corpus, tmp_path):
-    """In a fresh process: the program, then reading what it made."""
+    """In a new process: run the command, then read its output."""
     arguments = [
         "--config=configs/base.py",
         f"--directory={tmp_path}/data",

@@ -135,7 +135,7 @@ def test_the_judge_of_a_task(tmp_path):
 
 # ------------------------------------------------------------------------------------- evaluations
 class Models:
-    """One base model that knows nothing."""
+    """A single untrained base model."""
 
     tokenizer = DIGITS
     num_params = {"pretrain": 1}  # noqa: RUF012

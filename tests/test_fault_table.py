@@ -126,7 +126,7 @@ def test_a_full_disk_names_the_place_and_leaves_nothing(tmp_path):
 
 
 def fill_disk(folder):
-    """What is written where files can't be longer than 20 kB."""
+    """Return the output of a run that can't write files of more than 20 kB."""
     folder = pathlib.Path(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     texts = folder / "texts"

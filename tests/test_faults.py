@@ -49,7 +49,7 @@ PROCESSES = []  # of the test that runs
 
 
 class Job:
-    """A process that trains, and what it said."""
+    """A training process and its output."""
 
     def __init__(self, directory, *flags):
         self.said = ""
@@ -83,7 +83,7 @@ class Job:
             self._news.notify()
 
     def until(self, text):
-        """Wait until it has said so."""
+        """Wait until its output contains a text."""
         with self._news:
             done = lambda: text in self.said or self._process.poll() is not None
             assert self._news.wait_for(done, 120)
@@ -91,12 +91,12 @@ class Job:
         return self
 
     def stop(self, number=signal.SIGTERM):
-        """A signal that asks it to end."""
+        """Send a stop signal."""
         self._process.send_signal(number)
         return self
 
     def end(self, timeout=120):
-        """Its exit code, negative if a signal ended it."""
+        """Wait for its exit code, negative for a signal."""
         try:
             code = self._process.wait(timeout)
         finally:
@@ -116,7 +116,7 @@ def _no_process_is_left():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a stage that nothing happened to: checkpoints 10 and 12."""
+    """The folder of an undisturbed stage: checkpoints 10 and 12."""
     directory = tmp_path_factory.mktemp("whole") / "stage"
     job = Job(directory)
     assert job.end() == 0, job.said
@@ -166,7 +166,7 @@ def test_a_second_sigterm_ends_at_once(tmp_path, whole):
 
 @pytest.mark.slow
 def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
-    """The loop waits for a computation then, where Python runs no handler of signals by itself."""
+    """The loop waits for a computation, during which Python runs no signal handlers."""
     job = Job(tmp_path / "stage", "--wait_in=4").until("step 2/12").stop()
     job.until("SIGTERM: saving").stop()
     assert job.end() == 143
@@ -174,7 +174,7 @@ def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
 
 
 def test_a_second_sigterm_ends_what_does_not_return_to_python(tmp_path):
-    """Where nothing looks for signals: a library that waits for a host that is gone."""
+    """In code that never checks signals: a library that waits for a lost host."""
     job = Job(tmp_path / "stage", "--count_at=4").until("counts").stop()
     job.until("SIGTERM: saving").stop()
     assert job.end() == 143
@@ -196,7 +196,7 @@ def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
     ids=["after", "before"],
 )
 def test_sigterm_outside_of_training_ends_as_always(tmp_path, where):
-    """Before the first step as well: text may take hours to be prepared."""
+    """Also before the first step: preparing text may take hours."""
     job = Job(tmp_path / "stage", where).until("waits").stop()
     assert job.end() == -signal.SIGTERM
 
@@ -252,7 +252,7 @@ def test_no_whole_checkpoint_is_an_error_and_changes_nothing(at_ten):
 
 
 def test_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(at_ten, whole):
-    """RLIMIT_FSIZE stands for it: the arrays of a checkpoint don't fit, lines of metrics do."""
+    """Emulated by RLIMIT_FSIZE: the arrays of a checkpoint don't fit, lines of metrics do."""
     job = Job(at_ten, "--file_bytes=20000")
     assert job.end() == 2
     (error,) = [line for line in job.said.splitlines() if line.startswith("error:")]
@@ -357,7 +357,7 @@ def shard_folder(tmp_path):
 
 
 def assert_saved_up_to_the_end(directory):
-    """How many steps it takes depends on what was read ahead."""
+    """The number of steps depends on prefetching."""
     reached = torture.lines_of(directory)[-1]["step"]
     assert 4 <= reached < 12
     assert torture.steps_of(directory)[-1] == reached // 2 * 2
@@ -399,7 +399,7 @@ def ones(loss):
 
 
 class Poisoned(Stream):
-    """Batches of which those of some steps are bad; `killed_at` cuts the power there."""
+    """Batches that are bad at some steps; `killed_at` simulates a power cut."""
 
     def __init__(self, *steps, killed_at=None):
         super().__init__(stop_at=killed_at)

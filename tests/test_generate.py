@@ -36,7 +36,7 @@ PROVENANCE = {"stage": "distill", "weights": "ema", "step": 7, "data": None}
 
 
 def _params(model, seed=0):
-    """Random everywhere: fresh weights have a head of zeros, which hides every mistake."""
+    """Random weights everywhere: the initial zeros of the head would hide errors."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
     draw = lambda leaf: rng.normal(size=leaf.shape) * 0.3  # more would make one token sure
@@ -62,7 +62,7 @@ def _options(**changes):
 
 
 def _run(monkeypatch, bundle, out=None, **changes):
-    """The program without its flags; returns what it printed."""
+    """Run the command without its flags and return its output."""
     out = out or io.StringIO()
     monkeypatch.setattr(formats, "open_bundle", lambda path, **flags: bundle)
     generate.run(_options(**changes), out)
@@ -442,7 +442,7 @@ def test_a_bad_line_stops_it_before_anything_is_drawn(monkeypatch, batch_file, t
 
 # ------------------------------------------------------------------------------------------- stdout
 def test_lines_go_to_stdout_and_progress_to_the_terminal(monkeypatch, batch_file):
-    """A live bar redirects sys.stdout to the terminal it is on."""
+    """A live progress bar redirects sys.stdout to its terminal."""
     screen, out = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(sys, "stdout", out)
@@ -465,7 +465,7 @@ def test_printable():
 
 
 def _always(text, monkeypatch, length=64):
-    """Make the library answer `text` to everything; return its tokens."""
+    """Make the library always return `text`; return its tokens."""
     ids = BPE.encode(text)
     row = np.asarray(ids + BPE.encode("q") * (length - len(ids)), np.int32)
     monkeypatch.setattr(generate_lib, "generate", lambda *_, given_BL, **__: row[None].repeat(B, 0))

@@ -45,7 +45,7 @@ def test_samples_have_the_law():
 
 
 def test_documents_in_a_stream_have_the_law_of_blocks():
-    """Documents end on end, with the end of the text after each, cut into blocks."""
+    """Concatenated documents, each with an end token, cut into blocks."""
     documents = hmm.sample_documents(LAW, _rng(), 60_000)
     stream = np.concatenate([part for d in documents for part in (d, [LAW.eos_id])])
     # Blocks of 3 with 9 tokens between them are as good as independent.

@@ -27,7 +27,7 @@ MASK_PROCESS = Process(Polynomial(), Source(V, mask_id=MASK), eos_id=0)
 
 
 def _weights(*, vocab_size=V, seed=0, scale=0.7, **changes):
-    """Random weights everywhere: fresh ones have a head of zeros, which hides every mistake."""
+    """Random weights everywhere: the initial zeros of the head would hide errors."""
     fields = {"width": 8, "num_blocks": 1, "num_heads": 2, "cond_width": 4, "mlp_ratio": 2}
     model = ModelConfig(vocab_size=vocab_size, **(fields | changes))
     shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
@@ -116,7 +116,7 @@ def test_given_tokens_stay(process, given):
 
 
 def test_given_tokens_are_seen():
-    """The others are drawn given them, not given the noise in their place."""
+    """The other tokens depend on them, not on the noise at their positions."""
     for one, other in (((1, 1, 1), (4, 4, 4)), ((None, None, 1, 1), (None, None, 4, 4))):
         first, second = _generate(given=one), _generate(given=other)
         free_BL = ~_given(one)[1]

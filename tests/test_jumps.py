@@ -23,7 +23,7 @@ RULES = [CUMULATIVE, EULER, MIXTURE]
 
 
 def jump_probability(rule, schedule, logits_BLV, xt_BL, t_B, h_B):
-    """P(jump) per position, from the mass that `make_jump` takes; its frequencies are below."""
+    """P(jump) per position, from the mass in `make_jump`; its frequencies are tested below."""
     u_BLU = jnp.zeros((*xt_BL.shape, categorical.NUMBERS))
     _, m_BL = categorical.pick_other(u_BLU, jnp.asarray(logits_BLV), xt_BL)
     t_B1, h_B1 = (jnp.reshape(jnp.float32(x), (-1, 1)) for x in (t_B, h_B))

@@ -74,7 +74,7 @@ def _executable(path, text):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Folder with spaces and quotes in its name that holds the program's stand-in."""
+    """A folder with spaces and quotes in its name and a fake program."""
     folder = tmp_path / "a 'stub'"
     folder.mkdir()
     _executable(folder / "python", STUB.format(python=sys.executable))
@@ -87,7 +87,7 @@ def _seen(folder, process=0, attempt=0):
 
 
 def _environment(*paths, **values):
-    """This process's environment without what would steer the launchers."""
+    """This process's environment without variables that affect the launchers."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_", "MODULE"))}
     path = os.pathsep.join([*map(str, paths), own["PATH"]])
     return own | {"PATH": path} | {name: str(value) for name, value in values.items()}
@@ -365,7 +365,7 @@ exit "$highest"
 
 @pytest.fixture
 def slurm(stub, tmp_path):
-    """A function that runs slurm.sh on a cluster of stand-ins."""
+    """A function that runs slurm.sh on a fake cluster."""
     commands = tmp_path / "bin"
     commands.mkdir()
     _executable(commands / "sbatch", SBATCH)
@@ -485,7 +485,7 @@ def test_slurm_says_where_it_belongs(stub):
 
 
 def _only(folder, *names):
-    """A folder for PATH that has these commands and no other."""
+    """A folder for PATH with only these commands."""
     place = folder / "only"
     place.mkdir()
     for name in names:
@@ -557,7 +557,7 @@ def _kill_group(pid):
 
 @pytest.fixture
 def cloud(stub, tmp_path):
-    """A function that runs tpu_pod.sh on the cloud of stand-ins, without long pauses."""
+    """A function that runs tpu_pod.sh on a fake cloud, without long pauses."""
     commands = tmp_path / "bin"
     commands.mkdir()
     _executable(commands / "gcloud", GCLOUD)
@@ -823,7 +823,7 @@ def test_jobset_restarts_whole():
 
 
 def _job_message(rules, *, code=None, condition=None):
-    """What Kubernetes' Job controller says of a failed pod by the first rule it met, or None."""
+    """The message of Kubernetes' Job controller for the first rule that a pod matches, or None."""
     for index, rule in enumerate(rules):
         assert rule["action"] == "FailJob"
         matched = f"matching FailJob rule at index {index}"

@@ -27,7 +27,7 @@ def stored(folder, slug, kind, run, tokens_NL):
 
 @pytest.fixture
 def report(tmp_path):
-    """Held-out text of which half is known; a run of which a quarter is, and one that knows all."""
+    """Held-out text, half memorised; a run with a quarter memorised, and one with all."""
     unknown = np.full(60, 96)
     half = np.stack([TEXT[:60], unknown])
     quarter = np.stack([TEXT[:60], unknown, unknown, unknown])

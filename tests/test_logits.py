@@ -21,7 +21,7 @@ D = 6
 
 
 def factored(seed, batch, length, size, *, positions=0, **changes):
-    """Random factored logits of order 1, so many positions at a time."""
+    """Random factored logits of order 1, with a given chunk size."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     return Factored(
@@ -198,7 +198,7 @@ def test_an_array_is_taken_as_it_is():
 
 
 def summary(logits_BLV, offset_BL):
-    """The largest and the smallest logit and their places: nothing that would round."""
+    """The largest and the smallest logit and their indices, which don't round."""
     numbers = (jnp.max(logits_BLV, -1), jnp.argmax(logits_BLV, -1), jnp.min(logits_BLV, -1))
     return jnp.stack([offset_BL * n for n in numbers], axis=-1)
 

@@ -77,7 +77,7 @@ def _with(value):
     ],
 )
 def test_what_is_refused(features, reference, message):
-    """With or without the package."""
+    """Both with and without the package."""
     with pytest.raises(ValueError, match=message):
         mauve.score(features, reference, seed=0)
 

@@ -18,7 +18,7 @@ LENGTH = 8
 
 
 def _numbers(first, count):
-    """Blocks that say where they come from."""
+    """Blocks that encode their source."""
     return np.repeat(np.arange(first, first + count, dtype=np.int32)[:, None], 3, axis=1)
 
 

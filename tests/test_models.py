@@ -44,7 +44,7 @@ def shapes(cfg):
 
 
 def noise_params(cfg, seed=0):
-    """Random values everywhere, the parts that start at zero or one included."""
+    """Random values everywhere, including parts that are initially zero or one."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -199,7 +199,7 @@ def test_learned_positions_are_added_to_the_tokens(kind):
 
 
 def test_learned_positions_change_nothing_else():
-    """The same seed gives the same other parameters, and without positions the same logits."""
+    """The same seed gives equal other parameters, and equal logits without positions."""
     key = jax.random.key(5)
     rotary, learned = init(key, SMALL), init(key, placed(SMALL))
     table_LD = learned["vocab_embed"].pop("positions")
@@ -430,7 +430,7 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 def count_dots(jaxpr):
-    """Products of a jaxpr, those inside other equations included."""
+    """Matrix products of a jaxpr, including nested ones."""
     own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
     inner = (count_dots(x) for e in jaxpr.eqns for x in jaxprs_in_params(e.params))
     return own + sum(inner)

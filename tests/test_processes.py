@@ -37,7 +37,7 @@ ROWS = 16
 
 
 def toy_stage():
-    """A weight for each row and channel: whose row went missing or came twice would be seen."""
+    """A weight for each row and channel, which reveals missing and duplicate rows."""
 
     def init_params(key, base):
         return {"head": {"kernel": jnp.zeros((ROWS, 3))}}
@@ -84,7 +84,7 @@ def train_toy(directory, num_steps, sizes=(1, 8, 1), *, on_step=lambda step: Non
 
 
 def work(argv):
-    """What one of the processes does, see the tests."""
+    """Run one of the processes; see the tests."""
     _, task, folder, coordinator, process = argv
     processes.initialize(coordinator, 2, int(process))
     folder, second = pathlib.Path(folder), process == "1"
@@ -152,7 +152,7 @@ def start(task, folder):
 
 
 def finish(started, timeout=240):
-    """(exit codes, what was written to stderr), each read while all of them run."""
+    """(exit codes, stderr), each read while all processes run."""
     errors = [""] * len(started)
 
     def read(number, process):
@@ -299,7 +299,7 @@ def test_a_lone_process_waits_for_nobody():
 
 @pytest.mark.slow
 def test_the_program_in_two_processes_is_that_in_one(tmp_path):
-    """All stages and the evaluation, on eight devices in one process and in two."""
+    """All stages and the evaluation, on eight devices of one process and of two."""
     from test_main import STAGES, World
 
     world = World(tmp_path)

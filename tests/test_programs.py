@@ -39,7 +39,7 @@ WRONG_KEY = "--config.eval.stepz=(1,)"
 
 
 def _cases():
-    """{name: (case, exit code, what the line has)}."""
+    """{name: (case, exit code, part of the line)}."""
     cases = {}
 
     def add(name, program, arguments, code, said, **options):

@@ -25,7 +25,7 @@ ROWS = "\n".join(PUZZLE[i : i + 4] for i in range(0, 16, 4))
 
 @pytest.fixture(scope="module")
 def model():
-    """A network that knows nothing of Sudoku."""
+    """An untrained network."""
     cfg = ModelConfig(
         vocab_size=5,
         width=8,

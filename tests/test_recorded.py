@@ -114,7 +114,7 @@ def _flat(tree):
 
 
 def _noised(params, seed=0):
-    """With noise everywhere, for nothing to hide behind zeros, and a liking for tokens shown."""
+    """Add noise everywhere, so that zeros hide nothing, and a preference for the input tokens."""
     noised = []
     for name, leaf in _flat(params).items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -206,7 +206,7 @@ TOKENS = _token_cases()
 
 
 def record(folder):
-    """Everything as the code computes it now, section -> name -> value; what the tests compare."""
+    """Compute all current numbers, section -> name -> value, for comparison."""
     tokens = {name: np.asarray(draw()).tolist() for name, draw in TOKENS.items()}
     losses = {name: _metrics(name) for name in CHANGES}
     smoke = _smoke(folder) if folder else _recorded("smoke")

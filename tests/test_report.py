@@ -130,7 +130,7 @@ def _write(path, rows=None, text="the people of", trajectories=None, **changes):
 
 
 def _lines(rows):
-    """The lines of a table without what stands above it."""
+    """The lines of a table without the text above it."""
     lines = report.table(rows).splitlines()
     return lines[next(i for i, line in enumerate(lines) if line.startswith("model  ")) :]
 
@@ -141,13 +141,13 @@ def _page(path, rows=None, **changes):
 
 @pytest.fixture
 def no_png(monkeypatch):
-    """For tests of the page: half of the time of a report goes into these."""
+    """For tests of the page: PNGs take half of a report's time."""
     monkeypatch.setattr(pictures, "png", lambda figure: b"")
 
 
 @pytest.fixture
 def no_pictures(no_png, monkeypatch):
-    """For tests of all else: nearly all of it goes into the pictures."""
+    """For other tests: plots take nearly all of a report's time."""
     drawn = dict.fromkeys(pictures.PICTURES, lambda rows, exposed: None)
     monkeypatch.setattr(pictures, "PICTURES", drawn)
     monkeypatch.setattr(pictures, "svg", lambda figure, name: "<svg></svg>")
@@ -260,7 +260,7 @@ def test_csv_is_flat(tmp_path):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_csv_is_tidy_and_described(tmp_path):
-    """A line for each point and judge, told apart by its identity; each column is in the docs."""
+    """A line per point and judge with a unique identity; the docs list all columns."""
     rows = [
         row | {"judges": row["judges"] | {"other": {"ids": None, "text": _scores(9.0)}}}
         for seed in (1, 2)

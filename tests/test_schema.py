@@ -64,7 +64,7 @@ def test_every_key_refuses_what_it_can_not_be(name, key):
 
 @pytest.mark.parametrize(("name", "key"), DECLARED)
 def test_every_key_has_a_lowest_and_a_highest_value(name, key):
-    """Just inside of an interval is good, just outside of it isn't."""
+    """Values just inside an interval are accepted, just outside rejected."""
     kind = DECLARED[name, key]
     inner = kind.kind if isinstance(kind, schema.Several) else kind
     if not isinstance(inner, schema.Whole | schema.Number):

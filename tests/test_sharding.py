@@ -73,7 +73,7 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh asks of a device."""
+    """The attributes of a device that a mesh uses."""
 
     id: int
     process_index: int
@@ -390,7 +390,7 @@ def paper_state(size, conditioning):
 @pytest.mark.parametrize("conditioning", ["official", "additive"])
 @pytest.mark.parametrize("size", base_config.SIZES)
 def test_a_device_holds_its_share_of_the_papers_states(size, conditioning):
-    """Within 2% of bytes / (fsdp x tensor); what is held by all is small."""
+    """Within 2% of bytes / (fsdp x tensor); replicated parts are small."""
     abstract = paper_state(size, conditioning)
     for sizes in itertools.product((1, 2, 4, 8), repeat=3):
         if math.prod(sizes) != 8:
@@ -433,7 +433,7 @@ def test_large_sizes_are_readable():
 
 
 def test_the_program_prints_where_the_state_would_lie(monkeypatch, tmp_path, capsys):
-    """Of every stage, without text: nothing is read, nothing is written."""
+    """For every stage, without text, reading and writing nothing."""
     config = base_config.get_config()
     config.model.width, config.model.num_heads = 32, 2
     config.mesh.fsdp, config.mesh.tensor = 2, 2
@@ -484,7 +484,7 @@ def test_parameters_go_where_the_mesh_wants_them():
 
 
 def test_any_number_of_devices_samples():
-    """What training refuses is whole on each device where it doesn't divide."""
+    """Arrays that training would reject are replicated if they don't divide."""
     wide, narrow = np.zeros((12, 11), np.float32), np.zeros((16, 11), np.float32)
     mesh = mesh_of(1, 6, 1, devices=jax.devices()[:6])
     with pytest.raises(ValueError, match="head/kernel can't be sharded"):

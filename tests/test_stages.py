@@ -49,7 +49,7 @@ def make_batch(seed=0, rows=B):
 
 
 def noised(params, seed=0):
-    """Away from the zeros of a fresh network, behind which no gradient flows."""
+    """Parameters without the initial zeros, which block gradients."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype("f4"), params)
 
@@ -302,7 +302,7 @@ def test_stratified_times_are_uniform_per_row_and_one_per_stratum():
 
 
 def test_times_of_another_density_are_weighted_back():
-    """By their distribution 1 - (1 - t)^(1/2), and by means of powers of t under the weights."""
+    """Checked by their distribution 1 - (1 - t)^(1/2) and by weighted means of powers of t."""
     rows, keys, eps = 4, 20_000, 0.01
     draw = jax.vmap(lambda key: pretrain.stratified_times(key, rows, time_eps=eps, power=2.0))
     times, weights = map(np.asarray, draw(jax.random.split(jax.random.key(0), keys)))
@@ -345,7 +345,7 @@ def test_pretrain_losses_equal_their_equations(calls, name, power, time_power):
 
 
 def test_pretrain_text_is_noised_along_the_path(calls):
-    """At time t a position shows its data with probability t, or by accident 1/V."""
+    """At time t a position shows its data with probability t, or by chance 1/V."""
     stage, x1 = make_stage("pretrain"), np.full((512, 32), 3, np.int32)
     _, _, (call,), _ = recorded(calls, stage.loss, table(), None, jax.random.key(0), {"x1": x1})
     t, shown = np.asarray(call["t"]), (np.asarray(call["x"]) == 3).mean(1)
@@ -436,7 +436,7 @@ def test_rows_of_path():
 
 
 def test_few_step_text_is_noised_along_the_path(calls):
-    """At time t a position shows its data with probability t, or by accident 1/V."""
+    """At time t a position shows its data with probability t, or by chance 1/V."""
     x1 = np.full((64, 32), 3, np.int32)
     _, _, (call,), _ = few_step_calls(calls, "step_aware", {"x1": x1})
     x, t = np.asarray(call["x"]), np.asarray(call["t"], np.float64)

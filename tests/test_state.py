@@ -23,7 +23,7 @@ KEY = jax.random.key(5)
 
 
 def loss(params, frozen, key, batch):
-    """Nothing in it is a mean over rows that parts could hide: noise, a square of means, a root."""
+    """A loss that isn't a mean over rows: noise, a square of means, a root."""
     noise = jax.random.normal(key, (2,))
     x = batch["x1"].astype(jnp.float32).mean(0)[:2] - batch["x0"].mean()
     value = jnp.sum((params["w"] * x + noise) ** 2) + jnp.sum(params["w"] * frozen.average["w"])
@@ -304,7 +304,7 @@ def test_one_bad_part_skips_the_whole_step(parts):
 
 
 def test_without_skipping_what_is_not_finite_goes_through():
-    """The caller stops at once: it must see it in the metrics."""
+    """The caller must see it in the metrics, in order to stop."""
     optimizer, batch = optax.adam(RATE), make_batch()
     batch["x1"][5, 0] = -1
     _, metrics = step_of(fragile, optimizer)(start(optimizer), batch, KEY)

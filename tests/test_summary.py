@@ -19,7 +19,7 @@ EVERYTHING_NL = np.ones((N, L), bool)
 
 
 class _Judge:
-    """Scores by length, and remembers what it was asked."""
+    """Scores by length and records its inputs."""
 
     def __init__(self, name, *, reads_ids=True, version=1):
         self.name, self.version = name, version
@@ -197,7 +197,7 @@ def _estimate(statistic, *arrays):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_judge_that_fails_is_not_hidden(wrong):
-    """One bad sample of a judge and form makes its figures nan, no other's; the row survives."""
+    """A bad sample makes only the figures of that judge and form nan; the row remains."""
     arrays = _measured([_Judge("main"), _Judge("other")], EVERYTHING_NL)
     figures, good = _aggregate(arrays, ["main", "other"])
     arrays["main.text.nll"] = np.where(np.arange(N) == 2, wrong, arrays["main.text.nll"])

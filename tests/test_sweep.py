@@ -109,7 +109,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """(folder, output) of a sweep that nothing disturbs."""
+    """(folder, output) of an undisturbed sweep."""
     out = world.run(*world.sweep("whole"))
     return world.sweep_folder("whole"), out
 
@@ -252,7 +252,7 @@ def test_evaluating_one_run_next_to_another_model(world):
 
 
 def test_evaluating_a_checkpoint_with_given_tokens(world):
-    """A file without a working directory continues held-out text, judged by a run of another."""
+    """Evaluate a file without working directory on continuations, with a run elsewhere as judge."""
     model = world.folder / "model.safetensors"
     world.run("fsdfm_jax.convert", "", {}, str(world.run_folder), str(model), "--stage=distill")
     flags = (f"--checkpoint={model}", f"--output={world.folder / 'file'}")

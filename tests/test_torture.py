@@ -18,7 +18,7 @@ SEED = 3
 
 
 def toy_victim(*flags):
-    """A stage that compiles at once: a life is the start of a process."""
+    """A stage that compiles quickly: most of a life is the start of the process."""
     program = [sys.executable, str(ROOT / "tests" / "toy_job.py"), *flags]
     return torture.Victim(
         command=lambda workdir: [*program, f"--directory={workdir / 'stage'}"],
@@ -91,7 +91,7 @@ def test_what_a_kill_hit():
 
 @pytest.fixture
 def pair(tmp_path):
-    """Two stages that ended alike."""
+    """Two stages with equal results."""
     for name in ("ours", "whole"):
         directory = tmp_path / name / "stage"
         _save(directory, 6)

@@ -56,7 +56,7 @@ def toy_stage(loss=None):
 
 
 class Stream:
-    """Batches that tell their step, and where reading began; `stop_at` cuts the power there."""
+    """Batches that encode their step and record where reading began; `stop_at`: a power cut."""
 
     def __init__(self, stop_at=None, poison_at=None):
         self.starts, self.read = [], []
@@ -359,7 +359,7 @@ def make_stage(name):
 
 @functools.cache
 def base_params():
-    """Not what a fresh network holds: behind its zeros all stages would look alike."""
+    """Not initial values: with their zeros all stages would give the same output."""
     stage, _, _ = make_stage("pretrain")
     rng = np.random.default_rng(0)
     fresh = jax.eval_shape(stage.init_params, jax.random.key(0), None)
@@ -458,7 +458,7 @@ def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
 
 
 def test_golden_distillation_steps(distilled):
-    """Recorded once on a CPU; whoever changes these numbers changes what is trained."""
+    """Recorded once on a CPU; a change of these numbers changes training."""
     got = [
         (line["path_loss"], line["distillation_loss"], line["loss"]) for line in lines(distilled)
     ]
@@ -513,7 +513,7 @@ def test_the_loss_goes_down_on_text_that_can_be_learnt(tmp_path):
 
 
 def test_an_older_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
-    """The newest is of this recipe and damaged; the one before is of another."""
+    """The newest has this recipe and is damaged; the previous one has another recipe."""
     other = {"format": recipe.FORMAT, "stage": "toy", "recipe": {"toy": {"num_steps": 2}}}
     ours = other | {"recipe": {"toy": {"num_steps": 4}}}
     run(tmp_path, 2, metadata=other)

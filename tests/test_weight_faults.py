@@ -99,7 +99,7 @@ def torch_state(tmp_path, monkeypatch):
 
 
 def _wrap(state, prefix):
-    """At the top and inside of each block, where frameworks put it."""
+    """At the top and inside each block, as frameworks do."""
     return {
         prefix + name.replace("blocks.0.", f"blocks.0.{prefix}"): t for name, t in state.items()
     }

@@ -320,7 +320,7 @@ def test_digest():
 
 # ------------------------------------------------------------------------------------------ weights
 def test_weights_of_the_newest_checkpoint(tmp_path):
-    """The average where the stage keeps one, the weights themselves where not."""
+    """The average if the stage has one, else the weights."""
     kept, plain = tmp_path / "kept", tmp_path / "plain"
     _save(kept, config=_config(**{"pretrain.ema_decay": 0.9}), steps=(2, 4, 6))
     _save(plain, config=_config(**{"pretrain.ema_decay": 0.0}), steps=(2, 4, 6))
@@ -342,7 +342,7 @@ def test_no_weights(tmp_path, folder):
 
 
 def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
-    """A run goes back to the checkpoint before; who reads its weights must not do so unasked."""
+    """Only training falls back to the previous checkpoint; reading weights must not."""
     _save(tmp_path, steps=(2, 4))
     path = tmp_path / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
     content = bytearray(path.read_bytes())
@@ -382,7 +382,7 @@ def test_a_folder_without_config(tmp_path):
 
 
 def test_bases_of_another_network_or_process_are_refused(trained, tmp_path):
-    """The number of heads leaves no trace in the shapes of weights, the schedule none at all."""
+    """Neither the number of heads nor the schedule is visible in the shapes of weights."""
     recipe_lib.check_base(tmp_path / "nothing there yet", MODEL, PATH)
     recipe_lib.check_base(trained, MODEL, PATH)
     few_step = dataclasses.replace(MODEL, conditioning="additive", dropout=0.5, remat="full")

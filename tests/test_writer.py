@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the test moves: `clock.now += seconds`."""
+    """A clock controlled by the test: `clock.now += seconds`."""
 
     class Clock:
         now = 1000.0
@@ -244,7 +244,7 @@ def test_short_numbers(value, text):
 
 # ------------------------------------------------------------------------------- Weights & Biases
 class FakeWandb:
-    """Records what the library is told."""
+    """Records calls of the library."""
 
     def __init__(self):
         self.runs, self.logged, self.finished = [], [], 0

@@ -42,14 +42,14 @@ _LONGEST = 600.0  # seconds of a life, after which something is wrong
 
 
 class Victim(NamedTuple):
-    """A program that trains one stage, and ends of itself.
+    """A program that trains one stage and exits.
 
     Attributes:
       command: working directory -> arguments; the same ones resume.
       directory: working directory -> folder of the stage, with checkpoints/ and metrics.jsonl.
       checkpoint_every: steps between two saves. A line of metrics is written every step.
-      environment: what is added to that of this process.
-      start_seconds: about what it takes to the first step.
+      environment: additions to that of this process.
+      start_seconds: approximate time to the first step.
       train_seconds, train_steps: at most so long after so many new steps a kill in training comes.
     """
 
@@ -66,13 +66,13 @@ class Life(NamedTuple):
     """One process, from its start to its kill.
 
     Attributes:
-      kind: the moment it was meant to be killed in, one of `KINDS`, or "none".
-      ended: it ended of itself before.
+      kind: intended time of the kill, one of `KINDS`, or "none".
+      ended: it exited before the kill.
       resumed: step that it reported to resume from, 0 if it trained without a report, None if it
         was killed before.
       reached: last step in the metrics.
       newest: step of the newest complete checkpoint.
-      found: temporary folders that were there.
+      found: temporary folders after the kill.
     """
 
     kind: str
@@ -94,7 +94,7 @@ class Life(NamedTuple):
 
 
 def steps_of(directory: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints of a stage that are complete by their names."""
+    """Steps of a stage's checkpoints with final names."""
     folder = directory / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
@@ -125,7 +125,7 @@ def temporary(folder: pathlib.Path) -> list[str]:
 
 
 def live(victim: Victim, workdir: pathlib.Path, kind: str, draw: random.Random) -> Life:
-    """Start the program and kill it in a moment of this kind; "none" lets it live."""
+    """Start the program and kill it at a time of this kind; "none" lets it finish."""
     directory = victim.directory(workdir)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -163,7 +163,7 @@ def live(victim: Victim, workdir: pathlib.Path, kind: str, draw: random.Random) 
 def _moments(
     kind: str, victim: Victim, directory: pathlib.Path, draw: random.Random
 ) -> Iterator[None]:
-    """End when the moment has come."""
+    """Stop iterating at the time of the kill."""
     if kind == "none":
         while True:
             time.sleep(0.05)
@@ -196,7 +196,7 @@ def _sleep(seconds: float) -> Iterator[None]:
 
 
 def faults_of_life(life: Life, before: int, every: int) -> list[str]:
-    """What one life lost, given the newest checkpoint that was complete when it began."""
+    """The faults of one life, given the newest checkpoint at its start."""
     faults = []
     if life.resumed is not None and life.resumed != before:
         faults.append(f"resumed from step {life.resumed}, step {before} was complete")
@@ -211,7 +211,7 @@ def faults_of_life(life: Life, before: int, every: int) -> list[str]:
 
 
 def differences(directory: pathlib.Path, whole: pathlib.Path) -> list[str]:
-    """How a stage that was disturbed differs from one that was not."""
+    """The differences between a disturbed and an undisturbed stage."""
     faults = []
     if (ours := steps_of(directory)) != (theirs := steps_of(whole)):
         return [f"checkpoints {ours} are kept, expected {theirs}"]
@@ -246,13 +246,13 @@ def _leaves(tree):
 
 
 def torture(victim: Victim, folder: pathlib.Path, *, kills: int, seed: int) -> dict:
-    """Kill so many processes of a program and compare with one that is left alone.
+    """Kill processes of a program and compare its results with an undisturbed run.
 
     Args:
       victim: the program.
       folder: gets the working directories "whole", "run_1", "run_2" ..
-      kills: how many.
-      seed: of their moments.
+      kills: number of kills.
+      seed: seed of their times.
 
     Returns:
       Counts, and "faults": a list of sentences, empty if nothing was lost.
