@@ -64,7 +64,7 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------- shared folders
 def shared(name: str) -> pathlib.Path:
-    """The folder "configs" or "launch": inside an installed package, or beside it in a checkout."""
+    """Return the folder "configs" or "launch", in an installed package or in a checkout."""
     package = pathlib.Path(__file__).parent
     inside = package / "share" / name
     return inside if inside.is_dir() else package.parent / name
@@ -93,7 +93,7 @@ def find_config(spec: str) -> str:
 
 
 def base_config() -> ConfigDict:
-    """The config of configs/base.py: every key with its default."""
+    """Return the config of configs/base.py: every key with its default."""
     return runpy.run_path(str(shared("configs") / "base.py"))["get_config"]()
 
 
@@ -191,7 +191,7 @@ def define_config(description: str) -> flags.FlagHolder:
 
 
 def config_was_given() -> bool:
-    """Whether the parsed command line has --config, even with the default file."""
+    """Return whether the parsed command line has --config, even with the default file."""
     return _Parsed.names_config
 
 
@@ -273,7 +273,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
 
 def _config_without_overrides(argv: list[str]) -> ConfigDict | None:
-    """The config of argv without overrides; None if it can't be read."""
+    """Return the config of argv without overrides; None if it can't be read."""
     plain = [part for part in argv if re.match(r"--?config=", part)]
     try:
         alone = flags.FlagValues()

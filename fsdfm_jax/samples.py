@@ -54,7 +54,7 @@ class Options:
     stream: bool = False
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The model's sampler, overridden by the flags; ValueError for a bad value."""
+        """Return the model's sampler, overridden by the flags; ValueError for a bad value."""
         given = {name: getattr(self, name) for name in _SAMPLING}
         return default.replace(**{k: value for k, value in given.items() if value is not None})
 

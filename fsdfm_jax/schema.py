@@ -363,7 +363,7 @@ def _quoted(value: Any) -> str:
 
 
 def keys(config: ConfigDict) -> list[str]:
-    """All dotted keys of a config, leaves only."""
+    """Return all dotted keys of a config, leaves only."""
     return [key for key, _ in _leaves(config)]
 
 

@@ -101,7 +101,7 @@ def test_adamw_equals_its_equations():
 
 @pytest.mark.parametrize("decay_steps", [0, 8])
 def test_a_second_network_learns_at_the_same_share_of_the_training(decay_steps):
-    """With 3 updates per student update, warm-up and decay are 3 times as long; the rate is scaled."""
+    """With 3 updates per student update, warm-up and decay are 3 times as long, the rate scaled."""
     config = base_config.get_config()
     config.optim.weight_decay = 0.0
     config.refine.update(learning_rate=0.5, num_steps=20, warmup_steps=4, decay_steps=decay_steps)

@@ -154,7 +154,7 @@ def _whole_numbers(words: list[str]) -> tuple[int, ...]:
 
 
 def _report(source: pathlib.Path, named: str | None, to: str) -> pathlib.Path | None:
-    """The report for the card: the given one, or that of a working directory."""
+    """Return the report for the card: the given one, or that of a working directory."""
     if named is not None:
         return pathlib.Path(named).expanduser()
     own = source / "report"

@@ -198,7 +198,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 # ---------------------------------------------------------------------------------------- reading
 def is_exported(folder: pathlib.Path) -> bool:
-    """Whether a folder is marked as an exported sampler; never raises."""
+    """Return whether a folder is marked as an exported sampler; never raises."""
     for name in (CONFIG, "signature.json"):  # the latter up to version 3
         try:
             config = bundle_lib.parse_json(bundle_lib.read_text(folder / name), name)

@@ -293,7 +293,7 @@ def _estimate(value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------- reading
 def is_hub(folder: pathlib.Path) -> bool:
-    """Whether a folder is marked as being in this layout; never raises."""
+    """Return whether a folder is marked as being in this layout; never raises."""
     try:
         text = bundle_lib.read_text(folder / _CONFIG)
         return bundle_lib.parse_json(text, _CONFIG).get("model_type") == MODEL_TYPE
@@ -323,7 +323,7 @@ def with_sampling(bundle: Bundle, folder: pathlib.Path) -> Bundle:
 
 
 def is_name(text: Any) -> bool:
-    """Whether a string may be the name of a Hub repository, "user/name"."""
+    """Return whether a string may be the name of a Hub repository, "user/name"."""
     return isinstance(text, str) and bool(re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", text))
 
 

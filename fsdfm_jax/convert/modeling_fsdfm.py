@@ -229,11 +229,11 @@ class FSDFMModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
-        """The token embedding."""
+        """Return the token embedding."""
         return self.vocab_embed
 
     def get_output_embeddings(self):
-        """The head."""
+        """Return the head."""
         return self.output_layer.linear
 
     def forward(self, input_ids, t=None, h=None, attention_mask=None, labels=None, **unused):

@@ -192,7 +192,7 @@ class StateFile:
             self._torch.close()
 
     def state_dict(self, which: str) -> tuple[dict[str, Leaf], str]:
-        """The tensors of a state dict, without name prefixes, and the set of weights they are.
+        """Return the tensors of a state dict, without name prefixes, and the kind of weights.
 
         Raises:
           BadFile: there is no such state dict, or it has anything but float tensors.

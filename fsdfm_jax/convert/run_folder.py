@@ -32,7 +32,7 @@ _MOST_TRIES = 5  # to open the newest checkpoint while a training run replaces i
 
 
 def is_run_folder(path: pathlib.Path) -> bool:
-    """Whether `path` is one of the folders listed in the module's docstring."""
+    """Return whether `path` is one of the folders listed in the module's docstring."""
     if not path.is_dir():
         return False
     if (path / "config.json").is_file() and (path / "stages").is_dir():
@@ -84,7 +84,7 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
 
 
 def pinned(path: pathlib.Path, stage: str = "") -> pathlib.Path:
-    """The folder of the checkpoint that `read` uses now, independent of further training."""
+    """Return the folder of the checkpoint that `read` uses now, independent of further training."""
     path, step = _locate(path, stage)
     if step is None:
         step = checkpoint.newest_step(path / "checkpoints")
@@ -104,7 +104,7 @@ def _locate(path: pathlib.Path, stage: str) -> tuple[pathlib.Path, int | None]:
 
 
 def _chosen(folder: pathlib.Path, stage: str) -> str:
-    """The given run, or the last trained one of the pipeline."""
+    """Return the given run, or the last trained one of the pipeline."""
     is_trained = lambda run: workdir_lib.is_trained(workdir_lib.stage_directory(folder, run))
     if stage and is_trained(stage):
         return stage

@@ -174,7 +174,7 @@ def _metadata_checksum(metadata: Mapping[str, str]) -> str:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-    """Whether a file looks like safetensors, or a folder has such files."""
+    """Return whether a file looks like safetensors, or a folder has such files."""
     if path.is_dir():
         return any(path.glob(f"*{SUFFIX}"))
     if not path.is_file():

@@ -171,7 +171,7 @@ class TorchFile:
 
 
 def is_torch_file(path: str | os.PathLike) -> bool:
-    """Whether a file is a PyTorch checkpoint, from its content.
+    """Return whether a file is a PyTorch checkpoint, from its content.
 
     That is a zip with a single top folder that has `data.pkl`. Truncated files and those from
     before torch 1.6 count too: `TorchFile` reports what is wrong with them.
@@ -387,7 +387,7 @@ def _inert(content: bytes) -> bytes:
 
 
 def _known(argument: str) -> str:
-    """The full name for an opcode's argument "module name"; BadFile if not allowed."""
+    """Return the full name for an opcode's argument "module name"; BadFile if not allowed."""
     module, _, name = argument.partition(" ")
     if module == "__builtin__":  # Python 2's name, used in protocol 2
         module = "builtins"

@@ -329,7 +329,7 @@ def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> No
 
 
 def _read_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Facts from reading the groups; missing for groups of earlier versions."""
+    """Return the facts from reading the groups; missing for groups of earlier versions."""
     characters, lost, blank = (
         sum(group.get(key, 0) for group in groups) for key in ("characters", "lost", "blank")
     )
@@ -349,7 +349,7 @@ def _total(parts: Iterable[packing.SplitCounts]) -> packing.SplitCounts:
 
 
 def _failure(directory: pathlib.Path, missing: list[int]) -> Exception:
-    """The first error that workers reported for a missing group."""
+    """Return the first error that workers reported for a missing group."""
     again = "run the same command to make the missing ones"
     for number in missing:
         path = directory / _name(number, "error")

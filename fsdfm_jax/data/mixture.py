@@ -62,7 +62,7 @@ class Mixture:
         self._counts = self.counts(self._length)
 
     def pick(self, position: int) -> tuple[int, int]:
-        """(source, number of its earlier blocks) at a position of the infinite mixture.
+        """Return (source, number of its earlier blocks) at a position of the infinite mixture.
 
         Each source in turn takes floor(k w / W) of the first k positions left by earlier sources,
         where w is its weight and W the sum of its weight and all later ones.

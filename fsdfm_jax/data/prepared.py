@@ -109,12 +109,12 @@ class DataSpec:
         return cls(**{field.name: config_data[field.name] for field in dataclasses.fields(cls)})
 
     def to_manifest(self) -> dict[str, Any]:
-        """The spec as stored in a manifest."""
+        """Return the spec as stored in a manifest."""
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
 
     def to_recipe(self) -> dict[str, Any]:
-        """The part that affects training, without the folders of a mixture."""
+        """Return the part that affects training, without the folders of a mixture."""
         values = dataclasses.asdict(self)
         if self.mixture:
             values["mixture"] = [str(weight) for _, weight in mixture_lib.parse(self.mixture)]
@@ -245,7 +245,7 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
 
     Call it from one process. It builds in a hidden folder beside `directory` and renames that, so a
     killed call leaves no partial `directory`, and the next call cleans up. An existing folder with
-    the same spec is used as it is: changes of text under the same file names are not detected.
+    the same spec is reused unchanged: changes of text under the same file names are not detected.
 
     Args:
       spec: what to make.
@@ -547,7 +547,7 @@ class _Reading:
             raise ValueError(no_documents(spec, split, total))
 
     def facts(self) -> dict[str, Any]:
-        """Facts for the manifest, after all splits were read; also logs warnings."""
+        """Return the facts for the manifest, after all splits were read; also logs warnings."""
         one = ("train", "validation") if self._spec.validation else ("train",)
         for split in one:
             blank = self._blank[split]
@@ -570,7 +570,7 @@ class _Reading:
 
 
 def _is_one_sided(spec: DataSpec) -> bool:
-    """Whether all documents are text files in the same split, such as a single long file."""
+    """Return whether all documents are text files in the same split, such as a single long file."""
     if any(file.suffix in (".jsonl", ".parquet") for file in corpus_lib.files(spec.corpus)):
         return False
     sides = set()
@@ -647,7 +647,7 @@ class Batches:
         self._block = _mixed(source, seed) if mixed else _shuffled(source, seed).__getitem__
 
     def batch_at(self, step: int) -> np.ndarray:
-        """The batch of a step, int32 [B, L] (or only its `rows`)."""
+        """Return the batch of a step, int32 [B, L] (or only its `rows`)."""
         _check_step(step)
         first = step * self._batch_size
         return np.stack([self._block(first + row) for row in self._rows]).astype(np.int32)
@@ -699,7 +699,7 @@ def validation_blocks(source: Source, n: int) -> np.ndarray:
 
 
 def _shuffled(source: Source, seed: int) -> Sequence[np.ndarray]:
-    """The blocks of a source in an infinite sequence of shuffled epochs."""
+    """Return the blocks of a source in an infinite sequence of shuffled epochs."""
     with extras.needed("train", "Reading batches"):
         import grain
 

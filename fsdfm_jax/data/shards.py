@@ -51,7 +51,7 @@ class File:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The storage dtype for tokens of a vocabulary."""
+    """Return the storage dtype for tokens of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
@@ -212,7 +212,7 @@ class Guarded:
             ) from error
 
     def path(self, index: int) -> pathlib.Path:
-        """The file of a record."""
+        """Return the file of a record."""
         return self._paths[min(bisect.bisect_right(self._ends, index), len(self._paths) - 1)]
 
 

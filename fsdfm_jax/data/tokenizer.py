@@ -360,7 +360,7 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def _bytes_of_name(name: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary, as in the library's decoder."""
+    """Return the bytes of a token of a byte-level vocabulary, as in the library's decoder."""
     table = _byte_of_letter()
     if all(letter in table for letter in name):
         return bytes(table[letter] for letter in name)

@@ -137,7 +137,7 @@ def draw(
 
 
 def _inputs(point, subject, given, batch_size, index) -> tuple:
-    """The sampler's arguments for a batch, after the parameters."""
+    """Return the sampler's arguments for a batch, after the parameters."""
     rows = slice(index * batch_size, (index + 1) * batch_size)
     missing = batch_size - len(given.tokens_NL[rows])
     padding = [(0, missing), (0, 0)]

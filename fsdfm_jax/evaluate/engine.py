@@ -82,7 +82,7 @@ class Evaluation:
         return steps * self._num_samples(point)
 
     def finished(self, plan: Sequence[Point]) -> list[Row]:
-        """The rows of the points stored by any machine, in order."""
+        """Return the rows of the points stored by any machine, in order."""
         self._store.refresh()
         return [row for row in map(self._stored, plan) if row is not None]
 
@@ -145,7 +145,7 @@ class Evaluation:
         return summary.aggregate(measured, names, resamples=self._settings.resamples)
 
     def _exact_verdict(self, parts: Sequence[Arrays]) -> dict[str, Any] | None:
-        """The exact judge's verdict on the samples of all seeds."""
+        """Return the exact judge's verdict on the samples of all seeds."""
         if self._exact is None:
             return None
         tokens_NL, frozen_NL = (
@@ -204,7 +204,7 @@ class Evaluation:
         return arrays
 
     def _given(self, point: Point) -> Given:
-        """The given tokens of a point."""
+        """Return the given tokens of a point."""
         shape = (self._num_samples(point), self._length)
         frozen_NL = tasks.parse(point.task).frozen(*shape)
         if not frozen_NL.any():
@@ -297,7 +297,7 @@ class Evaluation:
         }
 
     def _bound(self, point: Point) -> dict[str, float] | None:
-        """The bound on a base model's likelihood, estimated once for all its points."""
+        """Return the bound on a base model's likelihood, estimated once for all its points."""
         facts = self._bound_facts(point)
         if facts is None:
             return None
@@ -388,7 +388,7 @@ class Evaluation:
 
 
 def _devices() -> str:
-    """The devices used for sampling, "8 x KIND"."""
+    """Return the devices used for sampling, "8 x KIND"."""
     mesh = jax.sharding.get_mesh()
     return f"{max(1, mesh.size)} x {jax.devices()[0].device_kind}"
 
@@ -413,7 +413,7 @@ _ESTIMATE = ("value", "low", "high", "count")
 
 
 def _part_with(parts: Sequence[Arrays], name: str, value: Any) -> Arrays:
-    """The first set of arrays in which a scalar has this value, or {}."""
+    """Return the first set of arrays in which a scalar has this value, or {}."""
     return next((part for part in parts if name in part and part[name].item() == value), {})
 
 
@@ -437,7 +437,7 @@ def _trajectories(arrays: Arrays) -> list[stream.Trajectory]:
 
 
 def _entropy_of_choice(parts: Sequence[Arrays], resamples: int) -> dict[str, Any] | None:
-    """The predictive entropy over all seeds: mean over steps, and per step."""
+    """Return the predictive entropy over all seeds: mean over steps, and per step."""
     if not all("step_entropy_nats" in part for part in parts):
         return None
     entropy_RS, changed_RS = (

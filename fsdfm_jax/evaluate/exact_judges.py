@@ -221,18 +221,18 @@ def open_law(path: str) -> Law:
 
 
 def judges(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of the exact judges of rows."""
+    """Return the names of the exact judges of rows."""
     return list(dict.fromkeys(row["exact"]["judge"] for row in rows if row.get("exact")))
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
-    """The figures that any of the rows has, in the order of `COLUMNS`."""
+    """Return the figures that any of the rows has, in the order of `COLUMNS`."""
     known = {key for row in rows for key in (row.get("exact") or {}).get("figures", ())}
     return {key: column for key, column in COLUMNS.items() if key in known}
 
 
 def figure(row: Mapping[str, Any], key: str) -> dict[str, float] | None:
-    """A figure of a row, or None."""
+    """Return a figure of a row, or None."""
     return ((row.get("exact") or {}).get("figures") or {}).get(key)
 
 

@@ -23,7 +23,7 @@ _LEVEL = 0.95
 
 
 def available() -> bool:
-    """Whether `mauve-text` is installed."""
+    """Return whether `mauve-text` is installed."""
     return importlib.util.find_spec("mauve") is not None
 
 

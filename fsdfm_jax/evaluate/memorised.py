@@ -34,7 +34,7 @@ class Ngrams:
         self._known = np.unique(self._hashes(text_T))
 
     def share(self, tokens_NL: np.ndarray) -> np.ndarray:
-        """The fraction of each row's n-grams that occur in the text, float64 [N].
+        """Return the fraction of each row's n-grams that occur in the text, float64 [N].
 
         Raises:
           ValueError: for rows shorter than n.

@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
 
 def failed(count: int) -> Estimate:
-    """The estimate if the measurement failed on some sample; it worked on `count` of them."""
+    """Return the estimate for a measurement that failed on some samples and worked on `count`."""
     return Estimate(math.nan, math.nan, math.nan, count)
 
 
@@ -225,7 +225,7 @@ def _count(sample, gram):
 
 
 def _two_largest(gram, count):
-    """The largest and second largest count of each n-gram id; 0 if there is none."""
+    """Return the largest and second largest count of each n-gram id; 0 if there is none."""
     largest = np.zeros(gram.max(initial=0) + 1, count.dtype)
     second = np.zeros_like(largest)
     ordered = np.lexsort((count, gram))  # by n-gram, then by count

@@ -112,7 +112,7 @@ def prepared_text(folder: pathlib.Path) -> PreparedData:
 
 
 def further_places(text: str, **options: Any) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
-    """The models of `eval.models`, as `places` of a `Catalogue`."""
+    """Return the models of `eval.models`, as `places` of a `Catalogue`."""
     return {
         label: (path, options | ({"stage": run} if run else {}))
         for label, (path, run) in parse_models(text).items()
@@ -169,7 +169,7 @@ class Catalogue:
         self.num_params = {label: bundle.num_params() for label, bundle in bundles.items()}
 
     def facts(self, label: str, weights: str) -> dict[str, Any]:
-        """The identity of a model, see `Subject`; reads its parameters on the first call."""
+        """Return the identity of a model, see `Subject`; reads its parameters on the first call."""
         if (label, weights) not in self._facts:
             self.open(label, weights)
         return self._facts[label, weights]
@@ -225,7 +225,7 @@ def _subject(label: str, bundle: Bundle, params: Params, facts: dict[str, Any]) 
 
 
 def _stage_of(bundle: Bundle) -> str:
-    """The stage of a model, from its file's record or else from its network."""
+    """Return the stage of a model, from its file's record or else from its network."""
     said = bundle.provenance.get("stage")
     if said in stages.NAMES:
         return said

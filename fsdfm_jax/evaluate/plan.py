@@ -60,7 +60,7 @@ class Point:
         return self.stage == "autoregressive"
 
     def described(self) -> dict[str, Any]:
-        """The sampler settings as fields of a row; None for those that don't apply."""
+        """Return the sampler settings as fields of a row; None for those that don't apply."""
         if self.sampling is None:
             return dict.fromkeys(SAMPLING_FIELDS)
         values = self.sampling.to_dict()
@@ -307,5 +307,5 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
 
 
 def share(points: Sequence[Point], index: int, count: int) -> list[Point]:
-    """The points for machine `index` of `count`: every `count`-th."""
+    """Return the points for machine `index` of `count`: every `count`-th."""
     return list(points[index::count])

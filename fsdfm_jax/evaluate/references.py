@@ -23,7 +23,7 @@ class HeldOut(NamedTuple):
     Attributes:
       real_NL: held-out blocks, int32 [N, L].
       reference_ML: other held-out blocks, for MAUVE; None if there are too few.
-      bounded_KL: held-out blocks for the bounds of base models, independent of N; None for none.
+      bounded_KL: held-out blocks for the bounds of base models, independent of N; None: no bounds.
       unigram_V: token frequencies of the training text; they sum to 1.
       sentence: ids from the start of a held-out block.
       fingerprint: of the prepared data.

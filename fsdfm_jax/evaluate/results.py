@@ -56,7 +56,7 @@ class Store:
                     self._rows[row["slug"], recipe.digest(row["protocol"])] = row
 
     def finished(self, slug: str, protocol: dict[str, Any]) -> Row | None:
-        """The row of a point with exactly this protocol, if its files exist; otherwise None."""
+        """Return the row of a point with exactly this protocol if its files exist, else None."""
         row = self._rows.get((slug, recipe.digest(protocol)))
         if row is None:
             return None
@@ -64,11 +64,11 @@ class Store:
         return row if all((self._directory / name).is_file() for name in files) else None
 
     def arrays(self, slug: str, stamp: Any) -> Arrays | None:
-        """The samples of a point with exactly this stamp."""
+        """Return the samples of a point with exactly this stamp."""
         return _load(self._directory / self.samples_file(slug, stamp))
 
     def scores(self, slug: str, protocol: dict[str, Any]) -> Arrays | None:
-        """The per-sample values of a point with exactly this protocol."""
+        """Return the per-sample values of a point with exactly this protocol."""
         return _load(self._directory / self.scores_file(slug, protocol))
 
     def earlier_scores(self, slug: str, stamp: Any, version: int) -> list[Arrays]:
@@ -90,16 +90,16 @@ class Store:
         shutil.rmtree(self._batches(slug, stamp), ignore_errors=True)
 
     def samples_file(self, slug: str, stamp: Any) -> str:
-        """The file of a point's samples, relative to the directory."""
+        """Return the file of a point's samples, relative to the directory."""
         return f"samples/{slug}-{recipe.digest(stamp)[:8]}.npz"
 
     def scores_file(self, slug: str, protocol: dict[str, Any]) -> str:
-        """The file of a point's per-sample values, relative to the directory."""
+        """Return the file of a point's per-sample values, relative to the directory."""
         samples = self.samples_file(slug, protocol["samples"]).removesuffix(".npz")
         return f"{samples}-{recipe.digest(protocol['scoring'])[:8]}.npz"
 
     def batch(self, slug: str, stamp: Any, index: int) -> np.ndarray | None:
-        """A batch of an unfinished point, None if it is missing or damaged."""
+        """Return a batch of an unfinished point, None if it is missing or damaged."""
         try:
             return np.load(self._batches(slug, stamp) / f"{index:05d}.npy", allow_pickle=False)
         except (OSError, EOFError, ValueError):
@@ -124,7 +124,7 @@ _NUMERIC = ("figures", "judges", "exact", "per_step", "milliseconds_per_sample",
 
 
 def _load(path: pathlib.Path) -> Arrays | None:
-    """All arrays of a file; None if it is missing or damaged, to make them again."""
+    """Return all arrays of a file; None if it is missing or damaged, to make them again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)

@@ -62,7 +62,7 @@ def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) ->
 
 
 def numerics() -> dict[str, Any]:
-    """Facts that rounding depends on, as far as this process knows them.
+    """Return the facts that rounding depends on, as far as this process knows them.
 
     The mesh is omitted: in sampling it shards rows and parameters, not sums.
     """

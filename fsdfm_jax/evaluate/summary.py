@@ -29,7 +29,7 @@ _FORMS = ("ids", "text")
 
 
 def interval(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON: value, low, high, and the number of samples used."""
+    """Return an estimate as JSON: value, low, high, and the number of samples used."""
     value, low, high, count = estimate
     return {"value": float(value), "low": float(low), "high": float(high), "count": int(count)}
 
@@ -213,7 +213,7 @@ def _names(judge: str, forms: Sequence[str]) -> list[str]:
 
 
 def _holds(known, judge: str, digest: str, names: Sequence[str], num_samples: int) -> bool:
-    """Whether the arrays have all scores of exactly this judge for this number of samples."""
+    """Return whether the arrays have all scores of this judge for this number of samples."""
     if str(known.get(f"{judge}.digest", "")) != digest:
         return False
     return all(name in known and np.shape(known[name]) == (num_samples,) for name in names)

@@ -39,7 +39,7 @@ class Task(NamedTuple):
     freeze: Callable[[np.random.Generator, int], np.ndarray]
 
     def frozen(self, num_samples: int, length: int) -> np.ndarray:
-        """The given positions of each sample, bool [N, L].
+        """Return the given positions of each sample, bool [N, L].
 
         Raises:
           ValueError: if the task doesn't fit the length.

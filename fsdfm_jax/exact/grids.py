@@ -55,7 +55,7 @@ def sample(size: Sudoku, rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def all_grids(size: Sudoku) -> np.ndarray:
-    """All 4x4 grids, int8 [288, 16].
+    """Return all 4x4 grids, int8 [288, 16].
 
     Raises:
       ValueError: for other sizes, which have too many grids.
@@ -68,7 +68,7 @@ def all_grids(size: Sudoku) -> np.ndarray:
 
 @functools.lru_cache
 def _with_first_row(size: Sudoku) -> np.ndarray:
-    """All grids with first row 0..n-1, int8 [num_grids / n!, n²]."""
+    """Return all grids with first row 0..n-1, int8 [num_grids / n!, n²]."""
     rows = np.array(list(itertools.permutations(range(size.n))), np.int8)
     same_column = (rows[:, None] == rows[None]).any(-1)
     boxes = rows.reshape(len(rows), -1, size.box_cols)
@@ -172,7 +172,7 @@ class Frame(NamedTuple):
 
 
 def first_box() -> tuple[int, int]:
-    """The partitions of 123/456/789 by rows and by columns."""
+    """Return the partitions of 123/456/789 by rows and by columns."""
     digits = np.arange(9)
     rows, columns = partitions().index[_code(np.stack([digits // 3, digits % 3]))]
     return int(rows), int(columns)

@@ -232,7 +232,7 @@ def _draw(rows: np.ndarray, rng: np.random.Generator, which: np.ndarray) -> np.n
 def forward(
     transition_KK: jax.Array, initial_BK: jax.Array, evidence_LBK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The forward algorithm, normalised at each position.
+    """Return the forward algorithm, normalised at each position.
 
     Args:
       transition_KK: A.

@@ -104,7 +104,7 @@ def block_entropy_per_token(law: Law, length: int) -> Figure:
 
 @functools.lru_cache
 def law_figures(law: Law, count: int, length: int) -> dict[str, tuple[float, float]]:
-    """(mean, standard deviation) of each figure over sets of samples of the law.
+    """Return (mean, standard deviation) of each figure over sets of samples of the law.
 
     The standard deviation is from few sets and accurate to about 25%.
     """
@@ -147,7 +147,7 @@ class _Grams:
         self._log_p = hmm.log_likelihoods(law, grams.astype(np.int32))
 
     def figures(self, times_N: np.ndarray) -> tuple[float, float]:
-        """(KL from the frequencies to the law, their entropy), nats; samples weighted by times."""
+        """Return (KL from the frequencies to the law, their entropy), nats, weighted by times."""
         weights = np.repeat(times_N.astype(np.float64), self._per_sample)
         share = np.bincount(self._kind, weights, len(self._log_p)) / weights.sum()
         entropy = -float(hmm.xlogx(share).sum())

@@ -22,7 +22,7 @@ UNKNOWN = Figure(math.nan, math.nan, math.nan, 0)
 
 
 def share(hits: int, count: int) -> Figure:
-    """The proportion hits / count with Wilson's score interval, which is valid near 0 and 1 too.
+    """Return hits / count with Wilson's score interval, which is also valid near 0 and 1.
 
     (p + z²/2n ± z sqrt(p (1-p)/n + z²/4n²)) / (1 + z²/n)
 
@@ -41,7 +41,7 @@ def share(hits: int, count: int) -> Figure:
 
 
 def normal(values_N: np.ndarray) -> Figure:
-    """The mean of many independent values, +- 1.96 standard errors."""
+    """Return the mean of many independent values, +- 1.96 standard errors."""
     count = len(values_N)
     if count < 2:
         return Figure(float(values_N.mean()) if count else math.nan, math.nan, math.nan, count)
@@ -50,7 +50,7 @@ def normal(values_N: np.ndarray) -> Figure:
 
 
 def mean(values_N: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Figure:
-    """The mean of independent values with its percentile bootstrap interval."""
+    """Return the mean of independent values with its percentile bootstrap interval."""
     count = len(values_N)
     if count < 2:
         return normal(values_N)

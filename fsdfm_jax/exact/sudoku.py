@@ -202,7 +202,7 @@ def format_grid(size: Sudoku, cells: np.ndarray) -> str:
 
 
 def satisfied(size: Sudoku, cells_NC: np.ndarray) -> np.ndarray:
-    """Whether each group has every digit once, bool [N, 3n], in the order of `Sudoku.groups`.
+    """Return whether each of `Sudoku.groups` has every digit once, bool [N, 3n], in order.
 
     Args:
       size: of the grids.
@@ -269,7 +269,7 @@ def solve(size: Sudoku, puzzle: np.ndarray, limit: int = 2) -> list[np.ndarray]:
 
 @functools.lru_cache
 def _places(size: Sudoku) -> tuple[tuple[int, ...], ...]:
-    """The row, column and box of each cell, as indices of `Sudoku.groups`."""
+    """Return the row, column and box of each cell, as indices of `Sudoku.groups`."""
     groups = range(3 * size.n)
     return tuple(tuple(g for g in groups if c in size.groups[g]) for c in range(size.num_cells))
 

@@ -170,7 +170,7 @@ def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: i
 
 
 def solved(size: Sudoku, tokens_NL: np.ndarray, puzzles_NC: np.ndarray) -> Figure:
-    """The fraction of puzzles that samples solve: valid, with all givens kept.
+    """Return the fraction of puzzles that samples solve: valid, with all givens kept.
 
     Args:
       size: of the puzzles.
@@ -194,7 +194,7 @@ def solved(size: Sudoku, tokens_NL: np.ndarray, puzzles_NC: np.ndarray) -> Figur
 
 
 def expected_distinct(size: Sudoku, count: int) -> tuple[float, float]:
-    """(mean, standard deviation) of the number of distinct grids among uniform ones."""
+    """Return (mean, standard deviation) of the number of distinct grids among uniform ones."""
     kinds = size.num_grids
     pairs = count * (count - 1) / 2 / kinds  # expected number of equal pairs
     if count < kinds / 1000:  # rare, so Poisson; the formulas below would cancel
@@ -257,14 +257,14 @@ def same_digit(size: Sudoku) -> np.ndarray:
 
 
 def digit_chi_square(size: Sudoku, cells_MC: np.ndarray) -> tuple[float, int]:
-    """(chi-square of digits in cells, degrees of freedom), summed over cells."""
+    """Return (chi-square of digits in cells, degrees of freedom), summed over cells."""
     expected = len(cells_MC) / size.n
     counts = _one_hot(size, cells_MC).sum(0)
     return float(((counts - expected) ** 2).sum() / expected), size.num_cells * (size.n - 1)
 
 
 def pair_chi_square(size: Sudoku, cells_MC: np.ndarray) -> tuple[float, int]:
-    """(chi-square of digit pairs in cell pairs, degrees of freedom), summed over cell pairs."""
+    """Return (chi-square of digit pairs, degrees of freedom), summed over cell pairs."""
     n, cells = size.n, size.num_cells
     hot = _one_hot(size, cells_MC).reshape(len(cells_MC), -1)
     counts = (

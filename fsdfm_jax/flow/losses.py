@@ -164,7 +164,7 @@ def _log_midpoint(log_p, log_q):
 
 
 def _log_normaliser(logits):
-    """(max logit, log sum exp(logit - max)), each [..., 1].
+    """Return (max logit, log sum exp(logit - max)), each [..., 1].
 
     They are kept separate: their sum would be rounded at the scale of the logits.
     """

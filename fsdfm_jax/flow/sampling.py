@@ -95,7 +95,7 @@ class Sampling:
         return jumps.get_rule(self.jump)
 
     def times(self) -> np.ndarray:
-        """The time grid, float32 [S+1]."""
+        """Return the time grid, float32 [S+1]."""
         return grids.make_grid(self.grid, self.steps)
 
     def wrap(self, denoise: Denoise, *, mask_id: int | None = None) -> Denoise:
@@ -136,7 +136,7 @@ class Sampling:
 
     @classmethod
     def published(cls, steps: int = 8) -> "Sampling":
-        """The sampler of arXiv:2509.20624: cumulative scalar, uniform grid, temperature 1."""
+        """Return the sampler of arXiv:2509.20624: cumulative, uniform grid, temperature 1."""
         return cls(steps=steps)
 
 

@@ -312,7 +312,7 @@ _LATER: dict[str, Any] = {
 
 
 def make_model(fields: Mapping[str, Any]) -> ModelConfig:
-    """A network out of JSON, every field of the type it must have.
+    """Make a network configuration from JSON, checking the type of every field.
 
     Raises:
       ValueError, TypeError: it is none.

@@ -25,7 +25,7 @@ from fsdfm_jax.ops import logits as logits_lib
 def sampler_parts(
     params: Params, model: ModelConfig, process: Process, sampling: Sampling
 ) -> tuple[Denoise, Jump, Finalize]:
-    """(denoise, jump, finalize) of a network, the arguments of `flow.sampler.sample`."""
+    """Return (denoise, jump, finalize) of a network, the arguments of `flow.sampler.sample`."""
     denoise = functools.partial(model_lib.predict, params, model)
     wrapped = sampling.wrap(denoise, mask_id=process.source.mask_id)
     return wrapped, process.make_jump(sampling.rule), process.finalize

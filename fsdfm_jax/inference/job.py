@@ -76,7 +76,7 @@ class Job:
         return self.tokenizer.decode(tokens_L[: row.request.template.shown].tolist())
 
     def line(self, row: Row, tokens_L: np.ndarray) -> dict[str, Any]:
-        """The entry of a sample in an output file."""
+        """Return the entry of a sample in an output file."""
         tokens = tokens_L[: row.request.template.shown].tolist()
         text = {"text": self.tokenizer.decode(tokens), "tokens": tokens}
         return _line_head(row) | text | self.stamp
@@ -240,7 +240,7 @@ def generate(
 
 
 def tokenizer_of(model: Bundle) -> Tokenizer:
-    """The model's tokenizer; ValueError if it has none."""
+    """Return the model's tokenizer; ValueError if it has none."""
     if model.tokenizer is None:
         raise ValueError("The model has no tokenizer; load it with tokenizer='gpt2' or a path.")
     return model.tokenizer

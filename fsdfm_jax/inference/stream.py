@@ -131,7 +131,7 @@ def thin(trajectory: Trajectory, count: int) -> Trajectory:
 
 
 def captions(trajectory: Trajectory) -> list[str]:
-    """A caption for each frame: "step 3 of 8, t=0.375, 21 tokens changed".
+    """Return a caption for each frame: "step 3 of 8, t=0.375, 21 tokens changed".
 
     If steps are skipped: "step 8 of 8, t=1, 30 tokens differ from step 4". This counts a token that
     changed twice once, and one that changed back not at all.

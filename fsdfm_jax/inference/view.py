@@ -61,7 +61,7 @@ class View:
         )
 
     def summary(self, step: int, changed_BL: np.ndarray, rows: int) -> str:
-        """The step, and the number of tokens it changed in the first `rows` rows."""
+        """Return the step, and the number of tokens it changed in the first `rows` rows."""
         total = self._job.sampling.steps
         if not step:
             return f"step 0/{total}, noise"

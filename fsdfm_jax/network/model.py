@@ -146,7 +146,7 @@ def apply(
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> KeyValueCache:
-    """An empty cache for a causal network.
+    """Return an empty cache for a causal network.
 
     Raises:
       ValueError: if `length` exceeds the learned positions of the network.
@@ -238,7 +238,7 @@ def count_params(params: Params) -> int:
 def _modulation(
     params: Params, cfg: ModelConfig, t_B: jax.Array | None, h_B: jax.Array | None
 ) -> Modulation | None:
-    """The modulations for given times and widths; None for a causal network."""
+    """Return the modulations for given times and widths; None for a causal network."""
     if cfg.causal:
         return None
     if t_B is None:

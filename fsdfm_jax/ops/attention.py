@@ -91,7 +91,7 @@ def resolve(implementation: str, q_BHLK: jax.Array) -> str:
 
 
 def has_cudnn() -> bool:
-    """Whether the devices can run NVIDIA's kernel (compute capability 8 or later)."""
+    """Return whether the devices can run NVIDIA's kernel (compute capability 8 or later)."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
     return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
@@ -114,7 +114,7 @@ def _blocked(causal, q_BHLK, k_BHMK, v_BHMK):
 
 
 def _blocked_forward(causal, q_BHLK, k_BHMK, v_BHMK):
-    """(output, residuals); each query's weights are stored as their log-sum-exp."""
+    """Return (output, residuals); each query's weights are stored as their log-sum-exp."""
     blocks = _Blocks(q_BHLK, k_BHMK)
 
     def group(inputs):

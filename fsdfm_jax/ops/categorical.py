@@ -116,7 +116,7 @@ def pick_other(u: jax.Array, logits: jax.Array, current: jax.Array) -> tuple[jax
 
 
 def _descend(u, logits, left_out):
-    """(ids, max logit, sum of exp(logit - max) over the ids that are not excluded)."""
+    """Return (ids, max logit, sum of exp(logit - max) over the ids that are not excluded)."""
     *rows, size = logits.shape
     block = max(1, math.isqrt(size))
     top = jnp.max(logits, axis=-1)

@@ -76,7 +76,7 @@ def dense(logits: Logits) -> jax.Array:
 
 
 def rows(logits: Logits, start: int, stop: int) -> Logits:
-    """The rows [start, stop) of the batch."""
+    """Return the rows [start, stop) of the batch."""
     if not isinstance(logits, Factored):
         return logits[start:stop]
     return dataclasses.replace(logits, features_BLD=logits.features_BLD[start:stop])
@@ -90,7 +90,7 @@ def pad_rows(logits: Logits) -> Logits:
 
 
 def position(logits: Logits, index: jax.Array | int) -> Logits:
-    """The logits at one position of each row, [B, 1, V]; the index is data."""
+    """Return the logits at one position of each row, [B, 1, V]; the index is data."""
     if not isinstance(logits, Factored):
         return jax.lax.dynamic_slice_in_dim(logits, index, 1, axis=1)
     features_B1D = jax.lax.dynamic_slice_in_dim(logits.features_BLD, index, 1, axis=1)
@@ -128,7 +128,7 @@ def entropy(logits_BLV: jax.Array) -> jax.Array:
 
 
 def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
-    """The weighted average of logits, in float32.
+    """Return the weighted average of logits, in float32.
 
     Args:
       logits: all arrays, or all factored with the same head and temperature.
@@ -189,7 +189,7 @@ def mean_loss(
     *args: jax.Array | Factored,
     num_rows: int | None = None,
 ) -> jax.Array:
-    """The mean of position_loss(logits_BLV, *args) over rows and positions.
+    """Return the mean of position_loss(logits_BLV, *args) over rows and positions.
 
     Differentiable in the features and head of factored logits. The gradient is computed in the
     forward pass, chunk by chunk: no product is repeated, and residuals have the size of the
@@ -353,7 +353,7 @@ def _scan_chunks(step, carry, num_rows, logits, args):
 
 
 def _written_down(args, parts):
-    """The chunk `parts` of the arguments, with factored logits materialised."""
+    """Return the chunk `parts` of the arguments, with factored logits materialised."""
     return [
         _multiply(x, part) if isinstance(x, Factored) else part
         for x, part in zip(args, parts, strict=True)
@@ -364,7 +364,7 @@ _HEAD = "head/kernel"
 
 
 def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
-    """The logits of some features, float32 [B, c, V]; `logits` comes from `gathered`."""
+    """Return the logits of some features, float32 [B, c, V]; `logits` comes from `gathered`."""
     features_BcD = rules.constrain(features_BcD.astype(logits.dtype), "rows", "positions", None)
     logits_BcV = _contract(features_BcD, logits.kernel_DV, (2,), (0,))
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]

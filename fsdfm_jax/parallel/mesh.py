@@ -86,12 +86,12 @@ def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np
 
 
 def use(mesh: Mesh):
-    """A context that shards arrays over the mesh if it has more than one device."""
+    """Return a context that shards arrays over the mesh if it has more than one device."""
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def local_mesh() -> Mesh:
-    """A mesh of this process's devices for sampling, with rows and parameters sharded.
+    """Return a mesh of this process's devices for sampling, with rows and parameters sharded.
 
     The tokens don't depend on the number of devices, so stored samples can be reused.
     """
@@ -101,12 +101,12 @@ def local_mesh() -> Mesh:
 
 
 def leaf_sharding(mesh: Mesh, path: str, leaf) -> NamedSharding:
-    """The sharding of one leaf of the state, as in `state_shardings`."""
+    """Return the sharding of one leaf of the state, as in `state_shardings`."""
     return NamedSharding(mesh, _checked_spec(mesh, path, leaf.shape))
 
 
 def state_shardings(mesh: Mesh, abstract_state):
-    """The sharding of each leaf of a tree of shapes (state, parameters), from `rules.RULES`.
+    """Return the sharding of each leaf of a tree of shapes (state, parameters), from `rules.RULES`.
 
     Raises:
       ValueError: naming the first leaf whose shape doesn't fit its rule, the axis and the remedy.
@@ -179,12 +179,12 @@ def _parts(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of batch rows."""
+    """Return the sharding of batch rows."""
     return NamedSharding(mesh, rules.activation_spec("rows"))
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """The replicated sharding."""
+    """Return the replicated sharding."""
     return NamedSharding(mesh, P())
 
 
@@ -266,7 +266,7 @@ def describe(mesh: Mesh, abstract_state) -> list[Placed]:
 
 
 def report(mesh: Mesh, abstract_state: Any) -> str:
-    """A table of the sharding of each leaf, with bytes per device and replicated bytes."""
+    """Return a table of the sharding of each leaf, with bytes per device and replicated bytes."""
     placed = describe(mesh, abstract_state)
     width = max(len(leaf.path) for leaf in placed)
     lines = [f"mesh {dict(mesh.shape)}, {mesh.size} device(s)"]

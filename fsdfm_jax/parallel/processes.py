@@ -68,7 +68,7 @@ def initialize(
 
 
 def is_joined() -> bool:
-    """Whether this process has joined a job, see `initialize`."""
+    """Return whether this process has joined a job, see `initialize`."""
     return jax.distributed.is_initialized()
 
 
@@ -84,7 +84,7 @@ def leave(code: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes shared files."""
+    """Return whether this is the process that writes shared files."""
     return jax.process_index() == 0
 
 
@@ -233,7 +233,7 @@ class StopRequest:
         return _SIGNALS.get(self._asked, _SIGNALS[signal.SIGTERM])
 
     def ask(self) -> bool | jax.Array:
-        """Whether any process got a signal; with several processes, computed on the devices."""
+        """Return whether any process got a signal; several processes compute it on devices."""
         if jax.process_count() == 1:
             return bool(self._asked)
         # Each process fills in the entries of its own devices; the other entries are ignored.

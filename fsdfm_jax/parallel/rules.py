@@ -54,12 +54,12 @@ ACTIVATIONS: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def spec_for(path: str) -> P:
-    """The partition spec of the leaf at `path` ("params/blocks/q_proj/kernel")."""
+    """Return the partition spec of the leaf at `path` ("params/blocks/q_proj/kernel")."""
     return next(spec for pattern, spec in RULES if re.search(pattern, path))
 
 
 def activation_spec(*names: str | None) -> P:
-    """The partition spec of an activation with these dimension names."""
+    """Return the partition spec of an activation with these dimension names."""
     return P(*(ACTIVATIONS[name] for name in names))
 
 

@@ -91,7 +91,7 @@ class Stage(NamedTuple):
 def model_config(
     name: str, model: ConfigDict, *, vocab_size: int, block_length: int = 0
 ) -> ModelConfig:
-    """The network of a stage, from `config.model`.
+    """Return the network of a stage, from `config.model`.
 
     Args:
       name: of the stage.

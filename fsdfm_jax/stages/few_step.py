@@ -57,7 +57,7 @@ class TeacherTerm(NamedTuple):
 
 
 def read_budgets(config: ConfigDict) -> Budgets:
-    """The step budgets of a stage's config."""
+    """Return the step budgets of a stage's config."""
     return make_budgets(
         max_log2_steps=config.max_log2_steps,
         weights=config.width_weights,
@@ -66,7 +66,7 @@ def read_budgets(config: ConfigDict) -> Budgets:
 
 
 def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
-    """The path term of a config on (a part of) its budgets."""
+    """Return the path term of a config on (a part of) its budgets."""
     return PathTerm(budgets, config.loss, config.rate, config.rate_floor)
 
 
@@ -105,7 +105,7 @@ def split_budgets(config: ConfigDict, name: str) -> tuple[Budgets, Budgets]:
 
 
 def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:
-    """The teacher term of a config on (a part of) its budgets; ValueError for unknown values."""
+    """Return the teacher term of a config on its budgets; ValueError for unknown values."""
     rule = jumps.get_rule(config.teacher_jump)
     if config.teacher_end == "posterior_draw":
         rule = jumps.with_posterior_end(rule)

@@ -95,7 +95,7 @@ class Retention:
             raise ValueError(f"metric must be the name of a metric, got {self.metric!r}")
 
     def survivors(self, metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """The steps to keep, given {step: metrics}."""
+        """Return the steps to keep, given {step: metrics}."""
         steps = sorted(metrics)
         rank = lambda step: (metrics[step].get(self.metric, math.nan), -step)
         best = sorted((step for step in steps if math.isfinite(rank(step)[0])), key=rank)
@@ -507,7 +507,7 @@ def absolute(directory: PathLike) -> epath.Path:
 
 
 def _record(step: int, leaves, metadata, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The JSON dict stored with a checkpoint; the inverse of `_parsed`."""
+    """Return the JSON dict stored with a checkpoint; the inverse of `_parsed`."""
     sums = checksums(leaves)
     try:
         metadata = json.loads(json.dumps(dict(metadata), allow_nan=False))
@@ -565,7 +565,7 @@ def _read_record(directory: epath.Path, step: int, *, arrays: bool = False) -> R
 
 
 def _find(directory: epath.Path, step: int | Record | None, *, together: bool = False) -> Record:
-    """The record of a checkpoint (None: the newest); `together`: the same in all processes."""
+    """Return the record of a checkpoint (None: the newest); `together`: in all processes."""
 
     def find() -> Record:
         if not directory.is_dir():
@@ -699,7 +699,7 @@ def _damaged(directory: epath.Path, step: int, what: str) -> DamagedCheckpoint:
 
 
 def _short(error: BaseException) -> str:
-    """The root cause of an error in one line, truncated: some messages are pages long."""
+    """Return the root cause of an error in one line, truncated: some messages are pages long."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).removesuffix(_REMEDY).split()) or type(error).__name__
@@ -793,7 +793,7 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def _part(saved: Leaves, part: str, directory: PathLike) -> Leaves:
-    """The leaves of a subtree, or a single leaf; NotACheckpoint if there is none."""
+    """Return the leaves of a subtree, or a single leaf; NotACheckpoint if there is none."""
     inside = {name: leaf for name, leaf in saved.items() if f"{name}/".startswith(f"{part}/")}
     if not inside:
         tops = sorted({name.split("/")[0] for name in saved})

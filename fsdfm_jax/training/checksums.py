@@ -47,7 +47,7 @@ def _sums_of(leaf: Any) -> tuple[int, int]:
 
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
-    """Both sums, uint32[2]."""
+    """Return both sums, uint32[2]."""
     pair = _hashes(_words(leaf), *_position(leaf.shape))
     # One joint reduction: with two, XLA materialises a hash array as large as the leaf.
     zero, add = np.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
@@ -82,7 +82,7 @@ def _hashes(words: list[Array], inner: Array, outer: Array) -> tuple[Array, Arra
 
 
 def _words(leaf: jax.Array) -> list[jax.Array]:
-    """The bits of each element as one or more uint32 words, lowest first."""
+    """Return the bits of each element as one or more uint32 words, lowest first."""
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         return _words(leaf.real) + _words(leaf.imag)
     if leaf.dtype == jnp.bool_:
@@ -123,7 +123,7 @@ def _flat_index(shape: tuple[int, ...], axes: range) -> jax.Array:
 
 
 def _mix(x: Array) -> Array:
-    """A bijection of 32-bit words in which each input bit affects every output bit."""
+    """Apply a bijection of 32-bit words in which each input bit affects every output bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -132,7 +132,7 @@ _BY_NAME = {"adamw": _adamw, "muon": _muon}
 
 
 def _matrices(params):
-    """The matrix axes of each parameter; None for those that AdamW updates."""
+    """Return the matrix axes of each parameter; None for those that AdamW updates."""
 
     def one(path, leaf):
         del leaf

@@ -105,7 +105,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
 
 # ----------------------------------------------------------------------- dependencies between runs
 def runs(config: ConfigDict) -> list[tuple[str, str]]:
-    """(run, stage) of each entry of `config.pipeline`, in order.
+    """Return (run, stage) of each entry of `config.pipeline`, in order.
 
     Raises:
       ValueError: for an empty pipeline or an unknown stage.
@@ -129,7 +129,7 @@ def runs(config: ConfigDict) -> list[tuple[str, str]]:
 
 
 def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
-    """The training runs of `config.pipeline` in order, each with the run it starts from.
+    """Return the training runs of `config.pipeline` in order, each with the run it starts from.
 
     Raises:
       ValueError: for an empty pipeline, an unknown stage, or a few-step stage without base weights.
@@ -301,7 +301,7 @@ def make_process(config: ConfigDict, num_tokens: int, eos_id: int = 0) -> Proces
 
 
 def train_settings(config: ConfigDict, stage: str) -> Settings:
-    """The static settings of a stage's training."""
+    """Return the static settings of a stage's training."""
     retention = Retention(
         keep=config.train.keep_checkpoints,
         keep_every=config.train.keep_every,
@@ -323,7 +323,7 @@ def train_settings(config: ConfigDict, stage: str) -> Settings:
 
 
 def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainState:
-    """Shapes of the training state of a stage."""
+    """Return the shapes of the training state of a stage."""
     made = stages.make_stage(stage, config, make_process(config, num_tokens))
     optimizer = optim.make_optimizer(config.optim, config[stage])
     turns = optim.make_turns(config.optim, config[stage], made)

@@ -58,7 +58,7 @@ def init_state(
 
 
 def averaged(state: TrainState) -> Params:
-    """The weights for sampling and for the teacher: the EMA if there is one."""
+    """Return the weights for sampling and for the teacher: the EMA if there is one."""
     return state.params if state.ema is None else state.ema
 
 
@@ -162,7 +162,7 @@ def _train_auxiliary(
 
 
 def _accumulate(gradient, key, batch, parts: int):
-    """The mean gradient and metrics over the micro-batches.
+    """Return the mean gradient and metrics over the micro-batches.
 
     Micro-batch a has the rows a, a + parts, a + 2 parts .., so that rows stay on their devices.
     """

@@ -38,7 +38,7 @@ def stage_directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
 
 
 def is_trained(directory: pathlib.Path) -> bool:
-    """Whether the run in `directory` has a checkpoint, damaged or not."""
+    """Return whether the run in `directory` has a checkpoint, damaged or not."""
     return checkpoint.newest_step(directory / "checkpoints") is not None
 
 
@@ -123,7 +123,7 @@ def _check_finite(params: Params, folder: pathlib.Path, step: int) -> None:
 
 
 def weight_shapes(directory: pathlib.Path) -> Params:
-    """Shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
+    """Return the shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
     saved = saved_metadata(directory) or weights_metadata(directory)[1]
     model = ModelConfig(**saved["model"])
     return jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))

@@ -153,7 +153,7 @@ def _parameters(counts: Any) -> str:
 
 
 def _devices(rows: Sequence[Row]) -> str:
-    """The devices of the times."""
+    """Return the devices of the times."""
     common, varied = reading.settings(rows)
     if "device" in varied:
         return "several: compare times only within one"
@@ -161,7 +161,7 @@ def _devices(rows: Sequence[Row]) -> str:
 
 
 def _judge(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    """The check of a judge, and whether it failed."""
+    """Return the check of a judge, and whether it failed."""
     blind = reading.tells_text(rows, name) is False
     return {"name": name, "check": reading.judge_check(rows, name), "blind": blind}
 
@@ -169,7 +169,7 @@ def _judge(rows: Sequence[Row], name: str) -> dict[str, Any]:
 def _cards(
     rows: Sequence[Row], findings: Mapping[str, list[Finding]], best: Row | None
 ) -> list[dict[str, Any]]:
-    """The key rows, if the main judge is usable."""
+    """Return the key rows, if the main judge is usable."""
     main, many, sighted = reading.judges(rows)[:1], reading.many_steps(rows), _sighted(rows)
     if main != sighted[:1]:
         return []
@@ -212,7 +212,7 @@ def _left_to_right(rows: Sequence[Row]) -> Row | None:
 
 
 def _sighted(rows: Sequence[Row]) -> list[str]:
-    """The judges, except those that can't tell text from shuffled text."""
+    """Return the judges, except those that can't tell text from shuffled text."""
     return [name for name in reading.judges(rows) if reading.tells_text(rows, name) is not False]
 
 
@@ -278,7 +278,7 @@ def _json(data: Any) -> str:
 
 # ------------------------------------------------------------------------------------------- table
 def _table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> dict[str, Any]:
-    """The main table: columns (head, whether secondary, whether numeric) and rows of cells.
+    """Return the main table: columns (head, whether secondary, whether numeric) and rows of cells.
 
     Empty columns are omitted.
     """
@@ -306,7 +306,7 @@ def _table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> dict[s
 def _values(
     row: Row, rows: Sequence[Row], found: Sequence[Finding], sampler: str
 ) -> dict[str, dict[str, Any]]:
-    """The cells of a row, by column head."""
+    """Return the cells of a row, by column head."""
     judges = reading.judges(rows)
     main = judges[0] if judges else None
     bad = {key for finding in found for key in finding.columns}
@@ -337,7 +337,7 @@ _EMPTY = {"text": "", "sort": "", "interval": "", "count": "", "bad": False}
 
 
 def _cell(shown: Any, row: Row, bad: bool = False) -> dict[str, Any]:
-    """A cell for a number or estimate, with its interval and sort key."""
+    """Return a cell for a number or estimate, with its interval and sort key."""
     if shown is None:
         return _EMPTY
     if not isinstance(shown, Mapping):

@@ -75,7 +75,7 @@ class _Label(NamedTuple):
 
 # --------------------------------------------------------------------------------------- to a file
 def png(figure: Any) -> bytes:
-    """The content of a PNG file."""
+    """Return the content of a PNG file."""
     buffer = io.BytesIO()
     with _style():
         figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
@@ -273,7 +273,7 @@ def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
-    """The style of each group, by its index among the models' groups."""
+    """Return the style of each group, by its index among the models' groups."""
     styles, taken = {}, 0
     for row in rows:
         if row["group"] in styles or row["kind"] != "model":

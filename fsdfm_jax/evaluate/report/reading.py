@@ -51,12 +51,12 @@ class Finding(NamedTuple):
 
 # --------------------------------------------------------------------------------------- one figure
 def figure(row: Row, key: str) -> dict[str, float] | None:
-    """An estimate of `row["figures"]`, None if not computed."""
+    """Return an estimate of `row["figures"]`, None if not computed."""
     return (row.get("figures") or {}).get(key)
 
 
 def perplexity(row: Row, judge: str | None, key: str = "perplexity_a") -> dict[str, float] | None:
-    """A judge's estimate for display: B of texts, the others of ids if available."""
+    """Return a judge's estimate for display: B of texts, the others of ids if available."""
     scores = (row.get("judges") or {}).get(judge) or {}
     ids, text = scores.get("ids"), scores.get("text")
     chosen = text if key == "perplexity_b" else (ids or text)
@@ -64,18 +64,18 @@ def perplexity(row: Row, judge: str | None, key: str = "perplexity_a") -> dict[s
 
 
 def headline(row: Row, judge: str) -> dict[str, float] | None:
-    """A judge's main perplexity: A of ids if it reads them, otherwise B of the text."""
+    """Return a judge's main perplexity: A of ids if it reads them, otherwise B of the text."""
     has_ids = bool(row["judges"][judge].get("ids"))
     return perplexity(row, judge, "perplexity_a" if has_ids else "perplexity_b")
 
 
 def value(estimate: dict[str, float] | None) -> float:
-    """The value of an estimate; nan if there is none."""
+    """Return the value of an estimate; nan if there is none."""
     return math.nan if estimate is None else float(estimate["value"])
 
 
 def bounds(estimate: dict[str, float]) -> tuple[float, float]:
-    """(low, high) of an estimate, which may be nan."""
+    """Return (low, high) of an estimate, which may be nan."""
     return float(estimate.get("low", math.nan)), float(estimate.get("high", math.nan))
 
 
@@ -99,29 +99,29 @@ def show_interval(estimate: dict[str, float] | None) -> str:
 
 # ------------------------------------------------------------------------------------ kinds of rows
 def judges(rows: Iterable[Row]) -> list[str]:
-    """Names of all judges; the first one is the main judge."""
+    """Return the names of all judges; the first one is the main judge."""
     return list(dict.fromkeys(name for row in rows for name in row.get("judges") or {}))
 
 
 def main_task(rows: Sequence[Row]) -> str | None:
-    """The most frequent task among the models' rows, shown in the pictures."""
+    """Return the most frequent task among the models' rows, shown in the pictures."""
     tasks = [row.get("task") for row in rows if row["kind"] == "model"]
     tasks = tasks or [row.get("task") for row in rows]
     return max(dict.fromkeys(tasks), key=tasks.count) if tasks else None
 
 
 def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
-    """The row of real text for a task; figures of other tasks count other tokens."""
+    """Return the row of real text for a task; figures of other tasks count other tokens."""
     return next((r for r in rows if r["kind"] == "real" and r.get("task") == task), None)
 
 
 def control_row(rows: Iterable[Row], name: str, task: str | None) -> Row | None:
-    """The row of a control for a task, by its name in `eval.controls`; see `draw.control`."""
+    """Return the row of a control (a name in `eval.controls`, see `draw.control`) for a task."""
     return next((r for r in rows if _is_control(r, name) and r.get("task") == task), None)
 
 
 def is_ngrams(row: Row) -> bool:
-    """Whether a row is the n-gram control, for any task."""
+    """Return whether a row is the n-gram control, for any task."""
     return _is_control(row, "ngram")
 
 
@@ -154,7 +154,7 @@ def at_usual_temperature(rows: Iterable[Row]) -> list[Row]:
 
 
 def many_steps(rows: Sequence[Row]) -> Row | None:
-    """The reference for few steps: the base model, or else any model, with the most steps."""
+    """Return the reference for few steps: the base model, else any model, with most steps."""
     task = main_task(rows)
     models = [row for row in rows if row["kind"] == "model" and row.get("task") == task]
     usual = at_usual_temperature(models)
@@ -252,7 +252,7 @@ def common_line(rows: Iterable[Row]) -> str:
 
 
 def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
-    """The unflagged row with few steps and the lowest perplexity; None if there is none.
+    """Return the unflagged row with few steps and the lowest perplexity; None if there is none.
 
     Also None if the judge can't tell text from shuffled text. The flag that n-grams are as good
     doesn't exclude a row. Rows at the entropy of real text are preferred, because a lower
@@ -285,7 +285,7 @@ def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]])
 
 
 def stamps(row: Row) -> list[dict[str, Any]]:
-    """The protocols of a row: its own, or those of the points pooled into it."""
+    """Return the protocols of a row: its own, or those of the points pooled into it."""
     protocol = row.get("protocol") or {}
     if "scoring" in protocol:
         return [protocol]
@@ -293,7 +293,7 @@ def stamps(row: Row) -> list[dict[str, Any]]:
 
 
 def own_judges(row: Row) -> set[str]:
-    """Names of the judges that have the same weights as the row's model."""
+    """Return the names of the judges that have the same weights as the row's model."""
     names = set()
     for stamp in stamps(row):
         sha256 = ((stamp.get("samples") or {}).get("model") or {}).get("sha256")
@@ -303,7 +303,7 @@ def own_judges(row: Row) -> set[str]:
 
 
 def fair_judge(row: Row, names: Iterable[str]) -> str | None:
-    """The first judge that scored a row and isn't its own model, or None."""
+    """Return the first judge that scored a row and isn't its own model, or None."""
     own, scored = own_judges(row), row.get("judges") or {}
     return next((name for name in names if scored.get(name) and name not in own), None)
 
@@ -315,7 +315,7 @@ def sample_count(row: Row) -> int:
 
 # --------------------------------------------------------------------------------------- the judge
 def tells_text(rows: Sequence[Row], judge: str) -> bool | None:
-    """Whether a judge distinguishes held-out text from shuffled text, with disjoint intervals.
+    """Return whether a judge tells held-out from shuffled text, with disjoint intervals.
 
     None if one of the two is missing or has no perplexity.
     """
@@ -343,7 +343,7 @@ def judge_check(rows: Sequence[Row], judge: str) -> str:
 
 
 def _checked(rows: Sequence[Row], judge: str) -> list[dict[str, float] | None]:
-    """The judge's perplexities of held-out and shuffled text."""
+    """Return the judge's perplexities of held-out and shuffled text."""
     task = main_task(rows)
     found = (real_row(rows, task), control_row(rows, "shuffled", task))
     return [None if row is None else perplexity(row, judge) for row in found]
@@ -355,7 +355,7 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 
 
 def same_entropy(row: Row, other: Row) -> bool:
-    """Whether two rows can be compared by perplexity: close entropies, overlapping intervals."""
+    """Return whether perplexities are comparable: close entropies, overlapping intervals."""
     one, two = (figure(each, "entropy_bits") for each in (row, other))
     if not one or not two:
         return False
@@ -438,12 +438,12 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
 
 
 def misleading(found: Iterable[Finding]) -> bool:
-    """Whether a finding says more than that a row is weak or cold."""
+    """Return whether a finding says more than that a row is weak or cold."""
     return any(finding.word not in (NO_BETTER, COLD) for finding in found)
 
 
 def flags(row: Row, real: Row | None) -> list[str]:
-    """The sentences of `findings`."""
+    """Return the sentences of `findings`."""
     return [finding.sentence for finding in findings(row, real)]
 
 
@@ -461,7 +461,7 @@ def _no_better(row: Row, ngrams: Row) -> list[Finding]:
 
 
 def own_judge() -> Finding:
-    """The finding for a model that scores itself."""
+    """Return the finding for a model that scores itself."""
     sentence = "this model is its own judge: its perplexity measures confidence, not quality"
     return Finding("own judge", sentence, ("perplexity_a", "perplexity_b"))
 
@@ -490,7 +490,7 @@ def _left_out(row: Row, real: Row | None) -> list[Finding]:
 
 
 def _counted(row: Row) -> dict[tuple[str, str], dict[str, float]]:
-    """(judge or "", key) -> estimate, for figures that may be missing for a sample."""
+    """Return (judge or "", key) -> estimate, for figures that may be missing for a sample."""
     keys = ("entropy_bits", "distinct_1", "distinct_2", "distinct_3")
     found = {("", key): figure(row, key) for key in keys}
     for judge in row.get("judges") or {}:
@@ -544,6 +544,6 @@ def _repetition(row: Row, real: Row) -> list[tuple[str, str]]:
 
 
 def _below(lower: dict[str, float], upper: dict[str, float], gap: float) -> bool:
-    """Whether one estimate is below another by more than `gap`, with disjoint intervals."""
+    """Return whether one estimate is below another by more than `gap`, with disjoint intervals."""
     apart = not bounds(lower)[1] >= bounds(upper)[0]  # unknown intervals count as disjoint
     return value(lower) < value(upper) - gap and apart

@@ -170,7 +170,7 @@ def _cell(estimate: dict[str, float] | None) -> str:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """A line for each row and judge: identity, figures, scores, notes and flags."""
+    """Return a line for each row and judge: identity, figures, scores, notes and flags."""
     known, names = reading.all_findings(rows), reading.judges(rows)
     tells = {name: reading.tells_text(rows, name) for name in names}
     exact, lines = exact_judges.columns(rows), []
@@ -207,7 +207,7 @@ def _texts(
     mask_id: int | None,
     tokenizer: Tokenizer,
 ) -> list[list[Piece]]:
-    """The samples to show, split at the boundaries of given parts."""
+    """Return the samples to show, split at the boundaries of given parts."""
     tokens_NL = np.asarray(tokens_NL)[:_SAMPLES_SHOWN]
     none_NL = np.zeros(tokens_NL.shape, bool)
     given_NL = none_NL if frozen_NL is None else np.asarray(frozen_NL)[:_SAMPLES_SHOWN]
