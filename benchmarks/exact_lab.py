@@ -1,18 +1,18 @@
-"""Recipes for few steps, run to their fixed point on chains that can be written down.
+"""Few-step recipes at their fixed points, on exactly solvable small chains.
 
     python -m benchmarks.exact_lab --recipes=reference --output=reference.json
     python -m benchmarks.exact_lab --seeds=0,1,2 --sources=uniform,mask --output=lab.json
 
-A recipe is a set of config keys (configs/base.py), read as the stages read them; what the package
-doesn't have is named beside them. Its stages are run as if training were perfect
-(benchmarks/chains.py) and its samplers' output is compared with the data: total variation (TV), KL,
-entropy, perplexity under the data as judge, total correlation. Perplexity can be bought with
-entropy, so that everything is told twice: at temperature 1, and at the temperature where the output
-has the entropy of the data. What `refine` asks of a step is in benchmarks/step_laws.py.
+A recipe is a set of config keys (configs/base.py), read by the code of the stages, plus options
+that the package doesn't have. Its stages run as if training were perfect (benchmarks/chains.py),
+and the sampler's output is compared with the data: total variation (TV), KL, entropy, perplexity
+under the data as judge, total correlation. Perplexity trades off against entropy, so all figures
+are given twice: at temperature 1, and at the temperature where the output has the entropy of the
+data. benchmarks/step_laws.py studies the objective of `refine`.
 
-Chains of seed 0 are those of the table in `REFERENCE`; other seeds draw other modes.
+Seed 0 is the data set of the table in `REFERENCE`; other seeds draw other modes.
 
-With --output there is a picture beside the JSON.
+--output also saves a plot next to the JSON.
 """
 
 import functools
@@ -40,18 +40,18 @@ from fsdfm_jax.stages import few_step
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Data sets, comma-separated numbers.")
 _SOURCES = flags.DEFINE_list("sources", ["uniform"], "Noise, comma-separated: uniform, mask.")
-_RECIPES = flags.DEFINE_list("recipes", None, "Recipes or groups of them; all if not given.")
-_DATA_KIND = flags.DEFINE_enum("data_kind", "modes", ["modes", "markov"], "What data sets hold.")
+_RECIPES = flags.DEFINE_list("recipes", None, "Recipes or groups of recipes. Default: all.")
+_DATA_KIND = flags.DEFINE_enum("data_kind", "modes", ["modes", "markov"], "Kind of data sets.")
 
 NUM_TOKENS, LENGTH, NOISE = 3, 4, 0.08
 SAMPLER_STEPS = (1, 2, 4, 8)
 
-# The modes of seed 0, found by the figures of the table: of the 190 sets of four modes that aren't
-# alike but for names, the only one that fits all of them.
+# The modes of seed 0, reconstructed from the table: of the 190 sets of four modes that differ up to
+# renaming, the only one that matches all figures.
 _MODES = ((0, 0, 0, 0), (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 2))
 
-# Total variation at 1, 2, 4, 8 steps and entropy at 8, by an independent computation on one data
-# set, older than this one.
+# Total variation at 1, 2, 4, 8 steps and entropy at 8, from an independent, earlier computation on
+# one data set.
 REFERENCE: dict[str, tuple[tuple[float, ...], float]] = {
     "base/cumulative": ((0.618, 0.403, 0.187, 0.072), 2.51),
     "base": ((0.618, 0.403, 0.188, 0.080), 2.56),
@@ -68,7 +68,7 @@ class Recipe(NamedTuple):
     Attributes:
       keys: config keys that differ from `_LAB`.
       target: "" for the rule of the config, or a name in `_TARGETS`.
-      coupling: of noise and data: "noise", or "transport".
+      coupling: coupling of noise and data: "noise" or "transport".
       best_of: see `chains.Taught`.
     """
 
@@ -78,7 +78,7 @@ class Recipe(NamedTuple):
     best_of: int = 1
 
 
-# The finest width is that of the exact posterior; all wider ones are taught.
+# The finest width has the exact posterior; all larger ones learn from the teacher.
 _LAB = {
     "pipeline": "pretrain",
     "distill.max_log2_steps": 6,
@@ -107,7 +107,7 @@ def _sampled(**keys: Any) -> dict[str, Any]:
 
 
 def _annealed() -> dict[str, Any]:
-    """The preset `base.use_annealed_sampler`."""
+    """Return the keys of the preset `base.use_annealed_sampler`."""
     sampling = base.get_config().eval.sampling
     base.use_annealed_sampler(sampling)
     return {name: sampling[name] for name in ("jump", "grid", "cooling", "look_ahead")}
@@ -176,14 +176,14 @@ RECIPES = {name: recipe for group in GROUPS.values() for name, recipe in group.i
 
 
 def lab_config(recipe: Recipe, source: str) -> ml_collections.ConfigDict:
-    """The recipe as a whole configuration."""
+    """Return the full configuration of a recipe."""
     config = base.get_config()
     config.update_from_flattened_dict(_LAB | recipe.keys | {"path.source": source})
     return config
 
 
 def make_data(kind: str, seed: int) -> np.ndarray:
-    """A data set: probability of each sequence, float64 [NUM_TOKENS] * LENGTH.
+    """Make a data set: the probability of each sequence, float64 [NUM_TOKENS] * LENGTH.
 
     Args:
       kind: "modes", four sequences with noise; or "markov", a chain whose rows have three quarters
@@ -193,14 +193,14 @@ def make_data(kind: str, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     if kind == "markov":
         first, *move = generator.dirichlet(np.full(NUM_TOKENS, 0.3), size=1 + NUM_TOKENS)
-        # No sequence is impossible, as in text: a model's KL stays finite.
+        # As in text, no sequence is impossible, so KL stays finite.
         soften = lambda p: (1 - NOISE) * p + NOISE / NUM_TOKENS
         return chains.markov_data(soften(first), soften(np.stack(move)), length=LENGTH)
     modes = generator.integers(NUM_TOKENS, size=(4, LENGTH)).tolist() if seed else _MODES
     return chains.modes_data(modes, num_tokens=NUM_TOKENS, noise=NOISE)
 
 
-# One object for one setting: the programs compiled for it are found again.
+# Cached, so that equal settings share one object and its compiled programs.
 
 
 @functools.cache
@@ -218,7 +218,7 @@ def _target(name: str, rule: str, schedule: schedules.Schedule) -> Target:
 
 
 def read_taught(config, name: str, process: Process, recipe: Recipe) -> Taught | None:
-    """The teacher of a stage as chains take it; None if all widths learn from data."""
+    """Read the teacher of a stage for `chains`; None if all widths learn from data."""
     section = config[name]
     below, above = few_step.split_budgets(section, name)
     if not above.log2_steps:
@@ -237,14 +237,14 @@ def read_taught(config, name: str, process: Process, recipe: Recipe) -> Taught |
 
 
 def learn(chain: Chain, recipe: Recipe, config) -> tuple[Posterior, np.ndarray]:
-    """The last stage of a recipe at its fixed point, which knows nothing of those before.
+    """Return the fixed point of a recipe's last stage, which is independent of earlier stages.
 
     Args:
       chain: its data and process.
       recipe, config: the recipe and its `lab_config`.
 
     Returns:
-      (what it learns, the coupling of noise and data that it learns from [N, N]).
+      (learnt posterior, coupling of noise and data used in training [N, N]).
     """
     last = config.pipeline.split(",")[-1]
     taught = read_taught(config, last, chain.process, recipe) if last == "distill" else None
@@ -255,7 +255,7 @@ def learn(chain: Chain, recipe: Recipe, config) -> tuple[Posterior, np.ndarray]:
 
 
 def measures(chain: Chain, p_N: np.ndarray) -> dict[str, float]:
-    """What there is to say about an output distribution; nats, perplexity of a token."""
+    """Return all measures of an output law; nats, perplexity per token."""
     return {
         "tv": chains.total_variation(p_N, chain.data_N),
         "kl": chains.kl(chain.data_N, p_N),
@@ -266,7 +266,7 @@ def measures(chain: Chain, p_N: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str, Any]:
-    """`measures` of samples of so many steps: of the config's, and at the entropy of the data."""
+    """Return `measures` of samples: with the config's sampler, and at the entropy of the data."""
     sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
 
     def sample(temperature):
@@ -283,7 +283,7 @@ def evaluate(chain: Chain, posterior: Posterior, config, steps: int) -> dict[str
 def study(
     recipes: Sequence[str], *, seeds: Sequence[int], source: str, kind: str = "modes"
 ) -> list[dict[str, Any]]:
-    """A record for each recipe and data set."""
+    """Evaluate recipes; return a record for each recipe and data set."""
     records = []
     for seed in seeds:
         made: dict[Process, Chain] = {}
@@ -316,7 +316,7 @@ def study(
 
 
 def beside_reference(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `REFERENCE`, each figure beside ours."""
+    """Make the rows of `REFERENCE`, next to our figures."""
     ours = {r["recipe"]: r["steps"] for r in records if r["seed"] == 0}
     rows = []
     for name, (reference, entropy) in REFERENCE.items():
@@ -330,13 +330,13 @@ def beside_reference(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ranking(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each recipe, best first: geometric means over the data sets.
+    """Make a row for each recipe, best first: geometric means over the data sets.
 
-    "tv S": total variation at the entropy of the data, None where no temperature gives it; "ppl S":
-    perplexity there, in units of the data's; "tv' S": total variation at temperature 1; "H' 8": its
-    entropy at 8 steps, in units of the data's; "ctc": the coupling's conditional total correlation
-    at t=0 in units of the independent one's; "score": mean over the steps of "tv S" (of "tv' S"
-    where that is None) in units of the base model's.
+    "tv S": total variation at the entropy of the data, None if no temperature gives it; "ppl S":
+    perplexity there, relative to the data's; "tv' S": total variation at temperature 1; "H' 8":
+    entropy at 8 steps and temperature 1, relative to the data's; "ctc": the coupling's conditional
+    total correlation at t=0, relative to the independent coupling's; "score": mean over the steps
+    of "tv S" ("tv' S" where that is None), relative to the base model's.
     """
     base_of = {r["seed"]: r for r in records if r["recipe"] == "base"}
     rows = []
@@ -374,7 +374,7 @@ def _row(records, bases):
 
 
 def plot(tables: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
-    """Total variation at matched entropy against steps, a panel for each source."""
+    """Plot total variation at matched entropy against steps, one panel per source."""
     from matplotlib import colormaps
 
     def draw(rows, panel):
@@ -401,12 +401,12 @@ def _asked() -> list[str]:
                 f"{', '.join(RECIPES)}."
             )
         names += list(GROUPS.get(name, [name]))
-    # Everything is told in units of the base model.
+    # Scores are relative to the base model.
     return list(dict.fromkeys(["base", *names]))
 
 
 def _possible(name: str, source: str) -> bool:
-    """A mask source has one noise, which can't be coupled with anything."""
+    """Return whether a recipe applies: a mask source has constant noise and only one coupling."""
     return source == "uniform" or RECIPES[name].coupling == "noise"
 
 
@@ -416,7 +416,7 @@ def main(argv: list[str]) -> None:
     asked, seeds, kind = _asked(), measure.numbers(_SEEDS, least=0), _DATA_KIND.value
     tables, records = {}, []
     for source in _SOURCES.value:
-        sources.make_source(source, num_tokens=NUM_TOKENS)  # refuses unknown ones
+        sources.make_source(source, num_tokens=NUM_TOKENS)  # rejects unknown ones
         names = [name for name in asked if _possible(name, source)]
         found = study(names, seeds=seeds, source=source, kind=kind)
         if source == "uniform" and kind == "modes" and (rows := beside_reference(found)):
@@ -431,5 +431,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # small programs, which a device would wait for
+    jax.config.update("jax_platforms", "cpu")  # the programs are too small for a GPU or TPU
     app.run(main)

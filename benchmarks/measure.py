@@ -1,7 +1,7 @@
-"""What the speed benchmarks share: networks of the paper, operation counts, ceilings, fair timing.
+"""Shared code of the speed benchmarks: the paper's networks, matmul ceilings, timing.
 
-Times drift on shared machines, so that cases are measured in turn, round after round, and compared
-within a round; what is reported is the median of the rounds.
+Times drift on shared machines, so cases alternate, round after round, and are compared within a
+round. Results are medians over rounds.
 """
 
 import functools
@@ -33,20 +33,20 @@ SIZES = ("tiny", *base.SIZES)
 
 SIZE = flags.DEFINE_enum("size", "0.17B", SIZES, "Network.")
 BATCH = flags.DEFINE_integer("batch", None, "Rows; 2 in training and 1 in sampling.", lower_bound=1)
-LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of activations.")
-STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of steps of samples, comma-separated.")
-LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of a chunk of logits.", lower_bound=0)
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count.", lower_bound=1)
-WANTED = flags.DEFINE_list("cases", None, "Cases to measure, comma-separated; all if not given.")
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens per row.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Type of activations.")
+STEPS = flags.DEFINE_list("steps", ["8"], "Numbers of sampling steps, comma-separated.")
+LOGITS_MIB = flags.DEFINE_integer("logits_mib", None, "MiB of logits per chunk.", lower_bound=0)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds, after one for warm-up.", lower_bound=1)
+WANTED = flags.DEFINE_list("cases", None, "Cases to measure, comma-separated. Default: all.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
 
-# Sides of the square products whose fastest is the ceiling.
+# Sizes of the square matrix products; the fastest is the ceiling.
 _CEILING_SIDES = {"cpu": (1024, 2048, 4096), "gpu": (4096, 8192), "tpu": (4096, 8192)}
 
 
 def make_config(size: str, *, dtype: str, overrides: Mapping[str, Any]):
-    """A config with a network of `SIZES` and the paper's recipe; `overrides` are model keys."""
+    """Make a config with a network of `SIZES` and the paper's recipe; `overrides`: model keys."""
     config = base.get_config()
     if size in base.SIZES:
         base.use_paper_values(config, size)
@@ -63,7 +63,7 @@ def make_config(size: str, *, dtype: str, overrides: Mapping[str, Any]):
 
 
 def wanted(possible: list[str]) -> list[str]:
-    """The cases that --cases names, or all; UsageError for others."""
+    """Return the cases in --cases, by default all; raise UsageError for unknown ones."""
     names = WANTED.value or possible
     if unknown := sorted(set(names) - set(possible)):
         raise app.UsageError(f"Unknown case(s) {unknown}; expected some of {possible}.")
@@ -71,19 +71,18 @@ def wanted(possible: list[str]) -> list[str]:
 
 
 def numbers(flag: flags.FlagHolder, least: int) -> list[int]:
-    """The whole numbers of a list flag, of which there may be none; UsageError for others."""
+    """Return the integers in a list flag; raise UsageError for other values."""
     given = flag.value or []
     for text in given:
         if not text.strip().isdecimal() or int(text) < least:
             raise app.UsageError(
-                f"--{flag.name} takes whole numbers of at least {least}, comma-separated, "
-                f"got {text!r}."
+                f"--{flag.name} takes integers >= {least}, comma-separated, got {text!r}."
             )
     return [int(text) for text in given]
 
 
 def filled(params: Params) -> Params:
-    """Fresh parameters with noise in place of their zeros, products of which would cost less."""
+    """Add noise to initial parameters: products of zeros can be cheaper."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     noise = [
@@ -94,7 +93,7 @@ def filled(params: Params) -> Params:
 
 
 def make_training(config, stage: Stage):
-    """(train_step(state, batch, key), init(key) -> state) of a stage."""
+    """Return (train_step(state, batch, key), init(key) -> state) of a stage."""
     section = config[stage.name]
     optimizer = optim.make_optimizer(config.optim, section)
 
@@ -112,24 +111,24 @@ def make_training(config, stage: Stage):
 
 
 def vocab_size(size: str) -> int:
-    """Tokens of a network of `SIZES`: GPT-2's for the paper's, 1,024 for the tiny one."""
+    """Return the vocabulary size: GPT-2's for the paper's networks, 1,024 for the tiny one."""
     return VOCAB_SIZE if size in base.SIZES else 1024
 
 
 def make_process(config, vocab_size: int) -> Process:
-    """The noising process of a config over so many tokens, the last of which ends documents."""
+    """Make the noising process of a config; the last token is the end-of-document token."""
     return process_lib.make_process(**config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
 
 
 def matmul_ceiling(dtype: str, *, seconds: float = 2.0) -> float:
-    """Operations per second of the fastest large square product in `dtype`."""
+    """Measure operations per second of the fastest large square matrix product in `dtype`."""
     best = 0.0
     for side in _CEILING_SIDES[jax.default_backend()]:
         a, b = (
             jax.random.normal(jax.random.key(i), (side, side), jnp.float32).astype(dtype)
             for i in range(2)
         )
-        # Several products in one call, or on a fast device the call itself would be measured.
+        # Several products per call, to hide the call overhead of fast devices.
         repeats = 1 if jax.default_backend() == "cpu" else 16
 
         def chain(a, b, repeats=repeats, side=side):
@@ -146,14 +145,14 @@ def matmul_ceiling(dtype: str, *, seconds: float = 2.0) -> float:
 
 
 def compile_timed(jitted, *args) -> tuple[Any, float]:
-    """(compiled function, seconds of tracing and compiling)."""
+    """Return (compiled function, seconds of tracing and compiling)."""
     began = time.perf_counter()
     compiled = jitted.lower(*args).compile()
     return compiled, time.perf_counter() - began
 
 
 def compiled_gb(compiled) -> dict[str, float]:
-    """What the compiler sets aside, GB (10^9 bytes): arguments, temporaries, and all together."""
+    """Return the compiler's memory plan, GB (10^9 bytes): arguments, temporaries, total."""
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -165,7 +164,7 @@ def compiled_gb(compiled) -> dict[str, float]:
 
 
 def in_turn(cases: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case in each round, after round 0, which isn't counted."""
+    """Time each case in each round, in seconds, after an uncounted round 0."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, case in cases.items():
@@ -179,13 +178,13 @@ def in_turn(cases: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str,
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, unit: str) -> float:
-    """Median over the rounds of the case's time in units of another's, in the same round."""
+    """Return the median over rounds of the ratio of a case's time to that of `unit`."""
     pairs = zip(seconds[name], seconds[unit], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and its software."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -198,7 +197,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_gb() -> float:
-    """Peak memory in GB (10^9 bytes): of the device where it counts it, else of this process."""
+    """Return the peak memory in GB (10^9 bytes), of the device if reported, else the process."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -209,7 +208,7 @@ def peak_gb() -> float:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows of equal keys as aligned text."""
+    """Print rows with equal keys as an aligned table."""
     names = list(rows[0])
     cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
@@ -236,14 +235,14 @@ def plot_over_steps(
     ylabel: str,
     sharey: bool = False,
 ) -> None:
-    """A picture of figures against numbers of steps, both logarithmic.
+    """Plot figures against numbers of steps on logarithmic axes.
 
     Args:
-      path: of the PNG file.
-      panels: title -> what draws its labelled curves into matplotlib's axes.
-      steps: those that are marked.
-      ylabel: of the first panel.
-      sharey: all panels have one scale.
+      path: path of the PNG file.
+      panels: title -> function that draws labelled curves into matplotlib axes.
+      steps: values with ticks.
+      ylabel: label of the first panel's y axis.
+      sharey: whether all panels share the scale.
     """
     import matplotlib
 
@@ -266,7 +265,7 @@ def plot_over_steps(
 
 
 def write(result: dict[str, Any]) -> None:
-    """The result as JSON, if --output is given."""
+    """Write the result as JSON if --output is given."""
     if OUTPUT.value:
         target = pathlib.Path(OUTPUT.value).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Blocks read per second from a prepared folder, against what training consumes.
+"""Blocks read per second from a prepared folder, compared with the consumption of training.
 
   python -m benchmarks.reading --directory=DIR --tokens_per_second=100000 --threads=1,2,4
 
-Each case reads the batches of training (`Batches.iterate`), shuffled over the whole split, with so
-many threads. "cold" asks the system to drop the files from its cache first, which it may do in part
-only and which the caches of file servers don't follow; "warm" reads them through first. The column
-`cached` says how much of them was in memory when the case began, where the system tells.
+Each case reads training batches (`Batches.iterate`), shuffled over the whole split, with a given
+number of threads. "cold" first asks the system to drop the files from its cache. It may drop only
+some, and caches of file servers are not affected. "warm" first reads all files. The column `cached`
+is the share of the files in memory at the start of the case, if the system reports it.
 """
 
 import mmap
@@ -22,15 +22,15 @@ from fsdfm_jax.data import prepared as prepared_lib
 _DIRECTORY = flags.DEFINE_string("directory", None, "Prepared folder.", required=True)
 _SPLIT = flags.DEFINE_string("split", "train", "Split.")
 _THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "Numbers of threads, comma-separated.")
-_BATCH_SIZE = flags.DEFINE_integer("rows", 128, "Blocks of a batch.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 5.0, "Of one measurement.", lower_bound=0.01)
+_BATCH_SIZE = flags.DEFINE_integer("rows", 128, "Blocks per batch.", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "Seconds per measurement.", lower_bound=0.01)
 _CONSUMED = flags.DEFINE_float(
-    "tokens_per_second", None, "Tokens that training consumes, of the rows read by one process."
+    "tokens_per_second", None, "Tokens per second that training consumes per reading process."
 )
 
 
 def files_of(prepared: prepared_lib.PreparedData, split: str) -> list[str]:
-    """Paths of the shards of a split, those of a mixture's members included."""
+    """Return the paths of a split's shards, including those of a mixture's members."""
     folders = prepared.members or (prepared,)
     return [
         str(folder.directory / file.name)
@@ -41,18 +41,18 @@ def files_of(prepared: prepared_lib.PreparedData, split: str) -> list[str]:
 
 
 def drop_from_cache(paths: list[str]) -> None:
-    """Asks the system to forget the content of files."""
+    """Ask the system to drop files from its cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # pages that aren't written yet can't be dropped
+            os.fsync(descriptor)  # dirty pages can't be dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def read_through(paths: list[str]) -> None:
-    """Reads files so that the system keeps their content, as far as it fits into memory."""
+    """Read files to bring them into the system's cache, as far as they fit."""
     for path in paths:
         with open(path, "rb") as stream:
             while stream.read(1 << 24):
@@ -60,7 +60,7 @@ def read_through(paths: list[str]) -> None:
 
 
 def cached_share(paths: list[str]) -> float | None:
-    """Share of the files' pages that are in memory, None where the system doesn't tell."""
+    """Return the share of the files' pages in memory; None if the system doesn't report it."""
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
@@ -74,7 +74,7 @@ def cached_share(paths: list[str]) -> float | None:
             count = -(-size // mmap.PAGESIZE)
             states = (ctypes.c_ubyte * count)()
             failed = library.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), states)
-            del anchor  # else the file could not be closed
+            del anchor  # so that the file can be closed
             if failed:
                 return None
             present += sum(state & 1 for state in states)
@@ -85,7 +85,7 @@ def cached_share(paths: list[str]) -> float | None:
 def blocks_per_second(
     batches: prepared_lib.Batches, *, threads: int, rows: int, seconds: float
 ) -> float:
-    """Blocks a second over so many seconds, after the threads have started."""
+    """Measure blocks per second over `seconds`, after the threads have started."""
     stream = batches.iterate(num_threads=threads, prefetch=2 * threads)
     next(stream)
     began = time.perf_counter()
@@ -100,7 +100,7 @@ def blocks_per_second(
 def table_of(
     found: dict[tuple[int, str], list[dict[str, Any]]], length: int, consumed: float | None
 ) -> list[dict[str, Any]]:
-    """A row for each case, the median of its rounds."""
+    """Make one row per case: the medians over its rounds."""
     rows = []
     for (threads, cache), values in found.items():
         blocks = statistics.median(value["blocks"] for value in values)
@@ -129,7 +129,7 @@ def main(argv):
         for threads, cache in cases:
             drop_from_cache(paths) if cache == "cold" else read_through(paths)
             share = cached_share(paths)
-            # Opened anew, so that no reader holds anything; a seed for each round.
+            # Reopen, so that no reader has buffered data; one seed per round.
             source = prepared.source(_SPLIT.value)
             batches = prepared_lib.Batches(source, batch_size=rows, seed=number)
             blocks = blocks_per_second(batches, threads=threads, rows=rows, seconds=_SECONDS.value)

@@ -1,11 +1,11 @@
-"""Speed and memory of few-step sampling, and what each lever contributes.
+"""Speed and memory of few-step sampling, and the effect of each optimisation.
 
     python -m benchmarks.sample --size=0.17B --batch=1 --length=1024 --steps=8
     python -m benchmarks.sample --size=0.17B --length=128 --steps=8,1024 --cases=ours
 
-A whole sample of S steps in one call, measured in turn with the same sample without one of the
-levers, and with a bare forward pass of one row, the unit of the ratios. Several step counts are
-measured in turn as well. Weights and tokens are random. `--output` writes JSON.
+Measures a whole sample of S steps in one call, alternating with the same sample with one
+optimisation off and with a plain forward pass of one row, the unit of the ratios. Several step
+counts also alternate. Weights and tokens are random. `--output` writes JSON.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from launch import flops
 
 _UNIT = "forward of one row"
 
-# Case -> (how times are embedded; changes of the model's config).
+# Case -> changes to the model's config.
 CASES = {
     "ours": {},
     "logits written down": {"logits_mib": 0},
@@ -35,7 +35,7 @@ CASES = {
 
 
 def make_case(name: str, *, size: str, length: int, dtype: str, mib=None):
-    """(run(params, key, x0_BL, sampling) -> x_BL, model) of a case."""
+    """Return (run(params, key, x0_BL, sampling) -> x_BL, model) of a case."""
     overrides = ({} if mib is None else {"logits_mib": mib}) | CASES[name]
     config = measure.make_config(size, dtype=dtype, overrides=overrides)
     config.data.block_length = length
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     t_B = jnp.full((1,), 0.5)
     forward = jax.jit(model_lib.apply, static_argnums=1)
     unit = lambda: forward(params, plain, x0_BL[:1], t_B, t_B)
-    # The unit second: a case that gives back much memory would make it pay for page faults.
+    # The unit comes second: after a case that frees much memory, page faults would slow it down.
     first = next(iter(cases))
     cases = {first: cases.pop(first), _UNIT: unit} | cases
     seconds = measure.in_turn(cases, rounds=measure.ROUNDS.value)

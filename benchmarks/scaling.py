@@ -1,10 +1,10 @@
-"""How time and memory grow: with batch, length, vocabulary, depth and steps.
+"""Growth of time and memory with batch, length, vocabulary, depth and steps.
 
     python -m benchmarks.scaling --output=scaling.json
 
-One number at a time is doubled, the others stay; a distillation step and a sample are measured at
-each value, the values in turn. Prints the growth of the time from one value to the next; a picture
-is put beside the JSON. A growth of 2 is linear; less, where something else dominates.
+Doubles one number at a time and measures a distillation step and a sample at each value; the values
+alternate. Prints the growth of the time from one value to the next, and saves a plot next to the
+JSON. A growth of 2 is linear; below 2, something else dominates.
 """
 
 import pathlib
@@ -33,7 +33,7 @@ _WIDTH, _HEADS, _COND_WIDTH = 256, 4, 64
 
 
 def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
-    """{"train" if asked for, "sample"}: (function without arguments, compiled program)."""
+    """Make {"sample", and "train" if requested}: (function without arguments, compiled program)."""
     overrides = {"width": _WIDTH, "num_heads": _HEADS, "cond_width": _COND_WIDTH}
     overrides |= {"num_blocks": values["depth"], "remat": "dots", "logits_mib": 32}
     config = measure.make_config("tiny", dtype=dtype, overrides=overrides)
@@ -63,7 +63,7 @@ def make(values: dict[str, int], dtype: str, *, train: bool) -> dict[str, Any]:
 
 
 def curve(axis: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """Seconds and the compiler's temporaries of step and sample at each value of an axis."""
+    """Measure time and temporary memory of step and sample at each value of an axis."""
     points = {
         value: make(START | {axis: value}, dtype, train=axis != "steps") for value in AXES[axis]
     }
@@ -83,7 +83,7 @@ def curve(axis: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with its ratio to the row of half the value."""
+    """Add to each row its ratio to the row of half the value."""
     before = {(row["axis"], row["what"], 2 * row["value"]): row for row in rows}
     result = []
     for row in rows:
@@ -94,7 +94,7 @@ def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Time and memory against each axis, both logarithmic, with a line of slope 1."""
+    """Plot time and memory against each axis on logarithmic axes, with a line of slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")

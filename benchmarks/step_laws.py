@@ -2,23 +2,23 @@
 
     python -m benchmarks.step_laws --steps=1,2 --seeds=0 --output=step_laws.json
 
-The chains are those of `benchmarks.exact_lab`. A student of S uniform steps is a table of logits
-for each of them; its law p_j at time j/S is a product of matrices. Every objective is minimised by
-Adam from the base model's table, with gradients through exact sums: no training noise, no sampling
-noise, and where a method needs an auxiliary network, a perfect one. The rows say what an objective
-asks for, not how hard it is to learn.
+The chains are those of `benchmarks.exact_lab`. A student of S uniform steps is one table of logits
+per step; its law p_j at time j/S is a product of matrices. Adam minimises each objective from the
+base model's table, with gradients through exact sums: no training noise, no sampling noise, and a
+perfect auxiliary network if the method needs one. The rows show the optimum of an objective, not
+how hard it is to learn.
 
-    end_to_end   KL(p_S || data): the best that a product of positions in each step can reach
-    step         KL(p_{j+1} || q_{j+1}) of each step from its own states; q: the path's law
-    step_noised  the same after more noise, which keeps the ratios of its gradient finite
-    step_real    the same from the path's states
-    posterior    the student's posterior of its answer to the base's, inside a step: D-MMD
+    end_to_end   KL(p_S || data): the best possible for steps that factorise over positions
+    step         KL(p_{j+1} || q_{j+1}) of each step from the student's states; q: the path's law
+    step_noised  as `step`, after further noise, which keeps the ratios of its gradient finite
+    step_real    as `step`, from the path's states
+    posterior    KL of the student's posterior of its answer to the base's, inside a step: D-MMD
                  (arXiv:2603.20155)
-    posterior_drop   its usual gradient, which leaves out how the state depends on the student
+    posterior_drop   its usual gradient, which ignores that the state depends on the student
 
-`coordinate_gradient` is what makes `step` trainable: the gradient of a KL between joint laws as a
-sum over single positions. Stage `refine` trains `step_noised` by it. Letters: N states, L, V, S as
-in `benchmarks.chains`.
+`coordinate_gradient` makes `step` trainable: it writes the gradient of a KL between joint laws as a
+sum over single positions. Stage `refine` uses it to train `step_noised`. Letters: N states, L, V, S
+as in `benchmarks.chains`.
 """
 
 import functools
@@ -37,40 +37,43 @@ from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
 
-# --seeds, --recipes and --data_kind are those of the exact lab.
-_UPDATES = flags.DEFINE_integer("updates", 1000, "Updates of a student.", lower_bound=1)
+# --seeds, --recipes and --data_kind are flags of the exact lab.
+_UPDATES = flags.DEFINE_integer("updates", 1000, "Updates per student.", lower_bound=1)
 
 Loss = Callable[[jax.Array], jax.Array]
 
 _LEARNING_RATE = 0.05
-_FURTHER_NOISE = (0.2, 0.5, 0.8, 0.95)  # shares of t+h that `step_noised` looks at
-_LEVELS = 3  # times inside a step that `posterior` looks at
+_FURTHER_NOISE = (0.2, 0.5, 0.8, 0.95)  # shares of tokens kept in `step_noised`
+_LEVELS = 3  # times inside a step in `posterior`
 
 
 def make_chain(kind: str, seed: int) -> Chain:
-    """A chain of the exact lab with uniform noise and kappa(t) = t."""
+    """Make a chain of the exact lab with uniform noise and kappa(t) = t."""
     process = Process(Polynomial(), Source(exact_lab.NUM_TOKENS))
     return chains.make_chain(process, exact_lab.make_data(kind, seed))
 
 
 def path_law(chain: Chain, t: float) -> np.ndarray:
-    """Law q_t of the path's states, [N]."""
+    """Return the law q_t of the path's states, [N]."""
     return chain.data_N @ _noise(chain, t)
 
 
 def _noise(chain, kept):
-    """P(state | state) where each position keeps its token with `kept` and is noise otherwise."""
+    """Return P(state | state) if each position keeps its token with `kept`, else becomes noise."""
     size = chain.shown_NLV.shape[-1]
     return chains.transition(chain, kept * chain.shown_NLV + (1 - kept) / size)
 
 
 def step_matrix(chain: Chain, answers_NLV: jax.Array, share: float) -> jax.Array:
-    """P(next state | state), [N, N]: each position draws anew from its answer with `share`."""
+    """Return P(next state | state), [N, N]: a position redraws from its answer with `share`."""
     return chains.transition(chain, (1 - share) * chain.shown_NLV + share * answers_NLV)
 
 
 def student_laws(chain: Chain, logits_SNLV: jax.Array, *, apart: bool = False) -> list[jax.Array]:
-    """Laws [N] of a student's states at times 0, 1/S .. 1; `apart`: no gradient across steps."""
+    """Return the laws [N] of a student's states at times 0, 1/S .. 1.
+
+    With `apart`, no gradient flows across steps.
+    """
     steps = len(logits_SNLV)
     laws = [jnp.asarray(chain.noise_N)]
     for j, logits_NLV in enumerate(logits_SNLV):
@@ -81,7 +84,7 @@ def student_laws(chain: Chain, logits_SNLV: jax.Array, *, apart: bool = False) -
 
 
 def base_logits(chain: Chain, steps: int) -> jax.Array:
-    """The exact posterior of the path at the times of S steps, as logits [S, N, L, V]."""
+    """Return the exact posterior of the path at the times of S steps, as logits [S, N, L, V]."""
     posterior = lambda t: chains.posterior_at(chain, chain.independent_NN, t)
     answers = np.stack([posterior(j / steps) for j in range(steps)])
     return jnp.log(jnp.maximum(answers, chains.FLOOR))
@@ -92,13 +95,13 @@ def _kl(p_N, q_N):
 
 
 def end_to_end(chain: Chain, steps: int) -> Loss:
-    """KL of what is written to the data."""
+    """KL of the student's output law to the data."""
     del steps
     return lambda logits_SNLV: _kl(student_laws(chain, logits_SNLV)[-1], chain.data_N)
 
 
 def step(chain: Chain, steps: int, *, real: bool = False, further=(1.0,)) -> Loss:
-    """KL of each step's law to the path's, `further` times its signal kept."""
+    """KL of each step's law to the path's, after noise that keeps a share `further` of tokens."""
     wanted = [path_law(chain, j / steps) for j in range(steps + 1)]
     noises = [_noise(chain, kept) for kept in further]
 
@@ -168,21 +171,21 @@ RECIPES: dict[str, Callable[[Chain, int], Loss]] = {
 def coordinate_gradient(
     chain: Chain, answers_NLV: jax.Array, share: float, start_N: jax.Array, wanted_N: jax.Array
 ) -> jax.Array:
-    """Gradient of KL(p || q) by the answers of one step, from conditionals of single positions.
+    """Return the gradient of KL(p || q) with respect to the answers of one step.
 
     With K_i(v|z) = (1 - share) [v = z_i] + share G_i(v|z), the step's kernel at position i, every
     sum_v dK_i(v|z) is 0, and so
 
         dKL(p || q) = E_z sum_i E_{z'_-i} sum_v dK_i(v|z) [log p(v | z'_-i) - log q(v | z'_-i)]
 
-    exactly: no score function, and no term left out. A conditional given all other positions is
-    what a denoiser of a uniform path holds once the evidence of its own token is divided out, so
-    that both logarithms can be networks. The bracket vanishes everywhere only where p = q.
+    exactly, without score functions or omitted terms. A denoiser of a uniform path gives the
+    conditional given all other positions after dividing out the evidence of the position's own
+    token, so both logarithms can be networks. The bracket vanishes everywhere only if p = q.
 
     Args:
       answers_NLV: G.
       share: h / (1 - t).
-      start_N: law of the states z that the step begins in.
+      start_N: law of the states z at the start of the step.
       wanted_N: q.
 
     Returns:
@@ -203,7 +206,7 @@ def coordinate_gradient(
 
 
 def minimise(loss: Loss, start: jax.Array, *, updates: int) -> jax.Array:
-    """Adam with half of the updates constant and the rest falling to 0."""
+    """Minimise with Adam, at a learning rate that falls to 0 in the second half."""
     schedule = lambda i: _LEARNING_RATE * jnp.minimum(1.0, 2.0 * (1.0 - i / updates))
     optimiser = optax.adam(schedule, b2=0.99)
 
@@ -231,7 +234,7 @@ def main(argv: list[str]) -> None:
         chain = make_chain(flags.FLAGS.data_kind, seed)
         for steps in measure.numbers(measure.STEPS, least=1):
             base = base_logits(chain, steps)
-            # A table at a saddle, as where two modes are alike, would stay there.
+            # Leave saddle points, such as those of identical modes.
             start = base + 0.01 * jax.random.normal(jax.random.key(0), base.shape)
             for name in ("base", *names):
                 began, logits = time.perf_counter(), base

@@ -1,10 +1,10 @@
-"""Speed and memory of a training step, and what each lever contributes.
+"""Speed and memory of a training step, and the effect of each optimisation.
 
     python -m benchmarks.train --size=0.17B --batch=2 --length=1024
 
-One step of the distillation stage (or of pre-training) with the whole optimiser, measured in turn
-with the same step without one of the levers, and with a bare forward pass of one row, the unit of
-the ratios. `--cases` picks some of them; `--output` writes JSON. Weights and tokens are random.
+Measures a step of the distillation stage (or of pre-training) with the full optimiser, alternating
+with the same step with one optimisation off and with a plain forward pass of one row, the unit of
+the ratios. `--cases` selects some; `--output` writes JSON. Weights and tokens are random.
 
     python -m benchmarks.train --stage=pretrain --size=1.3B --batch=16 --dtype=bfloat16 --cases=ours
 """
@@ -23,13 +23,11 @@ from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import REMATS
 from launch import flops
 
-_STAGE = flags.DEFINE_enum(
-    "stage", "distill", ["distill", "pretrain"], "Stage whose step is taken."
-)
-_REMAT = flags.DEFINE_enum("remat", "dots", list(REMATS), "What is computed again.")
+_STAGE = flags.DEFINE_enum("stage", "distill", ["distill", "pretrain"], "Stage to measure.")
+_REMAT = flags.DEFINE_enum("remat", "dots", list(REMATS), "What to rematerialise.")
 _UNIT = "forward of one row"
 
-# Case -> changes of the model's config.
+# Case -> changes to the model's config.
 CASES = {
     "ours": {},
     "logits written down": {"logits_mib": 0},
@@ -40,7 +38,7 @@ CASES = {
 
 
 def overrides_asked() -> dict[str, str | int]:
-    """Keys of the model's config that the flags set."""
+    """Return the keys of the model's config that the flags set."""
     asked: dict[str, str | int] = {"remat": _REMAT.value}
     if measure.LOGITS_MIB.value is not None:
         asked["logits_mib"] = measure.LOGITS_MIB.value
@@ -48,9 +46,9 @@ def overrides_asked() -> dict[str, str | int]:
 
 
 def make_case(name: str, *, stage: str, size: str, length: int, dtype: str, overrides):
-    """(train_step(state, batch, key), init(key) -> state, rows -> operations, model) of a case.
+    """Return (train_step(state, batch, key), init(key) -> state, rows -> operations, model).
 
-    `overrides` are keys of the model's config, which the case itself may change again.
+    `overrides` are keys of the model's config; those of the case take precedence.
     """
     config = measure.make_config(size, dtype=dtype, overrides=overrides | CASES[name])
     config.data.block_length = length
@@ -76,7 +74,7 @@ def main(argv: list[str]) -> None:
     result["matmul_ceiling_tflops"] = ceiling / 1e12
     key = jax.random.key(0)
     tokens_BL = jax.random.randint(key, (batch, length), 0, measure.vocab_size(size))
-    held = {}  # one state, donated from case to case: two would not fit beside each other
+    held = {}  # one state, donated from case to case: two may not fit
 
     def taking(compiled):
         def step():
@@ -100,7 +98,7 @@ def main(argv: list[str]) -> None:
     forward = jax.jit(model_lib.apply, static_argnums=1)
     plain = dataclasses.replace(model, attention="auto")
     unit = lambda: forward(params, plain, tokens_BL[:1], t_B, t_B)
-    # The unit second: a case that gives back much memory would make it pay for page faults.
+    # The unit comes second: after a case that frees much memory, page faults would slow it down.
     first = wanted[0]
     cases = {first: cases.pop(first), _UNIT: unit} | cases
     seconds = measure.in_turn(cases, rounds=measure.ROUNDS.value)

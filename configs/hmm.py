@@ -1,10 +1,10 @@
-"""A language with a known law: a hidden Markov model fitted to the text, sampled without end.
+"""A language with a known law: a hidden Markov model fitted to the text.
 
 python -m fsdfm_jax.exact --task=hmm
 python -m fsdfm_jax.main --config=configs/hmm.py --workdir=runs/hmm --noevaluate
 
-The first command fits the law and writes its documents to runs/data/hmm. The law itself,
-runs/data/hmm/law.npz, gives the probability of every sample and the exact posterior.
+The first command fits the law and writes documents sampled from it to runs/data/hmm. The law
+itself, runs/data/hmm/law.npz, gives the probability of each sample and the exact posterior.
 """
 
 from configs import base

@@ -1,16 +1,16 @@
-"""Sudoku, judged by its rules: 6x6 by default, or :4x4, :9x9.
+"""Sudoku, scored by its rules: 6x6 by default, or :4x4, :9x9.
 
 python -m fsdfm_jax.exact --task=sudoku:6x6
 python -m fsdfm_jax.main --config=configs/sudoku.py --workdir=runs/sudoku_6x6
 
-The first command writes grids and puzzles to runs/data/sudoku_6x6. A grid with the end of the text
-fills a block, and the vocabulary is the digits and that token. With :SIZE,paper the published
-recipe is trained in place of ours.
+The first command writes grids and puzzles to runs/data/sudoku_6x6. A block is one grid and the end
+token; the vocabulary is the digits and that token. :SIZE,paper trains the published recipe instead
+of ours.
 """
 
 from configs import base
 
-# Tokens of a block: the cells and the end of the text.
+# Tokens per block: the cells and the end token.
 BLOCK_LENGTHS = {"4x4": 17, "6x6": 37, "9x9": 82}
 # Width, blocks, heads; steps of `pretrain` and of `refine`.
 SIZES = {
@@ -24,7 +24,7 @@ def get_config(arg: str = "6x6"):
     size, _, recipe = arg.partition(",")
     if size not in SIZES or recipe not in ("", "paper"):
         raise ValueError(
-            f"configs/sudoku.py takes one of {', '.join(SIZES)}, and ',paper' after it for the "
+            f"configs/sudoku.py takes one of {', '.join(SIZES)}, optionally with ',paper' for the "
             f"published recipe, got {arg!r}"
         )
     config = base.get_config()
@@ -37,7 +37,7 @@ def get_config(arg: str = "6x6"):
     model = config.model
     model.width, model.num_blocks, model.num_heads = network
     model.dropout = 0.0
-    model.positions = "learned"  # a cell is a place in the grid
+    model.positions = "learned"  # a position is a cell of the grid
 
     config.optim.name = "muon"
     config.optim.muon_rms = 1.25
@@ -57,7 +57,7 @@ def get_config(arg: str = "6x6"):
 
     if recipe == "paper":
         base.use_paper_recipe(config)
-        config.path.revealed = "stay"  # as the base model's; uniform noise doesn't ask
+        config.path.revealed = "stay"  # as for the base model; no effect with uniform noise
         stage = config.distill
     else:
         config.pipeline = "pretrain,refine"
@@ -76,7 +76,7 @@ def get_config(arg: str = "6x6"):
     config.train.log_every = 50
     config.train.checkpoint_every = 500
     evaluation = config.eval
-    evaluation.judges = ""  # the rules judge, see fsdfm_jax/evaluate/exact_judges.py
+    evaluation.judges = ""  # scored by the rules, see fsdfm_jax/evaluate/exact_judges.py
     evaluation.controls = ("unigram", "ngram", "one", "few", "cold")
     evaluation.num_samples, evaluation.batch_size = 512, 128
     evaluation.steps = (1, 2, 4, 8, 16)

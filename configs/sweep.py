@@ -1,12 +1,12 @@
 """A sweep: every combination of the axes, sampled and scored.
 
 python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny            11 x 5 x 3 points
-python -m launch.sweep --config=configs/sweep.py:smoke --workdir=runs/smoke     a minute of it
+python -m launch.sweep --config=configs/sweep.py:smoke --workdir=runs/smoke     about a minute
 
 Change an axis on the command line, --config.axes.temperatures='(0.9,1.0)', or in a file like this
-one. `eval` is as in configs/base.py; of its keys those that the axes are about (steps, many_steps,
-jumps, memories, sampling, weights) have no effect here, and seed is that of the controls. Of the
-sampler only what an axis names differs from the one that `generate` uses for these runs.
+one. `eval` is as in configs/base.py, except that keys covered by the axes (steps, many_steps,
+jumps, memories, sampling, weights) have no effect, and seed is that of the controls. Sampler
+settings without an axis are those that `generate` uses for these runs.
 """
 
 import ml_collections
@@ -21,10 +21,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.name = "sweep"  # folder of the results, WORKDIR/sweeps/NAME
 
     config.axes = axes = ml_collections.ConfigDict()
-    axes.models = ("distill",)  # runs of the working directory, or labels of eval.models; (): all
+    axes.models = ("distill",)  # runs in the working directory or labels of eval.models; (): all
     axes.steps = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # network calls per sample
     axes.temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)
-    # Empty: as `generate` samples these runs, eval.sampling of their configuration.
+    # An empty axis takes its value from eval.sampling in the runs' configuration, like `generate`.
     axes.jumps = ()  # cumulative | euler | mixture | dispersed
     axes.grids = ()  # uniform | cosine | power:R | geometric:E
     axes.top_ps = ()

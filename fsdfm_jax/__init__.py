@@ -5,23 +5,23 @@
     model = fs.load()                                  # the bundled model; or any file or folder
     texts = fs.generate(model, prompt="My fellow citizens", sampling=fs.Sampling(steps=8))
     fs.save(model, "model.safetensors")
-    fs.export(model, "exported", steps=(1, 8))         # runs without this package
+    fs.export(model, "exported", steps=(1, 8))         # runs without this package installed
 
     process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=V))
     x1_BL = fs.sample(key, denoise, process.make_jump(fs.MIXTURE), process.finalize, x0_BL,
                       fs.uniform_grid(8))
 
-The names below are imported when they are first used.
+The names below are imported on first use.
 
 Dimension letters, used as suffixes of array names throughout (`logits_BLV`):
 
-  B batch rows            L positions of a text block      V vocabulary, mask token included
-  D residual width        H attention heads                K width of one head
-  F hidden width of MLP   C width of conditioning          N transformer blocks, or samples
+  B batch rows            L positions of a text block      V vocabulary, including a mask token
+  D residual width        H attention heads                K head width
+  F hidden width of MLP   C conditioning width             N transformer blocks, or samples
   S sampling steps        R rows of one part of a batch
 
-Time runs from t=0 (noise) to t=1 (data); h is the width of one step. Schedules, rates, softmax and
-losses are float32 whatever the dtype of the network.
+Time runs from t=0 (noise) to t=1 (data); h is the width of a step. Schedules, rates, softmax and
+losses are float32 for any dtype of the network.
 
 References are to FS-DFM (arXiv:2509.20624) and Discrete Flow Matching (arXiv:2407.15595).
 """
@@ -33,7 +33,7 @@ __version__ = "0.2.0"
 
 # Public name -> module.
 _PUBLIC = {
-    # models as a whole
+    # whole models
     "load": "library",
     "save": "library",
     "save_pretrained": "library",
@@ -41,7 +41,7 @@ _PUBLIC = {
     "generate": "inference.job",
     "train": "library",
     "Bundle": "inference.bundle",
-    # how samples are drawn
+    # sampling
     "Sampling": "flow.sampling",
     "annealed": "flow.sampling",
     "midpoint": "flow.sampling",
@@ -64,7 +64,7 @@ _PUBLIC = {
     "DISPERSED": "flow.jumps",
     "JumpRule": "flow.jumps",
     "with_posterior_end": "flow.jumps",
-    # what is learnt
+    # losses and targets
     "path_loss": "flow.losses",
     "cross_entropy": "flow.losses",
     "distillation_loss": "flow.losses",

@@ -1,4 +1,4 @@
-"""What the programs share: flags that explain themselves, and errors of one line."""
+"""Common parts of the programs: command line, config files, one-line errors."""
 
 import difflib
 import errno
@@ -19,11 +19,11 @@ from ml_collections import ConfigDict, config_flags
 from fsdfm_jax import schema
 from fsdfm_jax.parallel import processes
 
-# What a user can mend; anything else is a bug of ours and keeps its traceback.
+# Errors that a user can fix; anything else is a bug and keeps its traceback.
 USER_ERRORS = (ValueError, FloatingPointError, OSError)
 
 EXIT_CODE = 2
-# Of what may be gone when the same command is run again, as launchers do.
+# For errors that may disappear when the same command is run again, as launchers do.
 TRANSIENT_CODE = 1
 _TRANSIENT = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR),
@@ -32,20 +32,20 @@ _TRANSIENT = {
 }
 
 
-# Programs by their names on the command line, `fsdfm NAME`.
+# Programs by command-line name, `fsdfm NAME`.
 COMMANDS = {
     "train": ("fsdfm_jax.main", "train the stages of a config, then evaluate"),
-    "generate": ("fsdfm_jax.generate", "text from any model"),
-    "evaluate": ("fsdfm_jax.evaluate", "quality against steps, with intervals"),
-    "sweep": ("launch.sweep", "every combination of steps, temperatures, seeds, .."),
-    "convert": ("fsdfm_jax.convert", "models from one format to another"),
-    "prepare": ("launch.prepare_data", "text into blocks of tokens"),
+    "generate": ("fsdfm_jax.generate", "generate text with any model"),
+    "evaluate": ("fsdfm_jax.evaluate", "measure quality against steps, with intervals"),
+    "sweep": ("launch.sweep", "evaluate all combinations of steps, temperatures, seeds, .."),
+    "convert": ("fsdfm_jax.convert", "convert models between formats"),
+    "prepare": ("launch.prepare_data", "prepare text as blocks of tokens"),
     "aot": ("launch.aot_compile", "compile for a pod you don't have"),
 }
 
 
 def main() -> None:
-    """`fsdfm COMMAND ..`, the same as `python -m` its module."""
+    """Run `fsdfm COMMAND ..`, the same as `python -m` with its module."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         lines = [f"  {command:10}{what}" for command, (_, what) in COMMANDS.items()]
@@ -64,25 +64,25 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------- shared folders
 def shared(name: str) -> pathlib.Path:
-    """The folder "configs" or "launch": inside an installed package, beside it in a checkout."""
+    """Return the folder "configs" or "launch", in an installed package or in a checkout."""
     package = pathlib.Path(__file__).parent
     inside = package / "share" / name
     return inside if inside.is_dir() else package.parent / name
 
 
 def add_shared_to_path() -> None:
-    """Lets `configs` and `launch` be imported; a folder of that name at hand comes first."""
+    """Make `configs` and `launch` importable; folders with these names in sys.path come first."""
     place = str(shared("configs").parent)
     if place not in sys.path:
         sys.path.append(place)
 
 
 def find_config(spec: str) -> str:
-    """The path of a config file that is given by path or by name.
+    """Resolve a config file given by path or name.
 
     Args:
-      spec: "my/config.py:ARG"; "configs/tiny.py:smoke", "tiny.py:smoke" or "tiny:smoke" are found
-        in the installed package too.
+      spec: "my/config.py:ARG"; "configs/tiny.py:smoke", "tiny.py:smoke" or "tiny:smoke" are also
+        found in the installed package.
     """
     path, colon, argument = spec.partition(":")
     if not pathlib.Path(path).is_file():
@@ -93,15 +93,15 @@ def find_config(spec: str) -> str:
 
 
 def base_config() -> ConfigDict:
-    """configs/base.py: every key with its default."""
+    """Return the config of configs/base.py: every key with its default."""
     return runpy.run_path(str(shared("configs") / "base.py"))["get_config"]()
 
 
 def update(config: ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets keys of a config, section by section.
+    """Set keys of a config, section by section.
 
     Raises:
-      ValueError: for a key that isn't declared, with the nearest ones.
+      ValueError: for an unknown key; suggests the nearest known ones.
     """
     known = schema.keys(config)
     for key in schema.keys(ConfigDict(values)):
@@ -117,16 +117,16 @@ def run(
     kept: str = "nothing was written; run the same command again",
     default_config: str | os.PathLike | None = None,
 ) -> None:
-    """`app.run`, except that what a user can mend ends with one line on stderr and exit code 2.
+    """As `app.run`, but report errors that a user can fix in one line and exit with code 2.
 
-    That is: a bad flag, configuration or file, wrong usage, too little memory, and an OSError,
-    though with code 1 where it is one that passes, as of a network file system. Ctrl-C ends as
-    SIGTERM does. Set --show_traceback to see where an error came from.
+    These are bad flags, configurations or files, wrong usage, insufficient memory, and OSErrors;
+    transient ones, such as those of a network file system, exit with code 1. Ctrl-C behaves like
+    SIGTERM. --show_traceback shows the traceback of an error.
 
     Args:
-      main: the program; its flag --config, if it has one, is checked before by `schema.check`.
-      kept: what a program that is stopped has kept and how to go on, for the line that says so.
-      default_config: file of --config where the command line names none.
+      main: the program; a --config flag is checked first by `schema.check`.
+      kept: for the message of a stopped program: what is kept, and how to resume.
+      default_config: default file for --config.
     """
 
     def guarded(argv):
@@ -151,12 +151,12 @@ def run(
             raise
 
     add_shared_to_path()
-    # A line for each accelerator that isn't there is noise to everyone else.
+    # JAX logs a line for each missing accelerator; hide them.
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         app.run(guarded, flags_parser=functools.partial(_parse, default_config=default_config))
-    except KeyboardInterrupt:  # before the program itself began
-        _leave("stopped by Ctrl-C: nothing was begun.", processes.STOPPED)
+    except KeyboardInterrupt:  # before the program started
+        _leave("stopped by Ctrl-C before the start.", processes.STOPPED)
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -166,7 +166,7 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    # JAX says it in a RuntimeError.
+    # JAX raises a RuntimeError.
     told = isinstance(error, RuntimeError) and re.search(
         "RESOURCE_EXHAUSTED|Out of memory", str(error)
     )
@@ -174,7 +174,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 
 def _out_of_memory(error: Exception) -> str:
-    said = str(error).strip().splitlines() or ["no more is given"]
+    said = str(error).strip().splitlines() or ["no details"]
     return (
         f"out of memory ({said[0][:200]}); use a smaller network, batch, or block, or more devices "
         "(config.mesh.fsdp)"
@@ -182,21 +182,21 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def define_config(description: str) -> flags.FlagHolder:
-    """The flag --config of a program."""
+    """Define the --config flag of a program."""
     try:
         return config_flags.DEFINE_config_file("config", None, description)
-    except flags.Error as error:  # it looks into flag files at once
+    except flags.Error as error:  # it reads flag files immediately
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
 
 def config_was_given() -> bool:
-    """Whether the parsed command line named a configuration file, be it the default one."""
+    """Return whether the parsed command line has --config, even with the default file."""
     return _Parsed.names_config
 
 
 class _Parsed:
-    """What the flags don't tell of the command line that they were parsed from."""
+    """Facts about the parsed command line that the flags don't record."""
 
     names_config = False
 
@@ -206,10 +206,10 @@ if "show_traceback" not in flags.FLAGS:
 
 
 def _parse(argv: list[str], default_config: str | os.PathLike | None = None) -> list[str]:
-    """The arguments that aren't flags, after the program's name."""
+    """Parse the flags; return the program's name and the other arguments."""
     try:
-        # Overrides of the configuration are flags that only exist once it is read, wherever they
-        # are: all that follows sees one command line.
+        # Overrides of the configuration become flags only once it is read, so first merge flag
+        # files into one command line.
         argv = flags.FLAGS.read_flags_from_files(_with_help(argv), force_gnu=False)
         _Parsed.names_config = any(re.match(r"--?config(=|$)", part) for part in argv)
         if default_config is not None and not _Parsed.names_config:
@@ -218,10 +218,10 @@ def _parse(argv: list[str], default_config: str | os.PathLike | None = None) -> 
         rest = flags.FLAGS(argv)
         _check_not_empty()
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            flags.FLAGS.config.keys()  # a file that can't be read only shows at the first access
+            flags.FLAGS.config.keys()  # an unreadable file raises only on first access
             schema.check(flags.FLAGS.config)
         return rest
-    except Exception as error:  # ml_collections raises all kinds for keys, types and files
+    except Exception as error:  # ml_collections raises many types for keys, types and files
         _leave(f"error: {_explain(error, argv)}", EXIT_CODE)
 
 
@@ -230,7 +230,7 @@ def _with_help(argv: list[str]) -> list[str]:
 
 
 def _with_configs(argv: list[str]) -> list[str]:
-    """Names of config files as paths, also where they are an argument of their own."""
+    """Replace config names by paths, also in the form "--config NAME"."""
     result: list[str] = []
     for part in argv:
         if result and re.fullmatch(r"--?config", result[-1]):
@@ -242,7 +242,7 @@ def _with_configs(argv: list[str]) -> list[str]:
     return result
 
 
-# Flags that name a place: empty where a variable of the shell isn't set.
+# Flags with paths or addresses, which are empty if a shell variable isn't set.
 _PLACES = (
     *("workdir", "checkpoint", "output", "batch_file", "data", "directory"),
     *("topology", "cases", "markdown", "coordinator"),
@@ -254,13 +254,12 @@ def _check_not_empty() -> None:
         given = name in flags.FLAGS and flags.FLAGS[name].present
         if given and not str(flags.FLAGS[name].value or "").strip():
             raise ValueError(
-                f"--{name} is empty (a variable of the shell that isn't set?); give a value, or "
-                "leave the flag out"
+                f"--{name} is empty (an unset shell variable?); give a value, or omit the flag"
             )
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """One line for an error in the flags; names the nearest keys where a key is unknown."""
+    """Explain an error in the flags in one line; suggest the nearest keys for an unknown one."""
     overrides = re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), re.M)
     config = _config_without_overrides(argv)
     if config is not None:
@@ -274,13 +273,13 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
 
 def _config_without_overrides(argv: list[str]) -> ConfigDict | None:
-    """The config that argv names, None if it names none that can be read."""
+    """Return the config of argv without overrides; None if it can't be read."""
     plain = [part for part in argv if re.match(r"--?config=", part)]
     try:
         alone = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
         alone([argv[0], *plain])
         alone.config.keys()
-    except Exception:  # then the file is what is wrong, and the first error says so
+    except Exception:  # the file is bad, which the first error reports
         return None
     return alone.config

@@ -1,10 +1,10 @@
-"""Optional packages: what `pip install fsdfm_jax` alone leaves out, and what to install for it."""
+"""Optional packages that `pip install fsdfm_jax` omits, and how to install them."""
 
 import contextlib
 import importlib.util
 from collections.abc import Iterator
 
-# Extra of setup.py -> packages that it brings, by the names that they are imported under.
+# Extra of setup.py -> its packages, by import name.
 EXTRAS = {
     "train": (
         *("array_record", "grain", "jinja2", "matplotlib", "pyarrow", "tensorboardX"),
@@ -18,11 +18,11 @@ EXTRAS = {
 
 @contextlib.contextmanager
 def needed(extra: str, purpose: str) -> Iterator[None]:
-    """Around late imports: names the extra to install where one of its packages is missing.
+    """Context for late imports that names the extra to install if a package is missing.
 
     Args:
       extra: of setup.py, one of `EXTRAS`.
-      purpose: what needs it, the subject of the message: "Reading .parquet files".
+      purpose: subject of the message: "Reading .parquet files".
 
     Raises:
       ValueError: a package is missing; in one line, with the command that installs it.
@@ -36,7 +36,7 @@ def needed(extra: str, purpose: str) -> Iterator[None]:
 
 
 def check(extra: str, purpose: str) -> None:
-    """As `needed`, for all packages of an extra, before any work is done; imports none of them."""
+    """As `needed`, but check all packages of an extra in advance, without importing them."""
     missing = [name for name in EXTRAS[extra] if not _is_there(name)]
     if missing:
         raise ValueError(_remedy(extra, purpose, missing))
@@ -45,7 +45,7 @@ def check(extra: str, purpose: str) -> None:
 def _is_there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # a module in memory that no file is known of
+    except ValueError:  # a module without a spec, already in memory
         return True
 
 

@@ -1,4 +1,4 @@
-r"""Text out of any model, from nothing, after a prompt or in the gaps of a text.
+r"""Generate text with any model: unconditionally, after a prompt, or in the gaps of a text.
 
     python -m fsdfm_jax.generate --steps=8
     python -m fsdfm_jax.generate --workdir=runs/tiny --steps=8 --prompt="My fellow citizens"
@@ -8,21 +8,21 @@ r"""Text out of any model, from nothing, after a prompt or in the gaps of a text
 
 Without --workdir and --checkpoint, the bundled model is used.
 
-inference/prompts.py has the syntax of gaps and of batch files. With a batch file or an output, each
-sample is one line of JSON. The rows of all requests are drawn in batches of one shape; the same
-arguments, --batch_size included, give the same tokens. An interrupted --output resumes where it
-ended.
+inference/prompts.py documents the syntax of gaps and batch files. With --batch_file or --output,
+each sample is one line of JSON. The rows of all requests are drawn in batches of one shape; the
+same arguments, including --batch_size, give the same tokens. An interrupted --output can be
+resumed.
 """
 
-# A program and nothing else: imported, this module would hide the function `fsdfm_jax.generate`.
+# Only a program: importing this module would hide the function `fsdfm_jax.generate`.
 if __name__ == "__main__":
     from absl import flags
 
     from fsdfm_jax import cli, samples
 
     samples.define_flags()
-    flags.adopt_module_key_flags(samples)  # what --help lists
+    flags.adopt_module_key_flags(samples)  # for --help
     cli.run(
         samples.main,
-        kept="lines in --output are kept; the same command goes on from there",
+        kept="lines in --output are kept; run the same command to resume",
     )

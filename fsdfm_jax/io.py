@@ -1,7 +1,7 @@
-"""Small files that a killed process never leaves half-written.
+"""Atomic reading and writing of small files.
 
-JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf", which
-`float()` reads back like any number.
+JSON has no NaN or infinity: they are written as the strings "nan", "inf" and "-inf", which
+`float()` parses.
 """
 
 import contextlib
@@ -17,32 +17,29 @@ import numpy as np
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Replaces the file at once (UTF-8): readers and a kill see the old content or the new one.
-
-    Folders are made where needed; the content is on the disk when this returns.
-    """
+    """Replace a UTF-8 file atomically; make folders if needed. The content is on disk on return."""
     _replace(path, lambda file: file.write(text.encode()))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """`write_text` for content that is no text."""
+    """As `write_text`, for bytes."""
     _replace(path, lambda file: file.write(content))
 
 
 def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
-    """`write_text` for an array in NumPy's .npy format."""
+    """As `write_text`, for an array in NumPy's .npy format."""
     _replace(path, lambda file: np.save(file, array))
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """`write_text` for named arrays in NumPy's .npz format, compressed."""
+    """As `write_text`, for named arrays in NumPy's compressed .npz format."""
     _replace(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, hence on one file system; other hosts may have a process of this number.
+    # In the same folder, so on the same file system. Process ids aren't unique across hosts.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -57,7 +54,7 @@ def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Lets the errors of a file that is open say which it is, as a full disk doesn't."""
+    """Add the file name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -67,29 +64,29 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """`write_text` of indented JSON; NaN and infinities become strings (see the module)."""
+    """As `write_text`, for indented JSON; NaN and infinities become strings (see the module)."""
     write_text(path, json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n")
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text; ValueError, with `name` as its place, for anything else."""
-    try:  # of bytes the library would guess the encoding
+    """Parse JSON; ValueError, with `name` as location, for anything else."""
+    try:  # decode here, because the library would guess the encoding of bytes
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
-        raise ValueError(f"{name} is no JSON that can be meant: it is nested too deeply") from None
+        raise ValueError(f"{name} isn't valid JSON: it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {str(error)[:200]}") from None
+        raise ValueError(f"{name} isn't valid JSON: {str(error)[:200]}") from None
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The value in a JSON file; ValueError naming the file if there is none in it."""
+    """Read a JSON file; ValueError naming the file if it isn't valid."""
     return parse_json(pathlib.Path(path).read_bytes(), str(path))
 
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file for anything else."""
+    """Read an object from a JSON file; ValueError naming the file for anything else."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is a JSON {type(value).__name__}, expected an object")
@@ -97,7 +94,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file; ValueError naming the file for another encoding."""
+    """Read a UTF-8 file; ValueError naming the file for another encoding."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -107,7 +104,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def append_jsonl(path: str | os.PathLike, obj: Any) -> None:
-    """Adds one line of JSON; first cuts off a last line that a killed process left unfinished."""
+    """Append a line of JSON; first remove an incomplete last line from a killed process."""
     path = pathlib.Path(path)
     line = json.dumps(_plain(obj), allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +116,11 @@ def append_jsonl(path: str | os.PathLike, obj: Any) -> None:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[Any]:
-    """All complete lines of a file; one without its newline, at the end, was torn and is ignored.
+    """Read all complete lines of a file; ignore an incomplete last line.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: A complete line is no JSON.
+      FileNotFoundError: The file doesn't exist.
+      ValueError: A complete line isn't valid JSON.
     """
     lines = pathlib.Path(path).read_bytes().split(b"\n")[:-1]
     records = []
@@ -136,7 +133,7 @@ def read_jsonl(path: str | os.PathLike) -> list[Any]:
 
 
 def _plain(obj: Any) -> Any:
-    """Floats that JSON lacks as strings and numpy or jax scalars as numbers, at any depth."""
+    """Convert non-finite floats to strings and numpy or jax scalars to numbers, recursively."""
     if getattr(obj, "ndim", None) == 0 and hasattr(obj, "item"):
         obj = obj.item()
     if isinstance(obj, float) and not math.isfinite(obj):
@@ -149,7 +146,7 @@ def _plain(obj: Any) -> Any:
 
 
 def _drop_torn_line(file) -> None:
-    """Truncates an open binary file after its last newline."""
+    """Truncate an open binary file after its last newline."""
     end = size = file.seek(0, os.SEEK_END)
     while end:
         start = max(end - 4096, 0)

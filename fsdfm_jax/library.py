@@ -1,6 +1,6 @@
-"""The package from Python: models in and out, and training on arrays of tokens.
+"""The Python interface: load, save and export models, and train on arrays of tokens.
 
-`import fsdfm_jax as fs` has these functions as `fs.load`, `fs.save`, `fs.export` and `fs.train`.
+`import fsdfm_jax as fs` provides these functions as `fs.load`, `fs.save` etc.
 """
 
 import os
@@ -29,7 +29,7 @@ from fsdfm_jax.training.metrics import Progress
 def load(
     path: str | os.PathLike | None = None, *, revision: str | None = None, **options: Any
 ) -> Bundle:
-    """Opens a model of any format; parameters are read when they are asked for.
+    """Open a model of any format; parameters are read on demand.
 
     >>> import fsdfm_jax as fs
     >>> model = fs.load()
@@ -38,32 +38,32 @@ def load(
 
     Args:
       path: a file or folder: official .pth, safetensors, a working directory, an exported sampler,
-        a folder of `save_pretrained`; or "user/name" of the Hugging Face Hub, unless there is a
-        folder "user" here (`pip install "fsdfm_jax[hub]"`). None is the bundled model.
-      revision: branch, tag or commit of a model of the Hub.
+        a folder of `save_pretrained`; or "user/name" on the Hugging Face Hub, if there is no local
+        folder "user" (`pip install "fsdfm_jax[hub]"`). None is the bundled model.
+      revision: branch, tag or commit of a model on the Hub.
       **options: of `formats.open_bundle`: which, num_heads, tokenizer, stage, source.
 
     Returns:
-      The model: its network, parameters, tokenizer, noising process and where it came from.
+      The model: network, parameters, tokenizer, noising process and provenance.
 
     Raises:
-      ValueError: for a file that is damaged, hostile or of no known format.
-      FileNotFoundError: there is nothing at `path`.
-      OSError: the Hub doesn't give the model.
+      ValueError: for a file that is damaged, malicious or of an unknown format.
+      FileNotFoundError: `path` doesn't exist.
+      OSError: the download from the Hub fails.
     """
     if path is None:
         path = formats.BUNDLED
     elif hub.is_name(path) and not pathlib.Path(path).parent.is_dir():
         path = hub.download(str(path), revision)
     elif revision is not None:
-        raise ValueError(f"revision={revision!r} is of a model of the Hub; {path} is none.")
+        raise ValueError(f"revision={revision!r} needs a model on the Hub; {path} isn't one.")
     return formats.open_bundle(path, **options)
 
 
 def save(
     model: Bundle, path: str | os.PathLike, *, overwrite: bool = False, **options: Any
 ) -> None:
-    """Writes a model, whole or not at all.
+    """Write a model, atomically.
 
     >>> import fsdfm_jax as fs, tempfile
     >>> model = fs.load()
@@ -74,12 +74,12 @@ def save(
 
     Args:
       model: from `load` or `train`.
-      path: its suffix says the format (.pth, .safetensors), or `to`.
-      overwrite: whether a model of the same format may be replaced.
+      path: its suffix (.pth, .safetensors) or `to` selects the format.
+      overwrite: whether to replace a model of the same format.
       **options: of `formats.Target`: to ("safetensors" or "orbax" for a folder), layout, dtype.
 
     Raises:
-      ValueError: if the format has no place for this network, or the target exists.
+      ValueError: if the format doesn't support this network, or the target exists.
     """
     target = Target(pathlib.Path(path).expanduser(), **options)
     formats.write(model, target, overwrite=overwrite)
@@ -93,7 +93,7 @@ def save_pretrained(
     report: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model in the layout of the Hugging Face Hub, whole or not at all.
+    """Write a model in the layout of the Hugging Face Hub, atomically.
 
     >>> import fsdfm_jax as fs, tempfile
     >>> model = fs.load()
@@ -103,18 +103,18 @@ def save_pretrained(
     True
 
     The folder has weights, tokenizer, configuration, sampler, a model card and the network in
-    PyTorch, so that `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` has its
-    logits. `hf upload user/name FOLDER` publishes it.
+    PyTorch: `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` computes the
+    same logits. `hf upload user/name FOLDER` publishes it.
 
     Args:
       model: from `load` or `train`.
-      folder: made here.
+      folder: must not exist, unless `overwrite`.
       dtype: of the weights in the file, "float32" | "bfloat16".
-      report: folder of a report, whose figures for these weights the card shows.
-      overwrite: whether a folder in this layout may be replaced.
+      report: folder of a report with figures of these weights for the card.
+      overwrite: whether to replace a folder in this layout.
 
     Raises:
-      ValueError: if the folder exists, or there is no report where it was said to be.
+      ValueError: if the folder exists, or the report doesn't.
     """
     place = None if report is None else pathlib.Path(report).expanduser()
     target = Target(pathlib.Path(folder).expanduser(), "hub", dtype=dtype, report=place)
@@ -130,7 +130,7 @@ def export(
     sampling: Sampling | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Exports a few-step sampler as a folder that runs without this package (`run.py` in it).
+    """Export a few-step sampler as a folder with a `run.py` that doesn't need this package.
 
     >>> import fsdfm_jax as fs, tempfile
     >>> model = fs.load()
@@ -141,11 +141,11 @@ def export(
 
     Args:
       model: from `load` or `train`; not autoregressive.
-      folder: made here.
-      steps: one program for each of these numbers of network calls; none is the sampler's own.
-      length: tokens of a sample; None is the block length that the model was trained on.
-      sampling: how; None is the model's own.
-      overwrite: whether an exported sampler may be replaced.
+      folder: must not exist, unless `overwrite`.
+      steps: numbers of network calls, one program each; empty for the steps of `sampling`.
+      length: tokens per sample; None for the model's training block length.
+      sampling: settings; None for the model's default.
+      overwrite: whether to replace an exported sampler.
 
     Raises:
       ValueError: for a model that can't be exported, or if the folder exists.
@@ -176,10 +176,10 @@ def train(
     seed: int = 0,
     **options: Any,
 ) -> Bundle:
-    """Trains one stage on blocks of tokens, on this process's first device.
+    """Train one stage on blocks of tokens, on this process's first device.
 
-    For long runs use the program `fsdfm_jax.main`, which checkpoints, resumes and spreads over
-    devices; the stages and the optimiser step are the same.
+    For long runs use the program `fsdfm_jax.main`, which adds checkpoints, resuming and sharding;
+    the stages and the optimiser step are the same.
 
     >>> import fsdfm_jax as fs, functools, jax, numpy as np
     >>> text_NL = np.tile(np.arange(8), (64, 2))
@@ -195,26 +195,26 @@ def train(
 
     Args:
       tokens_NL: int [N, L], blocks of token ids.
-      stage: "pretrain" | "autoregressive", or a few-step stage that starts from `base`:
-        "step_aware" | "distill" | "refine".
-      base: the model to start from; its network, process and tokenizer are kept.
-      tokenizer: of the tokens; None where there is none.
-      vocab_size: number of ids; None takes the tokenizer's, or the largest id plus one.
-      eos_id: token between documents, where there is no tokenizer.
+      stage: "pretrain" | "autoregressive", or a few-step stage that needs `base`: "step_aware" |
+        "distill" | "refine".
+      base: the model to start from; provides network, process and tokenizer.
+      tokenizer: of the tokens, or None.
+      vocab_size: number of ids; None for the tokenizer's, or the largest id plus one.
+      eos_id: token between documents, if there is no tokenizer.
       model: values of `config.model` (width, num_blocks, num_heads, positions, ..), without `base`.
       path: values of `config.path` (schedule, power, source, revealed), without `base`.
       num_steps, batch_size, learning_rate, ema_decay: of the training.
-      seed: of everything random: the same arguments give the same parameters.
-      **options: further values of the stage's section of configs/base.py (warmup_steps, loss,
-        teacher_rule, ..). Where they name base models (refine's `teacher`, distill's `guide`),
-        give the models; `teacher` is `base` where that is a base model.
+      seed: for all randomness: the same arguments give the same parameters.
+      **options: other values of the stage's section in configs/base.py (warmup_steps, loss,
+        teacher_rule, ..). For keys that name base models (refine's `teacher`, distill's `guide`)
+        give the models; `teacher` defaults to `base` if that is a base model.
 
     Returns:
-      The trained model: the average of the weights where `ema_decay` keeps one.
+      The trained model, with the EMA of the weights unless `ema_decay` is 0.
 
     Raises:
-      ValueError: for tokens that aren't blocks of ids, a few-step stage without `base`, or a value
-        that the configuration refuses.
+      ValueError: for tokens that aren't blocks of ids, a few-step stage without `base`, or an
+        invalid value.
       FloatingPointError: the training diverged.
     """
     tokens_NL = _check_tokens(tokens_NL)
@@ -227,7 +227,7 @@ def train(
     cli.update(config, {stage: given | {"ema_decay": ema_decay} | options})
     if base is not None:
         if model or path or tokenizer:
-            raise ValueError("base brings its network, path and tokenizer; leave these out.")
+            raise ValueError("base provides network, path and tokenizer; omit these.")
         tokenizer, vocab_size = base.tokenizer, base.num_tokens
         _take_over(config, base)
         base.model.check_length(tokens_NL.shape[1])
@@ -236,7 +236,7 @@ def train(
     if vocab_size is None:
         vocab_size = int(tokens_NL.max()) + 1 if tokenizer is None else tokenizer.vocab_size
     if tokens_NL.max() >= vocab_size:
-        raise ValueError(f"tokens_NL holds the id {tokens_NL.max()}, vocab_size is {vocab_size}.")
+        raise ValueError(f"tokens_NL has the id {tokens_NL.max()}, but vocab_size={vocab_size}.")
     eos_id = eos_id if tokenizer is None else tokenizer.eos_id
     process = make_process(**config.path, num_tokens=vocab_size, eos_id=eos_id)
     schema.check(config)
@@ -262,27 +262,26 @@ def _on_device(bundle: Bundle) -> Params:
     return jax.tree.map(jax.numpy.asarray, bundle.device_params())
 
 
-# Of a network: what no two that are trained together may differ in.
+# Fields of a network that must be equal for networks trained together.
 _KEPT = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "dtype")
 
 
 def _base_model(key: str, networks: Mapping[str, Bundle], base: Bundle | None) -> Params:
-    """Weights of a base model that a stage reads: the one given by that name, or `base`."""
+    """Weights of a base model that a stage reads: the one given with this key, or `base`."""
     bundle = networks.get(key, None if key == "guide" else base)
     if bundle is None or bundle.model.causal or bundle.model.conditioning != "none":
         raise ValueError(
-            f"{key} must be a base model, of stage 'pretrain'; give it as {key}= where base isn't "
-            "one."
+            f"{key} must be a base model, of stage 'pretrain'; give it as {key}= if base isn't one."
         )
     kept = (*_KEPT, "vocab_size")
     fits = base is None or all(getattr(bundle.model, x) == getattr(base.model, x) for x in kept)
     if base is not None and not (fits and dict(bundle.path) == dict(base.path)):
-        raise ValueError(f"{key} must have the network and the path of base; it has others.")
+        raise ValueError(f"{key} must have the same network and path as base.")
     return _on_device(bundle)
 
 
 def _take_over(config: ConfigDict, base: Bundle) -> None:
-    """Sets the network and the path to those of a model."""
+    """Set the network and the path to those of a model."""
     cli.update(config, {"model": {name: getattr(base.model, name) for name in _KEPT}})
     if base.model.conditioning != "none":
         cli.update(config, {"model": {"conditioning": base.model.conditioning}})
@@ -295,9 +294,9 @@ def _check_stage(stage: str, base: Bundle | None, options: Mapping[str, Any]) ->
     if stage not in stages.NAMES:
         raise ValueError(f"Unknown stage {stage!r}; expected one of {', '.join(stages.NAMES)}.")
     if base is None and stage in stages.FEW_STEP:
-        raise ValueError(f"Stage {stage!r} starts from a trained model; give it as base=.")
+        raise ValueError(f"Stage {stage!r} needs a trained model; give it as base=.")
     if options.get("init_from"):
-        raise ValueError("init_from names a run of a working directory; give its model as base=.")
+        raise ValueError("init_from is for runs of a working directory; give a model as base=.")
 
 
 def _check_parts(batch_size: int, accumulate: int) -> None:
@@ -310,7 +309,7 @@ def _check_tokens(tokens_NL: np.ndarray) -> np.ndarray:
     whole = np.issubdtype(tokens_NL.dtype, np.integer)
     if tokens_NL.ndim != 2 or not tokens_NL.size or not whole or tokens_NL.min() < 0:
         raise ValueError(
-            "tokens_NL must hold ids of at least 0 in blocks of one length, integers [N, L]; got "
+            "tokens_NL must be non-negative integer ids [N, L], blocks of equal length; got "
             f"{tokens_NL.dtype} of shape {tokens_NL.shape}."
         )
     return tokens_NL.astype(np.int32)
@@ -324,7 +323,7 @@ def _fit(
     needed: dict[str, Params],
     seed: int,
 ) -> Params:
-    """The weights after the last step."""
+    """Train, and return the weights after the last step."""
     own = config[made.name]
     optimizer = optim.make_optimizer(config.optim, own)
     turns = optim.make_turns(config.optim, own, made)
@@ -363,7 +362,7 @@ def _fit(
 
 
 def _batches(own: ConfigDict, tokens_NL: np.ndarray, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Rows in random order, all of them once an epoch."""
+    """Yield batches of rows in random order, each row once per epoch."""
     generator, left = np.random.default_rng(seed), np.zeros((0,), np.int64)
     while True:
         while len(left) < own.batch_size:

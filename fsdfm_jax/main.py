@@ -1,7 +1,7 @@
 """The main job: `python -m fsdfm_jax.main --config=configs/tiny.py --workdir=DIR`.
 
-Prepares the text, trains every stage of `config.pipeline`, and ends with a table of quality against
-steps in WORKDIR/report. Killed at any moment, the same command goes on where it was.
+Prepares the text, trains every stage of `config.pipeline`, and evaluates quality against steps in
+WORKDIR/report. After a kill at any moment, run the same command to resume.
 """
 
 import contextlib
@@ -25,25 +25,27 @@ from fsdfm_jax.training.pipeline import Plan
 
 _CONFIG = cli.define_config("Configuration, configs/tiny.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for data, checkpoints and report.")
-_EVALUATE = flags.DEFINE_bool("evaluate", True, "End with the result table.")
+_EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate after training.")
 _PRINT_SHARDING = flags.DEFINE_bool(
-    "print_sharding", False, "Say where each array of the training state would lie, and end."
+    "print_sharding", False, "Print the sharding of each array of the training state, and exit."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One of several processes, each started with this command."
+    "distributed", False, "Multi-process job; start every process with this command."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where JAX doesn't know the cluster itself."
+    "coordinator", None, "HOST:PORT of process 0, if JAX doesn't detect the cluster."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the job; as --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process; as --coordinator.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes; with --coordinator."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process; with --coordinator.")
 
 
 def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
-    """Everything that can be refused before any work is done.
+    """Check everything that can be checked before any work.
 
     Raises:
-      ValueError: for a config that can't be run, or can't go on in this folder.
+      ValueError: for a config that can't run, or can't resume in this folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir={folder} is a file; expected a folder, or a new name.")
@@ -57,14 +59,14 @@ def check(config: ConfigDict, folder: pathlib.Path) -> Plan:
 
 
 def with_places(config: ConfigDict) -> ConfigDict:
-    """The same, with the folder of the text as it holds wherever it is read."""
+    """Make the folder of the text absolute, for use from other directories."""
     if config.data.directory:
         config.data.directory = str(pathlib.Path(config.data.directory).expanduser().absolute())
     return config
 
 
 def evaluate(config: ConfigDict, plan: Plan, folder: pathlib.Path, prepared: PreparedData) -> str:
-    """Writes WORKDIR/report, returns its table as text; by one process, on its own devices."""
+    """Write WORKDIR/report and return its table as text; in one process, on its devices."""
     settings = plan_lib.Settings.from_config(config.eval)
     trained = {entry.run: entry.stage for entry in plan.entries}
     catalogue = models_lib.catalogue(folder, trained, settings.models)
@@ -109,7 +111,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: ConfigDict, plan: Plan, folder: pathlib.Path) -> None:
-    """Everything from the text to the report, in a folder that no other job writes into."""
+    """Do everything from text to report, in a locked folder."""
     prepared = pipeline.prepare(config, folder)
     if _EVALUATE.value:
         references.check(
@@ -120,11 +122,9 @@ def run(config: ConfigDict, plan: Plan, folder: pathlib.Path) -> None:
     pipeline.train_all(config, plan, prepared, folder)
     if processes.is_first() and _EVALUATE.value:
         print(evaluate(config, plan, folder, prepared))
-        print(f"\nReport: {folder / 'report' / 'report.html'}, with its data beside it.")
+        print(f"\nReport: {folder / 'report' / 'report.html'}, with data files beside it.")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(
-        main, kept="checkpoints and finished points are kept; the same command goes on from there"
-    )
+    cli.run(main, kept="checkpoints and finished points are kept; run the same command to resume")

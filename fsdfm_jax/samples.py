@@ -1,4 +1,4 @@
-"""The logic of the program `fsdfm_jax.generate`: its flags, the job they describe, the output."""
+"""The logic of the program `fsdfm_jax.generate`: flags, job, output."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ from fsdfm_jax.inference.stream import printable
 from fsdfm_jax.inference.view import LiveView, View
 from fsdfm_jax.training import pipeline
 
-_MOST = 2**20  # of rows, and of tokens in one: more is a slip
+_MOST = 2**20  # limit for rows, and for tokens per row
 _SAMPLING = ("steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, see `define_flags`; None leaves a value to the model."""
+    """The flags, see `define_flags`; None means the model's default."""
 
     workdir: str | None = None
     checkpoint: str | None = None
@@ -54,13 +54,13 @@ class Options:
     stream: bool = False
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The model's sampler with what the flags say otherwise; ValueError for a bad value."""
+        """Return the model's sampler, overridden by the flags; ValueError for a bad value."""
         given = {name: getattr(self, name) for name in _SAMPLING}
         return default.replace(**{k: value for k, value in given.items() if value is not None})
 
 
 def define_flags() -> None:
-    """Defines a flag for each of `Options`; the program does, importing this file doesn't."""
+    """Define a flag for each field of `Options`; importing this file doesn't."""
     default = Options()
     text = lambda name, help_: flags.DEFINE_string(name, getattr(default, name), help_)
     number = lambda name, help_: flags.DEFINE_integer(name, getattr(default, name), help_)
@@ -69,50 +69,46 @@ def define_flags() -> None:
         name, getattr(default, name), values, help_
     )
     text("workdir", "Working directory of a trained run.")
-    text("checkpoint", "Any model file or folder that the package reads, in place of --workdir.")
-    text("stage", "Run of a working directory to sample from; the last one trained by default.")
-    choice("which", ["ema", "student", "teacher", "model"], "Which of the checkpoint's weights.")
-    number("num_heads", "Attention heads, where the checkpoint doesn't say.")
-    text("tokenizer", '"gpt2" or a tokenizer.json, where the checkpoint holds none.')
-    choice("source", ["", "uniform", "mask"], "Noise, where the checkpoint doesn't say.")
-    text("prompt", "Text that every sample begins with.")
+    text("checkpoint", "Any supported model file or folder, instead of --workdir.")
+    text("stage", "Run of a working directory; default: the last trained one.")
+    choice("which", ["ema", "student", "teacher", "model"], "Set of weights in the checkpoint.")
+    number("num_heads", "Attention heads, if the checkpoint doesn't record them.")
+    text("tokenizer", '"gpt2" or a tokenizer.json, if the checkpoint has none.')
+    choice("source", ["", "uniform", "mask"], "Noise, if the checkpoint doesn't record it.")
+    text("prompt", "Text at the start of every sample.")
     text("infill", 'Text with gaps: "The [8] of the Union"; or a Sudoku, "." for a blank cell.')
     text("batch_file", 'Prompts: .jsonl of {"prompt" or "infill": .., "id": ..}, or .txt lines.')
-    number("length", "Tokens of a block; by default that of the training, else 1024.")
-    number("num_samples", "Samples of each prompt.")
-    number("batch_size", "Rows of one call of the sampler; by default all of them, at most 32.")
+    number("length", "Tokens of a block; default: the training block length, or 1024.")
+    number("num_samples", "Samples per prompt.")
+    number("batch_size", "Rows per sampler call; default: all, at most 32.")
     number("seed", "Seed of the samples.")
-    number("steps", "Network calls per sample; an autoregressive model takes one a token.")
+    number("steps", "Network calls per sample; autoregressive models use one per token.")
     choice("jump", list(jumps.RULES), "Jump rule; this and the next five default to the model's.")
     text("grid", "Time grid: uniform, cosine, power:R or geometric:E.")
-    real("temperature", "Divides the logits; 0 takes the likeliest token.")
-    real("cooling", "C in [0, 1): the temperature falls to 1 - C of it at the end.")
-    real("top_p", "Share of the mass that is drawn from.")
+    real("temperature", "Divides the logits; 0 is greedy.")
+    real("cooling", "C in [0, 1): temperature annealing, by a factor of 1 - C at the end.")
+    real("top_p", "Nucleus mass.")
     real("look_ahead", "A in [0, 1]: a step of width h evaluates the network at t + A h.")
-    text("output", "Writes lines of JSON to this .jsonl file, or continues it.")
-    flags.DEFINE_bool("stream", default.stream, "Show the text as it is refined.")
+    text("output", "Write lines of JSON to this .jsonl file, or resume it.")
+    flags.DEFINE_bool("stream", default.stream, "Show the text during refinement.")
 
 
 def check_options(options: Options) -> None:
-    """Refuses flags that can't work together, before anything is read.
-
-    Raises:
-      ValueError: naming the flags.
-    """
+    """Raise ValueError, naming the flags, for incompatible or invalid flags."""
     if options.workdir is not None and options.checkpoint is not None:
         raise ValueError("Give either --workdir=DIR or --checkpoint=PATH, and not both.")
     names = ("prompt", "infill", "batch_file")
     given = [f"--{name}" for name in names if getattr(options, name) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them.")
+        raise ValueError(f"{' and '.join(given)} exclude each other; give only one of them.")
     for name in ("length", "num_samples", "batch_size"):
         value = getattr(options, name)
         if value is not None and not 1 <= value <= _MOST:
-            raise ValueError(f"--{name} must lie in 1 .. {_MOST}, got {value}.")
+            raise ValueError(f"--{name} must be in 1 .. {_MOST}, got {value}.")
     generate_lib.check_seed(options.seed)
     options.sampling(Sampling())
     if options.stream and (options.batch_file or options.output):
-        raise ValueError("--stream shows texts to you; leave out --batch_file and --output.")
+        raise ValueError("--stream displays texts; omit --batch_file and --output.")
     if options.output and options.output == options.batch_file:
         raise ValueError(f"--output and --batch_file are the same file, {options.output!r}.")
     if options.output and pathlib.Path(options.output).suffix != ".jsonl":
@@ -120,35 +116,35 @@ def check_options(options: Options) -> None:
 
 
 def open_model(options: Options) -> Bundle:
-    """The model that the flags name, with a tokenizer that fits it.
+    """Open the model of the flags, with its tokenizer.
 
     Raises:
-      ValueError: if there is no tokenizer, or one of another vocabulary; see `formats.open_bundle`.
+      ValueError: if there is no tokenizer, or it doesn't match; see `formats.open_bundle`.
     """
     if options.workdir is not None:
-        pipeline.load_config(pathlib.Path(options.workdir).expanduser())  # refuses other folders
+        pipeline.load_config(pathlib.Path(options.workdir).expanduser())  # raises for other folders
     path = pathlib.Path(options.workdir or options.checkpoint or formats.BUNDLED).expanduser()
     passed_on = ("which", "num_heads", "tokenizer", "stage", "source")
     bundle = formats.open_bundle(path, **{name: getattr(options, name) for name in passed_on})
     if bundle.tokenizer is None:
         raise ValueError(
-            f"{path} holds no tokenizer; give the one it was trained with: --tokenizer=gpt2, or "
+            f"{path} has no tokenizer; give that of its training with --tokenizer=gpt2, or "
             "--tokenizer=PATH of a tokenizer.json."
         )
     return bundle
 
 
 def make_job(options: Options, bundle: Bundle) -> Job:
-    """All that is to be drawn.
+    """Make the job of the flags.
 
     Raises:
-      ValueError: for a prompt that can't be used, by its line if it is one of a file; or --stream
-        of an autoregressive model.
+      ValueError: for an invalid prompt (with its line in a file), or --stream with an
+        autoregressive model.
     """
     if options.stream and bundle.model.causal:
         raise ValueError(
-            "--stream shows a block being refined; an autoregressive model writes each token "
-            "once. Leave it out."
+            "--stream shows the refinement of a block; an autoregressive model writes each token "
+            "once. Omit it."
         )
     requests = job_lib.requests_of(
         bundle.tokenizer,
@@ -169,7 +165,7 @@ def make_job(options: Options, bundle: Bundle) -> Job:
 
 
 def print_samples(job: Job, out: TextIO, view: View | None = None) -> None:
-    """Draws a job and prints its texts, each under a line that names it."""
+    """Draw a job and print its texts, each below a header line."""
     clean = printable if out.isatty() else lambda text: text
     for batch in job_lib.draw(job, on_step=view.on_step if view else None):
         for i, row, tokens_L in batch:
@@ -184,10 +180,10 @@ def _print_line(line: dict, out: TextIO) -> None:
 
 
 def run(options: Options, out: TextIO) -> None:
-    """Does what the flags say; `out` gets the texts, or lines of JSON and nothing else.
+    """Run the program; `out` gets only the texts, or lines of JSON.
 
     Raises:
-      ValueError, OSError: for what the user can mend; then nothing has been written.
+      ValueError, OSError: for errors that the user can fix, before anything is written.
     """
     check_options(options)
     job = make_job(options, open_model(options))
@@ -196,12 +192,12 @@ def run(options: Options, out: TextIO) -> None:
         path = pathlib.Path(options.output).expanduser()
         start = job_lib.rows_written(path, job)
         if start:
-            print(f"{path} holds {start} of {len(job.rows)} samples already.", file=sys.stderr)
+            print(f"{path} already has {start} of {len(job.rows)} samples.", file=sys.stderr)
         emit = functools.partial(io.append_jsonl, path)
         job_lib.write_lines(job, emit, start=start, progress=True)
     elif options.batch_file:
-        # A bar on stderr and lines on one terminal would overwrite each other. `out` is held
-        # here because the bar redirects sys.stdout to itself.
+        # A bar and lines on the same terminal would overwrite each other. `out` is bound here
+        # because the bar redirects sys.stdout.
         emit = functools.partial(_print_line, out=out)
         job_lib.write_lines(job, emit, start=0, progress=not out.isatty())
     elif options.stream:

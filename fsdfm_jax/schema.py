@@ -1,10 +1,10 @@
-"""What each configuration key may be: its type, range or choices, checked before anything starts.
+"""Types, ranges and choices of all configuration keys, checked before anything starts.
 
-`KEYS` and `SWEEP_KEYS` declare every key of configs/base.py and configs/sweep.py. A new key takes
-one line here; a key without one is refused. What depends on several keys at once (warm-up within a
-stage, heads within a width) is checked where it is used.
+`KEYS` and `SWEEP_KEYS` declare every key of configs/base.py and configs/sweep.py. A new key needs
+one line here; undeclared keys are errors. Conditions on several keys (warm-up within a stage, heads
+within a width) are checked where they are used.
 
-    check(config)     ValueError that names every key at fault, wherever its value came from
+    check(config)     raises a ValueError that names every bad key
 """
 
 import difflib
@@ -15,33 +15,33 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-_SHOWN = 4  # problems that one message names
+_SHOWN = 4  # problems listed in a message
 
 
 # ------------------------------------------------------------------------------------------- kinds
 class Whole(NamedTuple):
-    """A whole number in an interval, "[1, 1e9]", or one of a few others."""
+    """An integer in an interval, "[1, 1e9]", or one of a few other values."""
 
     interval: str
     besides: tuple[int, ...] = ()
 
     def problem(self, value: Any) -> str:
-        """What is expected in its place; "" if it is good."""
+        """Describe the expected value; "" if the value is good."""
         whole = isinstance(value, int) and not isinstance(value, bool)
         if whole and (value in self.besides or _inside(value, self.interval)):
             return ""
         others = "".join(f" or {other}" for other in self.besides)
-        return f"a whole number in {self.interval}{others}"
+        return f"an integer in {self.interval}{others}"
 
 
 class Number(NamedTuple):
     """A finite number in an interval, "[0, 1)", also after rounding to float32."""
 
     interval: str
-    optional: bool = False  # None is another word for 0
+    optional: bool = False  # None means 0
 
     def problem(self, value: Any) -> str:
-        """What is expected in its place; "" if it is good."""
+        """Describe the expected value; "" if the value is good."""
         if value is None and self.optional:
             return ""
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
     names: tuple[str, ...]
 
     def problem(self, value: Any) -> str:
-        """What is expected in its place; "" if it is good."""
+        """Describe the expected value; "" if the value is good."""
         if isinstance(value, str) and value in self.names:
             return ""
         near = difflib.get_close_matches(str(value), self.names, n=1)
@@ -69,13 +69,13 @@ class Choice(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Text that matches a pattern; the word None stands for no text in no key."""
+    """Text that matches a pattern; the word "None" is never valid."""
 
     pattern: str = r".+"
     what: str = "text"
 
     def problem(self, value: Any) -> str:
-        """What is expected in its place; "" if it is good."""
+        """Describe the expected value; "" if the value is good."""
         sound = isinstance(value, str) and value != "None" and "\0" not in value
         if sound and re.fullmatch(self.pattern, value, re.DOTALL):
             return ""
@@ -89,7 +89,7 @@ class Several(NamedTuple):
     least: int = 1
 
     def problem(self, value: Any) -> str:
-        """What is expected in its place; "" if it is good."""
+        """Describe the expected value; "" if the value is good."""
         if isinstance(value, tuple | list) and len(value) >= self.least:
             problems = [problem for item in value if (problem := self.kind.problem(item))]
             return f"each {problems[0]}" if problems else ""
@@ -142,7 +142,7 @@ _STAGE: dict[str, Kind] = {
     "init_from": _FREE,
 }
 _BUDGETS: dict[str, Kind] = {
-    "max_log2_steps": Whole("[0, 20]"),  # finer widths are one to the network
+    "max_log2_steps": Whole("[0, 20]"),  # the network can't distinguish finer widths
     "width_weights": Choice(("log_uniform", "official")),
     "time_eps": Number("[0, 1)"),
     "loss": Choice(_LOSSES),
@@ -240,7 +240,7 @@ _EVAL: dict[str, Kind] = {
     "bound_times": Whole("[2, 1e9]"),
     "resamples": Whole("[2, 1e7]"),
 }
-# Empty axes take the sampler that the sweep is made around.
+# Empty axes take the value of the base sampler.
 _AXES: dict[str, Kind] = {
     "models": Several(Text(), least=0),
     "steps": Several(_STEPS),
@@ -287,25 +287,25 @@ def _dotted(sections: Mapping[str, Mapping[str, Kind]]) -> dict[str, Kind]:
     return {f"{name}.{key}": kind for name, own in sections.items() for key, kind in own.items()}
 
 
-# Of configs/base.py.
+# Keys of configs/base.py.
 KEYS: dict[str, Kind] = {"seed": _SEED, "pipeline": Text(), **_dotted(_SECTIONS)}
-# Of configs/sweep.py; its name is that of a folder.
+# Keys of configs/sweep.py; its name is also that of a folder.
 SWEEP_KEYS: dict[str, Kind] = {
-    "name": Text(r"(?!\.+$)[\w.-]+", "a folder's name of letters, digits, '_', '-' and '.'"),
+    "name": Text(r"(?!\.+$)[\w.-]+", "a folder name of letters, digits, '_', '-' and '.'"),
     **_dotted({"axes": _AXES, "eval": _EVAL}),
 }
 
 
 # ----------------------------------------------------------------------------------------- checking
 def check(config: ConfigDict, declared: Mapping[str, Kind] | None = None) -> None:
-    """Refuses a configuration with an unknown or missing key, or a value that a key can't have.
+    """Check that a configuration has all keys, no unknown ones, and only valid values.
 
     Args:
-      config: a whole one.
-      declared: key -> kind; None is `SWEEP_KEYS` for what has axes, else `KEYS`.
+      config: the whole configuration.
+      declared: key -> kind; None for `SWEEP_KEYS` if the config has axes, otherwise `KEYS`.
 
     Raises:
-      ValueError: one line that names the keys, what each expects and what it got.
+      ValueError: in one line, with the bad keys, the expected and the actual values.
     """
     if declared is None:
         declared = SWEEP_KEYS if "axes" in config else KEYS
@@ -316,7 +316,7 @@ def check(config: ConfigDict, declared: Mapping[str, Kind] | None = None) -> Non
 
 
 def check_section(name: str, section: Mapping[str, Any]) -> None:
-    """`check` of one section by its name, "eval" for instance."""
+    """`check` one section by name, for example "eval"."""
     own = {key: kind for key, kind in (KEYS | SWEEP_KEYS).items() if key.startswith(f"{name}.")}
     check(ConfigDict({name: section}), own)
 
@@ -327,7 +327,7 @@ def _problems(config: ConfigDict, declared: Mapping[str, Kind]) -> Iterator[str]
     replaced = [key for key in found if key in sections]
     for key in replaced:
         yield (
-            f"config.{key} is a section and was replaced by a {type(found[key]).__name__}; set its "
+            f"config.{key} is a section but was replaced by a {type(found[key]).__name__}; set its "
             f"keys one by one, config.{key}.KEY = .."
         )
     for key in sorted(found.keys() - declared.keys() - set(replaced)):
@@ -357,7 +357,7 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _quoted(value: Any) -> str:
-    # Not repr first: digits of a huge number can't even be printed.
+    # Before repr, which fails for huge integers.
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     text = " ".join(repr(value).split())
@@ -365,12 +365,12 @@ def _quoted(value: Any) -> str:
 
 
 def keys(config: ConfigDict) -> list[str]:
-    """All dotted keys of a config, leaves only."""
+    """Return all dotted keys of a config, leaves only."""
     return [key for key, _ in _leaves(config)]
 
 
 def unknown_key(wanted: str, known: list[str]) -> str:
-    """The message for a key that no config declares, with the nearest that one does."""
+    """Error message for an unknown key, with the nearest known ones."""
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     hint = "the nearest are " + ", ".join(f"config.{key}" for key in near) + "; " if near else ""
     return f"unknown configuration key config.{wanted}: {hint}see configs/base.py for all of them."

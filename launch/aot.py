@@ -1,9 +1,9 @@
-"""Compiles the programs of a run for devices that needn't be there; reads what the compiler says.
+"""Ahead-of-time compilation of the programs of a run, for real or described devices.
 
-The programs are those that a run compiles itself: a stage's training step with the shardings of
-its state, and the sampler. The figures are the compiler's plan of memory and its count of
-operations (`memory_analysis`, `cost_analysis`), the collectives in the text of the compiled
-program, and the operations that the network needs (`launch.flops`).
+The programs are those of a run: a stage's training step, with the shardings of its state, and the
+sampler. The figures are the compiler's memory plan and operation count (`memory_analysis`,
+`cost_analysis`), the collectives in the compiled program's text, and the operations that the
+network needs (`launch.flops`).
 """
 
 import collections
@@ -39,16 +39,16 @@ LOCAL = "local"
 _GIB = 2**30
 _INSTALL = "pip install 'fsdfm_jax[tpu]'"
 
-# TPU -> (operations per second of bfloat16 products, from Google Cloud's "System architecture"
-# pages; bytes that the compiler leaves to programs, of 16, 95 and 32 GB).
+# TPU -> (peak bfloat16 operations per second, from Google Cloud's "System architecture" pages;
+# memory that the compiler makes available to programs, of 16, 95 and 32 GB).
 TPUS = {
     "v5e": (197e12, 15.75 * _GIB),
     "v5p": (459e12, 95.73 * _GIB),
     "v6e": (918e12, 31.24 * _GIB),
 }
-# Part of the driver's name -> operations per second, dense bfloat16, from NVIDIA's data sheets.
+# Part of the device name -> peak dense bfloat16 operations per second, from NVIDIA's data sheets.
 GPUS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-# The TPU library looks for chips and lets one process in at a time; its compiler needs neither.
+# The TPU library looks for chips and admits one process at a time; compiling needs neither.
 _NO_CHIPS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -60,13 +60,13 @@ _NO_CHIPS = {
 
 
 class Target(NamedTuple):
-    """Where programs are compiled for.
+    """Devices to compile for.
 
     Attributes:
-      name: as asked for.
-      devices: all of them, described or real.
-      peak_flops: operations per second of a device, None if unknown.
-      memory: bytes of a device that programs get, None if unknown.
+      name: as given by the user.
+      devices: all devices, real or described.
+      peak_flops: peak operations per second of a device; None if unknown.
+      memory: bytes of device memory available to programs; None if unknown.
       described: whether the devices are only a description.
     """
 
@@ -78,11 +78,11 @@ class Target(NamedTuple):
 
 
 def find_target(name: str) -> Target:
-    """The devices of a TPU topology ("v5e:4x4"), or those of this process ("local").
+    """Return the devices of a TPU topology ("v5e:4x4"), or those of this process ("local").
 
     Raises:
-      ValueError: for a name that is no topology, one the compiler refuses, or where the compiler
-        isn't installed.
+      ValueError: for an unknown topology, one that the compiler rejects, or if the compiler isn't
+        installed.
     """
     if name == LOCAL:
         devices = jax.devices()
@@ -92,8 +92,8 @@ def find_target(name: str) -> Target:
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if not match or match[1] not in TPUS:
         raise ValueError(
-            f"Unknown --topology={name!r}; expected {LOCAL!r} or KIND:SHAPE, as v5e:4x4 or "
-            f"v5p:2x2x1, with a kind of {', '.join(TPUS)}."
+            f"Unknown --topology={name!r}; expected {LOCAL!r} or KIND:SHAPE, e.g. v5e:4x4 or "
+            f"v5p:2x2x1. Kinds: {', '.join(TPUS)}."
         )
     for key, value in _NO_CHIPS.items():
         os.environ.setdefault(key, value)
@@ -108,7 +108,7 @@ def find_target(name: str) -> Target:
         if "INVALID_ARGUMENT" not in message:
             raise
         reason = message.split("INVALID_ARGUMENT: ")[-1]
-        raise ValueError(f"The compiler refuses --topology={name}: {reason}") from error
+        raise ValueError(f"The compiler rejects --topology={name}: {reason}") from error
     return Target(name, description.devices, *TPUS[match[1]], True)
 
 
@@ -120,9 +120,9 @@ class Program(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      unit: a batch is a multiple of so many rows.
-      lower: rows -> what JAX has lowered.
-      flops: rows -> operations that the result needs, on all devices.
+      unit: batch sizes are multiples of this.
+      lower: rows -> the lowered program.
+      flops: rows -> required operations, over all devices.
     """
 
     kind: str
@@ -140,13 +140,13 @@ def make_programs(
     rows: int | None,
     steps: int,
 ) -> tuple[Mesh, list[Program]]:
-    """The mesh that a config asks for, and programs of a stage on it.
+    """Return the mesh of a config and a stage's programs on it.
 
     Args:
       kinds: some of `KINDS`.
-      name: of the stage.
-      rows: of the batch that the programs are meant for, None if any will do.
-      steps: of the sampler.
+      name: name of the stage.
+      rows: intended batch size; None for any.
+      steps: number of sampling steps.
 
     Raises:
       ValueError: for an unknown kind, a stage without such a program, or a mesh that doesn't fit
@@ -156,13 +156,13 @@ def make_programs(
         raise ValueError(f"--what takes some of {', '.join(KINDS)}, got {list(kinds)}.")
     if target.described and config.model.attention == "auto":
         config = config.copy_and_resolve_references()
-        config.model.attention = "xla"  # what "auto" takes there
+        config.model.attention = "xla"  # what "auto" selects on TPUs
     vocab_size = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
     process = process_lib.make_process(**config.path, num_tokens=vocab_size, eos_id=vocab_size - 1)
     length = config.data.block_length
     model = _network(name, config, process)
     if "sampler" in kinds and model.causal:
-        raise ValueError(f"Stage {name!r} has no few-step sampler; leave it out with --what=train.")
+        raise ValueError(f"Stage {name!r} has no few-step sampler; use --what=train.")
     parts = {"train": config[name].accumulate, "sampler": 1}
     rows_of_part = {"train": _rows_of_part(name, config[name]), "sampler": 1}
     sampling = Sampling.from_dict(config.eval.sampling).replace(steps=steps)
@@ -196,12 +196,16 @@ def make_programs(
 
 
 def _rows_of_part(name: str, own: ConfigDict) -> int:
-    """A part of a stage's batch has a multiple of so many rows; see `refine.count_samples`."""
+    """Return the unit of a stage's microbatch size; see `refine.count_samples`."""
     return (own.max_log2_steps + 1) * 2**own.max_log2_steps if name == "refine" else 1
 
 
 def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) -> Mesh:
-    """The mesh of `config.mesh`; ValueError that names the nearest one that passes `check`."""
+    """Make the mesh of `config.mesh`.
+
+    Raises:
+      ValueError: if it doesn't pass `check`; the message names the nearest mesh that does.
+    """
     make = lambda sizes: check(mesh_lib.make_mesh(ConfigDict({**asked, **sizes}), target.devices))
     try:
         return make({})
@@ -219,7 +223,7 @@ def find_mesh(asked: ConfigDict, target: Target, check: Callable[[Mesh], Mesh]) 
 
 
 def _nearest(asked: ConfigDict, count: int) -> Iterator[dict[str, int]]:
-    """Sizes of all meshes of `count` devices, first those with the tensor and fsdp asked for."""
+    """Yield the sizes of all meshes of `count` devices, nearest to the requested ones first."""
     sizes = [size for size in range(1, count + 1) if count % size == 0]
     wanted = max(asked.tensor, 1), asked.fsdp if asked.fsdp > 0 else count
     meshes = [(t, f) for t, f in itertools.product(sizes, sizes) if count % (t * f) == 0]
@@ -229,7 +233,7 @@ def _nearest(asked: ConfigDict, count: int) -> Iterator[dict[str, int]]:
 
 
 def lower_train(name: str, config: ConfigDict, process: Process, mesh: Mesh, rows: int):
-    """The training step of a stage, lowered for a batch of so many rows."""
+    """Lower the training step of a stage for a batch of `rows`."""
     stage, own = stages.make_stage(name, config, process), config[name]
     optimizer = optim.make_optimizer(config.optim, own)
     turns = optim.make_turns(config.optim, own, stage)
@@ -261,7 +265,7 @@ def _network(name: str, config: ConfigDict, process: Process) -> ModelConfig:
 
 
 def _needed_shapes(stage: stages.Stage, base, mesh: Mesh):
-    """What `stage.needs` names as the shapes of base weights, sharded as parameters are."""
+    """Return the weights that `stage.needs`, as shapes of base weights sharded like parameters."""
     if not stage.needs:
         return {}
     places = mesh_lib.state_shardings(mesh, base)
@@ -273,7 +277,7 @@ def _needed_shapes(stage: stages.Stage, base, mesh: Mesh):
 def lower_sampler(
     model: ModelConfig, process: Process, sampling: Sampling, mesh: Mesh, shape: tuple[int, int]
 ):
-    """The sampler, lowered for tokens of a shape (B, L), rows over the mesh."""
+    """Lower the sampler for tokens of `shape` (B, L), with rows sharded over the mesh."""
     whole, spread = mesh_lib.whole(mesh), mesh_lib.batch_sharding(mesh)
     shaped = lambda shape, dtype, place: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     placed = lambda leaf, place: shaped(leaf.shape, leaf.dtype, place)
@@ -300,14 +304,14 @@ def _param_shapes(model: ModelConfig):
 
 
 def describe(program: Program, rows: int, target: Target) -> dict[str, Any]:
-    """What a program takes of each device; None or left out where it isn't known.
+    """Compile a program and describe its needs per device.
 
     Returns:
-      In bytes `arguments`, `temporaries` and all together as `total`, and `memory`, what a device
-      has; whether it `fits`; `flops` that the result needs, and `least_s`, the seconds that these
-      take at the peak; `counted_flops` and `counted_bytes` by the compiler, and the number of
-      collectives by kind with their bytes, all of which count the body of a loop once, however
-      often it runs.
+      `arguments`, `temporaries`, their sum `total`, and `memory` of a device, in bytes; whether it
+      `fits`; the required `flops` and `least_s`, their time in seconds at the peak rate;
+      `counted_flops` and `counted_bytes` by the compiler, and collectives by kind, with their
+      bytes. The compiler's counts and the collectives count a loop body once. Unknown values are
+      None or missing.
     """
     row: dict[str, Any] = {"program": program.kind, "rows": rows, "memory": target.memory}
     row["flops"] = program.flops(rows) / len(target.devices)
@@ -319,7 +323,7 @@ def describe(program: Program, rows: int, target: Target) -> dict[str, Any]:
         return row | {"total": needed_bytes(error), "fits": False}
     plan, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
     arguments, total = plan.argument_size_in_bytes, plan.peak_memory_in_bytes
-    if not target.described:  # for a TPU the peak is what the compiler goes by
+    if not target.described:  # for a TPU, the compiler's own limit applies to the peak
         fresh = plan.output_size_in_bytes - plan.alias_size_in_bytes
         total = arguments + plan.temp_size_in_bytes + fresh + plan.generated_code_size_in_bytes
     row |= {"arguments": arguments, "temporaries": total - arguments, "total": total}
@@ -329,9 +333,8 @@ def describe(program: Program, rows: int, target: Target) -> dict[str, Any]:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            "JAX can't read the compiled program, as happens where the compiler is newer than "
-            f"jaxlib; install the one that goes with it: {_INSTALL}. It said: "
-            f"{str(error).splitlines()[0]}"
+            "JAX can't read the compiled program; the compiler may be newer than jaxlib. Install "
+            f"the matching version: {_INSTALL}. The error: {str(error).splitlines()[0]}"
         ) from error
     for kind, (count, num_bytes) in collectives(text).items():
         row |= {kind: count, f"{kind}_bytes": num_bytes}
@@ -339,10 +342,13 @@ def describe(program: Program, rows: int, target: Target) -> dict[str, Any]:
 
 
 def needed_bytes(error: Exception) -> float | None:
-    """What a program that is too large would take, None where the compiler doesn't say.
+    """Return the memory that a too large program would need, from the compiler's error.
+
+    Returns:
+      Bytes, or None if the message doesn't contain them.
 
     Raises:
-      the error itself, if it is about anything else.
+      error: if it isn't an out-of-memory error.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
@@ -359,14 +365,14 @@ _LINE = re.compile(r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)")
 
 
 def collectives(text: str) -> dict[str, tuple[int, float]]:
-    """{kind: (number, bytes)} of the collectives in the text of a compiled program.
+    """Return {kind: (number, bytes)} of the collectives in a compiled program's text.
 
-    Each counts once, those in the body of a loop too. The bytes are those of the whole array, as it
-    is before a reduction or after a gathering.
+    Each counts once, even in a loop body. The bytes are those of the full array: before a
+    reduction, after a gather.
     """
     sizes: dict[str, float] = {}
     found: dict[str, dict[str, float]] = collections.defaultdict(dict)
-    scattered = False  # in a sum of which each device of a TPU keeps a part
+    scattered = False  # inside an all-reduce-scatter computation of the TPU compiler
     for line in text.splitlines():
         if line.endswith("{") and " = " not in line:
             scattered = line.startswith("%all-reduce-scatter")
@@ -380,7 +386,7 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
         given = sum(sizes.get(operand, 0.0) for operand in re.findall(r"%([\w.\-]+)", operands))
         made = sizes[name] - (given if opcode == "all-gather-start" else 0.0)  # (operand, result)
         whole = given if kind == "collective-permute" else max(given, made)
-        # The TPU compiler spreads an exchange over several kernels, which name one chain.
+        # The TPU compiler splits a collective into several kernels with one chain id.
         chain = re.search(r'chain_id="(\d+)"', line)
         kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
         found[kind][chain[0] if chain else name] = whole
@@ -388,7 +394,7 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
 
 
 def _bytes(shape: str) -> float:
-    """Bytes of a shape as HLO writes it, of all arrays of a tuple."""
+    """Return the bytes of an HLO shape; for a tuple, of all its arrays."""
     total = 0.0
     for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", shape):
         bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or [0])[0])
@@ -399,31 +405,33 @@ def _bytes(shape: str) -> float:
 def find_largest(
     program: Program, target: Target, report: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """`describe` of a batch that nearly fills the memory; None if the smallest doesn't fit.
+    """Find a batch that nearly fills the memory.
 
-    Memory is nearly linear in rows: the line through two compilations says where it is full, and
-    one or a few more check that. A somewhat larger batch may fit where the compiler then recomputes
-    more.
+    Memory is nearly linear in rows: two compilations predict the largest batch, and one or a few
+    more check it. A slightly larger batch may fit if the compiler rematerialises more.
 
     Args:
-      report: told of each batch that was compiled.
+      report: called with a line about each compiled batch.
+
+    Returns:
+      `describe` of that batch; None if the smallest one doesn't fit.
 
     Raises:
-      ValueError: where the memory of a device isn't known.
+      ValueError: if the memory of a device isn't known.
     """
     if target.memory is None:
         raise ValueError(
-            f"--largest_batch needs to know the memory of a device, and {target.name} doesn't tell "
-            "it; name a TPU topology, as v5e:4x4."
+            f"--largest_batch needs the memory of a device, which {target.name} doesn't report; "
+            "give a TPU topology, e.g. v5e:4x4."
         )
 
     def compiled(count: int) -> dict[str, Any]:
         row = describe(program, count * program.unit, target)
         total = "?" if row["total"] is None else f"{row['total'] / 1e9:.2f}"
-        report(f"{row['rows']} rows take {total} of {target.memory / 1e9:.2f} GB")
+        report(f"{row['rows']} rows need {total} of {target.memory / 1e9:.2f} GB")
         return row
 
-    first, count = 2, 8  # a part of a batch may hold rows of two losses
+    first, count = 2, 8  # a microbatch may hold rows of two losses
     small = compiled(first)
     if not small["fits"]:
         return None
@@ -438,7 +446,7 @@ def find_largest(
             first, small = count, row
         if full <= first:
             return small
-        count = min(full, 16 * count)  # a line is no guide much further
+        count = min(full, 16 * count)  # limit the extrapolation
         row = compiled(count)
         if row["fits"] and count == full:
             return row

@@ -1,4 +1,4 @@
-r"""Compiles the training step and the sampler for chips that aren't there, and says what they take.
+r"""Compile the training step and the sampler ahead of time and report their needs.
 
     python -m launch.aot_compile --config=configs/paper.py:1.3B --topology=v5e:4x4 \
         --config.mesh.fsdp=16
@@ -6,14 +6,14 @@ r"""Compiles the training step and the sampler for chips that aren't there, and 
     python -m launch.aot_compile --cases=docs/reference/scaling.csv \
         --markdown=docs/reference/scaling.md
 
-For TPUs the compiler comes with the extra `tpu` (package libtpu) and runs on any machine; "local"
-stands for the devices of this one. Printed for each program: the memory of a chip against what it
-has, the operations that the result needs and their least time, the compiler's own count and the
-collectives. `--largest_batch` looks for the batch that fills the memory.
+No TPU is needed: its compiler comes with the extra `tpu` (package libtpu) and runs on any machine.
+"local" means the devices of this machine. For each program, it prints the memory needed and
+available per chip, the required operations and their minimum time, the compiler's operation count
+and the collectives. `--largest_batch` finds the batch that fills the memory.
 
-The last form compiles every row of a CSV file that this version of the compiler hasn't compiled
-yet: the first columns say what, the others are filled in. In the document the table between
-"<!-- NAME -->" and "<!-- /NAME -->" becomes that of the rows whose `table` is NAME.
+The last form compiles the rows of a CSV file that this compiler version hasn't compiled yet. The
+first columns are the input, the others are filled in. In the document, it replaces the table
+between "<!-- NAME -->" and "<!-- /NAME -->" by the rows whose `table` is NAME.
 docs/reference/scaling.md explains the numbers.
 """
 
@@ -34,26 +34,26 @@ from launch import aot
 
 
 def define_flags() -> None:
-    """The flags of the program; called when it runs as one."""
+    """Define the flags of the command."""
     cli.define_config("Configuration, configs/paper.py:1.3B.")
-    flags.DEFINE_string("topology", None, "TPUs to compile for, as v5e:8x8, or local.")
+    flags.DEFINE_string("topology", None, "TPUs to compile for, e.g. v5e:8x8, or local.")
     flags.DEFINE_enum(
         "stage",
         None,
         stages.NAMES,
-        "Stage; distill if the pipeline has it, else the last one.",
+        "Stage. Default: distill if in the pipeline, else the last one.",
     )
     flags.DEFINE_list("what", list(aot.KINDS), "Programs: train, sampler.")
     flags.DEFINE_integer(
-        "batch", None, "Rows of a batch, over all chips; the stage's by default.", lower_bound=1
+        "batch", None, "Rows per batch over all chips. Default: the stage's.", lower_bound=1
     )
-    flags.DEFINE_integer("steps", 8, "Steps of the sampler.", lower_bound=1)
-    flags.DEFINE_bool("largest_batch", False, "Look for the batch that fills the memory.")
-    flags.DEFINE_string("cases", None, "CSV file whose rows are compiled and filled in.")
+    flags.DEFINE_integer("steps", 8, "Number of sampling steps.", lower_bound=1)
+    flags.DEFINE_bool("largest_batch", False, "Find the batch that fills the memory.")
+    flags.DEFINE_string("cases", None, "CSV file with rows to compile and fill in.")
     flags.DEFINE_string("markdown", None, "Document whose tables --cases replaces.")
 
 
-# Columns of --cases that say what is compiled; `changes` are KEY=VALUE, separated by spaces.
+# Input columns of --cases; `changes` are KEY=VALUE, separated by spaces.
 GIVEN = ("table", "size", "stage", "topology", "data", "fsdp", "tensor", "rows", "changes")
 FOUND = (
     *("memory", "total", "arguments", "temporaries", "fits", "flops", "least_s"),
@@ -64,7 +64,7 @@ FOUND = (
 
 
 def summary(row: dict[str, Any]) -> str:
-    """What `aot.describe` found of a program, in a few lines of text."""
+    """Format the result of `aot.describe` as a few lines of text."""
     gb = lambda key: "?" if row.get(key) is None else f"{row[key] / 1e9:.3g}"
     fits = {True: "fits", False: "too large", None: "may fit"}[row["fits"]]
     least = f", at least {1e3 * row['least_s']:.3g} ms" if row["least_s"] else ""
@@ -88,7 +88,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def compile_case(case: dict[str, str]) -> dict[str, Any]:
-    """What is found for a row of --cases: a training step of the paper's recipe at some size."""
+    """Compile a row of --cases: a training step of the paper's recipe at some size."""
     config, rows = base.get_config(), int(case["rows"])
     base.use_paper_values(config, case["size"])
     base.use_paper_recipe(config)
@@ -104,7 +104,7 @@ def compile_case(case: dict[str, str]) -> dict[str, Any]:
 
 
 def compile_cases(path: pathlib.Path) -> list[dict[str, str]]:
-    """Compiles the rows of a CSV file, fills them in one by one, and returns all of them."""
+    """Compile the rows of a CSV file, fill them in one by one, and return all of them."""
     compiler = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
     cases = list(csv.DictReader(path.read_text().splitlines()))
     for number, case in enumerate(cases):
@@ -121,7 +121,7 @@ def compile_cases(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def replace_tables(text: str, rows: list[dict[str, str]]) -> str:
-    """A document with the table of each name in `rows` between its markers."""
+    """Replace the table of each name in `rows` between its markers in a document."""
     for name in dict.fromkeys(row["table"] for row in rows):
         table = markdown([row for row in rows if row["table"] == name])
         between = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
@@ -132,7 +132,7 @@ def replace_tables(text: str, rows: list[dict[str, str]]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table of the rows of --cases that are filled in."""
+    """Format the finished rows of --cases as a Markdown table."""
     lines = ["| training step | chips, mesh | rows | GB of a chip | fits | at least, ms |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for row in (row for row in rows if row["compiler"]):
@@ -182,11 +182,11 @@ def main(argv: list[str]) -> None:
         elif row := aot.find_largest(program, target, _progress):
             print(f"largest that fits, {summary(row)}", flush=True)
         else:
-            print(f"{program.kind}: not even two rows for each shard fit", flush=True)
+            print(f"{program.kind}: two rows per shard don't fit", flush=True)
 
 
 if __name__ == "__main__":
     define_flags()
     cli.run(
-        main, kept="rows of --cases that are filled in are kept; the same command does the others"
+        main, kept="finished rows of --cases are kept; run the same command to compile the others"
     )

@@ -1,16 +1,16 @@
-"""A trained model as the bundled one: one small file, and a card that says what it is worth.
+"""Package a trained model as the bundled one: one small file and its model card.
 
     python -m launch.bundle runs/bundled                     into fsdfm_jax/bundled/
     python -m launch.bundle runs/bundled --target=FOLDER
 
-Takes the last few-step run of a working directory with its report, which the main job has written:
+Uses the last few-step run of a working directory and the report of the main job. Writes:
 
     model.safetensors    weights in bfloat16, tokenizer, configuration
-    README.md            what it was trained on and how, the report's figures, how much of what it
-                         writes stands in the training text, limits, samples, how to make it again
+    README.md            training data and recipe, the report's figures, memorised text, limits,
+                         samples
 
-Refuses a model of more than 30 MB, or one that repeats its training text: whose samples hold more
-20-grams of it than held-out text does.
+Rejects a model of more than 30 MB, and one that repeats its training text: its samples contain
+more 20-grams of the training text than held-out text does.
 """
 
 import json
@@ -34,12 +34,12 @@ from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.training import pipeline
 
 _TARGET = flags.DEFINE_string(
-    "target", str(formats.BUNDLED.parent), "Folder; by default the package's own."
+    "target", str(formats.BUNDLED.parent), "Output folder. Default: that of the package."
 )
 
 MAX_BYTES = 30 * 10**6
 NGRAM = 20  # tokens
-_SAMPLES = 3  # of the card
+_SAMPLES = 3  # in the card
 
 
 class Row(NamedTuple):
@@ -47,8 +47,8 @@ class Row(NamedTuple):
 
     Attributes:
       figures: as stored, see fsdfm_jax/evaluate/engine.py.
-      tokens_NL: its samples.
-      copied: mean share of their 20-grams that stand in the training text.
+      tokens_NL: the samples.
+      copied: mean share of their 20-grams that occur in the training text.
     """
 
     figures: Mapping[str, Any]
@@ -57,27 +57,27 @@ class Row(NamedTuple):
 
 
 def training_ngrams(prepared: PreparedData) -> Ngrams:
-    """The 20-grams of the training text, across the borders of blocks too."""
+    """Collect the 20-grams of the training text, including those across block boundaries."""
     train = prepared.source("train")
     blocks = prepared_lib.validation_blocks(train, len(train))  # all of them, in order
     return Ngrams(blocks.ravel(), NGRAM, vocab_size=prepared.tokenizer.vocab_size)
 
 
 def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> list[Row]:
-    """The report's rows of held-out text, of n-grams alone where it has them, and of some runs.
+    """Read the report's rows of held-out text, of the n-gram control if any, and of `wanted` runs.
 
     Raises:
-      ValueError: if there is no held-out text or a run isn't there.
+      ValueError: if the held-out text or a run is missing.
     """
     stored = io.read_jsonl(report / "points.jsonl") if report.is_dir() else []
-    latest = {row["slug"]: row for row in stored}  # of a point computed again the last one counts
+    latest = {row["slug"]: row for row in stored}  # the last row of a recomputed point
     beside = lambda row: row["kind"] == "real" or reading.is_ngrams(row)
     kept = [row for row in latest.values() if beside(row) or row["run"] in wanted]
     missing = {"held-out text", *wanted} - {row["run"] or row["group"] for row in kept}
     if missing:
         raise ValueError(
-            f"{report} has no row of {', '.join(sorted(missing))}; let the main job end with its "
-            "report."
+            f"{report} has no row for {', '.join(sorted(missing))}; run the main job with its "
+            "evaluation first."
         )
     rows = []
     for row in kept:
@@ -88,23 +88,23 @@ def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> li
 
 
 def check_copied(rows: Sequence[Row]) -> None:
-    """Refuses a model that writes its training text.
+    """Reject a model that repeats its training text.
 
     Raises:
-      ValueError: naming the row and both shares.
+      ValueError: with the row and both shares.
     """
     real = next(row.copied for row in rows if row.figures["kind"] == "real")
     for row in rows:
         if row.figures["kind"] == "model" and row.copied > real:
             raise ValueError(
-                f"{row.figures['slug']}: {row.copied:.3%} of its {NGRAM}-grams stand in the "
-                f"training text, of held-out text {real:.3%}. A model that repeats its text isn't "
-                "shipped: train it for fewer epochs, or with dropout."
+                f"{row.figures['slug']}: {row.copied:.3%} of its {NGRAM}-grams occur in the "
+                f"training text, against {real:.3%} for held-out text. The model memorised its "
+                "training text: train it for fewer epochs, or with dropout."
             )
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a table in Markdown."""
+    """Format the rows as a Markdown table."""
     judges = list(rows[0].figures["judges"])
     keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead"]
     names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead"]
@@ -130,7 +130,7 @@ def card(
     rows: Sequence[Row],
     size: int,
 ) -> str:
-    """The model card, in Markdown; `runs`: (run, stage) of the pipeline, `size`: bytes."""
+    """Return the model card in Markdown; `runs`: (run, stage) of the pipeline, `size`: bytes."""
     said, model = bundle.provenance, bundle.model
     config = said["config"]
     sizes = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
@@ -164,46 +164,46 @@ parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} netw
 
 ## Training
 
-Noise `{bundle.path["source"]}`, seed {config["seed"]}. The judge isn't listed.
+Noise `{bundle.path["source"]}`, seed {config["seed"]}. Without the judge's own training.
 
-| run | steps | rows a step |
+| run | steps | rows per step |
 | --- | --- | --- |
 {training}
 
 ## Figures
 
-From the report of the training, {figures["num_samples"]} samples a row, seed {figures["seed"]}, on
-{figures["device"]}. The in-house judge is an autoregressive model of the same size and text, its
-perplexity that of raw tokens (A: mean over samples); that of others is of the decoded text (B). The
-package's docs/concepts/evaluation.md has the definitions.
+From the report of the run: {figures["num_samples"]} samples per row, seed {figures["seed"]}, on
+{figures["device"]}. The in-house judge is an autoregressive model of the same size, trained on the
+same text; its perplexity is over raw tokens (A: mean over samples). Other judges score the decoded
+text (B). The package's docs/concepts/evaluation.md has the definitions.
 
 {table(rows)}
 
-The last column is the check for memorised text: the share of {NGRAM}-grams of tokens that stand
-word for word in the training text. Held-out text shows how often phrases return by themselves. The
-n-gram control is text by the counts alone, without the network.
+The last column checks for memorised text: the share of token {NGRAM}-grams that occur verbatim in
+the training text. Held-out text is the reference for phrases that recur naturally. The n-gram
+control is sampled from counts alone, without the network.
 
 ## Limits
 
-It has read one kind of text, written by a few dozen people over 230 years, and is too small to have
-learnt more than its sound: sentences seldom make sense, and nothing they say is to be believed. Its
-text has the views and the words of its sources, those of the 19th century included. It is there to
-try the package out.
+The model was trained on one kind of text, written by a few dozen people over 230 years. It is too
+small to learn more than its style: sentences rarely make sense, and their claims are not reliable.
+Its text reflects the views and the language of its sources, including those of the 19th century.
+Its purpose is to try the package out.
 
 ## Samples
 
-The first {_SAMPLES} of {most} steps, not chosen:
+The first {_SAMPLES} samples with {most} steps, not selected:
 
 {samples}
 """
 
 
 def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the model's file and card.
+    """Write the model's file and card.
 
     Raises:
       ValueError: for a folder without a few-step run or report, a model that is too large, or one
-        that repeats its training text. Then nothing is written.
+        that repeats its training text. Nothing is written then.
     """
     runs = pipeline.runs(pipeline.load_config(folder))
     few_step = [run for run, stage in runs if stage in stages.FEW_STEP]
@@ -214,9 +214,9 @@ def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
     size = 2 * bundle.num_params() + len(json.dumps(bundle.provenance))
     if size > MAX_BYTES:
         raise ValueError(
-            f"{few_step[-1]} takes {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}."
+            f"{few_step[-1]} is {size / 1e6:.1f} MB, more than the {MAX_BYTES / 1e6:.0f} allowed."
         )
-    # Not the base model's: the temperature that is set is that of few steps.
+    # Without the base model: the configured temperature is tuned for few steps.
     rows = read_rows(folder / "report", few_step[-1:], training_ngrams(prepared))
     check_copied(rows)
     model = target / formats.BUNDLED.name
@@ -227,10 +227,10 @@ def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
-        raise app.UsageError("Expected the working directory of a finished main job.")
+        raise app.UsageError("Expected the working directory of a finished run.")
     target = pathlib.Path(_TARGET.value).expanduser()
     bundle_model(pathlib.Path(argv[1]).expanduser(), target)
-    print(f"Written: {target / formats.BUNDLED.name} and its card {target / 'README.md'}.")
+    print(f"Wrote {target / formats.BUNDLED.name} and its card {target / 'README.md'}.")
 
 
 if __name__ == "__main__":

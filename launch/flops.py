@@ -1,7 +1,7 @@
-"""Operations that a network needs: 2 for each multiply-add of a matrix product, none counted twice.
+"""Operations that a network requires: 2 per multiply-add of its matrix products.
 
-What is left out, norms, softmax, GELU and the products of the conditioning (a row's, not a
-token's), is below 1% at the paper's sizes. Recomputation and padding are no use and don't count.
+Norms, softmax, GELU and the products of the conditioning (per row, not per token) are left out;
+they are below 1% at the paper's sizes. Recomputation and padding don't count.
 """
 
 from ml_collections import ConfigDict
@@ -13,25 +13,25 @@ from fsdfm_jax.stages.base import FEW_STEP
 
 
 def forward_flops(model: ModelConfig, batch: int, length: int) -> float:
-    """Operations of a forward pass over `batch` rows of `length` tokens.
+    """Return the operations of a forward pass over `batch` rows of `length` tokens.
 
-    A token takes 2 for each weight of the blocks and of the head (the 2N of "6ND"), and 4 L D a
-    block for its scores and their mix of values; a causal network computes them in full as well.
+    Each token needs 2 per weight of the blocks and the head (the 2N of "6ND"), and 4 L D per block
+    for attention. Causal attention counts in full.
     """
     block = (4 + 2 * model.mlp_ratio) * model.width**2 + 2 * length * model.width
     return 2.0 * batch * length * (model.num_blocks * block + model.width * model.vocab_size)
 
 
 def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) -> float:
-    """Operations of a training step of a stage on `batch` rows.
+    """Return the operations of a stage's training step on `batch` rows.
 
-    The student three times (forward, and twice as much backward). Of the teacher, for the rows that
-    it teaches, one pass for each node of its rule. Of a guide two passes for the other rows. Where
-    there is an auxiliary network, each turn of either walks the student through its steps and reads
-    its answers; the auxiliary network and the base model read how the student's turn ends.
+    A trained network counts three times (forward, and twice that for backward). The teacher needs
+    one pass per node of its rule for the rows that it teaches; guidance needs two passes for the
+    other rows. With an auxiliary network, each update of either network first samples with the
+    student; the auxiliary network and the base model are evaluated on the student's samples.
 
     Args:
-      name: of the stage, whose section `config` holds.
+      name: name of the stage and of its section in `config`.
     """
     length, own = config.data.block_length, config[name]
     student = 3 * forward_flops(model, batch, length)
@@ -41,7 +41,7 @@ def step_flops(name: str, config: ConfigDict, model: ModelConfig, batch: int) ->
         return trained * student + read * forward_flops(model, batch, length)
     if name not in FEW_STEP:
         return student
-    passes, taught = 0, 0  # of the rows of one part
+    passes, taught = 0, 0  # rows per microbatch
     rows = batch // own.accumulate
     if "teacher_rule" in own:
         taught = rows - few_step.rows_of_path(rows, *few_step.split_budgets(own, name))

@@ -4,20 +4,20 @@
 #   launch/local.sh --processes=N [options] -- PROGRAM ARGUMENTS
 #   launch/local.sh --processes=2 --devices=4 -- --config=configs/tiny.py:smoke --workdir=runs/x
 #
-# --processes=N     how many processes
-# --devices=M       each of them simulates M devices on the CPU; without it they share out the GPUs
-# --accelerators=K  GPUs of each process, of those that CUDA_VISIBLE_DEVICES leaves (default 1)
-# --restarts=N      run again after a failure, at most N times (default 0); it goes on where it was.
-#                   Not after exit code 2: the input was refused, the disk is full ..
-# --grace=S         seconds from the first failure until the others are asked to end, and from then
-#                   until they are killed (default 30)
-# --logs=FOLDER     output, a file per process (default: WORKDIR/logs); that of process 0 is shown
+# --processes=N     number of processes
+# --devices=M       simulate M CPU devices in each process; by default the processes use the GPUs
+# --accelerators=K  GPUs per process, of those in CUDA_VISIBLE_DEVICES (default 1)
+# --restarts=N      restart after a failure, at most N times (default 0); the run resumes. No
+#                   restart after exit code 2: invalid input, full disk ..
+# --grace=S         seconds from the first failure until the other processes get SIGTERM, and from
+#                   then until they are killed (default 30)
+# --logs=FOLDER     output, a file per process (default: WORKDIR/logs); process 0 is also shown
 # --dry_run         print the commands and run nothing
 # --help            print this
 #
-# SIGTERM and SIGINT go to every process, a second one kills them all. After a signal nothing is run
-# again. The exit code is 2 if any process ended with it or the options were refused, else the first
-# that isn't 0.
+# SIGTERM and SIGINT are forwarded to all processes; a second signal kills them. There is no restart
+# after a signal. The exit code is 2 if any process exited with it or the options were invalid, else
+# the first nonzero code.
 # PYTHON (default: python) and MODULE (default: fsdfm_jax.main) name the program.
 set -euo pipefail
 
@@ -30,7 +30,7 @@ fail() {
 
 check_number() { # flag, value, smallest
   if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then
-    fail "--$1 must be a whole number from $3 on, got '$2'. See --help."
+    fail "--$1 must be an integer >= $3, got '$2'. See --help."
   fi
 }
 
@@ -65,10 +65,10 @@ if [[ -z $logs ]]; then
     [[ $previous == --workdir || $previous == -workdir ]] && logs=$argument/logs
     previous=$argument
   done
-  [[ -n $logs ]] || fail "no --workdir among the program's arguments; name a folder by --logs."
+  [[ -n $logs ]] || fail "no --workdir among the program's arguments; give --logs=FOLDER."
 fi
 
-free_port() { # a port that nothing listens on, below those that systems hand out
+free_port() { # an unused port, below the ephemeral range
   local port
   for _ in {1..100}; do
     port=$((20000 + RANDOM % 12000))
@@ -105,11 +105,11 @@ fi
 
 pids=() signals=0
 
-send() { # signal, to every process that is left
+send() { # signal, to all remaining processes
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do
     if [[ $1 == KILL ]]; then
-      kill -s KILL -- "-$pid" 2>/dev/null || true # with the processes that it started
+      kill -s KILL -- "-$pid" 2>/dev/null || true # with its children
     else
       kill -s "$1" "$pid" 2>/dev/null || true
     fi
@@ -122,12 +122,12 @@ on_signal() {
   if ((signals == 1)); then send "$1"; else send KILL; fi
 }
 
-# Job control gives every process a group of its own: Ctrl-C then reaches this script alone, which
-# passes it on once, and the processes don't start with SIGINT ignored.
+# Job control puts every process in a separate group: Ctrl-C reaches only this script, which
+# forwards it once, and the processes don't start with SIGINT ignored.
 set -m
 trap 'on_signal TERM' TERM
 trap 'on_signal INT' INT
-trap '' PIPE # a reader of our output that leaves must not end the training
+trap '' PIPE # a closed output pipe must not end the training
 trap 'send KILL' EXIT
 
 start() {
@@ -139,7 +139,7 @@ start() {
     echo "== $(date '+%F %T'), attempt $attempt" >>"$log"
     if ((id == 0)); then
       exec 4<"$log"
-      cat <&4 >/dev/null # what earlier runs wrote is not shown again
+      cat <&4 >/dev/null # skip the output of earlier runs
     fi
     command_of "$id" "$port" "$@"
     "${command[@]}" </dev/null >>"$log" 2>&1 4<&- &
@@ -148,7 +148,7 @@ start() {
 }
 
 unfinished=''
-show() { # what process 0 has written since
+show() { # new output of process 0
   local line
   while IFS= read -r line <&4; do
     printf '%s\n' "$unfinished$line" 2>/dev/null || true
@@ -157,8 +157,8 @@ show() { # what process 0 has written since
   unfinished+=$line
 }
 
-# Sets `code`: 2 if any process ended with it, else the first that isn't 0. A process that says what
-# is to be mended takes the others with it, and one of those may be seen first.
+# Sets `code`: 2 if any process exited with it, else the first nonzero code. A process that exits
+# with 2 makes the others fail, and one of those may be seen first.
 wait_for_all() {
   local left id status deadline='' signal=TERM
   left=${#pids[@]} code=0
@@ -174,7 +174,7 @@ wait_for_all() {
       ((status && (code == 0 || (status == 2 && code != 2)))) || continue
       code=$status
       [[ $deadline ]] || deadline=$((SECONDS + grace))
-      echo "local.sh: process $id ended with exit code $code, see $logs/process-$id.log" >&2
+      echo "local.sh: process $id exited with code $code, see $logs/process-$id.log" >&2
     done
     if [[ $deadline ]] && ((left && SECONDS >= deadline)); then
       send "$signal"
@@ -184,11 +184,11 @@ wait_for_all() {
   show
 }
 
-mkdir -p "$logs" || fail "can't make the folder '$logs'."
+mkdir -p "$logs" || fail "can't create the folder '$logs'."
 for ((attempt = 1; ; attempt++)); do
   start "$@"
   wait_for_all
   if ((code == 0 || code == 2 || signals || attempt > restarts)); then break; fi
-  echo "local.sh: running again, restart $attempt of $restarts" >&2
+  echo "local.sh: restart $attempt of $restarts" >&2
 done
 exit "$code"

@@ -1,11 +1,11 @@
-"""Prepares training data: text files to blocks of tokens, for all runs that share a data section.
+"""Prepare training data: text files to blocks of tokens, shared by runs with the same data section.
 
   python -m launch.prepare_data --config=configs/base.py --directory=DIR
   python -m launch.prepare_data --config=configs/base.py --directory=DIR --engine=beam --workers=8
   python -m launch.prepare_data --verify --directory=DIR
 
-The main job prepares its data itself; this is for a folder that several runs share
-(`config.data.directory`), and for more text than one process can get through. See
+The main job prepares its data itself. Use this command for a folder that several runs share
+(`config.data.directory`), and for more text than one process can handle. See
 docs/guides/your-text.md.
 """
 
@@ -21,29 +21,29 @@ from fsdfm_jax.data import prepared as prepared_lib
 
 _CONFIG = cli.define_config("Configuration file.")
 _DIRECTORY = flags.DEFINE_string(
-    "directory", "", "Folder to make; the configuration's data.directory if empty."
+    "directory", "", "Output folder. Default: data.directory of the configuration."
 )
 _ENGINE = flags.DEFINE_enum(
-    "engine", "local", ["local", "beam"], "local: this process; beam: a pipeline that can resume."
+    "engine", "local", ["local", "beam"], "local: this process; beam: a resumable Beam pipeline."
 )
-_RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam runner, as FlinkRunner.")
+_RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam runner, e.g. FlinkRunner.")
 _WORKERS = flags.DEFINE_integer(
     "workers", 1, "Processes of the DirectRunner on this machine.", lower_bound=1
 )
 _BEAM_OPTIONS = flags.DEFINE_string(
-    "beam_options", "", "Further options of the runner, as one string of --NAME=VALUE."
+    "beam_options", "", "More options for the runner, as one string of --NAME=VALUE."
 )
 _GROUP_MIB = flags.DEFINE_integer(
-    "group_mib", 256, "MiB of the corpus in a shard, about; part of what is made.", lower_bound=1
+    "group_mib", 256, "Approximate MiB of corpus per shard; changes the output.", lower_bound=1
 )
 _SAMPLE_MIB = flags.DEFINE_integer(
-    "sample_mib", 64, "Millions (2^20) of characters that beam trains a BPE on.", lower_bound=1
+    "sample_mib", 64, "Millions (2^20) of characters to train a BPE on, with beam.", lower_bound=1
 )
-_VERIFY = flags.DEFINE_bool("verify", False, "Check the sums of all files of --directory.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of all files in --directory.")
 
 
 def beam_options() -> list[str]:
-    """The options of Beam's pipeline."""
+    """Return the options of the Beam pipeline."""
     options = [f"--runner={_RUNNER.value}", "--default_sdk_harness_log_level=ERROR"]
     if _RUNNER.value == "DirectRunner" and _WORKERS.value > 1:
         options += [
@@ -54,7 +54,7 @@ def beam_options() -> list[str]:
 
 
 def prepare(directory: str) -> prepared_lib.PreparedData:
-    """Makes what the configuration says."""
+    """Prepare the data of the configuration in `directory`."""
     spec = prepared_lib.DataSpec.from_config(_CONFIG.value.data)
     if _ENGINE.value == "local":
         return prepared_lib.prepare(spec, directory)
@@ -69,7 +69,7 @@ def prepare(directory: str) -> prepared_lib.PreparedData:
 
 
 def describe(prepared: prepared_lib.PreparedData) -> None:
-    """Prints what a folder holds."""
+    """Print a summary of the prepared data."""
     facts = prepared.manifest["tokenizer"]
     print(f"tokenizer: {facts['vocab_size']} tokens, fingerprint {facts['fingerprint']}")
     for split, counts in prepared.manifest["splits"].items():
@@ -91,7 +91,7 @@ def main(argv):
         raise ValueError("give --directory=DIR (the configuration has no data.directory)")
     if _VERIFY.value:
         prepared = prepared_lib.load(directory)
-        print(f"verified {prepared.directory}: {prepared.verify()} files are as they were written")
+        print(f"verified {prepared.directory}: the checksums of {prepared.verify()} files match")
     elif config is None:
         raise ValueError("give --config=FILE, or --verify to check a folder")
     else:
@@ -103,5 +103,5 @@ def main(argv):
 if __name__ == "__main__":
     cli.run(
         main,
-        kept="finished groups of --engine=beam are kept, else nothing; run the same command again",
+        kept="only finished groups of --engine=beam are kept; run the same command again",
     )

@@ -5,29 +5,29 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 #
-# Trains on a GPU cluster with SLURM: a task per GPU, or a task per node.
+# Trains on a GPU cluster with SLURM: one task per GPU or per node.
 #
 #   launch/slurm.sh --nodes=N --gpus=G [options] -- PROGRAM ARGUMENTS
 #   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 --sbatch=--partition=a100 -- \
 #       --config=configs/paper.py:1.3B --workdir=/shared/runs/x
 #
-# Outside an allocation this submits itself by sbatch; inside one (a job, or the shell of salloc) it
-# starts the tasks by srun. `sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sh
-# -- ARGUMENTS` does the same as the first line.
+# Outside an allocation, this script submits itself with sbatch. Inside one (a job, or a shell of
+# salloc), it starts the tasks with srun. The first line is equivalent to
+# `sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sh -- ARGUMENTS`.
 #
 # --nodes=N      nodes (default 1)
-# --gpus=G       GPUs of each node (default 8)
-# --per_node     one task a node, with all of its GPUs; otherwise one a GPU
-# --time=T       time limit, as sbatch takes it; 120 seconds before it the run saves and is requeued
+# --gpus=G       GPUs per node (default 8)
+# --per_node     one task per node, with all of its GPUs; default: one per GPU
+# --time=T       time limit of sbatch; 120 seconds before it, the run saves and is requeued
 # --restarts=N   requeue at most N times (default 100)
-# --sbatch=FLAG  a further flag of sbatch, as often as needed: --sbatch=--account=x
+# --sbatch=FLAG  extra flag for sbatch, repeatable: --sbatch=--account=x
 # --dry_run      print the commands and run nothing
 # --help         print this
 #
-# Output of each task goes to WORKDIR/logs/process-I.log. Only a run that has saved (exit code 143)
-# is requeued. The exit code is 2 if the options were refused, else the highest of the tasks'. Run
-# it from the repository's root. PYTHON (default: python) and MODULE (default: fsdfm_jax.main) name
-# the program.
+# Task I writes to WORKDIR/logs/process-I.log. Only a run that has saved (exit code 143) is
+# requeued. The exit code is 2 if the options were invalid, else the highest exit code of the tasks.
+# Run it from the repository root. PYTHON (default: python) and MODULE (default: fsdfm_jax.main)
+# name the program.
 set -euo pipefail
 
 usage() { awk 'NR > 1 { if (!/^#/) exit; if (/^#SBATCH/) next; sub(/^# ?/, ""); print }' "$0"; }
@@ -39,7 +39,7 @@ fail() {
 
 check_number() { # flag, value, smallest
   if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then
-    fail "--$1 must be a whole number from $3 on, got '$2'. See --help."
+    fail "--$1 must be an integer >= $3, got '$2'. See --help."
   fi
 }
 
@@ -73,9 +73,9 @@ for argument in "$@"; do
 done
 [[ -n $workdir ]] || fail "no --workdir among the program's arguments."
 
-# A task that fails leaves the others to JAX, which ends them when a heartbeat is missing, and to
-# --wait; killing them at once could cut off a save. JAX gives task I of a node its I-th GPU, so
-# that each task has to see all of them.
+# After a task fails, JAX ends the others when a heartbeat is missing, or --wait does; killing them
+# immediately could interrupt a save. JAX gives task I of a node its I-th GPU, so each task must see
+# all of them.
 step=(srun --kill-on-bad-exit=0 --wait=600 --gpu-bind=none --open-mode=append
   "--output=$workdir/logs/process-%t.log" "${PYTHON:-python}" -m "${MODULE:-fsdfm_jax.main}"
   --distributed "$@")
@@ -100,11 +100,11 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exit
   fi
   command -v sbatch >/dev/null ||
-    fail "sbatch is not on PATH; run this on a SLURM cluster (--dry_run shows what it does)."
+    fail "sbatch is not on PATH; run this on a SLURM cluster (--dry_run prints the commands)."
   exec "${job[@]}"
 fi
 
-# Inside the allocation. With one task a node JAX would take its first GPU alone.
+# Inside the allocation. With one task per node, JAX would use only the first GPU.
 if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
@@ -113,17 +113,17 @@ if [[ $dry_run ]]; then
   print_step
   exit
 fi
-mkdir -p "$workdir/logs" || fail "can't make the folder '$workdir/logs'."
+mkdir -p "$workdir/logs" || fail "can't create the folder '$workdir/logs'."
 
-# Before the time limit --signal reaches the tasks alone. A SIGTERM to this shell is a preemption,
-# which SLURM requeues itself, or scancel, which nobody wants requeued.
+# Before the time limit, --signal reaches only the tasks. A SIGTERM to this shell is a preemption,
+# which SLURM requeues itself, or scancel, which must not be requeued.
 terminated=''
 trap 'terminated=yes' TERM
 "${step[@]}" &
 while true; do
   code=0
   wait $! || code=$?
-  kill -0 $! 2>/dev/null || break # else the trap interrupted the waiting
+  kill -0 $! 2>/dev/null || break # else the trap interrupted `wait`
 done
 echo "slurm.sh: exit code $code, logs in $workdir/logs"
 if ((code == 143)) && [[ -z $terminated ]]; then
@@ -131,7 +131,7 @@ if ((code == 143)) && [[ -z $terminated ]]; then
     echo "slurm.sh: saved; requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
   else
-    echo "slurm.sh: saved; not requeued, $restarts restarts are used up" >&2
+    echo "slurm.sh: saved; not requeued after $restarts restarts" >&2
   fi
 fi
 exit "$code"

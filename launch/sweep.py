@@ -1,15 +1,15 @@
-"""Quality over all combinations of steps, temperatures, jump rules, grids, seeds, models.
+"""Evaluate all combinations of models, steps, temperatures, jump rules, grids and seeds.
 
     python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny
     python -m launch.sweep --config=configs/sweep.py --workdir=runs/tiny --host=2/8
 
-Sweeps around the sampler that `generate` uses for these runs, `eval.sampling` of their
-configuration: an axis that is () has its value.
+Settings without an axis, or with the axis (), are those that `generate` uses for these runs:
+`eval.sampling` of their configuration.
 
-Writes WORKDIR/sweeps/NAME: a line of JSON in points.jsonl as each point is finished, its samples
-beside it, and the report of all that is finished at the end. Run again, it goes on where it was
-killed; what is finished is never lost. With --host=I/N this machine takes every N-th point, from
-I = 0 on; all of them write to the same folder and each reports what all have finished.
+Writes to WORKDIR/sweeps/NAME: for each finished point a line of JSON in points.jsonl and its
+samples; at the end, the report of all finished points. After a kill, the same command resumes, and
+no finished point is lost. With --host=I/N this machine computes every N-th point, starting at I
+(from 0). All machines write to the same folder, and each reports all finished points.
 """
 
 import pathlib
@@ -24,13 +24,13 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
-_CONFIG = cli.define_config("Configuration, configs/sweep.py.")
+_CONFIG = cli.define_config("Configuration file, e.g. configs/sweep.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of trained runs.")
-_HOST = flags.DEFINE_string("host", "0/1", "Which of how many machines this is, as 2/8.")
+_HOST = flags.DEFINE_string("host", "0/1", "Index of this machine / number of machines, e.g. 2/8.")
 
 
 def parse_host(text: str) -> tuple[int, int]:
-    """(index, count) out of "2/8".
+    """Parse "2/8" into (index, count).
 
     Raises:
       ValueError: unless 0 <= index < count.
@@ -70,9 +70,9 @@ def main(argv: list[str]) -> None:
             count=count,
         )
     print(table)
-    print(f"\nReport: {directory / 'report.html'}, with its data beside it.")
+    print(f"\nReport: {directory / 'report.html'}, with data files beside it.")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(main, kept="finished points are kept; the same command goes on from there")
+    cli.run(main, kept="finished points are kept; run the same command to resume")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU slices: asks for them, installs, runs on every host, survives preemption.
+# Trains on Cloud TPU slices: creates them, installs, runs on every host, survives preemption.
 #
 #   launch/tpu_pod.sh ACTION --name=NAME --zone=ZONE [options] [-- PROGRAM ARGUMENTS]
 #   launch/tpu_pod.sh run --name=fsdfm --zone=us-west4-a --type=v5litepod-32 --spot \
@@ -7,41 +7,41 @@
 #       --config=configs/paper.py:1.3B --workdir=/runs/x --config.mesh.fsdp=16
 #
 # ACTION
-#   run      create, install, start, watch, and all of it again after a preemption, until it is done;
-#            where the program is running already it is watched
-#   create   ask for the slices unless they are there, and wait for them
+#   run      create, install, start and watch; repeat after a preemption until the program finishes.
+#            If the program is already running, only watch it
+#   create   request the slices unless they exist, and wait for them
 #   install  run --setup, copy this working tree and install it, on every host
-#   start    start the program on every host; it doesn't need this machine from then on
-#   watch    wait for its end
-#   status   state of the slices, and of the program on every host
+#   start    start the program on every host; it then runs without this machine
+#   watch    wait until the program ends
+#   status   print the state of the slices and of the program on every host
 #   logs     follow the output of one host: --slice=0 --worker=0
-#   stop     SIGTERM to the program on every host: it saves and ends
-#   delete   give the slices back
+#   stop     send SIGTERM to the program on every host: it saves and exits
+#   delete   delete the slices
 #
 # --name, --zone, --project  of the queued resource; its slices are NAME, or NAME-0, NAME-1 ..
 # --type=TYPE            accelerator type: v5litepod-64, v5p-128, v6e-64 .. (run, create)
-# --runtime=VERSION      software of the TPU VMs (default: by TYPE)
-# --slices=N             slices of that type in one training (default 1)
-# --spot                 spot slices: cheap, and taken away at any moment
-# --create_flag=FLAG     further flag of `queued-resources create`, as often as needed
-# --ssh_flag=FLAG        further flag of `tpu-vm ssh` and `scp`: --ssh_flag=--internal-ip
-# --setup=COMMAND        run on every host before installing, and again at each restart, so that it
-#                        must bear repetition: mounts the folder that all hosts share
-# --env=NAME=VALUE       environment of the program, as often as needed
+# --runtime=VERSION      software version of the TPU VMs (default: by TYPE)
+# --slices=N             number of slices (default 1)
+# --spot                 spot slices: cheap, but may be preempted at any time
+# --create_flag=FLAG     extra flag for `queued-resources create`, repeatable
+# --ssh_flag=FLAG        extra flag for `tpu-vm ssh` and `scp`: --ssh_flag=--internal-ip
+# --setup=COMMAND        run on every host before the installation and at each restart, e.g. to
+#                        mount the folder that all hosts share; must be idempotent
+# --env=NAME=VALUE       environment variable of the program, repeatable
 # --extras=LIST          extras of the package to install (default tpu,demo)
-# --python=VERSION       Python on the hosts, which uv brings there (default 3.12)
-# --restarts=N           restarts after failures that are no preemption (default 10); none after
+# --python=VERSION       Python version on the hosts, installed by uv (default 3.12)
+# --restarts=N           restarts after failures other than preemptions (default 10); none after
 #                        exit code 2
-# --poll=SECONDS         between looks at the state (default 60)
-# --settle=SECONDS       from the first failure until all exit codes are looked at (default 20)
+# --poll=SECONDS         interval between checks (default 60)
+# --settle=SECONDS       from the first failure until all exit codes are read (default 20)
 # --grace=SECONDS        from SIGTERM until the program is killed (default 300)
 # --slice=I --worker=I   host for `logs` (default 0 and 0)
 # --dry_run              print the commands and run nothing
 # --help                 print this
 #
-# Exit codes: 0 done; 2 something is to be mended: these options were refused, or gcloud refused the
-# slices, or the program ended with 2, see its log; 143 stopped by `stop`; 1 a command of gcloud
-# failed, or a host didn't answer; else the program's, of a host that failed.
+# Exit codes: 0 done; 2 you must fix something: invalid options, gcloud refused the slices, or the
+# program exited with 2, see its log; 143 stopped by `stop`; 1 a gcloud command failed or a host
+# didn't answer; else the exit code of a failed host.
 set -euo pipefail
 
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
@@ -55,11 +55,11 @@ fail() {
 
 check_number() { # flag, value, smallest
   if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then
-    fail "--$1 must be a whole number from $3 on, got '$2'. See --help."
+    fail "--$1 must be an integer >= $3, got '$2'. See --help."
   fi
 }
 
-quoted() { # words, for a shell to read again
+quoted() { # words, quoted for a shell
   local word text='' quote="'\\''"
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/$quote}'"
@@ -120,14 +120,14 @@ for pair in ${environment[@]+"${environment[@]}"}; do
   [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env must be NAME=VALUE, got '$pair'."
 done
 if [[ $action == run || $action == create ]]; then
-  [[ -n $type ]] || fail "expected --type=TYPE, as v5litepod-64."
+  [[ -n $type ]] || fail "expected --type=TYPE, e.g. v5litepod-64."
   case $runtime$type in
     v4-*) runtime=tpu-ubuntu2204-base ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
   esac
-  [[ -n $runtime ]] || fail "no runtime is known for --type=$type; give --runtime=VERSION."
+  [[ -n $runtime ]] || fail "unknown runtime for --type=$type; give --runtime=VERSION."
 fi
 if [[ $action == run || $action == start ]]; then
   workdir='' previous=''
@@ -136,14 +136,14 @@ if [[ $action == run || $action == start ]]; then
     [[ $previous == --workdir || $previous == -workdir ]] && workdir=$argument
     previous=$argument
   done
-  [[ $workdir == /* ]] || fail "expected --workdir=/FOLDER behind '--', a folder that all hosts" \
+  [[ $workdir == /* ]] || fail "expected --workdir=/FOLDER after '--', a folder that all hosts" \
     "share (see --setup), got '$workdir'."
 elif (($#)); then
-  fail "the action '$action' takes no arguments of the program."
+  fail "the action '$action' takes no program arguments."
 fi
 if [[ -z $dry_run ]] && ! command -v gcloud >/dev/null; then
   fail "gcloud is not on PATH; install the Google Cloud CLI and run 'gcloud auth login'" \
-    "(--dry_run shows the commands without it)."
+    "(--dry_run prints the commands without it)."
 fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -154,7 +154,7 @@ if ((slices > 1)); then
   for ((index = 0; index < slices; index++)); do nodes+=("$name-$index"); done
 fi
 
-tpus() { # words behind `gcloud compute tpus`
+tpus() { # arguments of `gcloud compute tpus`
   if [[ $dry_run ]]; then
     quoted gcloud compute tpus "$@"
   else
@@ -167,7 +167,7 @@ on_hosts() { # slice, workers, command
     "--command=$3"
 }
 
-on_all_hosts() { # command; the slices at once
+on_all_hosts() { # command; on all slices in parallel
   local node pids=() pid code=0
   for node in "${nodes[@]}"; do
     if [[ $dry_run ]]; then
@@ -181,7 +181,7 @@ on_all_hosts() { # command; the slices at once
   return "$code"
 }
 
-state() { # prints the state of the queued resource, ABSENT if there is none
+state() { # prints the state of the queued resource, ABSENT if it doesn't exist
   local text
   if text=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
     '--format=value(state.state)' 2>&1 </dev/null); then
@@ -218,15 +218,15 @@ create() {
     case $now in
       ACTIVE) return ;;
       ABSENT) ask || return ;;
-      FAILED | SUSPENDED) delete || return ;; # it never comes back by itself
+      FAILED | SUSPENDED) delete || return ;; # these states are final
       *) sleep "$poll" ;;
     esac
   done
 }
 
 # On every host: the tree in ~/fsdfm_jax, its Python in ~/fsdfm_env, and in ~/fsdfm_run the
-# program's output (log), process (pid), exit code once it has ended (exit), and whether `stop` was
-# what ended it (stopped).
+# program's output (log), process id (pid), exit code after its end (exit), and a marker if `stop`
+# ended it (stopped).
 install() {
   local archive node code=0
   [[ -z $setup ]] || on_all_hosts "$setup" || return
@@ -240,7 +240,7 @@ install() {
   done
   rm -f "$archive"
   ((code == 0)) || return "$code"
-  # uv brings a Python: the TPU VMs' own may be too old.
+  # uv installs Python: that of the TPU VMs may be too old.
   on_all_hosts "python=$(quoted "$python") package=$(quoted "./fsdfm_jax[$extras]")
 $(
     cat <<'END'
@@ -272,7 +272,7 @@ if [ ! -e "$run/exit" ] && kill -0 "$(cat "$run/pid" 2>/dev/null)" 2>/dev/null; 
 fi
 rm -f "$run/exit" "$run/stopped" "$run/pid"
 export run program
-# A file that is there is whole: it is renamed into place.
+# Files are written atomically: they are renamed into place.
 nohup setsid bash -c 'bash -c "$program" &
   echo $! >"$run/new"; mv "$run/new" "$run/pid"
   wait $!; echo $? >"$run/new"; mv "$run/new" "$run/exit"' >>"$run/log" 2>&1 </dev/null &
@@ -281,7 +281,7 @@ END
   )"
 }
 
-# A line for every host: its exit code, or running, stopped, lost (it was started, and is gone).
+# Prints a line per host: its exit code, or running, stopped, lost (started, but no longer there).
 look=$(
   cat <<'END'
 run=$HOME/fsdfm_run
@@ -290,13 +290,13 @@ for look in first second; do
   if [ -e "$run/stopped" ] && [ -e "$run/exit" ]; then status=stopped; break; fi
   if [ -e "$run/exit" ]; then status=$(cat "$run/exit"); break; fi
   if kill -0 "$(cat "$run/pid" 2>/dev/null)" 2>/dev/null; then status=running; break; fi
-  sleep 1 # a program that has ended leaves its exit code a moment later
+  sleep 1 # the exit code appears shortly after the program ends
 done
 echo "fsdfm_host $(hostname) $status"
 END
 )
 
-end_program() { # file to leave behind on the hosts where it still ran, or nothing
+end_program() { # marker file to leave on hosts where the program was running, or ''
   on_all_hosts "mark=$1 grace=$grace
 $(
     cat <<'END'
@@ -314,7 +314,7 @@ END
   )"
 }
 
-statuses() { # prints the status of every host, a line each; fails if one can't be reached
+statuses() { # prints the status of every host, one per line; fails if one can't be reached
   local answer
   if ! answer=$(on_all_hosts "$look" 2>&1); then
     say "can't reach every host: ${answer##*$'\n'}"
@@ -324,10 +324,10 @@ statuses() { # prints the status of every host, a line each; fails if one can't 
     END { exit !any }' <<<"$answer"
 }
 
-verdict() { # statuses of all hosts, a line each: prints what they make together
+verdict() { # statuses of all hosts, one per line: prints the overall status
   local first
-  # A host that says what is to be mended takes the others with it, and so does one that was told to
-  # end: what these say counts for more than the codes that the others end with.
+  # A host that exits with 2, or is stopped, makes the others fail: these statuses take precedence
+  # over the exit codes of the others.
   for first in 2 stopped 143; do
     if grep -qx "$first" <<<"$1"; then
       echo "$first"
@@ -369,8 +369,8 @@ watch() { # sets `outcome`: an exit code, stopped, or preempted
   done
 }
 
-# Sets `running` if an earlier start is, on any host. Nothing is begun, and so nothing stopped,
-# before all of them have answered: one that can't be reached for a moment may be running.
+# Sets `running` if the program already runs on any host. Nothing is started or stopped before all
+# hosts have answered: a host that is briefly unreachable may be running it.
 find_running() {
   local now answer try
   [[ -z $dry_run ]] || return 0
@@ -382,13 +382,13 @@ find_running() {
     if grep -qx running <<<"$answer"; then running=yes; fi
     return
   done
-  say "asked $try times, and not every host answered; nothing was stopped or started. If the" \
-    "message above doesn't help, 'delete' gives the slices back, and 'run' asks for new ones."
+  say "not every host answered in $try attempts; nothing was stopped or started. If the message" \
+    "above doesn't help, 'delete' deletes the slices, and 'run' creates new ones."
   exit 1
 }
 
-give_up() { # exit code; a host that still waits for the others would keep its TPUs
-  end_program '' || say "can't end what may still run on some hosts"
+give_up() { # exit code; ends hosts that still wait for the others and so occupy their TPUs
+  end_program '' || say "can't end the program on some hosts; it may still run there"
   exit "$1"
 }
 
@@ -413,7 +413,7 @@ run() { # program arguments
     case $outcome in
       0) return ;;
       2)
-        say "ended with 2: something is to be mended, see $0 logs --name=$name --zone=$zone"
+        say "exit code 2: you must fix something, see $0 logs --name=$name --zone=$zone"
         give_up 2
         ;;
       stopped)
@@ -421,10 +421,10 @@ run() { # program arguments
         exit 143
         ;;
       preempted) continue ;;
-      143) say "the program was told to end, which is how a preemption begins" ;;
+      143) say "the program received SIGTERM, as at the start of a preemption" ;;
       *)
         failures=$((failures + 1))
-        say "ended with '$outcome', failure $failures of at most $((restarts + 1))"
+        say "failed with '$outcome', failure $failures of at most $((restarts + 1))"
         if ((failures > restarts)); then
           [[ $outcome != failed ]] || outcome=1
           give_up "$outcome"

@@ -1,4 +1,4 @@
-"""How far counts of independent draws may lie from their exact probabilities."""
+"""Statistical tests of independent draws against exact probabilities."""
 
 import numpy as np
 from scipy import stats
@@ -11,7 +11,7 @@ _POOL = 25
 def assert_frequencies(counts, probabilities):
     """Counts of n independent draws agree with a categorical distribution.
 
-    Every cell within 5 standard errors sqrt(n p (1-p)); the chi-square below the quantile that
+    Every cell is within 5 standard errors sqrt(n p (1-p)); chi-square is below the quantile that
     leaves the same 6e-7 of probability above it; cells of probability zero empty. Keys are fixed,
     so that a pass stays one.
     """
@@ -36,7 +36,7 @@ def assert_frequencies(counts, probabilities):
 
 
 def assert_mean(values, expected, *, rounding=1e-5):
-    """The mean over axis 0 lies within 5 standard errors of the sample, plus float32 rounding."""
+    """The mean over axis 0 is within 5 standard errors of the sample, plus float32 rounding."""
     values = np.asarray(values, np.float64)
     error = values.std(0, ddof=1) / np.sqrt(len(values))
     assert np.all(np.abs(values.mean(0) - expected) <= 5 * error + rounding)

@@ -1,4 +1,4 @@
-"""Eight CPU devices and JAX's strict modes for every test; how their programs are compiled."""
+"""Eight CPU devices, JAX's strict modes and compilation options for all tests."""
 
 import atexit
 import os

@@ -28,7 +28,7 @@ _DECAY = 0.9
 
 
 class Case(NamedTuple):
-    """What is trained: a stage, the noise, how the batch is cut, and the sizes of its arrays."""
+    """A training case: stage, noise, gradient accumulation, and array sizes."""
 
     stage: str
     source: str = "uniform"
@@ -63,9 +63,9 @@ CASES = (
 
 
 class Trained(NamedTuple):
-    """Losses and norms of gradients of each step [S], and the parameters at the end.
+    """Losses and gradient norms of each step [S], and the final parameters.
 
-    `auxiliary` are those of the second network, where the stage has one.
+    `auxiliary` are those of the second network, if any.
     """
 
     losses: np.ndarray
@@ -104,7 +104,7 @@ def make_stage(case: Case) -> tuple[Stage, Process, ConfigDict]:
 
 
 def base_params(case: Case) -> model_lib.Params:
-    """Weights to start from: fresh ones with noise, behind whose zeros all stages look alike."""
+    """Initial weights with noise: with their zeros all stages would give the same output."""
     name = "autoregressive" if case.stage == "autoregressive" else "pretrain"
     stage, _, _ = make_stage(case._replace(stage=name))
     fresh = jax.eval_shape(stage.init_params, jax.random.key(0), None)
@@ -114,7 +114,7 @@ def base_params(case: Case) -> model_lib.Params:
 
 
 def batches(case: Case, rows: Sequence[int], start: int) -> Iterator[dict[str, np.ndarray]]:
-    """The rows that a process reads of the batches from step `start` on."""
+    """Batches from step `start`, restricted to the rows of this process."""
     shape = (case.rows, case.length)
     for step in range(start, sys.maxsize):
         rng = np.random.default_rng([7, step])
@@ -122,7 +122,7 @@ def batches(case: Case, rows: Sequence[int], start: int) -> Iterator[dict[str, n
 
 
 def make_mesh(sizes: Sequence[int]) -> Mesh:
-    """A mesh over all devices, or over the first where it needs one."""
+    """A mesh over all devices, or over the first one if one is enough."""
     config = ConfigDict(dict(zip(rules.AXES, sizes, strict=True)) | {"slices": 1})
     return mesh_lib.make_mesh(config, jax.devices()[:1] if max(sizes) == 1 else None)
 
@@ -140,7 +140,7 @@ def _settings(case: Case, num_steps: int) -> loop_lib.Settings:
 
 
 def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
-    """Trains a case on a mesh of this process's devices; nothing is written."""
+    """Train a case on a mesh of this process's devices without writing files."""
     stage, _, config = make_stage(case)
     optimizer = optim.make_optimizer(config.optim, config[case.stage])
     turns = optim.make_turns(config.optim, config[case.stage], stage)
@@ -166,7 +166,7 @@ def trained(case: Case, sizes: Sequence[int], num_steps: int) -> Trained:
 
 
 def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Path) -> None:
-    """Trains a case in a folder, from its newest checkpoint if there is one."""
+    """Train a case in a folder, from its newest checkpoint if there is one."""
     stage, _, config = make_stage(case)
     mesh, base = make_mesh(sizes), base_params(case)
     needed = dict.fromkeys(stage.needs, base)
@@ -187,7 +187,7 @@ def run(case: Case, sizes: Sequence[int], num_steps: int, directory: pathlib.Pat
 
 
 def read(directory: pathlib.Path) -> Trained:
-    """What `run` left in a folder."""
+    """Read the results of `run` from a folder."""
     lines = io.read_jsonl(directory / "metrics.jsonl")
     saved = checkpoint.restore_part(directory / "checkpoints", ("params",))
     losses, norms = (np.asarray([line[name] for line in lines]) for name in ("loss", "grad_norm"))

@@ -1,10 +1,10 @@
-"""Runs many command lines in children of one process that has imported the package already.
+"""Run many command lines in children of one process that has already imported the package.
 
     python tests/programs.py < cases.json > results.json
 
-A case is {"program", "arguments", "interrupt"}; a result {"code", "out", "err"}. With "interrupt"
-Ctrl-C comes as the program's `main` begins. A child starts in a moment, as nothing is imported
-anew and no device is asked for before it is forked.
+A case is {"program", "arguments", "interrupt"}; a result {"code", "out", "err"}. With "interrupt",
+Ctrl-C arrives at the start of the program's `main`. Children start quickly: nothing is reimported,
+and no device is used before the fork.
 """
 
 import json
@@ -48,7 +48,7 @@ def _child(case, out, err):
 
 
 def run(case):
-    """What a command line does."""
+    """Run a command line and return its result."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:

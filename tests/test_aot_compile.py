@@ -1,4 +1,4 @@
-"""Compiling ahead: what is read out of a compiled program, and the program that prints it."""
+"""Ahead-of-time compilation: the figures read from a compiled program, and the command."""
 
 import csv
 import os
@@ -192,7 +192,7 @@ def test_other_errors_of_the_compiler_are_errors():
 
 
 def toy_program(total):
-    """A program that takes total(rows) bytes; too large are those above 10,000."""
+    """A program that needs total(rows) bytes; more than 10,000 don't compile."""
 
     def lower(rows):
         if total(rows) > 10_000:
@@ -233,7 +233,7 @@ def test_a_compiler_that_jax_cannot_read_is_named():
         made.as_text = refuse
         return types.SimpleNamespace(compile=lambda: made)
 
-    message = r"fsdfm_jax\[tpu\]'. It said: INTERNAL: RET_CHECK failure$"
+    message = r"fsdfm_jax\[tpu\]'. The error: INTERNAL: RET_CHECK failure$"
     with pytest.raises(ValueError, match=message):
         aot.describe(program._replace(lower=lower), 8, target)
 
@@ -259,7 +259,7 @@ def test_the_largest_batch_is_where_a_line_meets_the_memory(total, compiled, bes
     assert [int(line.split()[0]) for line in lines] == compiled
     assert (row and row["rows"]) == best
     assert best is None or row["fits"]
-    with pytest.raises(ValueError, match="needs to know the memory of a device, and toy doesn't"):
+    with pytest.raises(ValueError, match="needs the memory of a device, which toy doesn't"):
         aot.find_largest(program, target._replace(memory=None), lines.append)
 
 
@@ -401,7 +401,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
 
 
 def run(*arguments):
-    """The program in a process of its own, with 8 devices: it has its own flags, as others do."""
+    """Run the program in a separate process with 8 devices, because its flags are global."""
     command = [sys.executable, "-m", "launch.aot_compile", *arguments]
     paths = os.pathsep.join([str(ROOT), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "8"}
@@ -429,7 +429,7 @@ def test_the_program_prints_what_it_found():
     ("arguments", "message"),
     [
         ([SMOKE, "--topology=v5e:4by4"], "Unknown --topology='v5e:4by4'"),
-        ([SMOKE, "--topology="], "--topology is empty (a variable of the shell that isn't set?)"),
+        ([SMOKE, "--topology="], "--topology is empty (an unset shell variable?)"),
         ([SMOKE], "Give --config and --topology"),
         ([SMOKE, "--topology=local", "--batch=12"], "This mesh fits: --config.mesh.data=4"),
     ],
@@ -498,7 +498,7 @@ def test_the_table_of_the_document_is_that_of_the_file():
 
 
 def test_a_small_pod_is_compiled_for():
-    """One small topology, where the TPU compiler is installed."""
+    """One small topology, if the TPU compiler is installed."""
     pytest.importorskip("libtpu")
     found = run(SMOKE, "--topology=v5e:2x4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     assert found.returncode == 0, found.stderr

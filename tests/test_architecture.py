@@ -1,4 +1,4 @@
-"""What may import what, and what may not stand in the package at all; read from the sources."""
+"""Import layers and forbidden constructs, checked in the sources."""
 
 import ast
 import pathlib
@@ -180,7 +180,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("path", [*FILES.values(), *OTHERS], ids=lambda path: path.stem)
 def test_libraries_are_used_by_their_public_names(path):
-    """What begins with an underscore may be gone in the next version: no import, no attribute."""
+    """Names with an underscore may disappear in the next version: no import, no attribute."""
     tree = ast.parse(path.read_text())
     private = lambda name: name.startswith("_") and not name.startswith("__")
     own = ("fsdfm_jax.", "configs.", "launch.", "benchmarks.")

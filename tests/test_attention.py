@@ -1,4 +1,4 @@
-"""Attention in blocks against all scores at once, and what "auto" stands for."""
+"""Blocked attention against all scores at once, and the choice of "auto"."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ def arrays(batch, heads, length, width, *, dtype=jnp.float32, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 6))
 def output_and_gradients(implementation, causal, q, k, v, cotangent, block_scores=None):
-    """(output, dq, dk, dv); the size of blocks, known to the caller alone, is a part of the key."""
+    """(output, dq, dk, dv); the block size, set by the caller, is part of the cache key."""
     del block_scores
     of = functools.partial(attend, causal=causal, implementation=implementation)
     out, pull = jax.vjp(of, q, k, v)
@@ -195,7 +195,7 @@ def test_auto_runs_in_one_piece_where_rows_are_spread():
 
 
 def test_nothing_of_all_scores_is_kept(monkeypatch):
-    """Neither forward nor backward holds [L, M] of every head."""
+    """Neither the forward nor the backward pass stores [L, M] of every head."""
     monkeypatch.setattr(attention, "_BLOCK_SCORES", 2**14)
     q, k, v, cotangent = arrays(2, 4, 256, 8)
     scores = 4 * 2 * 4 * 256 * 256

@@ -1,4 +1,4 @@
-"""Preparation by groups: same blocks whoever makes them, resuming, damage; on Beam where it is."""
+"""Preparation by groups: deterministic blocks, resuming, damage; on Beam if installed."""
 
 import collections
 import dataclasses
@@ -277,7 +277,7 @@ def test_killed_and_resumed(root, prepared, tmp_path, place, countdown):
     with pytest.raises(FileNotFoundError, match="no prepared data"):
         prepared_lib.load(target)
     if (target / "plan.json").exists():
-        with pytest.raises(ValueError, match="if --engine=beam was stopped in it, run that"):
+        with pytest.raises(ValueError, match="If --engine=beam was stopped there, run that"):
             prepared_lib.prepare(_spec(root), target)
     finished = {p.stem for p in (target / "shards").glob("*.json") if not p.name.startswith(".")}
     before = _inodes(target)
@@ -320,9 +320,9 @@ def test_only_damaged_groups_are_made_again(root, prepared, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_length": 8}, "block_length: 16 there, 8 now"),
-        ({"group_bytes": 2 * GROUP}, "group_bytes: 2048 there, 4096 now"),
-        ("corpus", r"files .*new\.txt: 'absent' there, 4 now|new\.txt: 'absent' there, 4 now"),
+        ({"block_length": 8}, "block_length: 16 before, 8 now"),
+        ({"group_bytes": 2 * GROUP}, "group_bytes: 2048 before, 4096 now"),
+        ("corpus", r"files .*new\.txt: 'absent' before, 4 now|new\.txt: 'absent' before, 4 now"),
     ],
 )
 def test_an_unfinished_folder_goes_on_with_the_same_only(root, tmp_path, change, message):
@@ -338,7 +338,7 @@ def test_an_unfinished_folder_goes_on_with_the_same_only(root, tmp_path, change,
     else:
         spec = _spec(root, **change)
     try:
-        with pytest.raises(ValueError, match=f"begun with another .*{message}.*; go on with those"):
+        with pytest.raises(ValueError, match=f"started with another .*{message}.*; resume with"):
             _prepare(spec, tmp_path / "data", **options)
     finally:
         (root / "texts" / "new.txt").unlink(missing_ok=True)
@@ -365,9 +365,7 @@ def test_faults_of_the_corpus_are_told_after_all_else_is_done(root, tmp_path):
     fine = json.dumps({"text": "fine " * 100}) + "\n"
     (tmp_path / "bad.jsonl").write_text(fine * 1100 + '{"body": ""}\n')
     spec = _spec(root, corpus=f"{root}/texts/*,{tmp_path}/bad.jsonl")
-    message = (
-        r"bad\.jsonl:1101 has no field 'text' .*\(1 group\(s\) not made; the same command goes"
-    )
+    message = r"bad\.jsonl:1101 has no field 'text' .*\(1 group\(s\) not made; run the same command"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             _prepare(spec, tmp_path / "data", group_bytes=1 << 20)
@@ -385,8 +383,8 @@ def test_faults_of_the_corpus_are_told_after_all_else_is_done(root, tmp_path):
     [
         ({"corpus": "nowhere/*.txt"}, "no file matches 'nowhere"),
         ({"block_length": 50_000}, "the validation split has no full block of 50000|train split"),
-        ({"holdout": 1e-12}, r"none of the corpus's 400 document\(s\) falls into the validation"),
-        ({"mixture": "a=1"}, "mixes folders that are prepared already; leave out --engine"),
+        ({"holdout": 1e-12}, r"none of the corpus's 400 document\(s\) is in the validation"),
+        ({"mixture": "a=1"}, "mixes folders that are already prepared; omit --engine"),
         ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
     ],
 )
@@ -433,7 +431,7 @@ def test_a_shard_that_goes_bad_while_training_is_named(root, prepared, tmp_path)
         data.verify()
     path.unlink()
     stream = prepared_lib.Batches(_unchecked(data), batch_size=4, seed=0).iterate()
-    with pytest.raises(FileNotFoundError, match=r"train-00005\.array_record has vanished"):
+    with pytest.raises(FileNotFoundError, match=r"train-00005\.array_record has disappeared"):
         collections.deque(stream, maxlen=0)
 
 
@@ -469,7 +467,7 @@ def _arguments(root, directory, workers):
 
 @pytest.fixture(scope="module")
 def large(root, tmp_path_factory):
-    """What the program makes of 7 MB, made without it."""
+    """The command's result for 7 MB, made without the command."""
     texts = _texts(7_000)
     lines = [json.dumps({"text": f"{i} {t}" * 8}) + "\n" for i, t in enumerate(texts)]
     (root / "large.jsonl").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""The speed benchmarks: that they count right, and that all of them are listed."""
+"""The speed benchmarks: their counts, and that all are listed."""
 
 import functools
 import pathlib

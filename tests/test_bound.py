@@ -1,8 +1,8 @@
 """The likelihood bound against exact enumeration.
 
-Three positions of three tokens, with [MASK] four, are few enough states to write down what the
-bound estimates, and the likelihood that the sampler's chain gives each text. The reference below is
-float64 NumPy and calls nothing of the package.
+Three positions of three tokens, with [MASK] four, are few enough states to compute the bound
+and the sampler's likelihood of each text exactly. The reference below is float64 NumPy and calls no
+code of the package.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ LINEAR = schedules.Polynomial()
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Noise, what becomes of revealed tokens, and the schedule."""
+    """Noise, rule for revealed tokens, and schedule."""
 
     source: str
     revealed: str = "stay"
@@ -247,13 +247,13 @@ def test_the_bound_lies_above_the_likelihood_of_the_sampler(setting, posterior):
 
 
 def test_what_counts_depends_on_the_sampler():
-    """Leaving shown tokens out is no bound where they may jump."""
+    """Leaving out revealed tokens gives no bound if they may jump."""
     nll = chain_nll(JUMP, near_posterior)
     assert np.max(nll - exact_bound(STAY, near_posterior)) > 0.2
 
 
 def test_the_last_term_makes_it_a_bound():
-    """With a wide last step most of the likelihood is decided there."""
+    """With a wide last step, that step determines most of the likelihood."""
     for setting in (UNIFORM, STAY, JUMP):
         nll = chain_nll(setting, random_posterior, eps=0.6)
         whole = exact_bound(setting, random_posterior, eps=0.6)
@@ -283,7 +283,7 @@ def test_the_exact_posterior_attains_the_entropy():
 
 
 def _text(repeats):
-    """Every text as often as the data holds it, times `repeats`: [N, L], and which text each is."""
+    """Every text in proportion to the data, times `repeats`: [N, L], and the index of each."""
     which_N = np.repeat(np.arange(len(TEXTS)), COUNTS * repeats)
     which_N = np.random.default_rng(2).permutation(which_N)
     return TEXTS[which_N], which_N
@@ -407,7 +407,7 @@ def test_one_program_for_all_batches_and_seeds():
 
 
 def test_progress_adds_up():
-    """Nine rows of each of five samples, by seven, told as shares of ten times."""
+    """Nine rows of each of five samples, in batches of seven, with progress in tenths."""
     told = []
     settings = {"num_times": 10, "seed": 0, "batch_size": 7, "progress": told.append}
     bound.estimate(random_network(STAY), STAY.process, TEXTS[:5], **settings)
@@ -429,7 +429,7 @@ V = 7
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])
 def test_a_fresh_network_by_hand(source):
-    """A head of zeros says 1/V everywhere, which needs no enumeration."""
+    """A head of zeros gives 1/V everywhere, which needs no enumeration."""
     params, model = _model(V)
     mask_id = V - 1 if source == "mask" else None
     process = Process(schedules.Polynomial(), Source(V, mask_id=mask_id), 0)
@@ -491,7 +491,7 @@ def test_networks_without_a_bound(changes, message):
 
 def test_another_process():
     model = dataclasses.replace(MODEL, vocab_size=V + 1)
-    with pytest.raises(ValueError, match="knows 8 tokens, the process 7"):
+    with pytest.raises(ValueError, match="has 8 tokens, but the process has 7"):
         bound.nats_per_token({}, model, PROCESS, np.zeros((2, 3), np.int32), **GIVEN)
 
 
@@ -501,13 +501,13 @@ def test_another_process():
         (np.zeros(3, np.int32), {}, r"token ids \[N, L\].*int32 \(3,\)"),
         (np.zeros((0, 3), np.int32), {}, "N, L >= 1"),
         (np.zeros((2, 3)), {}, "float64"),
-        (np.full((2, 3), V - 1), {}, "other than the mask"),
+        (np.full((2, 3), V - 1), {}, "and not the mask"),
         (np.full((2, 3), V), {}, "got ids from 7 to 7"),
         (np.full((2, 3), -1), {}, "got ids from -1"),
         (np.zeros((2, 3), np.int32), {"num_times": 0}, "num_times must be at least 1"),
         (np.zeros((2, 3), np.int32), {"batch_size": 0}, "batch_size must be at least 1"),
-        (np.zeros((2, 3), np.int32), {"time_eps": 0.0}, "time_eps must lie in"),
-        (np.zeros((2, 3), np.int32), {"time_eps": 1.0}, "time_eps must lie in"),
+        (np.zeros((2, 3), np.int32), {"time_eps": 0.0}, "time_eps must be in"),
+        (np.zeros((2, 3), np.int32), {"time_eps": 1.0}, "time_eps must be in"),
     ],
 )
 def test_arguments_that_are_refused(x1_NL, changes, message):

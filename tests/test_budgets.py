@@ -136,8 +136,8 @@ def test_a_single_budget():
     ("changes", "message"),
     [
         ({"max_log2_steps": -1}, "max_log2_steps must be 0 or more, got -1"),
-        ({"time_eps": 1.0}, r"time_eps must lie in \[0, 1\), got 1.0"),
-        ({"time_eps": -0.1}, r"time_eps must lie in \[0, 1\), got -0.1"),
+        ({"time_eps": 1.0}, r"time_eps must be in \[0, 1\), got 1.0"),
+        ({"time_eps": -0.1}, r"time_eps must be in \[0, 1\), got -0.1"),
         ({"weights": "uniform"}, "'uniform'.*log_uniform, official"),
     ],
 )

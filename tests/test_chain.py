@@ -1,8 +1,8 @@
 """Sampler and teacher against exact enumeration.
 
-Three positions of five tokens make 125 states, so the Markov chain that an algorithm runs can be
-written down: one 125 x 125 transition matrix a step. The reference below is float64 NumPy, written
-from the equations (arXiv:2509.20624, eq. 4.3, Algorithm 1 and App. B.1), and calls nothing of the
+Three positions of five tokens give 125 states, so the Markov chain of an algorithm can be computed
+exactly: one 125 x 125 transition matrix per step. The reference below is float64 NumPy, written
+from the equations (arXiv:2509.20624, eq. 4.3, Algorithm 1 and App. B.1), and calls no code of the
 package. The network is a random table: logits that differ for every state and position and change
 with t and h.
 """
@@ -214,7 +214,7 @@ def test_temperature(program):
 
 
 def test_the_settings_differ():
-    """No two programs are so alike that the chi-square, 125 +- 16 for equals, confuses them."""
+    """All programs differ enough for the chi-square, 125 +- 16 for equal ones, to separate them."""
     exact = [exact_distribution(p, GRIDS["4 uneven"], {}, 1.0) for p in PROGRAMS]
     for one, two in itertools.permutations(exact, 2):
         possible = two > 0

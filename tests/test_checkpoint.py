@@ -71,7 +71,7 @@ def abstract(state, sharding=None):
 
 
 def mesh_sharding(x):
-    """Rows over eight devices where they divide, else a copy on each."""
+    """Rows over eight devices if divisible, else replicated."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     return NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 8 == 0 else P())
 
@@ -246,10 +246,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
 
 def test_bad_input(tmp_path):
     for wrong, complaint in [
-        ({"keep": 0}, "keep must be at least 1"),
-        ({"keep": 2.0}, "keep must be at least 1"),
-        ({"keep_every": -1}, "keep_every must be at least 0"),
-        ({"keep_best": True}, "keep_best must be at least 0"),
+        ({"keep": 0}, "keep must be an integer >= 1"),
+        ({"keep": 2.0}, "keep must be an integer >= 1"),
+        ({"keep_every": -1}, "keep_every must be an integer >= 0"),
+        ({"keep_best": True}, "keep_best must be an integer >= 0"),
         ({"metric": ""}, "metric must be the name"),
     ]:
         with pytest.raises(ValueError, match=complaint):
@@ -263,7 +263,7 @@ def test_bad_input(tmp_path):
             ({"a.b": ones}, "cannot be named"),
             ({"a/b": ones}, "cannot be named"),
             (ones, "cannot be named"),
-            ({"a": 1.0}, "arrays only, but 'a' is float"),
+            ({"a": 1.0}, "only arrays, but 'a' is float"),
             ({"a": jnp.zeros((0, 3))}, "'a' has no elements"),
         ]:
             with pytest.raises(ValueError, match=complaint):
@@ -363,7 +363,7 @@ def test_a_killed_save_leaves_a_usable_checkpoint(tmp_path):
             # written by a process with one device, read onto eight
             restored = checkpoints.restore(abstract(want, mesh_sharding))
             assert_same_bits(restored, want)
-            checkpoints.save(3, restored, {"step": 3})  # the run goes on
+            checkpoints.save(3, restored, {"step": 3})  # the run continues
         assert os.listdir(tmp_path / moment) == ["3"]
 
 
@@ -388,7 +388,7 @@ def test_saving_once(tmp_path):
     assert restore_part(tmp_path / "new", ("step",))["step"] == 7
     with pytest.raises(ValueError, match="exists already"):
         checkpoint.save_once(tmp_path / "new", 8, tree, {})
-    with pytest.raises(ValueError, match="arrays only, but 'params/kernel' is float"):
+    with pytest.raises(ValueError, match="only arrays, but 'params/kernel' is float"):
         checkpoint.save_once(tmp_path / "other", 7, {"params": {"kernel": 1.0}}, {})
     with pytest.raises(ValueError, match="must be a JSON dict"):
         checkpoint.save_once(tmp_path / "other", 7, tree, {"a": np.nan})
@@ -421,7 +421,7 @@ def test_a_record_stands_for_its_step(tmp_path, monkeypatch):
     assert checkpoint.read_record(tmp_path).step == 4
     shapes = checkpoint.leaf_shapes(tmp_path, "ema", 3)
     want = restore_part(tmp_path, ("ema", "step"), 3)
-    monkeypatch.setattr(checkpoint, "_read_record", lambda *_: pytest.fail("read anew"))
+    monkeypatch.setattr(checkpoint, "_read_record", lambda *_: pytest.fail("read again"))
     assert checkpoint.read_record(tmp_path, record) is record
     assert checkpoint.leaf_shapes(tmp_path, "ema", record) == shapes
     jax.tree.map(assert_same_bits, restore_part(tmp_path, ("ema", "step"), record), want)
@@ -451,7 +451,7 @@ def test_retention(tmp_path, retention, kept):
 
 
 def test_another_process_that_is_gone_is_no_failed_write(tmp_path, monkeypatch):
-    """A launcher starts the job again after that, and not after what has to be mended."""
+    """A launcher restarts the job after transient errors only."""
 
     def gone(*_, **__):
         raise jax.errors.JaxRuntimeError("Connection closed by peer")
@@ -533,7 +533,7 @@ def two_checkpoints(folder, steps=(1, 2)):
 
 
 def check_mishap(folder, file, content, states, warnings):
-    """Step 2 comes back as it was, or step 1 and the damage is named. Returns which."""
+    """Check that step 2 is restored unchanged, or step 1 with a report. Return which."""
     path = folder / "checkpoints" / "2" / file
     kept = path.read_bytes()
     if content is None:
@@ -548,7 +548,7 @@ def check_mishap(folder, file, content, states, warnings):
     named = [text for text in warnings if "step 2" in text and "damaged" in text]
     if step == 1:
         assert len(named) == 1
-        assert "going back to step 1" in named[0]
+        assert "resuming from step 1" in named[0]
         assert os.listdir(folder / "checkpoints") == ["1"]
         (folder / "damaged" / "2").rename(folder / "checkpoints" / "2")
     assert os.listdir(folder / "damaged") == [] if step == 1 else not named
@@ -616,7 +616,9 @@ def test_edited_metadata(tmp_path, warnings, edit):
     edit_metadata(tmp_path, 2, EDITS[edit])
     directory = tmp_path / "checkpoints"
     for read in (checkpoint.read_metadata, lambda d: restore_part(d, ("big",))):
-        with pytest.raises(DamagedCheckpoint, match=r"step 2 .* goes back to the checkpoint befor"):
+        with pytest.raises(
+            DamagedCheckpoint, match=r"step 2 .* resumes from the previous checkpoint"
+        ):
             read(directory)
     assert checkpoint.latest_step(directory) == 1
     assert "step 2" in warnings[-1]
@@ -634,7 +636,7 @@ def test_a_renamed_folder_is_damage(tmp_path, warnings):
         step, _ = checkpoints.restore_latest(abstract(states[1], on_one_device))
         assert step == 1
         assert "saved as step 2" in warnings[-1]
-        # The run goes on from there, over the step that was moved away.
+        # The run resumes from there and repeats the step that was moved away.
         checkpoints.save(2, states[2], {})
         assert checkpoints.steps() == [1, 2]
     # Nothing that was moved aside is overwritten later.
@@ -646,7 +648,7 @@ def test_a_renamed_folder_is_damage(tmp_path, warnings):
 
 
 def test_swapped_arrays_are_damage(tmp_path):
-    """Each file is as it was written, but by another save."""
+    """Each file is intact but belongs to another save."""
     two_checkpoints(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "checked_state")
     old, new = (tmp_path / "checkpoints" / step / "checked_state" for step in "12")
@@ -706,7 +708,7 @@ def test_none_without_checkpoints(tmp_path):
 
 
 def test_checkpoints_from_before_the_checksums(tmp_path):
-    """As written by the Orbax calls of then."""
+    """As written by the Orbax calls of that time."""
     state = {"w": jnp.arange(12.0), "n": jnp.int32(3)}
     with checkpoint.ocp.training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(5, state, force=True, custom_metadata={"of": "old"})
@@ -737,7 +739,7 @@ def test_converted_checkpoints_have_checksums(tmp_path):
 
 @pytest.fixture
 def file_size_limit():
-    """Sets how many bytes a file may have, which stands for a full disk."""
+    """Limit the size of files in bytes, to emulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -808,7 +810,7 @@ def test_a_directory_that_cannot_be_written_any_more(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["run[1]", "[!a]", "a*", "wh?t", "%20 #&", "ünï"])
 def test_a_name_is_no_pattern(tmp_path, name, warnings):
-    """Also where a folder beside it matches."""
+    """Even if another folder matches it."""
     beside = tmp_path / "run1" / "checkpoints"
     two_checkpoints(beside.parent)
     before = sorted(beside.rglob("*"))
@@ -839,14 +841,14 @@ def test_a_name_that_would_be_another_one_is_refused(tmp_path, name):
         lambda: checkpoint.newest_step(directory),
     )
     for use in uses:
-        with pytest.raises(ValueError, match=r"cannot be kept below .*(backslash|UTF-8).*another"):
+        with pytest.raises(ValueError, match=r"cannot be stored in .*(backslash|UTF-8).*another"):
             use()
     assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture
 def once_written(monkeypatch):
-    """Sets what happens to the folder of each checkpoint that has been written."""
+    """Set an action for the folder of each written checkpoint."""
     save_async, happens = checkpoint.ocp.save_async, []
 
     class Response:
@@ -980,7 +982,7 @@ TWO = """
         try:
             restore_part(directory, ("w", "n"), sharding=place)
         except ValueError as error:
-            assert "devices of other processes; all of them read together" in str(error)
+            assert "devices of other processes; use together=True in all" in str(error)
         else:
             raise AssertionError("read alone")
         checkpoints.save(4, state(4), {"step": 4}, {"loss": 0.4})  # they find each other again
@@ -1030,7 +1032,7 @@ TWO = """
 
 
 def test_two_processes(tmp_path):
-    """They read what one wrote, one reads what they wrote, and both see damage that one has."""
+    """Two processes read a checkpoint of one and vice versa, and both see damage in one."""
     host = lambda step: {
         "w": np.arange(80_000, dtype=np.float32).reshape(80, -1) * step,
         "n": np.int32(step),

@@ -1,4 +1,4 @@
-"""Checksums: the same on every sharding, another after any change of one bit."""
+"""Checksums: equal for every sharding, different after a change of any bit."""
 
 import re
 

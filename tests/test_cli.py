@@ -17,7 +17,7 @@ BASE = f"--config={ROOT}/configs/base.py"
 
 
 def _fails(*arguments, module="fsdfm_jax.main"):
-    """The one line that a program says before it ends with exit code 2."""
+    """Run a program that must fail with exit code 2; return its one line."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

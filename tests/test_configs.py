@@ -1,4 +1,4 @@
-"""Configuration files: they load, they agree on the keys, and a run reads every key."""
+"""Configuration files: they load, have the same keys, and a run reads every key."""
 
 import collections
 import importlib
@@ -186,9 +186,9 @@ def test_the_sweep_refuses_another_argument():
 
 # ------------------------------------------------------------------------- a run reads every key
 class _Record:
-    """Dotted keys of one ConfigDict that package code asks for by name.
+    """Records the dotted keys of a ConfigDict that package code reads by name.
 
-    What `to_dict`, `items` and the like walk through is no reading: a recipe contains a key that
+    Iteration by `to_dict`, `items` etc. doesn't count as reading: a recipe contains keys that
     nobody uses as well as any other.
     """
 
@@ -239,7 +239,7 @@ class _Prepared:
 
 
 def test_a_run_reads_every_key_and_no_other(tmp_path, monkeypatch, capsys):
-    """Everything of main.main runs, but training steps, sampling and files."""
+    """Run main.main without training steps, sampling and files."""
     config = base.get_config()
     config.update_from_flattened_dict(
         {

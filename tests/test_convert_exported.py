@@ -1,4 +1,4 @@
-"""The exported sampler: the library's tokens without the library; damaged folders are refused."""
+"""The exported sampler: the library's tokens without the library; damaged folders are rejected."""
 
 import ast
 import json
@@ -147,7 +147,7 @@ def test_the_same_model_gives_the_same_bytes(folder, source, tmp_path):
     ("model", "request_", "message"),
     [
         ({"causal": True}, {}, "autoregressive network has no few-step sampler"),
-        ({}, {"length": 0}, "length must lie in 1 .. 1048576, got 0"),
+        ({}, {"length": 0}, "length must be in 1 .. 1048576, got 0"),
         ({}, {"steps": (0,)}, "Sampling.steps must be"),
     ],
 )
@@ -164,7 +164,7 @@ def _run(folder, *arguments, python=sys.executable, **options):
 
 
 def test_run_writes_the_librarys_text(folder, source, tmp_path):
-    """Elsewhere, without the package on the path, and leaves nothing behind."""
+    """In another folder, without the package on the path, and without leaving files."""
     before = sorted(path.name for path in folder.iterdir())
     asked = {"prompt": ("--prompt", "the cat"), "infill": ("--infill", "the [3] sat")}
     for steps, (kind, flags) in zip(STEPS, asked.items(), strict=True):
@@ -179,14 +179,14 @@ def test_run_writes_the_librarys_text(folder, source, tmp_path):
     ("flags", "message"),
     [
         (("--steps=2",), "invalid choice: 2"),
-        (("--seed=-1",), "--seed must lie in"),
-        (("--seed=4294967296",), "--seed must lie in"),
+        (("--seed=-1",), "--seed must be in"),
+        (("--seed=4294967296",), "--seed must be in"),
         (("--temperature=inf",), "--temperature must be at least 0 and finite"),
         (("--temperature=nan",), "--temperature must be at least 0 and finite"),
         (("--num_samples=0",), "--num_samples must be at least 1"),
         (("--prompt=a", "--infill=[1]"), "exclude each other"),
         (("--infill=no gap",), "has no gap"),
-        ((f"--prompt={TEXT * 5}",), "leaves nothing to write"),
+        ((f"--prompt={TEXT * 5}",), "fills the length"),
     ],
 )
 def test_run_refuses_in_one_line(folder, flags, message):
@@ -244,7 +244,7 @@ def test_each_missing_or_changed_file_is_named(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "has version 3, this version of the package reads 4"),
+        ({"version": 3}, "has version 3, but this package reads 4"),
         ({"steps": []}, "doesn't describe an exported sampler"),
         ({"steps": [True]}, "doesn't describe an exported sampler"),
         ({"steps": [5]}, "doesn't describe an exported sampler"),
@@ -285,5 +285,5 @@ def test_is_exported(folder, tmp_path):
 
 
 def test_a_program_of_other_steps_is_not_there(folder, source):
-    with pytest.raises(ValueError, match="has programs of 3, 1 steps, got steps=2"):
+    with pytest.raises(ValueError, match="has programs for 3, 1 steps, got steps=2"):
         exported.call(folder, source.params(), Sampling(2), **_rows(source))

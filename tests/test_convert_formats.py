@@ -1,4 +1,4 @@
-"""Every format to every other, what targets refuse, and that they appear whole or not at all."""
+"""Conversion between all formats, rejected targets, and atomic writes."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ MASK_PATH = {"schedule": "cosine", "power": 2.0, "source": "mask", "revealed": "
 
 
 def _words(size):
-    """A tokenizer of so many words."""
+    """A tokenizer with a given number of words."""
     ids = {f"w{i}": i for i in range(1, size)} | {"<|endoftext|>": 0}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="w1"))
     return tokenizer_lib.Tokenizer(backend)
@@ -148,7 +148,7 @@ def test_ema_is_not_some_other_weights(tmp_path):
     with pytest.raises(BadFile, match="it has 'student', 'model'"):
         official.load(path)
     path = _write_pth(tmp_path / "b.pth", optimizer={}, epoch=3)
-    with pytest.raises(BadFile, match=r"it has none that is known \(keys: optimizer, epoch\)"):
+    with pytest.raises(BadFile, match=r"it has no known ones \(keys: optimizer, epoch\)"):
         official.load(path)
 
 
@@ -156,7 +156,7 @@ def test_number_of_heads(tmp_path):
     path = _write_pth(tmp_path / "a.pth", model=_state())
     assert official.load(path)[1].num_heads == 2
     assert official.load(path, num_heads=2)[1].num_heads == 2
-    with pytest.raises(BadFile, match="num_heads=4, but .* those of 2 heads; leave num_heads out"):
+    with pytest.raises(BadFile, match="num_heads=4, but .* for 2 heads; omit num_heads"):
         official.load(path, num_heads=4)
     state = _state()
     del state[BUFFER]
@@ -224,7 +224,7 @@ def test_names_that_are_there_are_told(tmp_path):
         official.load(_write_pth(tmp_path / "a.pth", model=state))
     pending = {n: torch_pickle.Pending(n, a.dtype, a.shape) for n, a in state.items()}
     torch_pickle.write(tmp_path / "b.pth", pending, state.items())
-    with pytest.raises(BadFile, match=r"\(keys: net\.\w+.*Choose with which"):
+    with pytest.raises(BadFile, match=r"\(keys: net\.\w+.*Select with .which"):
         official.load(tmp_path / "b.pth")
 
 
@@ -247,7 +247,7 @@ def test_files_from_before_torch_1_6_are_told_so(tmp_path, kind):
 def test_state_dicts_that_are_none(tmp_path):
     state = _state()
     twice = state | {"module.output_layer.linear.bias": state["output_layer.linear.bias"]}
-    with pytest.raises(BadFile, match="output_layer.linear.bias: there twice, under different"):
+    with pytest.raises(BadFile, match="output_layer.linear.bias: occurs twice, with different"):
         official.load(_write_pth(tmp_path / "a.pth", model=twice))
     wrong = state | {"blocks.0.kw.weight": np.zeros((8, 8), np.int64)}
     with pytest.raises(BadFile, match="blocks.0.kw.weight: int64, expected float32 or"):
@@ -255,7 +255,7 @@ def test_state_dicts_that_are_none(tmp_path):
     wrong = state | {"vocab_embed.weight": state["vocab_embed.weight"].astype(np.float64)}
     with pytest.raises(BadFile, match="vocab_embed.weight: float64, expected float32 or"):
         official.load(_write_pth(tmp_path / "c.pth", model=wrong))
-    with pytest.raises(BadFile, match="'model' are no dict of tensors"):
+    with pytest.raises(BadFile, match="'model' aren't a dict of tensors"):
         official.load(_write_pth(tmp_path / "d.pth", model=3))
 
 
@@ -270,7 +270,7 @@ def test_all_problems_are_named_at_once(tmp_path):
             np.savez(path, **state)
         else:
             _write_pth(path, model=state)
-        with pytest.raises(BadFile, match="doesn't fit the network") as error:
+        with pytest.raises(BadFile, match="doesn't match the network") as error:
             official.load(path)
         assert sorted(str(error.value).split(": ", 1)[1].split("; ")) == [
             "blocks.0.extra.weight: unexpected",
@@ -338,10 +338,10 @@ def test_saving_is_atomic(tmp_path):
     path.write_bytes(b"old")
     broken = _params(_model())
     del broken["head"]["bias"]
-    with pytest.raises(ValueError, match="aren't those of the network: head/bias"):
+    with pytest.raises(ValueError, match="don't match the network: head/bias"):
         official.save(path, broken, _model())
     additive = _model(conditioning="additive")
-    with pytest.raises(ValueError, match="no place for conditioning='additive'"):
+    with pytest.raises(ValueError, match="doesn't support conditioning='additive'"):
         official.save(path, _params(additive), additive)
 
     class Failing:
@@ -460,7 +460,7 @@ def test_additive_conditioning(tmp_path, form):
     bundle = _bundle(_model(conditioning="additive"), block_length=6)
     target = _target(tmp_path, form)
     if form in OFFICIAL_FORMS:
-        with pytest.raises(ValueError, match="official layout has no place for conditioning="):
+        with pytest.raises(ValueError, match="official layout doesn't support conditioning="):
             formats.write(bundle, target)
         assert _listing(tmp_path) == []
         return
@@ -476,9 +476,7 @@ def test_learned_positions(tmp_path, form):
     bundle = _bundle(_model(positions="learned", num_positions=6), block_length=6)
     target = _target(tmp_path, form)
     if form in OFFICIAL_FORMS:
-        with pytest.raises(
-            ValueError, match="official layout has no place for positions='learned'"
-        ):
+        with pytest.raises(ValueError, match="official layout doesn't support positions='learned'"):
             formats.write(bundle, target)
         assert _listing(tmp_path) == []
         return
@@ -579,26 +577,26 @@ def test_broken_shards(tmp_path, small_shards):
     for name in ("../secret.safetensors", str(outside), "", "config.json", None, 3, ["x"]):
         weight_map = index["weight_map"] | {"head/bias": name}
         index_path.write_text(json.dumps(index | {"weight_map": weight_map}))
-        with pytest.raises(BadFile, match="names files outside of its folder"):
+        with pytest.raises(BadFile, match="names files outside its folder"):
             formats.open_bundle(path)
     for weight_map in ({}, [], None):
         index_path.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(BadFile, match="has no weight_map"):
             formats.open_bundle(path)
     index_path.unlink()
-    with pytest.raises(BadFile, match=f"holds {len(shards)} safetensors files and no model.safe"):
+    with pytest.raises(BadFile, match=f"holds {len(shards)} safetensors files but no model.safe"):
         formats.open_bundle(path)
     index_path.write_text(json.dumps(index))
     (path / shards[1]).rename(path / "aside")
     with pytest.raises(BadFile, match=f"incomplete: {shards[1]} missing"):
         formats.open_bundle(path)
     shutil.copy(path / shards[0], path / shards[1])
-    with pytest.raises(BadFile, match="stands in another shard too"):
+    with pytest.raises(BadFile, match="is also in another shard"):
         formats.open_bundle(path)
 
 
 def test_a_file_that_is_too_large(tmp_path, small_shards):
-    with pytest.raises(ValueError, match=r"more than one file.*give a folder .*--to=safetensors"):
+    with pytest.raises(ValueError, match=r"more than the limit.*use a folder .*--to=safetensors"):
         formats.write(_bundle(), Target(tmp_path / "m.safetensors"))
     assert _listing(tmp_path) == []
 
@@ -620,7 +618,7 @@ def test_targets_are_replaced_only_when_told(tmp_path, form):
     target = _target(tmp_path, form)
     old, new = _bundle(block_length=6), _bundle(_model(num_blocks=1), block_length=6)
     formats.write(old, target)
-    with pytest.raises(ValueError, match="exists already; .*--overwrite"):
+    with pytest.raises(ValueError, match="already exists; .*--overwrite"):
         formats.write(new, target)
     assert formats.open_bundle(target.path).model == old.model
     formats.write(new, target, overwrite=True)
@@ -678,18 +676,18 @@ def test_an_error_while_publishing_keeps_the_old_target(tmp_path, monkeypatch, f
 
 
 REFUSED = {
-    "unknown suffix": ("a.bin", {}, "doesn't say the format; give --to="),
-    "no suffix": ("a", {}, "doesn't say the format"),
+    "unknown suffix": ("a.bin", {}, "has no known suffix; give --to="),
+    "no suffix": ("a", {}, "has no known suffix"),
     "unknown format": ("a.pth", {"to": "onnx"}, "Unknown format 'onnx'; expected one of official"),
     "contradiction": ("a.pth", {"to": "orbax"}, "suffix of the format 'official', got to='orbax'"),
     "other": ("a.safetensors", {"to": "sampler"}, "suffix of the format 'safetensors'"),
-    "official folder": ("a", {"to": "official"}, "is a file X.pth, got 'a'"),
-    "layout": ("a.pth", {"layout": "official"}, "layout is a choice of safetensors"),
+    "official folder": ("a", {"to": "official"}, "must be named X.pth, got 'a'"),
+    "layout": ("a.pth", {"layout": "official"}, "layout is an option only of safetensors"),
     "unknown layout": ("a.safetensors", {"layout": "new"}, "Unknown layout 'new'; expected one"),
     "dtype": ("a.pth", {"dtype": "int8"}, "Unknown dtype 'int8'; expected one of float32"),
-    "half orbax": ("a", {"to": "orbax", "dtype": "bfloat16"}, "'orbax' holds float32 weights"),
-    "half sampler": ("a", {"to": "sampler", "dtype": "bfloat16"}, "holds float32 weights"),
-    "no length": ("a", {"to": "sampler"}, "length must lie in 1 .. 1048576, got None"),
+    "half orbax": ("a", {"to": "orbax", "dtype": "bfloat16"}, "'orbax' has float32 weights"),
+    "half sampler": ("a", {"to": "sampler", "dtype": "bfloat16"}, "has float32 weights"),
+    "no length": ("a", {"to": "sampler"}, "length must be in 1 .. 1048576, got None"),
     "backslash": ("a\\b", {"to": "orbax"}, "backslash.*; choose another folder"),
 }
 
@@ -737,7 +735,7 @@ def test_a_given_tokenizer_must_be_the_recorded_one(tmp_path):
     # Without a record the size has to fit.
     path = tmp_path / "m.pth"
     formats.write(_bundle(), Target(path))
-    with pytest.raises(ValueError, match="has 13 tokens, the network in .* has 12 besides"):
+    with pytest.raises(ValueError, match="has 13 tokens, but the network in .* has 12 without"):
         formats.open_bundle(path, tokenizer=str(tmp_path / "wrong.json"))
     found = formats.open_bundle(path, tokenizer=str(tmp_path / "other.json"))
     assert found.provenance["tokenizer"] == found.tokenizer.fingerprint != right.fingerprint
@@ -754,17 +752,17 @@ def test_the_tokenizer_tells_the_noise_of_official_files(tmp_path):
         assert bundle.process().source.mask_id == (60 if source == "mask" else None)
     assert formats.open_bundle(path).path["source"] == "uniform"
     assert formats.open_bundle(path, source="mask").path["source"] == "mask"
-    with pytest.raises(ValueError, match="has 61 tokens, the network in .* has 60 besides"):
+    with pytest.raises(ValueError, match="has 61 tokens, but the network in .* has 60 without"):
         formats.open_bundle(path, tokenizer=str(tmp_path / "61.json"), source="mask")
     with pytest.raises(ValueError, match="Unknown source 'masked'"):
         formats.open_bundle(path, source="masked")
-    # What was only assumed may be mended later, what was said may not.
+    # An assumed source may be corrected later, a given one may not.
     formats.write(formats.open_bundle(path), Target(tmp_path / "a.safetensors"))
     mended = formats.open_bundle(tmp_path / "a.safetensors", source="mask")
     assert mended.path["source"] == "mask"
     said = formats.open_bundle(path, source="uniform")
     formats.write(said, Target(tmp_path / "b.safetensors"))
-    with pytest.raises(ValueError, match="says that its noise is 'uniform', got source='mask'"):
+    with pytest.raises(ValueError, match="records the noise 'uniform', got source='mask'"):
         formats.open_bundle(tmp_path / "b.safetensors", source="mask")
 
 
@@ -781,10 +779,10 @@ def test_gpt2_is_told_by_its_size(tmp_path, size, source):
 def test_choices_that_a_file_does_not_have(tmp_path, written):
     _, folder = written
     for name in ("m.safetensors", "m", "exported"):
-        with pytest.raises(ValueError, match="holds one set of weights; leave out which='stu"):
+        with pytest.raises(ValueError, match="has one set of weights; omit which='stu"):
             formats.open_bundle(folder / name, which="student")
     for name in ("m.safetensors", "m", "exported", "m.pth", "run"):
-        with pytest.raises(ValueError, match="stage='distill' chooses a run of a working dir"):
+        with pytest.raises(ValueError, match="stage='distill' selects a run of a working dir"):
             formats.open_bundle(folder / name, stage="distill")
     for name in ("m.safetensors", "m", "exported", "m.pth", "run"):
         with pytest.raises(ValueError, match="num_heads=4"):
@@ -792,10 +790,10 @@ def test_choices_that_a_file_does_not_have(tmp_path, written):
         assert formats.open_bundle(folder / name, num_heads=2).model.num_heads == 2
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         formats.open_bundle(tmp_path / "none")
-    with pytest.raises(BadFile, match="a folder of no known kind"):
+    with pytest.raises(BadFile, match="a folder of unknown format"):
         formats.open_bundle(tmp_path)
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(BadFile, match="neither a PyTorch checkpoint nor an .npz"):
+    with pytest.raises(BadFile, match="neither a readable PyTorch checkpoint nor an .npz"):
         formats.open_bundle(tmp_path / "text")
 
 
@@ -807,11 +805,11 @@ def test_safetensors_without_a_word_of_ours(tmp_path):
     assert bundle.provenance["source"] == {"file": "m.safetensors", "format": "safetensors"}
     _same(bundle.params(), _params(_model()))
     safetensors.numpy.save_file(dict(_bundle().arrays()), path)
-    with pytest.raises(BadFile, match="says nothing of its network"):
+    with pytest.raises(BadFile, match="doesn't describe its network"):
         formats.open_bundle(path)
     path.unlink()
     safetensors.numpy.save_file({"n": np.arange(3)}, path)
-    with pytest.raises(BadFile, match="holds other things than weights .n: I64"):
+    with pytest.raises(BadFile, match="has tensors that aren't weights .n: I64"):
         formats.open_bundle(path)
 
 
@@ -918,13 +916,13 @@ def test_stages_steps_and_weights_of_a_run(working):
         np.testing.assert_array_equal(bundle.leaves[name].read(), expected)
         assert bundle.provenance["step"] == step
         assert bundle.provenance["weights"] == ("ema" if part == "ema" else "student")
-    with pytest.raises(ValueError, match="which='teacher' isn't kept in a training run"):
+    with pytest.raises(ValueError, match="A training run has no weights which='teacher'"):
         formats.open_bundle(folder, which="teacher")
     with pytest.raises(
-        ValueError, match="no trained run 'refine' in .*; trained there: distill, pretrain"
+        ValueError, match="no trained run 'refine' in .*; trained runs: distill, pretrain"
     ):
         formats.open_bundle(folder, stage="refine")
-    with pytest.raises(ValueError, match="stage='distill' chooses a run of a working directory"):
+    with pytest.raises(ValueError, match="stage='distill' selects a run of a working directory"):
         formats.open_bundle(stages_folder / "distill", stage="distill")
 
 
@@ -1005,7 +1003,7 @@ def test_a_published_file_becomes_a_run_to_start_from(tmp_path):
 
 
 def test_counts_of_an_earlier_version_are_ignored_with_one_warning(tmp_path, caplog):
-    """Files could hold n-gram counts beside their weights, as int32."""
+    """Files could contain n-gram counts with the weights, as int32."""
     bundle = _bundle(block_length=6)
     path = tmp_path / "m.safetensors"
     formats.write(bundle, Target(path))
@@ -1021,7 +1019,7 @@ def test_counts_of_an_earlier_version_are_ignored_with_one_warning(tmp_path, cap
     safetensors.numpy.save_file(tensors, path, metadata)
     with caplog.at_level("WARNING"):
         found = formats.open_bundle(path)
-    assert caplog.text.count("n-gram counts of an earlier version") == 1
+    assert caplog.text.count("n-gram counts from an earlier version") == 1
     _same(found.params(), bundle.params())
 
 
@@ -1048,7 +1046,7 @@ def test_the_program(tmp_path):
     done = _run(source, target, "--check", "--layout=official", "--dtype=bfloat16")
     assert done.returncode == 0, done.stderr[-2000:]
     check, summary, assumed = done.stdout.splitlines()
-    assert "uniform is assumed" in assumed
+    assert "assuming uniform" in assumed
     numbers = re.fullmatch(
         r"Largest difference of two logits (\S+) \(allowed 0\.25\), largest KL (\S+) nats\.", check
     )
@@ -1062,7 +1060,7 @@ def test_the_program(tmp_path):
     assert again.returncode == 2
     assert again.stdout == ""
     line = again.stderr.splitlines()[-1]
-    assert line.startswith(f"error: {target} exists already")
+    assert line.startswith(f"error: {target} already exists")
 
 
 @pytest.mark.parametrize(
@@ -1143,7 +1141,7 @@ def test_parity_of_known_logits():
 def test_parity_check():
     parity.check(parity.Parity(0.25, 9.0), 0.25)
     for deviation in (0.2500001, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="The target computes something else than the source"):
+        with pytest.raises(ValueError, match="The target doesn't compute the same as the source"):
             parity.check(parity.Parity(deviation, 0.0), 0.25)
     logits = np.zeros((1, 2, 3), np.float32)
     broken = logits.copy()
@@ -1173,13 +1171,13 @@ def test_a_causal_network_can_be_checked(tmp_path, form):
 
 
 def test_parameters_are_compared_bit_by_bit():
-    """Logits alone don't tell small models apart."""
+    """Logits alone don't distinguish small models."""
     bundle = _bundle()
     parity.check_parameters(bundle, _bundle(), "float32")
     params = _params(_model())
     params["blocks"]["q_proj"]["kernel"][0, 0, 0] += np.float32(1e-6)
     other = bundle_lib.from_params(params, _model())
-    with pytest.raises(ValueError, match="other parameters .*: blocks/q_proj/kernel$"):
+    with pytest.raises(ValueError, match="of the target differ .*: blocks/q_proj/kernel$"):
         parity.check_parameters(bundle, other, "float32")
     rounded = {
         path: array.astype(bundle_lib.DTYPES["bfloat16"]).astype(np.float32)
@@ -1187,9 +1185,9 @@ def test_parameters_are_compared_bit_by_bit():
     }
     rounded = bundle_lib.from_params(bundle_lib.unflatten(rounded), _model())
     parity.check_parameters(bundle, rounded, "bfloat16")
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="parameters of the target"):
         parity.check_parameters(bundle, rounded, "float32")
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="parameters of the target"):
         parity.check_parameters(bundle, bundle, "bfloat16")
 
 
@@ -1199,7 +1197,7 @@ def test_an_exported_program_is_run_by_the_check(tmp_path):
     bundle = bundle_lib.from_params(bundle_lib.unflatten(flat), _model(), block_length=6)
     target = Target(tmp_path / "exported", to="sampler", steps=(3,))
     lines = list(program.convert(bundle, target, check=True))
-    assert "The exported program draws the library's tokens." in lines
+    assert "The exported program draws the same tokens as the library." in lines
     other = dataclasses.replace(bundle, path=bundle.path | {"power": 9.0})
     with pytest.raises(ValueError, match="draws other tokens than the library"):
         parity.check_program(other, target.path, rows=16)
@@ -1224,12 +1222,12 @@ def test_only_models_of_the_format_are_overwritten(tmp_path, to):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("years of work")
-        _refused(bundle, Target(folder, to=to), f"isn't a model of the format '{to}'")
+        _refused(bundle, Target(folder, to=to), f"isn't just a model of the format '{to}'")
         assert (folder / name).read_text() == "years of work"
     other = tmp_path / "x.pth"
     other.mkdir()
     (other / "thesis.txt").touch()
-    _refused(bundle, Target(other), "isn't a model")
+    _refused(bundle, Target(other), "isn't just a model")
 
 
 def test_a_target_is_not_its_source(tmp_path):
@@ -1237,13 +1235,13 @@ def test_a_target_is_not_its_source(tmp_path):
     path = tmp_path / "run" / "m.safetensors"
     formats.write(bundle, Target(path))
     before = path.read_bytes()
-    _refused(bundle, Target(path), "is the source, or holds it", source=path)
-    _refused(bundle, Target(path.parent, to="safetensors"), "holds it", source=path)
+    _refused(bundle, Target(path), "is the source, or contains it", source=path)
+    _refused(bundle, Target(path.parent, to="safetensors"), "contains it", source=path)
     link = tmp_path / "link.safetensors"
     link.symlink_to(path)
     _refused(bundle, Target(link), "is the source", source=path)
     assert path.read_bytes() == before
-    _refused(bundle, Target(path / "x.pth"), "names before it is a file")
+    _refused(bundle, Target(path / "x.pth"), "its parents is a file")
 
 
 def test_links_are_followed(tmp_path):
@@ -1261,14 +1259,14 @@ def test_choices_without_effect_are_refused(tmp_path, written):
     _, folder = written
     for choice in ({"steps": (4,)}, {"length": 3}, {"sampling": Sampling()}):
         target = Target(tmp_path / "m.pth", **choice)
-        with pytest.raises(ValueError, match="choices of an exported sampler"):
+        with pytest.raises(ValueError, match="only for an exported sampler"):
             formats.write(_bundle(), target)
     target = Target(tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="--tolerance is the bound of --check"):
+    with pytest.raises(ValueError, match="--tolerance needs --check"):
         list(program.convert(_bundle(), target, tolerance=1.0))
-    with pytest.raises(ValueError, match="converted model that kept the weights 'ema' only"):
+    with pytest.raises(ValueError, match="converted model with only the weights 'ema'"):
         formats.open_bundle(folder / "run", which="student")
-    with pytest.raises(ValueError, match="holds one set of weights; leave out which='student'"):
+    with pytest.raises(ValueError, match="has one set of weights; omit which='student'"):
         formats.open_bundle(folder / "m.safetensors", which="student")
 
 

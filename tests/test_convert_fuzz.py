@@ -1,4 +1,4 @@
-"""Broken copies of every kind of file: refused with one message, or read bit by bit right."""
+"""Broken copies of every kind of file: rejected with one message, or read exactly."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def _bundle(model=MODEL):
 
 
 class Outcomes:
-    """Opens one broken copy after the other and keeps count of what came of it."""
+    """Opens broken copies and counts the outcomes."""
 
     def __init__(self, path, original):
         self.path = path
@@ -68,7 +68,7 @@ class Outcomes:
         self.slowest = 0.0
 
     def open(self, case, names=None):
-        """Reads the named parameters, all by default."""
+        """Read the named parameters, all by default."""
         began = time.perf_counter()
         try:
             bundle = formats.open_bundle(self.path)
@@ -92,7 +92,7 @@ class Outcomes:
         assert self.slowest < SECONDS, case
 
     def done(self, *, least, most):
-        """The fraction that was read is in this range: mutations do break things, not all."""
+        """Check the fraction of copies that were read: mutations break many, but not all."""
         fraction = self.read / (self.read + self.refused)
         assert least <= fraction <= most, fraction
 
@@ -179,7 +179,7 @@ def _with_header(raw, edit):
 
 
 def _edited_description(raw, rng):
-    """Other words about the network under a checksum that is right, as an attacker would do it."""
+    """A changed description of the network with a valid checksum, like an attacker's."""
 
     def edit(header):
         metadata = header["__metadata__"]

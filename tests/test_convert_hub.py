@@ -1,4 +1,4 @@
-"""The Hub's layout: written and read, the network in PyTorch, the model card, names of the Hub."""
+"""The Hub's layout: writing and reading, the network in PyTorch, the model card, Hub names."""
 
 import dataclasses
 import html
@@ -155,12 +155,12 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_only_such_a_folder_is_replaced(tmp_path):
     fs.save_pretrained(_bundle(), tmp_path / "model")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         fs.save_pretrained(_bundle("none"), tmp_path / "model")
     fs.save_pretrained(_bundle("none"), tmp_path / "model", overwrite=True)
     _same(fs.load(tmp_path / "model"), _bundle("none"))
     (tmp_path / "model" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="isn't a model of the format 'hub' and nothing else"):
+    with pytest.raises(ValueError, match="isn't just a model of the format 'hub'"):
         fs.save_pretrained(_bundle(), tmp_path / "model", overwrite=True)
 
 
@@ -184,7 +184,7 @@ def test_the_card_of_a_working_directory_has_its_report(tmp_path):
         fs.save_pretrained(_bundle(), tmp_path / "model", report=tmp_path / "report")
     with pytest.raises(ValueError, match="no report"):
         fs.save_pretrained(_bundle(), tmp_path / "model", report=tmp_path)
-    with pytest.raises(ValueError, match="report: figures of the card"):
+    with pytest.raises(ValueError, match="report: only for the card"):
         formats.write(_bundle(), Target(tmp_path / "m.safetensors", report=tmp_path / "report"))
 
 
@@ -364,7 +364,7 @@ def test_a_name_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     for path in (tmp_path / "absent", slip, "a/b/c", "./absent", pathlib.Path("a/b")):
         with pytest.raises(FileNotFoundError, match="no file or folder"):
             fs.load(path)
-    with pytest.raises(ValueError, match="revision='v1' is of a model of the Hub"):
+    with pytest.raises(ValueError, match="revision='v1' needs a model on the Hub"):
         fs.load(tmp_path / "model", revision="v1")
     assert len(asked) == 1
 

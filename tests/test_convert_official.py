@@ -1,4 +1,4 @@
-"""Official state dicts: recorded logits, bit-exact round trips, errors that name every key."""
+"""Official state dicts: recorded logits, bit-exact round trips, errors with every key."""
 
 import dataclasses
 import pathlib
@@ -101,7 +101,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named_together():
     state["teacher.weight"] = np.zeros(3)
     state["vocab_embed.weight"] = state["vocab_embed.weight"][:-1]
     state["blocks.0.mlp.0.weight"] = state["blocks.0.mlp.0.weight"].T
-    with pytest.raises(ValueError, match="doesn't fit the network") as error:
+    with pytest.raises(ValueError, match="doesn't match the network") as error:
         official.from_state_dict(state, cfg)
     problems = str(error.value).split(": ", 1)[1].split("; ")
     assert sorted(problems) == [
@@ -137,7 +137,7 @@ def test_rotary_buffer_is_optional():
 def test_base_weights_do_not_fit_a_conditioned_network():
     _, state, cfg = load("dfm")
     conditioned = dataclasses.replace(cfg, conditioning="official")
-    with pytest.raises(ValueError, match="doesn't fit the network") as error:
+    with pytest.raises(ValueError, match="doesn't match the network") as error:
         official.from_state_dict(state, conditioned)
     for name in ("dt_embedding.mlp.0.weight", "blocks.1.condition_fuser.bias"):
         assert f"{name}: missing" in str(error.value)
@@ -152,12 +152,12 @@ def test_networks_without_an_official_layout_are_refused(change, message):
     _, _, cfg = load("dfm")
     cfg = dataclasses.replace(cfg, **change)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(cfg))
-    with pytest.raises(ValueError, match=f"has no place for .*{message}"):
+    with pytest.raises(ValueError, match=f"doesn't support .*{message}"):
         official.to_state_dict(params, cfg)
 
 
 @pytest.mark.parametrize("change", [{"causal": True}, {"conditioning": "additive"}])
 def test_official_weights_are_not_read_as_a_network_without_official_layout(change):
     _, state, cfg = load("dfm")
-    with pytest.raises(ValueError, match="doesn't fit the network|has no place for"):
+    with pytest.raises(ValueError, match="doesn't match the network|doesn't support"):
         official.from_state_dict(state, dataclasses.replace(cfg, **change))

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints: recorded files, round trips, torch's opinion, hostile and broken files."""
+"""PyTorch checkpoints: recorded files, round trips, torch as reference, hostile files."""
 
 import itertools
 import os
@@ -90,7 +90,7 @@ def pickled(path, body, storages=None, **how):
 
 
 def refused(path, *words):
-    """The message of opening the file and reading all of it."""
+    """Open and read the file, which must fail; return the message."""
     with pytest.raises(BadFile) as caught:
         loaded(path)
     message = str(caught.value)
@@ -377,7 +377,7 @@ class Evil:
 
 
 def hostile(canary):
-    """name -> (pickle, what the message names); each would write the canary file if unpickled."""
+    """name -> (pickle, part of the message); each would write the canary file if unpickled."""
     command = f"touch {canary}"
     source = f"open({str(canary)!r}, 'w')"
     short = text(command)
@@ -787,7 +787,7 @@ def test_directories_that_lie(tmp_path):
 
 
 def test_overlapping_entries_are_refused(tmp_path):
-    # The second entry's header lies in the content of the first, as in overlapping zip bombs.
+    # The second entry's header is inside the content of the first, as in overlapping zip bombs.
     inner = (
         struct.pack("<4s5HIIIHH", b"PK\3\4", 20, 0, 0, 0, 33, 0, 6, 6, 5, 0) + b"m/two" + b"inside"
     )
@@ -807,7 +807,7 @@ def test_huge_directories_are_not_read(tmp_path, monkeypatch):
     refused(path, "zip directory of")
 
 
-# Broken files of every kind: 3 x 1,200 copies, each with a seed of its own.
+# Broken files of every kind: 3 x 1,200 copies, each with a different seed.
 
 
 def small_file(path):
@@ -852,7 +852,7 @@ def mutated(raw, rng):
 
 
 def mutated_directory(raw, rng):
-    """A copy with extreme or wrong numbers in the fields that say what is where."""
+    """A copy with extreme or wrong numbers in offsets and sizes."""
     raw = bytearray(raw)
     places = []  # (position, layout)
     for magic, fields in (

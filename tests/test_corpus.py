@@ -1,4 +1,4 @@
-"""Documents out of files: order, formats, the split, and one clear error for each fault."""
+"""Documents from files: order, formats, the split, and one clear error for each fault."""
 
 import json
 
@@ -89,12 +89,12 @@ def _broken_files(folder):
     ("corpus", "error", "message"),
     [
         ("*.md", FileNotFoundError, r"no file matches '.*\*\.md'"),
-        ("", FileNotFoundError, "is a folder; add"),
-        ("x.csv", ValueError, r"cannot read .*x\.csv: expected a file that ends in \.txt, \.raw"),
+        ("", FileNotFoundError, "is a folder; append"),
+        ("x.csv", ValueError, r"cannot read .*x\.csv: expected a name ending in \.txt, \.raw"),
         ("blank.txt", ValueError, r"has no text in its 1 file"),
         ("latin.txt", ValueError, r"latin\.txt is not UTF-8: .* at byte 3"),
         ("latin.jsonl", ValueError, r"latin\.jsonl:2 is not UTF-8"),
-        ("cut.jsonl", ValueError, r"cut\.jsonl:2 is no JSON"),
+        ("cut.jsonl", ValueError, r"cut\.jsonl:2 isn't valid JSON"),
         ("list.jsonl", ValueError, r"list\.jsonl:1 has no field 'text' \(found: list\)"),
         ("field.jsonl", ValueError, r"field\.jsonl:3 has no field 'text' \(found: body, id\)"),
         ("number.jsonl", ValueError, r"number\.jsonl:1: expected text in 'text', got int"),

@@ -106,7 +106,7 @@ def test_packing_streams(prepared):
 
 
 def test_no_document_is_in_both_splits(tmp_path):
-    """Each document is a word of its own, and one text is there many times over."""
+    """Each document is a different word, except one text that occurs many times."""
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"text": f"<{i % 50:03}>" * 9}) + "\n" for i in range(200))
     )
@@ -147,7 +147,7 @@ def test_prepare_again_reuses_or_refuses(corpus, prepared, monkeypatch):
     again = prepared_lib.prepare(_spec(corpus), prepared.directory)
     assert again.fingerprint == prepared.fingerprint
     other = _spec(corpus, block_length=8, holdout=0.3)
-    message = r"data\.block_length is 8 but the folder has 16, data\.holdout is 0\.3 .*; set data"
+    message = r"data\.block_length is 8, but the folder has 16, data\.holdout is 0\.3 .*; set data"
     with pytest.raises(ValueError, match=message):
         prepared_lib.prepare(other, prepared.directory)
 
@@ -250,7 +250,9 @@ def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
     source = data.source("train")
     shard.write_bytes(whole[:8000] + bytes(len(whole) - 8000))  # the size stays
     prepared_lib.load(data.directory)
-    with pytest.raises(ValueError, match=rf"{shard.name} has sha256 \w+ instead of \w+; put the"):
+    with pytest.raises(
+        ValueError, match=rf"{shard.name} has sha256 \w+ instead of \w+; restore the"
+    ):
         data.verify()
     with pytest.raises(ValueError, match=rf"{shard.name} cannot be read \("):
         _ = [source[index] for index in range(len(source))]
@@ -261,7 +263,9 @@ def test_files_are_checked_when_opened_read_and_verified(corpus, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=rf"is damaged: \S*{shard.name} is missing"):
         prepared_lib.load(data.directory)
-    with pytest.raises(FileNotFoundError, match=rf"{shard.name} has vanished; put the files back"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{shard.name} has disappeared; restore the files"
+    ):
         _ = source[0]
 
 
@@ -280,7 +284,7 @@ def test_folders_of_older_versions_open_but_cannot_be_verified(corpus, prepared,
     data = prepared_lib.prepare(_spec(corpus), tmp_path / "data")
     assert data.fingerprint == prepared.fingerprint
     assert len(data.source("train")) == data.num_blocks("train")
-    with pytest.raises(ValueError, match="no checksums; prepare it again"):
+    with pytest.raises(ValueError, match="without checksums; prepare it again"):
         data.verify()
 
 
@@ -288,7 +292,7 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
     shutil.copytree(prepared.directory, tmp_path / "data")
     path = tmp_path / "data" / "manifest.json"
     path.write_text(path.read_text().replace('"holdout": 0.2', '"holdout": 0.3'))
-    with pytest.raises(ValueError, match="damaged \\(its fingerprint is not that of the rest"):
+    with pytest.raises(ValueError, match="damaged \\(its fingerprint is wrong"):
         prepared_lib.load(tmp_path / "data")
 
 
@@ -301,7 +305,7 @@ def test_a_changed_manifest_is_noticed(prepared, tmp_path):
         ({"block_length": 5000}, "the validation split has no full block of 5000 tokens: its 1"),
         (
             {"holdout": 1e-9},
-            r"none of the corpus's 60 document\(s\) falls into the validation split",
+            r"none of the corpus's 60 document\(s\) is in the validation split",
         ),
         ({"tokenizer": "nowhere"}, "no tokenizer at nowhere"),
     ],
@@ -344,7 +348,7 @@ def test_no_network_no_noise(corpus, tmp_path, monkeypatch, capfd):
 
 
 def test_program_reads_without_tensorflow(corpus, tmp_path):
-    """In a fresh process: the program, then reading what it made."""
+    """In a new process: run the command, then read its output."""
     arguments = [
         "--config=configs/base.py",
         f"--directory={tmp_path}/data",
@@ -380,7 +384,7 @@ for name in ("tensorflow", "pandas", "apache_beam"):
         f"--directory={tmp_path}/data",
     ]
     done = subprocess.run(check, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"verified {tmp_path}/data: 2 files are as they were written\n")
+    assert done.stdout.startswith(f"verified {tmp_path}/data: the checksums of 2 files match\n")
     shard = next((tmp_path / "data").rglob("*train.array_record*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     done = subprocess.run(check, capture_output=True, text=True, timeout=60)
@@ -510,9 +514,12 @@ def test_only_the_own_rows_are_read():
         (lambda: _batches(batch_size=0), "positive batch size"),
         (lambda: prepared_lib.Batches(NUMBERS[:0], batch_size=1, seed=0), "at least one block"),
         (lambda: _batches(seed=-1), r"must be in \[0, 2\*\*32\), got -1"),
-        (lambda: _batches(rows=range(4, 8)), r"some of the 4 rows of a batch, got range\(4, 8\)"),
-        (lambda: _batches(rows=[0, -1]), r"some of the 4 rows of a batch, got \[0, -1\]"),
-        (lambda: _batches(rows=[]), r"some of the 4 rows of a batch, got \[\]"),
+        (
+            lambda: _batches(rows=range(4, 8)),
+            r"must be indices in \[0, 4\), got range\(4, 8\)",
+        ),
+        (lambda: _batches(rows=[0, -1]), r"rows must be indices in \[0, 4\), got \[0, -1\]"),
+        (lambda: _batches(rows=[]), r"rows must be indices in \[0, 4\), got \[\]"),
         (lambda: _batches().batch_at(-1), "must not be negative, got -1"),
         (lambda: _batches().iterate(-2), "must not be negative, got -2"),
         (lambda: prepared_lib.validation_blocks(NUMBERS, 11), "expected 1 to 10 .* got 11"),

@@ -1,4 +1,4 @@
-"""What is missing, twice, empty, lost or in two lists of a corpus: named, counted or refused."""
+"""Missing, duplicate, empty or lost parts of a corpus: reported, counted or rejected."""
 
 import pathlib
 
@@ -43,9 +43,7 @@ def test_links_to_nothing_are_counted_and_named(texts):
     for i in (3, 7):
         (texts / f"{i:02}.txt").unlink()
         (texts / f"{i:02}.txt").symlink_to("gone")
-    with pytest.raises(
-        FileNotFoundError, match=r"2 of the 40 names .* links to nothing: .*03\.txt"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"2 of the 40 names .* broken links: .*03\.txt"):
         corpus_lib.files(f"{texts}/*.txt")
 
 
@@ -63,7 +61,7 @@ def test_files_for_validation_are_not_trained_on(tmp_path, texts):
     data = _prepare(tmp_path, f"{texts}/*.txt", validation=f"{texts}/validation-*", holdout=0.0)
     assert data.manifest["splits"]["train"]["documents"] == 40
     assert data.manifest["splits"]["validation"]["documents"] == 4
-    with pytest.raises(ValueError, match=r"the same 4 file\(s\); nothing is left to train on"):
+    with pytest.raises(ValueError, match=r"the same 4 file\(s\); nothing is left for training"):
         corpus_lib.files(f"{texts}/validation-*", without=f"{texts}/*.txt")
 
 
@@ -81,7 +79,7 @@ def test_documents_without_text_are_counted_and_named(tmp_path, texts, caplog):
         (texts / f"empty-{i}.txt").write_text(" \n" * i)
     data = _prepare(tmp_path, f"{texts}/*.txt")
     assert data.manifest["read"]["blank_documents"] == 5
-    assert "5 document(s) without text are left out: " in caplog.text
+    assert "Skipped 5 document(s) without text: " in caplog.text
     assert "empty-0.txt" in caplog.text
     assert "and 2 more" in caplog.text
 
@@ -99,7 +97,7 @@ def test_the_end_of_one_long_text_is_held_out(tmp_path, caplog):
     text = SENTENCE.format(1) * 200
     (tmp_path / "novel.txt").write_text(text)
     data = _prepare(tmp_path, tmp_path / "novel.txt", holdout=0.1)
-    assert "too few documents to hold some out: the last 0.1 of each is held out" in caplog.text
+    assert "too few documents to hold out whole ones; holding out the last 0.1" in caplog.text
     tokens = {split: counts["tokens"] for split, counts in data.manifest["splits"].items()}
     assert 0.08 < tokens["validation"] / sum(tokens.values()) < 0.12
     document = corpus_lib.Document("novel", text)
@@ -140,7 +138,7 @@ def test_byte_level_tokenizers_lose_nothing(text):
 def test_dropout_of_a_tokenizer_is_off(tmp_path, caplog):
     path = _bpe(tmp_path / "t.json", ["w", "e", " ", "we"], [("w", "e")], dropout=0.5)
     loaded = tokenizer_lib.load(path)
-    assert "BPE dropout 0.5, which is switched off" in caplog.text
+    assert "BPE dropout of 0.5" in caplog.text
     assert {tuple(loaded.encode("we we we we")) for _ in range(8)} == {
         tuple(loaded.encode("we we we we"))
     }
@@ -162,6 +160,6 @@ def test_folders_of_odd_names_work(tmp_path, texts, name):
 
 
 def test_a_folder_that_is_a_pattern_is_refused_at_once(tmp_path, texts):
-    with pytest.raises(ValueError, match=r"takes '\*\*' in a path for a pattern"):
+    with pytest.raises(ValueError, match=r"treats '\*\*' in a path as a pattern"):
         prepared_lib.prepare(_spec(f"{texts}/*.txt"), tmp_path / "a**b" / "data")
     assert pathlib.Path(tmp_path, "a**b").exists() is False

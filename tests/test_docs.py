@@ -1,6 +1,6 @@
-"""README and docs: links lead somewhere, commands name what exists, tutorials are as they should.
+"""README and docs: valid links and commands, well-formed tutorials.
 
-The site itself is built with warnings as errors, and the tutorials are run, by .ci/run.
+.ci/run builds the site with warnings as errors and runs the tutorials.
 """
 
 import ast
@@ -82,7 +82,7 @@ def test_relative_links_lead_somewhere(path):
 
 
 def commands(path):
-    """The commands of a page: of its bash fences, and what stands in the text as `python -m ..`."""
+    """The commands of a page: in bash fences, and as `python -m ..` in the text."""
     text = read(path)
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         block = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block, flags=re.S | re.M)  # here-documents

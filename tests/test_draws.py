@@ -76,7 +76,7 @@ def test_entries_without_weight_are_never_drawn(size):
         logits_V = np.log(weights_V)
     counts = counted(jax.random.key(1), logits_V, categorical_lib.draw, N)
     assert_frequencies(counts, softmax64(logits_V))
-    # The current id has no weight either, be it the likeliest or one of none.
+    # The current id has no weight either, whether it is the most likely one or has weight zero.
     for current in (int(np.argmax(logits_V)), 0):
         draw = lambda key, x_NV, z=current: others(key, x_NV, jnp.full(x_NV.shape[:1], z))[0]
         counts = counted(jax.random.key(2), logits_V, draw, N)
@@ -86,7 +86,7 @@ def test_entries_without_weight_are_never_drawn(size):
 
 @pytest.mark.parametrize("size", [2, 5, 16, 17, 50_257])
 def test_the_mass_of_the_others(size):
-    # Rows that leave out the likeliest, the first and the last id, and one of probability 1 - 1e-9.
+    # Rows that exclude the most likely, the first and the last id, and one of probability 1 - 1e-9.
     logits_V = np.random.default_rng(size).normal(size=size).astype(np.float32) * 3
     sure_V = np.full(size, np.float32(np.log(1e-9 / (size - 1))))
     sure_V[1] = 0
@@ -113,7 +113,7 @@ def test_a_single_possible_token_is_always_drawn():
 def test_uniform_numbers_at_both_ends_of_their_range():
     weights_V = jnp.float32([0, 0.1, 0, 0.7, 0.2, 0, 0])
     zero, almost_one = jnp.float32(0), np.float32(1 - 2**-24)
-    # u picks the likeliest entry or one of the others, v which of them.
+    # u picks the most likely entry or one of the others, v which of them.
     assert categorical_lib._pick(almost_one, zero, weights_V) == 3
     assert categorical_lib._pick(zero, zero, weights_V) == 1
     assert categorical_lib._pick(zero, almost_one, weights_V) == 4

@@ -1,7 +1,7 @@
-"""The evaluation as a whole: numbers recomputed from what is saved, what is computed again, stamps.
+"""The whole evaluation: numbers recomputed from saved data, reuse of rows, stamps.
 
-Networks are random and tiny; what is tested is that the right samples are drawn, counted, judged
-and kept.
+Networks are random and tiny; the tests check that the right samples are drawn, counted, scored and
+stored.
 """
 
 import collections
@@ -88,7 +88,7 @@ def judge():
 
 
 class Words:
-    """A judge of another tokenizer: each word that counts costs as many nats as it has letters."""
+    """A judge with another tokenizer: each scored word costs its number of letters in nats."""
 
     name, tokenizer = "words", None
 
@@ -177,7 +177,7 @@ def _literal_nll(ids):
 
 
 def test_stamped_numbers_can_be_recomputed_from_the_saved_samples(finished):
-    """By NumPy from the tokens, and from the judge's saved log-likelihoods."""
+    """With NumPy from the tokens and the judge's saved log-likelihoods."""
     folder, rows, plan = finished
     # Text, controls, autoregressive; the base model, its many steps among them; the few-step one.
     assert len(rows) == len(plan) == 1 + 4 + 1 + 3 + 2
@@ -329,7 +329,7 @@ def test_watching_more_samples_draws_none_anew(tmp_path, judge, monkeypatch):
 
 
 def test_what_is_known_of_the_same_samples_is_taken_over(tmp_path, judge, monkeypatch):
-    """Asked again with other resamples, then with what was watched before: nothing is redone."""
+    """With other resamples, then with the same traces: nothing is recomputed."""
 
     class Once(Words):
         asked = 0
@@ -489,7 +489,7 @@ def test_controls():
 
 
 def test_collapse_is_exposed_by_the_report(finished):
-    """One sentence over and over, and tokens without their order, beside real text."""
+    """A repeated sentence and shuffled tokens against real text."""
     _, rows, _ = finished
     real = rows[0]
     controls = {row["setting"]: row for row in rows if row["kind"] == "control"}
@@ -530,7 +530,7 @@ def test_one_program_for_all_temperatures_and_seeds():
 
 
 def test_samples_are_those_of_the_sampler():
-    """The evaluation's program draws what the plain sampler draws from the same noise."""
+    """The compiled sampler of the evaluation equals the plain sampler from the same noise."""
     point, subject = _point(steps=3), SUBJECTS["distill"]
     drawn = _draw(point, count=3)
     noise_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))
@@ -619,7 +619,7 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
         jnp.asarray(logits)[None, None], (*x_BL.shape, size)
     )
     monkeypatch.setattr(model_lib, "predict", constant)
-    # A program of its own: by its length no other test gets it from the cache.
+    # Its length gives a distinct program, which no other test has put into the cache.
     process = Process(Polynomial(), Source(size), TOKENIZER.eos_id)
     subject = SUBJECTS["distill"]._replace(process=process)
     given = Given(np.zeros((rows, length), np.int32), np.zeros((rows, length), bool))

@@ -1,4 +1,4 @@
-"""Both tasks through the ordinary data path: documents, tokenizer, blocks."""
+"""Both exact tasks in the ordinary data path: documents, tokenizer, blocks."""
 
 import json
 
@@ -119,7 +119,7 @@ def test_the_same_settings_give_the_same_files_and_nothing_to_do(tmp_path):
     before = (folders[0] / "train.jsonl").stat().st_mtime_ns
     assert documents.write(folders[0], spec) == folders[0]
     assert (folders[0] / "train.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="was made otherwise: seed is 1 but was 0"):
+    with pytest.raises(ValueError, match="was made with other settings: seed is 1 but was 0"):
         documents.write(folders[0], documents.SudokuSpec(**SMALL, seed=1))
     other = documents.write(tmp_path / "three", documents.SudokuSpec(**SMALL, seed=1))
     assert (other / "train.jsonl").read_bytes() != (folders[0] / "train.jsonl").read_bytes()
@@ -127,7 +127,7 @@ def test_the_same_settings_give_the_same_files_and_nothing_to_do(tmp_path):
 
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="holds no documents of an exact task"):
+    with pytest.raises(ValueError, match="has no documents of an exact task"):
         documents.write(tmp_path / "mine", documents.SudokuSpec(**SMALL))
 
 
@@ -143,7 +143,7 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
     [
         ({"size": "5x5"}, "'5x5'; expected one of 4x4, 6x6, 9x9"),
         ({"train": 0}, "train must be at least 1, got 0"),
-        ({"size": "4x4", "train": 300}, "a multiple of that, got 300; take 288"),
+        ({"size": "4x4", "train": 300}, "a multiple of that, got 300; use 288"),
         ({"givens": 3}, "8 to 35 givens, got 3"),
     ],
 )
@@ -155,7 +155,7 @@ def test_specs_that_can_not_be_made(values, message):
 def test_more_states_than_the_text_supports(tmp_path):
     spec = _hmm_spec(tmp_path)
     fit = hmm_fit.FitSpec(vocab_size=56, num_states=128, max_tokens=20_000)
-    with pytest.raises(ValueError, match="128 states over 56 tokens.*take at most"):
+    with pytest.raises(ValueError, match="128 states over 56 tokens.*use at most"):
         documents.write(tmp_path / "docs", documents.HmmSpec(corpus=spec.corpus, fit=fit))
 
 

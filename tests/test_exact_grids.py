@@ -1,4 +1,4 @@
-"""Grids are uniform over all: counted, compared with an independent search, and by chi-square."""
+"""Uniform grids: counts, an independent search, and chi-square tests."""
 
 import numpy as np
 import pytest
@@ -154,5 +154,5 @@ def test_nine_count_all():
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="at least 0, got -1"):
         _sample(FOUR, -1)
-    with pytest.raises(ValueError, match="only the grids of 4x4 are listed, got 6x6"):
+    with pytest.raises(ValueError, match="only 4x4 grids can be enumerated, got 6x6"):
         grids.all_grids(SIX)

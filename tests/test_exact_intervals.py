@@ -1,4 +1,4 @@
-"""Intervals cover what they say, and have the values of their formulas."""
+"""Coverage of intervals, and their values by the formulas."""
 
 import math
 

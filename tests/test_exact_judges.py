@@ -1,4 +1,4 @@
-"""Exact judges in the evaluation: what they say of good samples, of bad ones and of gamed ones."""
+"""Exact judges in the evaluation: good, bad and gamed samples."""
 
 import csv
 import dataclasses
@@ -121,13 +121,13 @@ def test_the_judge_of_a_task(tmp_path):
     assert exact_judges.find(DIGITS, 17, "").name == "4x4 Sudoku"
     text = tokenizer_lib.train_bpe(["the people of the united states"] * 9, 260)
     assert exact_judges.find(text, 17, "") is None
-    with pytest.raises(ValueError, match=r"4x4 Sudoku, whose grids take .* 17 tokens, got 37.*9x9"):
+    with pytest.raises(ValueError, match=r"4x4 Sudoku, which needs .* 17 tokens, got 37.*9x9"):
         exact_judges.find(DIGITS, 37, "")
     LAW.save(tmp_path / "law.npz")
     names = tokenizer_lib.from_json(documents.hmm_tokenizer(LAW), "names")
     found = exact_judges.find(names, LENGTH, str(tmp_path / "law.npz"))
     assert found.describe() == exact_judges.LawJudge(LAW).describe()
-    with pytest.raises(ValueError, match=r"eval\.law: .*law of 13 tokens, the models have 5"):
+    with pytest.raises(ValueError, match=r"eval\.law: .*law of 13 tokens, but the models have 5"):
         exact_judges.find(DIGITS, 17, str(tmp_path / "law.npz"))
     with pytest.raises(ValueError, match=r"eval\.law: no law in .*fsdfm_jax\.exact"):
         exact_judges.find(names, LENGTH, str(tmp_path / "none.npz"))
@@ -135,7 +135,7 @@ def test_the_judge_of_a_task(tmp_path):
 
 # ------------------------------------------------------------------------------------- evaluations
 class Models:
-    """One base model that knows nothing."""
+    """A single untrained base model."""
 
     tokenizer = DIGITS
     num_params = {"pretrain": 1}  # noqa: RUF012
@@ -202,7 +202,7 @@ def test_a_report_of_sudoku(tmp_path):
         lines = {line["setting"]: line for line in csv.DictReader(file)}
     assert float(lines["control-one"]["exact_valid"]) == 1.0
     assert float(lines["control-one"]["exact_valid_low"]) > 0.9
-    assert "distinct; uniform ones" in lines["control-few"]["flags"]
+    assert "distinct; expected if uniform" in lines["control-few"]["flags"]
     assert "exact: valid" in (tmp_path / "report.html").read_text()
     # Nothing is computed again, and what isn't known comes back as it was.
     again, plan = _evaluate(tmp_path)

@@ -1,7 +1,7 @@
 """The exact lab: its matrices against the package's draws, its tables against the losses.
 
-The lab goes through all outcomes of what the package draws; here both are held together, and the
-reference table is computed again.
+The lab enumerates all outcomes of the package's draws. These tests compare both and recompute the
+reference table.
 """
 
 import functools
@@ -38,7 +38,7 @@ def make_process(source="uniform", num_tokens=3, revealed="stay", schedule="poly
 
 
 def small_chain(length=2, **process):
-    """A few states: data that no symmetry makes easy."""
+    """A small chain with asymmetric data."""
     data = np.random.default_rng(5).dirichlet(np.full(3**length, 0.4)).reshape((3,) * length)
     return chains.make_chain(make_process(**process), data)
 
@@ -49,7 +49,7 @@ def index_of(chain, x_BL):
 
 
 def denoise_by(posteriors):
-    """A network that looks its answer up; `posteriors`: time -> [N, L, V], by the call's time."""
+    """A network that looks up its output; `posteriors`: time -> [N, L, V]."""
     times_K = jnp.asarray(sorted(posteriors), jnp.float32)
     logits_KNLV = jnp.log(
         jnp.asarray(np.stack([posteriors[t] for t in sorted(posteriors)]), jnp.float32)
@@ -104,7 +104,7 @@ def test_the_reference_table_of_heun():
 def test_the_reference_table_of_rk4():
     assert set(exact_lab.REFERENCE) == set(TOLERANCES | HEUN_TOLERANCES | RK4_TOLERANCES)
     found = assert_reference(RK4_TOLERANCES, 0.04)
-    # It writes what is likelier than data are, and at 8 steps lies further off than no teacher.
+    # Its output is more likely than the data, and at 8 steps further off than without a teacher.
     for steps in found.values():
         assert steps[8]["perplexity"] < 1.6 < 1.79
         assert steps[8]["tv"] > 2 * 0.08
@@ -127,7 +127,7 @@ def test_what_samplers_write(rule, source, revealed, options):
 
 
 def assert_written(chain, rule, options):
-    """The lab's distribution is that of samples."""
+    """Check that samples follow the lab's distribution."""
     exact = chains.student(chain, chain.independent_NN, None)
     # A network that is never sure, so that tokens which are shown can move where they may.
     vocab_size = chain.process.source.vocab_size
@@ -262,7 +262,7 @@ def test_no_divergence_pulls_at_its_fixed_point(name):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_temperature_of_the_loss_is_undone_where_the_teacher_is_sure(temperature):
-    """A teacher that says the same of all states teaches just that, however softly it is read."""
+    """A teacher that is constant over states is learnt exactly at any temperature."""
     chain = small_chain()
     shape = chain.shown_NLV.shape
     said_LV = np.random.default_rng(0).dirichlet(np.ones(shape[2]), size=shape[1])

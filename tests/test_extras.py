@@ -1,4 +1,4 @@
-"""Packages that `pip install fsdfm_jax` leaves out: nothing that a model needs imports them."""
+"""Optional packages: using a model imports none of them."""
 
 import ast
 import pathlib

@@ -1,6 +1,6 @@
-"""The situations of public bug reports and careless users that once went wrong, row by row.
+"""Past failures from public bug reports and user mistakes, row by row.
 
-Each row has its right outcome here; the tests of the kinds are in test_schema, test_programs,
+Each row has its correct outcome here; the tests by kind are in test_schema, test_programs,
 test_readers, test_data_faults, test_weight_faults, test_lock and test_faults.
 """
 
@@ -66,7 +66,7 @@ def test_a_batch_too_small_for_both_losses_is_refused_before_training():
     config.distill.batch_size = config.distill.accumulate = 8
     config.pipeline = "pretrain,distill"
     process = pipeline.make_process(config, 5)
-    with pytest.raises(ValueError, match=r"A batch of 1 row\(s\) can't hold 2 parts"):
+    with pytest.raises(ValueError, match=r"A batch of 1 row\(s\) is too small for 2 parts"):
         pipeline.stages.make_stage("distill", config, process)
 
 
@@ -116,7 +116,7 @@ def test_temperature_zero_is_greedy():
 
 
 def test_a_full_disk_names_the_place_and_leaves_nothing(tmp_path):
-    """In a process of its own: the limit that stands for the disk would hold for pytest's log."""
+    """Runs in a separate process: the limit that emulates a full disk would affect pytest's log."""
     code = f"from tests import test_fault_table; test_fault_table.fill_disk({str(tmp_path)!r})"
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     run = [sys.executable, "-c", code]
@@ -126,7 +126,7 @@ def test_a_full_disk_names_the_place_and_leaves_nothing(tmp_path):
 
 
 def fill_disk(folder):
-    """What is written where files can't be longer than 20 kB."""
+    """Return the output of a run that can't write files of more than 20 kB."""
     folder = pathlib.Path(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     texts = folder / "texts"

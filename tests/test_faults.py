@@ -1,8 +1,8 @@
-"""What can go wrong while a stage is trained, and how each of these ends.
+"""Failures during training and their outcomes.
 
-A stop, a second one, a damaged checkpoint, no space, no rights, a shard that is gone, a step that
-isn't finite, one that never ends, a configuration that changed. Where a process has to end, it is
-one of its own (tests/toy_job.py); its runs have to end as the one that nothing happened to.
+One or two stop signals, a damaged checkpoint, a full disk, missing permissions, a missing shard,
+non-finite or endless steps, a changed configuration. Tests that end a process use a separate one
+(tests/toy_job.py); its results must equal those of an undisturbed run.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ PROCESSES = []  # of the test that runs
 
 
 class Job:
-    """A process that trains, and what it said."""
+    """A training process and its output."""
 
     def __init__(self, directory, *flags):
         self.said = ""
@@ -83,7 +83,7 @@ class Job:
             self._news.notify()
 
     def until(self, text):
-        """Waits until it has said so."""
+        """Wait until its output contains a text."""
         with self._news:
             done = lambda: text in self.said or self._process.poll() is not None
             assert self._news.wait_for(done, 120)
@@ -91,12 +91,12 @@ class Job:
         return self
 
     def stop(self, number=signal.SIGTERM):
-        """A signal that asks it to end."""
+        """Send a stop signal."""
         self._process.send_signal(number)
         return self
 
     def end(self, timeout=120):
-        """Its exit code, negative if a signal ended it."""
+        """Wait for its exit code, negative for a signal."""
         try:
             code = self._process.wait(timeout)
         finally:
@@ -116,7 +116,7 @@ def _no_process_is_left():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a stage that nothing happened to: checkpoints 10 and 12."""
+    """The folder of an undisturbed stage: checkpoints 10 and 12."""
     directory = tmp_path_factory.mktemp("whole") / "stage"
     job = Job(directory)
     assert job.end() == 0, job.said
@@ -124,7 +124,7 @@ def whole(tmp_path_factory):
 
 
 def ends_like(directory, whole):
-    """The same command goes on, and at the end nothing is to be seen of what happened."""
+    """The same command resumes, and the result shows no trace of the failure."""
     job = Job(directory)
     assert job.end() == 0, job.said
     assert torture.differences(directory, whole) == []
@@ -142,43 +142,43 @@ def test_a_signal_saves_the_step_at_hand(tmp_path, whole, number, name):
     job = Job(directory, "--pause=0.1").until("step 6/12").stop(number)
     assert job.end() == 143
     (step,) = re.findall(
-        rf"^toy: stopped by {name} at step (\d+) of 12, which is saved; the same command goes on "
-        r"from there\.$",
+        rf"^toy: stopped by {name} at step (\d+) of 12, which is saved; run the same "
+        r"command to resume\.$",
         job.said,
         re.M,
     )
     assert "Traceback" not in job.said
     assert torture.steps_of(directory) == [5, int(step)]
     assert torture.lines_of(directory)[-1]["step"] == int(step) >= 6
-    assert f"goes on from the checkpoint of step {step}." in ends_like(directory, whole)
+    assert f"resumes from the checkpoint of step {step}." in ends_like(directory, whole)
 
 
 @pytest.mark.slow
 def test_a_second_sigterm_ends_at_once(tmp_path, whole):
     directory = tmp_path / "stage"
     job = Job(directory, "--slow_save=300").until("saves 5").stop()
-    job.until("SIGTERM: saves after this step, then ends; again to end at once.").stop()
+    job.until("SIGTERM: saving after this step, then exiting; repeat to exit at once.").stop()
     assert job.end() == 143
-    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+    assert job.said.endswith("Second SIGTERM: exiting at once.\n")
     assert torture.steps_of(directory) == []
     ends_like(directory, whole)
 
 
 @pytest.mark.slow
 def test_a_second_sigterm_ends_a_device_that_hangs(tmp_path):
-    """The loop waits for a computation then, where Python runs no handler of signals by itself."""
+    """The loop waits for a computation, during which Python runs no signal handlers."""
     job = Job(tmp_path / "stage", "--wait_in=4").until("step 2/12").stop()
-    job.until("SIGTERM: saves").stop()
+    job.until("SIGTERM: saving").stop()
     assert job.end() == 143
-    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+    assert job.said.endswith("Second SIGTERM: exiting at once.\n")
 
 
 def test_a_second_sigterm_ends_what_does_not_return_to_python(tmp_path):
-    """Where nothing looks for signals: a library that waits for a host that is gone."""
+    """In code that never checks signals: a library that waits for a lost host."""
     job = Job(tmp_path / "stage", "--count_at=4").until("counts").stop()
-    job.until("SIGTERM: saves").stop()
+    job.until("SIGTERM: saving").stop()
     assert job.end() == 143
-    assert job.said.endswith("Second SIGTERM: ends at once.\n")
+    assert job.said.endswith("Second SIGTERM: exiting at once.\n")
 
 
 def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
@@ -196,7 +196,7 @@ def test_sigterm_in_the_last_save_is_not_forgotten(tmp_path, whole):
     ids=["after", "before"],
 )
 def test_sigterm_outside_of_training_ends_as_always(tmp_path, where):
-    """Before the first step as well: text may take hours to be prepared."""
+    """Also before the first step: preparing text may take hours."""
     job = Job(tmp_path / "stage", where).until("waits").stop()
     assert job.end() == -signal.SIGTERM
 
@@ -231,10 +231,10 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
     largest.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     job = Job(directory)
     assert job.end() == 0
-    (warning,) = [line for line in job.said.splitlines() if "was moved to" in line]
+    (warning,) = [line for line in job.said.splitlines() if "; moved to" in line]
     assert "the checkpoint of step 12 in" in warning
-    assert f"it was moved to {directory / 'damaged' / '12'}, going back to step 10" in warning
-    assert "goes on from the checkpoint of step 10." in job.said
+    assert f"moved to {directory / 'damaged' / '12'}, resuming from step 10" in warning
+    assert "resumes from the checkpoint of step 10." in job.said
     assert torture.differences(directory, whole) == ["a checkpoint was found damaged"]
 
 
@@ -252,7 +252,7 @@ def test_no_whole_checkpoint_is_an_error_and_changes_nothing(at_ten):
 
 
 def test_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(at_ten, whole):
-    """RLIMIT_FSIZE stands for it: the arrays of a checkpoint don't fit, lines of metrics do."""
+    """Emulated by RLIMIT_FSIZE: the arrays of a checkpoint don't fit, lines of metrics do."""
     job = Job(at_ten, "--file_bytes=20000")
     assert job.end() == 2
     (error,) = [line for line in job.said.splitlines() if line.startswith("error:")]
@@ -264,7 +264,7 @@ def test_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(at_ten, 
 
 
 def _mount(folder, *options):
-    """Mounts a file system of its own, where this machine lets us."""
+    """Mount a separate file system if this machine allows it."""
     folder.mkdir(exist_ok=True)
     try:
         subprocess.run(["mount", *options, str(folder)], check=True, capture_output=True)
@@ -357,7 +357,7 @@ def shard_folder(tmp_path):
 
 
 def assert_saved_up_to_the_end(directory):
-    """How many steps it takes depends on what was read ahead."""
+    """The number of steps depends on prefetching."""
     reached = torture.lines_of(directory)[-1]["step"]
     assert 4 <= reached < 12
     assert torture.steps_of(directory)[-1] == reached // 2 * 2
@@ -368,7 +368,7 @@ def test_a_shard_that_vanishes_is_named(tmp_path, shard_folder):
     go(tmp_path / "whole", 12, batches=stream)
     away = tmp_path / "away"
     lose = functools.partial(os.rename, folder, away)
-    with pytest.raises(FileNotFoundError, match=rf"{folder}/\d\d\.array_record has vanished; put"):
+    with pytest.raises(FileNotFoundError, match=rf"{folder}/\d\d\.array_record has disappeared"):
         go(tmp_path / "run", 12, batches=functools.partial(stream, after=5, happens=lose))
     assert_saved_up_to_the_end(tmp_path / "run")
     os.rename(away, folder)
@@ -399,7 +399,7 @@ def ones(loss):
 
 
 class Poisoned(Stream):
-    """Batches of which those of some steps are bad; `killed_at` cuts the power there."""
+    """Batches that are bad at some steps; `killed_at` simulates a power cut."""
 
     def __init__(self, *steps, killed_at=None):
         super().__init__(stop_at=killed_at)
@@ -437,7 +437,7 @@ def test_a_run_stops_after_too_many_skipped_steps_in_a_row(tmp_path):
     with pytest.raises(loop_lib.Diverged, match=text):
         go(tmp_path / "whole", 12, batches=Poisoned(4, 5, 6), **given)
     assert checkpoint.latest_step(tmp_path / "whole" / "checkpoints") == 5
-    # Two of them are in the checkpoint: the count goes on.
+    # Two of them are in the checkpoint: the count continues.
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", 12, batches=Poisoned(4, 5, 6, killed_at=5), **given)
     assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") == 5
@@ -545,9 +545,13 @@ def begun(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("pretrain.batch_size", 16, r"pretrain\.batch_size: 32 there, 16 now"),
-        ("pretrain.accumulate", 2, r"pretrain\.accumulate: 1 there, 2 now"),
-        ("optim.moment_dtype", "bfloat16", r"optim\.moment_dtype: 'float32' there, 'bfloat16' now"),
+        ("pretrain.batch_size", 16, r"pretrain\.batch_size: 32 before, 16 now"),
+        ("pretrain.accumulate", 2, r"pretrain\.accumulate: 1 before, 2 now"),
+        (
+            "optim.moment_dtype",
+            "bfloat16",
+            r"optim\.moment_dtype: 'float32' before",
+        ),
     ],
 )
 def test_what_changes_the_run_is_refused_by_name(begun, key, value, message):

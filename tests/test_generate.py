@@ -1,4 +1,4 @@
-"""The generation program: its jobs and their lines, going on after a kill, the view, the errors."""
+"""The command `generate`: jobs and their output, resuming after a kill, the view, errors."""
 
 import dataclasses
 import io
@@ -36,7 +36,7 @@ PROVENANCE = {"stage": "distill", "weights": "ema", "step": 7, "data": None}
 
 
 def _params(model, seed=0):
-    """Random everywhere: fresh weights have a head of zeros, which hides every mistake."""
+    """Random weights everywhere: the initial zeros of the head would hide errors."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
     draw = lambda leaf: rng.normal(size=leaf.shape) * 0.3  # more would make one token sure
@@ -62,7 +62,7 @@ def _options(**changes):
 
 
 def _run(monkeypatch, bundle, out=None, **changes):
-    """The program without its flags; returns what it printed."""
+    """Run the command without its flags and return its output."""
     out = out or io.StringIO()
     monkeypatch.setattr(formats, "open_bundle", lambda path, **flags: bundle)
     generate.run(_options(**changes), out)
@@ -101,19 +101,19 @@ class Terminal(io.StringIO):
         ({"prompt": "a", "infill": "[1]"}, "--prompt and --infill exclude each other"),
         ({"prompt": "a", "batch_file": "b.txt"}, "--prompt and --batch_file exclude"),
         ({"infill": "", "batch_file": ""}, "--infill and --batch_file exclude"),
-        ({"length": 0}, "--length must lie in 1 .. 1048576, got 0"),
-        ({"num_samples": 0}, "--num_samples must lie in 1 .. 1048576"),
-        ({"batch_size": -1}, "--batch_size must lie in 1 .. 1048576, got -1"),
-        ({"steps": 0}, "steps must be a whole number"),
-        ({"seed": -1}, "seed must be a whole number"),
-        ({"temperature": -1.0}, "temperature must lie in"),
-        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
-        ({"cooling": 1.0}, r"cooling must lie in \[0, 1\), got 1.0"),
-        ({"look_ahead": -0.5}, r"look_ahead must lie in \[0, 1\], got -0.5"),
+        ({"length": 0}, "--length must be in 1 .. 1048576, got 0"),
+        ({"num_samples": 0}, "--num_samples must be in 1 .. 1048576"),
+        ({"batch_size": -1}, "--batch_size must be in 1 .. 1048576, got -1"),
+        ({"steps": 0}, "steps must be an integer"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"temperature": -1.0}, "temperature must be in"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"cooling": 1.0}, r"cooling must be in \[0, 1\), got 1.0"),
+        ({"look_ahead": -0.5}, r"look_ahead must be in \[0, 1\], got -0.5"),
         ({"jump": "leap"}, "jump must be one of .*'leap'"),
         ({"grid": "log"}, "Unknown grid 'log'"),
-        ({"stream": True, "batch_file": "b.txt"}, "--stream shows texts to you"),
-        ({"stream": True, "output": "o.jsonl"}, "--stream shows texts to you"),
+        ({"stream": True, "batch_file": "b.txt"}, "--stream displays texts"),
+        ({"stream": True, "output": "o.jsonl"}, "--stream displays texts"),
         ({"output": "o.txt"}, "--output must be a .jsonl file, got 'o.txt'"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_working_directory_has_a_config(monkeypatch, tmp_path):
 
 
 def test_a_model_needs_a_tokenizer(monkeypatch):
-    with pytest.raises(ValueError, match="holds no tokenizer; .*--tokenizer=gpt2"):
+    with pytest.raises(ValueError, match="has no tokenizer; .*--tokenizer=gpt2"):
         _run(monkeypatch, _bundle(tokenizer=None))
 
 
@@ -320,7 +320,7 @@ def test_left_to_right(monkeypatch, batch_file, tmp_path):
     assert line["text"].startswith("the")
     monkeypatch.setattr(generate_lib, "generate", None)
     for changes, message in (
-        ({"infill": "The [2] of"}, "can't see text that stands after a gap"),
+        ({"infill": "The [2] of"}, "can't see text after a gap"),
         ({"batch_file": str(batch_file)}, "prompts.jsonl line 2: .*after a gap"),
         ({"stream": True}, "autoregressive model writes each token once"),
     ):
@@ -381,15 +381,15 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "line 1 is of another job .seed: 0 there, 1 now"),
+        ({"seed": 1}, "line 1 is of another job .seed: 0 before, 1 now"),
         ({"steps": 2}, "'steps': 3.* there, .*'steps': 2"),
         ({"temperature": 0.5}, "'temperature': 1.0.* there, .*'temperature': 0.5"),
         ({"grid": "cosine"}, "'grid': 'uniform'.* there, .*'grid': 'cosine'"),
-        ({"length": 15}, "length: 16 there, 15 now"),
-        ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
-        ({"num_samples": 2}, "line 2 is of another job .id: 2 there, 'a' now"),
-        ({"batch_file": None, "num_samples": 9}, "id: 'a' there, 1 now"),
-        ({"batch_file": None}, "has 5 samples, more than the 1 asked for"),
+        ({"length": 15}, "length: 16 before, 15 now"),
+        ({"batch_size": 2}, "batch_size: 3 before, 2 now"),
+        ({"num_samples": 2}, "line 2 is of another job .id: 2 before, 'a' now"),
+        ({"batch_file": None, "num_samples": 9}, "id: 'a' before, 1 now"),
+        ({"batch_file": None}, "has 5 samples, more than the 1 requested"),
         ({"bundle": _bundle(seed=1)}, "sha256"),
         ({"bundle": _bundle(path=UNIFORM.path | {"power": 2.0})}, "'power': 2.0"),
     ],
@@ -417,7 +417,7 @@ def test_an_output_of_another_prompt_is_refused(monkeypatch, complete, batch_fil
     [
         (b"my only notes", "was not written by this program"),
         (b'{"id": 1}\nmy notes', "was not written by this program"),
-        (b"my notes\n", "line 1 is no JSON"),
+        (b"my notes\n", "line 1 isn't valid JSON"),
         (b"[3]\n", "line 1 is of another job"),
     ],
 )
@@ -442,7 +442,7 @@ def test_a_bad_line_stops_it_before_anything_is_drawn(monkeypatch, batch_file, t
 
 # ------------------------------------------------------------------------------------------- stdout
 def test_lines_go_to_stdout_and_progress_to_the_terminal(monkeypatch, batch_file):
-    """A live bar redirects sys.stdout to the terminal it is on."""
+    """A live progress bar redirects sys.stdout to its terminal."""
     screen, out = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(sys, "stdout", out)
@@ -465,7 +465,7 @@ def test_printable():
 
 
 def _always(text, monkeypatch, length=64):
-    """Makes the library answer `text` to everything; returns its tokens."""
+    """Make the library always return `text`; return its tokens."""
     ids = BPE.encode(text)
     row = np.asarray(ids + BPE.encode("q") * (length - len(ids)), np.int32)
     monkeypatch.setattr(generate_lib, "generate", lambda *_, given_BL, **__: row[None].repeat(B, 0))

@@ -1,4 +1,4 @@
-"""EM: expected counts against all paths, growth, recovery of a law; text; one error per fault."""
+"""EM: expected counts against all paths, monotonicity, recovery of a law; text; errors."""
 
 import itertools
 
@@ -136,7 +136,7 @@ def test_more_states_than_the_text_supports():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 20}, "vocab_size must lie in"),
+        ({"vocab_size": 20}, "vocab_size must be in"),
         ({"num_states": 1}, "num_states must be at least 2"),
         ({"iterations": 0}, "iterations=0"),
         ({"max_tokens": 10}, "max_tokens=10"),

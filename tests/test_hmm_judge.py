@@ -71,7 +71,7 @@ def _flagged(tokens):
 
 
 def test_sharpened_samples_are_exposed():
-    """A likelihood better than the law's own is no virtue."""
+    """A likelihood above that of the law isn't good."""
     sharp = lambda rows: rows**2 / (rows**2).sum(1, keepdims=True)
     law = hmm.Law(sharp(LAW.transition_KK), sharp(LAW.emission_KV), LAW.tokens)
     tokens = _samples(law=law)

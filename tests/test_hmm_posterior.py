@@ -78,7 +78,7 @@ def test_times_differ_by_row_and_widths_do_not_matter():
 
 @pytest.mark.parametrize("source", [UNIFORM, MASK], ids=["uniform", "mask"])
 def test_the_ends_of_time_are_finite(source):
-    """At t=1 too, and for a text that the law all but excludes."""
+    """Also at t=1, and for a text with almost no probability."""
     transition = np.array([[0.5, 0.5, 0], [0.5, 0.5 - 1e-13, 1e-13], [1.0, 0, 0]])
     law = hmm.Law(transition, LAW.emission_KV, LAW.tokens)
     xt_BL = jnp.array([[2, 2, 2, 2], [0, 1, 0, 1]])
@@ -113,5 +113,7 @@ def test_many_steps_with_it_give_the_law(source):
 
 def test_other_vocabularies_are_refused():
     for source in (sources.Source(4), sources.Source(3, mask_id=0), sources.Source(4, mask_id=0)):
-        with pytest.raises(ValueError, match="a law of 3 tokens needs a uniform source of as many"):
+        with pytest.raises(
+            ValueError, match="a law of 3 tokens needs a uniform source of the same size"
+        ):
             hmm_posterior.make_denoiser(LAW, schedules.Polynomial(), source)

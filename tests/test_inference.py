@@ -1,4 +1,4 @@
-"""Samplers of trained weights: what goes in, what stays, what is compiled, and how it is drawn."""
+"""Samplers of trained weights: inputs, frozen tokens, compilation and draws."""
 
 import itertools
 
@@ -27,7 +27,7 @@ MASK_PROCESS = Process(Polynomial(), Source(V, mask_id=MASK), eos_id=0)
 
 
 def _weights(*, vocab_size=V, seed=0, scale=0.7, **changes):
-    """Random weights everywhere: fresh ones have a head of zeros, which hides every mistake."""
+    """Random weights everywhere: the initial zeros of the head would hide errors."""
     fields = {"width": 8, "num_blocks": 1, "num_heads": 2, "cond_width": 4, "mlp_ratio": 2}
     model = ModelConfig(vocab_size=vocab_size, **(fields | changes))
     shapes = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))
@@ -84,21 +84,21 @@ def test_shape_and_seed(weights):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, r"Sampling.steps must be a whole number in \[1, "),
-        ({"seed": -1}, r"seed must be a whole number in \[0, 2\^32\), got -1"),
-        ({"seed": 2**32}, "seed must be a whole number"),
-        ({"seed": 1.5}, "seed must be a whole number"),
-        ({"temperature": -1.0}, "temperature must lie in"),
+        ({"steps": 0}, r"Sampling.steps must be an integer in \[1, "),
+        ({"seed": -1}, r"seed must be an integer in \[0, 2\^32\), got -1"),
+        ({"seed": 2**32}, "seed must be an integer"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"temperature": -1.0}, "temperature must be in"),
         ({"jump": "leap"}, "Sampling.jump must be one of .*'leap'"),
         ({"num_samples": 0}, "at least one row"),
         ({"frozen_BL": np.zeros((B, L + 1), bool)}, r"\(16, 5\) and \(16, 6\)"),
-        ({"frozen_BL": np.zeros((B, L), np.int32)}, "frozen_BL bools"),
-        ({"given_BL": np.zeros((B, L))}, "given_BL must hold integers"),
+        ({"frozen_BL": np.zeros((B, L), np.int32)}, "frozen_BL bool"),
+        ({"given_BL": np.zeros((B, L))}, "given_BL must be integer"),
         ({"given": (V,)}, r"in \[0, 6\), got 6"),
         ({"given": (-1,)}, r"in \[0, 6\), got -1"),
         ({"given": (MASK,), "process": MASK_PROCESS}, "other than the mask token 5, got 5"),
-        ({"weights": CAUSAL, "given": (1, None, 2)}, "can't see text that stands after a gap"),
-        ({"weights": CAUSAL, "given": (None, 2)}, "can't see text that stands after a gap"),
+        ({"weights": CAUSAL, "given": (1, None, 2)}, "can't see text after a gap"),
+        ({"weights": CAUSAL, "given": (None, 2)}, "can't see text after a gap"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -116,7 +116,7 @@ def test_given_tokens_stay(process, given):
 
 
 def test_given_tokens_are_seen():
-    """The others are drawn given them, not given the noise in their place."""
+    """The other tokens depend on them, not on the noise at their positions."""
     for one, other in (((1, 1, 1), (4, 4, 4)), ((None, None, 1, 1), (None, None, 4, 4))):
         first, second = _generate(given=one), _generate(given=other)
         free_BL = ~_given(one)[1]
@@ -238,7 +238,7 @@ def test_revealed_tokens_stay_with_a_mask_source_only(process):
 
 @pytest.mark.parametrize("weights", [FEW_STEP, CAUSAL], ids=["few-step", "causal"])
 def test_low_temperature_is_the_mode(weights):
-    """At 1e-4 the draws of one prefix or one noise agree, whatever the key."""
+    """At 1e-4 the draws of one prefix or one noise agree for all keys."""
     if weights is CAUSAL:
         tokens = _generate(weights, temperature=1e-4)
         assert len({tuple(row) for row in tokens}) == 1

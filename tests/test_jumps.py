@@ -23,7 +23,7 @@ RULES = [CUMULATIVE, EULER, MIXTURE]
 
 
 def jump_probability(rule, schedule, logits_BLV, xt_BL, t_B, h_B):
-    """P(jump) per position, from the mass that `make_jump` takes; its frequencies are below."""
+    """P(jump) per position, from the mass in `make_jump`; its frequencies are tested below."""
     u_BLU = jnp.zeros((*xt_BL.shape, categorical.NUMBERS))
     _, m_BL = categorical.pick_other(u_BLU, jnp.asarray(logits_BLV), xt_BL)
     t_B1, h_B1 = (jnp.reshape(jnp.float32(x), (-1, 1)) for x in (t_B, h_B))
@@ -340,7 +340,7 @@ def test_rules_by_name():
 
 
 def exact_logits(batch, length, size):
-    """Factors of small integers: products are exact, in whatever order they are summed."""
+    """Factors of small integers: products are exact in any order of summation."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
     return Factored(draw(batch, length, 3), draw(3, size), draw(size), temperature=2.0)

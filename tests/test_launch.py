@@ -1,4 +1,4 @@
-"""The launchers: what they would run, and what they do with stand-ins for clouds and clusters."""
+"""The launchers: their commands, and their behaviour with fake clouds and clusters."""
 
 import os
 import pathlib
@@ -74,7 +74,7 @@ def _executable(path, text):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Folder with spaces and quotes in its name that holds the program's stand-in."""
+    """A folder with spaces and quotes in its name and a fake program."""
     folder = tmp_path / "a 'stub'"
     folder.mkdir()
     _executable(folder / "python", STUB.format(python=sys.executable))
@@ -87,7 +87,7 @@ def _seen(folder, process=0, attempt=0):
 
 
 def _environment(*paths, **values):
-    """This process's environment without what would steer the launchers."""
+    """This process's environment without variables that affect the launchers."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_", "MODULE"))}
     path = os.pathsep.join([*map(str, paths), own["PATH"]])
     return own | {"PATH": path} | {name: str(value) for name, value in values.items()}
@@ -125,7 +125,7 @@ def test_scripts_pass_shellcheck(script):
         (["local.sh"], "expected '--'"),
         (["local.sh", "--", "--workdir=x"], "--processes must be"),
         (["local.sh", "--processes=2x", "--", "--workdir=x"], "--processes must be"),
-        (["local.sh", "--processes=0", "--", "--workdir=x"], "from 1 on"),
+        (["local.sh", "--processes=0", "--", "--workdir=x"], ">= 1"),
         (["local.sh", "--processes=1", "--", "--config=x"], "no --workdir"),
         (["local.sh", "--process=1", "--", "--workdir=x"], "unknown option '--process=1'"),
         (["slurm.sh", "--nodes=", "--", "--workdir=x"], "--nodes must be"),
@@ -139,7 +139,7 @@ def test_scripts_pass_shellcheck(script):
         (["tpu_pod.sh", "start", "--name=n", "--zone=z", "--", "--workdir=x"], "--workdir=/FOLDER"),
         (
             ["tpu_pod.sh", "stop", "--name=n", "--zone=z", "--", "--workdir=/x"],
-            "takes no arguments",
+            "takes no program arguments",
         ),
         (["tpu_pod.sh", "stop", "--name=n", "--zone=z", "--env=A B=1"], "--env must be"),
     ],
@@ -216,18 +216,18 @@ def test_local_ends_all_when_one_fails_and_returns_its_code(stub):
     ended = _local(stub, "--processes=3", "--devices=1", "--grace=1", does=does)
     assert ended.returncode == 7
     assert time.monotonic() - began < 20
-    assert "process 1 ended with exit code 7" in ended.stderr
+    assert "process 1 exited with code 7" in ended.stderr
     assert "told 15" in (stub / "runs/logs/process-2.log").read_text()
 
 
 @pytest.mark.parametrize("first", [2, 134])
-def test_local_does_not_run_again_what_is_to_be_mended(stub, first):
-    # Whichever is seen first: 2 says why, and the other process only lost its coordinator.
+def test_local_does_not_run_again_what_must_be_fixed(stub, first):
+    # In either order: 2 gives the reason, and the other process only lost its coordinator.
     does = f"if me == '1': time.sleep(1)\nsys.exit({first} if me == '0' else {136 - first})"
     ended = _local(stub, "--processes=2", "--devices=1", "--restarts=3", "--grace=5", does=does)
     assert ended.returncode == 2
-    assert "ended with exit code 2, see" in ended.stderr
-    assert "running again" not in ended.stderr
+    assert "exited with code 2, see" in ended.stderr
+    assert "restart" not in ended.stderr
     assert not (stub / "seen-0-1").exists()
 
 
@@ -365,7 +365,7 @@ exit "$highest"
 
 @pytest.fixture
 def slurm(stub, tmp_path):
-    """A function that runs slurm.sh on a cluster of stand-ins."""
+    """A function that runs slurm.sh on a fake cluster."""
     commands = tmp_path / "bin"
     commands.mkdir()
     _executable(commands / "sbatch", SBATCH)
@@ -485,7 +485,7 @@ def test_slurm_says_where_it_belongs(stub):
 
 
 def _only(folder, *names):
-    """A folder for PATH that has these commands and no other."""
+    """A folder for PATH with only these commands."""
     place = folder / "only"
     place.mkdir()
     for name in names:
@@ -551,13 +551,13 @@ chmod +x fsdfm_env/bin/python
 
 
 def _kill_group(pid):
-    """Kills a program of `start` together with the shell that waits for it."""
+    """Kill a program of `start` together with the shell that waits for it."""
     os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
 @pytest.fixture
 def cloud(stub, tmp_path):
-    """A function that runs tpu_pod.sh on the cloud of stand-ins, without long pauses."""
+    """A function that runs tpu_pod.sh on a fake cloud, without long pauses."""
     commands = tmp_path / "bin"
     commands.mkdir()
     _executable(commands / "gcloud", GCLOUD)
@@ -638,8 +638,8 @@ def test_tpu_pod_restarts_a_failed_program_as_often_as_allowed(cloud, stub):
     assert len(_calls(cloud, "create")) == 1  # the slice was still there
 
 
-def test_tpu_pod_does_not_restart_what_is_to_be_mended(cloud, stub):
-    # The host that says what is to be mended is not the first that ends, and one goes on waiting.
+def test_tpu_pod_does_not_restart_what_must_be_fixed(cloud, stub):
+    # The host that exits with 2 is not the first to end, and one keeps waiting.
     does = (
         "if me == 'pod-0-0': sys.exit(134)\n"
         "if me == 'pod-1-0': time.sleep(1); sys.exit(2)\n"
@@ -648,7 +648,7 @@ def test_tpu_pod_does_not_restart_what_is_to_be_mended(cloud, stub):
     options = ["--type=v6e-8", "--slices=2", "--settle=3"]
     ended = cloud("run", *options, "--", "--workdir=/x", does=does)
     assert ended.returncode == 2, ended.stderr
-    assert "something is to be mended" in ended.stderr
+    assert "you must fix something" in ended.stderr
     assert not (stub / "seen-pod-0-0-1").exists()
     # No host is left behind that still waits for the others.
     assert "told 15" in (cloud.fake / "host-pod-1-1/fsdfm_run/log").read_text()
@@ -683,7 +683,7 @@ def test_tpu_pod_run_leaves_alone_what_does_not_answer(cloud, stub):
     (cloud.fake / "fail-ssh").write_text("1000")
     ended = cloud(*RUN)
     assert ended.returncode == 1
-    assert "asked 10 times" in ended.stderr
+    assert "in 10 attempts" in ended.stderr
     assert "nothing was stopped" in ended.stderr
     (cloud.fake / "fail-ssh").unlink()
     assert cloud("status").stdout.count("running") == 2
@@ -823,7 +823,7 @@ def test_jobset_restarts_whole():
 
 
 def _job_message(rules, *, code=None, condition=None):
-    """What Kubernetes' Job controller says of a failed pod by the first rule it met, or None."""
+    """The message of Kubernetes' Job controller for the first rule that a pod matches, or None."""
     for index, rule in enumerate(rules):
         assert rule["action"] == "FailJob"
         matched = f"matching FailJob rule at index {index}"

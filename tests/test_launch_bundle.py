@@ -1,4 +1,4 @@
-"""A model becomes the package's own, or is refused."""
+"""Packaging a model as the bundled one, or rejecting it."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def stored(folder, slug, kind, run, tokens_NL):
 
 @pytest.fixture
 def report(tmp_path):
-    """Held-out text of which half is known; a run of which a quarter is, and one that knows all."""
+    """Held-out text, half memorised; a run with a quarter memorised, and one with all."""
     unknown = np.full(60, 96)
     half = np.stack([TEXT[:60], unknown])
     quarter = np.stack([TEXT[:60], unknown, unknown, unknown])
@@ -70,14 +70,14 @@ def test_rows_are_the_latest_of_the_runs_asked_for(report):
 
 def test_a_model_that_repeats_its_text_is_refused(report):
     rows = launch_bundle.read_rows(report, ["distill"], NGRAMS)
-    with pytest.raises(ValueError, match="other: 100.000% .* of held-out text 50.000%"):
+    with pytest.raises(ValueError, match="other: 100.000% .* against 50.000% for held-out text"):
         launch_bundle.check_copied(rows)
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
     place = report if there else tmp_path / "nowhere"
-    with pytest.raises(ValueError, match="has no row of .*step_aware.* its report"):
+    with pytest.raises(ValueError, match="has no row for .*step_aware.* its evaluation"):
         launch_bundle.read_rows(place, ["step_aware"], NGRAMS)
 
 

@@ -1,4 +1,4 @@
-"""How activations and gradients are laid out, on the eight CPU devices of conftest.py."""
+"""Sharding of activations and gradients on the eight CPU devices of conftest.py."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""FineWeb-Edu and WikiText-103 as they lie on disk: stand-ins of both, read and prepared."""
+"""The file layouts of FineWeb-Edu and WikiText-103: reading and preparing small substitutes."""
 
 import dataclasses
 
@@ -111,7 +111,7 @@ def test_fineweb_is_a_document_a_row(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, len(LINES)))
 def test_wikitext_articles_of_parquet_files(tmp_path, cut):
-    """Wherever an article is cut by the end of a file."""
+    """For any split of an article between files."""
     _wikitext_parquet(tmp_path / "hub", cut)
     assert _read(tmp_path / "hub" / "train-*.parquet", "wikitext") == TEXTS
 

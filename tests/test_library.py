@@ -1,4 +1,4 @@
-"""Models in and out, and training from Python on arrays of tokens."""
+"""Loading and saving models, and training from Python on arrays of tokens."""
 
 import jax
 import numpy as np
@@ -77,7 +77,7 @@ def test_refine_refuses_what_is_no_base_model_of_its_own(base, student, what):
             (NETWORK | {"width": 8}, {}) if "network" in what else (NETWORK, {"power": 2.0})
         )
         given = {"teacher": fs.train(TEXT_NL, model=network, path=path, **HOW | {"num_steps": 1})}
-        message = "teacher must have the network and the path of base"
+        message = "teacher must have the same network and path as base"
     with pytest.raises(ValueError, match=message):
         fs.train(TEXT_NL, base=student, **how, **given)
 
@@ -96,13 +96,13 @@ def test_guidance_needs_a_weaker_model(base):
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        (TEXT_NL[0], {}, r"integers \[N, L\]"),
-        (TEXT_NL.astype(np.float32), {}, r"integers \[N, L\]"),
-        (TEXT_NL - 1, {}, "at least 0"),
-        (TEXT_NL, {"vocab_size": 7}, "vocab_size is 7"),
+        (TEXT_NL[0], {}, r"integer ids \[N, L\]"),
+        (TEXT_NL.astype(np.float32), {}, r"integer ids \[N, L\]"),
+        (TEXT_NL - 1, {}, "must be non-negative"),
+        (TEXT_NL, {"vocab_size": 7}, "vocab_size=7"),
         (TEXT_NL, {"stage": "distil"}, "expected one of autoregressive"),
         (TEXT_NL, {"stage": "refine"}, "give it as base="),
-        (TEXT_NL, {"init_from": "pretrain"}, "give its model as base="),
+        (TEXT_NL, {"init_from": "pretrain"}, "give a model as base="),
         (TEXT_NL, {"batch_size": 0}, "batch_size must be"),
         (TEXT_NL, {"accumulate": 3}, "multiple of accumulate=3"),
         (TEXT_NL, {"warmup": 3}, "pretrain.warmup_steps"),
@@ -114,7 +114,7 @@ def test_bad_arguments_say_what_to_do(text, changes, message):
 
 
 def test_a_base_brings_its_own_network(base):
-    with pytest.raises(ValueError, match="leave these out"):
+    with pytest.raises(ValueError, match="omit these"):
         fs.train(TEXT_NL, stage="distill", base=base, model=NETWORK, **HOW)
 
 

@@ -1,4 +1,4 @@
-"""One writer for a working directory: who is refused, and which locks are left-overs."""
+"""One writer per working directory: rejected writers and stale locks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Factored logits: what is done with them chunk by chunk equals what is done with all at once."""
+"""Factored logits: operations in chunks equal operations on full logits."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ D = 6
 
 
 def factored(seed, batch, length, size, *, positions=0, **changes):
-    """Random factored logits of order 1, so many positions at a time."""
+    """Random factored logits of order 1, with a given chunk size."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     return Factored(
@@ -33,7 +33,7 @@ def factored(seed, batch, length, size, *, positions=0, **changes):
 
 
 def whole_numbers(seed, batch, length, size, **changes):
-    """Factors of small integers: every product and sum is exact, in whatever order it is taken."""
+    """Factors of small integers: products and sums are exact in any order."""
     logits = factored(seed, batch, length, size, **changes)
     rounded = {
         name: jnp.round(getattr(logits, name)) for name in ("features_BLD", "kernel_DV", "bias_V")
@@ -198,7 +198,7 @@ def test_an_array_is_taken_as_it_is():
 
 
 def summary(logits_BLV, offset_BL):
-    """The largest and the smallest logit and their places: nothing that would round."""
+    """The largest and the smallest logit and their indices, which don't round."""
     numbers = (jnp.max(logits_BLV, -1), jnp.argmax(logits_BLV, -1), jnp.min(logits_BLV, -1))
     return jnp.stack([offset_BL * n for n in numbers], axis=-1)
 
@@ -252,7 +252,7 @@ def test_average():
     assert isinstance(got, Factored)
     assert_close(dense(got), want, 1e-6)
     assert_close(average([dense(part) for part in parts], weights), want, 1e-6)
-    # In float32, whatever the parts are.
+    # In float32 for any dtype of the parts.
     halved = [
         dataclasses.replace(p, features_BLD=p.features_BLD.astype(jnp.bfloat16)) for p in parts
     ]
@@ -263,7 +263,7 @@ def test_average():
 def test_an_average_has_weights_that_add_up_to_1(weights):
     logits = factored(0, 1, 2, 3)
     for pair in ((logits, logits), (dense(logits), dense(logits))):
-        with pytest.raises(ValueError, match=r"must add up to 1, got \(.*\)"):
+        with pytest.raises(ValueError, match=r"must sum to 1, got \(.*\)"):
             average(pair, weights)
     with pytest.raises(ValueError, match="shorter|longer"):
         average((logits, logits), (1.0,))

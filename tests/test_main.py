@@ -1,6 +1,6 @@
-"""The main job: refusals before work, a whole run, going on after kills, generating from it.
+"""The main job: early errors, a complete run, resuming after kills, generating from it.
 
-The runs are subprocesses: what a kill leaves behind is only real in another process.
+The runs are subprocesses, so that kills are real.
 """
 
 import csv
@@ -158,11 +158,11 @@ def _files(folder):
         ({"mesh.data": 3}, r"mesh sizes \(mesh.data=3, .*8 device"),
         (
             {"mesh.data": 1, "mesh.fsdp": 8, "model.width": 20, "model.num_heads": 2},
-            r"kernel can't be spread: dimension \d of its shape .* by mesh.*=8",
+            r"kernel can't be sharded: dimension \d of its shape .* by mesh.*=8",
         ),
         ({"pipeline": "pretrain,distil"}, "unknown stage 'distil'"),
         ({"pipeline": "distill"}, "distill.init_from"),
-        ({"pipeline": ""}, "names no stage"),
+        ({"pipeline": ""}, "pipeline is empty"),
         ({"path.source": "noise"}, "Unknown source 'noise'"),
         ({"path.source": "mask"}, "needs path.source='uniform'"),
         ({"path.schedule": "linear"}, "linear"),
@@ -176,16 +176,16 @@ def _files(folder):
         ({"refine.max_log2_steps": 3}, "refine's batch of 8 rows must be a multiple of 32"),
         ({"refine.noise": (0.5, 1.0)}, r"refine\.noise must be .* in \(0, 1\)"),
         ({"refine.auxiliary_updates": 0}, r"refine\.auxiliary_updates"),
-        ({"refine.teacher": "short"}, "refine.teacher='short' names no trained run"),
-        ({"refine.teacher": "base"}, "refine.teacher must name a base .*/distill holds a few-step"),
+        ({"refine.teacher": "short"}, "refine.teacher='short' is not a trained run"),
+        ({"refine.teacher": "base"}, "refine.teacher must be a base .*/distill has a few-step"),
         ({"step_aware.warmup_steps": 100}, "warmup_steps"),
         (
             {"distill.guidance": 1.0, "distill.guide": "pretrain"},
-            "distill.init_from must name a base model.*/step_aware holds a few-step model",
+            "distill.init_from must be a base model.*/step_aware has a few-step model",
         ),
         (
             {"distill.guidance": 1.0, "distill.guide": "short"},
-            "distill.guide='short' names no trained run",
+            "distill.guide='short' is not a trained run",
         ),
         (
             {
@@ -193,7 +193,7 @@ def _files(folder):
                 "distill.guidance": 1.0,
                 "distill.guide": "autoregressive",
             },
-            "distill.guide must name a base .*/autoregressive holds an autoregressive model",
+            "distill.guide must be a base .*/autoregressive has an autoregressive model",
         ),
         ({"autoregressive.num_steps": 0}, "num_steps"),
     ],
@@ -497,7 +497,7 @@ def test_prepared_data_of_another_spec_is_refused(world, finished, tmp_path, mon
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp_path, monkeypatch):
-    """Same configuration, but the files behind the glob are others and were prepared anew."""
+    """Same configuration, but the glob matches other files, which were prepared again."""
     shutil.copytree(finished[0] / "data", tmp_path / "run" / "data")
     config = _config(world.corpus, pipeline="pretrain")
     _, recipes, _ = main.check(config, tmp_path / "run")
@@ -514,7 +514,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_tokens(world, finished, tmp
     directory = workdir.stage_directory(tmp_path / "run", "pretrain") / "checkpoints"
     with checkpoint.Checkpoints(directory, retention=checkpoint.Retention()) as checkpoints:
         checkpoints.save(2, {"params": {"w": np.zeros(2)}}, metadata)
-    # Whatever else is wrong with that checkpoint, this is what has to be said.
+    # This message takes precedence over other faults of that checkpoint.
     with pytest.raises(ValueError, match="tokenizer"):
         _run_here(monkeypatch, config, tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""MAUVE of features whose distributions are known, and what is said where it can't be computed."""
+"""MAUVE of features with known distributions, and messages if it can't be computed."""
 
 import importlib.metadata
 import importlib.util
@@ -72,12 +72,12 @@ def _with(value):
         (_features(1), _features(2, 39), r"reference of at least 40 samples"),
         (_features(1)[:, 0], _features(2), r"got shape \(120,\)"),
         (_features(1)[:, :-1], _features(2), "widths 11 and 12"),
-        (_with(np.nan), _features(2), "features hold values that are not finite"),
-        (_features(2), _with(np.inf), "reference hold values that are not finite"),
+        (_with(np.nan), _features(2), "features have values that are not finite"),
+        (_features(2), _with(np.inf), "reference have values that are not finite"),
     ],
 )
 def test_what_is_refused(features, reference, message):
-    """With or without the package."""
+    """Both with and without the package."""
     with pytest.raises(ValueError, match=message):
         mauve.score(features, reference, seed=0)
 
@@ -138,7 +138,7 @@ def test_depends_on_the_seed_alone():
 
 @pytest.mark.usefixtures("installed")
 def test_the_interval_is_as_wide_as_fresh_samples_scatter():
-    """Samples of four of the six centres, in weights of their own, drawn anew 40 times.
+    """Samples of four of the six centres, with different weights, drawn 40 times.
 
     A standard deviation of 40 scores is known to 1 / sqrt(78) = 11%, the mean width of 8 intervals
     with 2 of 100 half-samples outside either end to about as much: together to 16%, three of which

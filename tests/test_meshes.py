@@ -1,4 +1,4 @@
-"""What is trained and sampled doesn't depend on the mesh, on eight simulated devices."""
+"""Training and sampling don't depend on the mesh, on eight simulated devices."""
 
 import functools
 import shutil
@@ -145,7 +145,7 @@ def drawn_on_one(kind):
 
 
 def assert_same_tokens(got, want, sizes):
-    """Rows and parameters that are spread change no token.
+    """Sharding rows and parameters changes no token.
 
     With `tensor`, sums are taken in another order: a candidate that ties within rounding may win,
     from where on a row is another one.
@@ -171,7 +171,7 @@ def test_samples_on_every_mesh_are_those_of_one_device(kind, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_evaluation_draws_the_same_on_a_mesh(sizes):
-    """The last batch is cut; how many rows there are doesn't say how they are spread."""
+    """The last batch is smaller; the sharding doesn't depend on the number of rows."""
     model, process, params = a_network("distill")
     given = draw.Given(np.zeros((5, LENGTH), np.int32), np.zeros((5, LENGTH), bool))
     point = Point("model", "distill", "distill", stage="distill", sampling=Sampling(2), seed=4)

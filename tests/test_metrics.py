@@ -1,4 +1,4 @@
-"""Figures against worked examples and literal, slow implementations."""
+"""Figures against worked examples and naive implementations."""
 
 import collections
 import itertools
@@ -105,7 +105,7 @@ def test_bootstrap_refuses(arrays, settings, message):
 
 
 def test_bootstrap_refuses_a_statistic_of_all_axes():
-    with pytest.raises(ValueError, match="last axis alone"):
+    with pytest.raises(ValueError, match="only the last axis"):
         metrics.bootstrap(np.mean, np.arange(4.0))
 
 
@@ -154,7 +154,7 @@ def test_distinct_against_sets(n):
 
 
 def test_distinct_is_a_figure_of_each_sample():
-    """Neither more samples nor a sample drawn twice change it."""
+    """More samples or duplicates don't change it."""
     tokens_NL = np.random.default_rng(0).integers(0, 5, size=(8, 16))
     alone = [metrics.distinct(row[None], 2)[0] for row in tokens_NL]
     np.testing.assert_array_equal(metrics.distinct(tokens_NL, 2), alone)
@@ -263,7 +263,7 @@ def test_self_bleu_is_that_of_sacrebleu(seed, vocab_size):
 
 # ---------------------------------------------------------------------------------------- controls
 def test_figures_of_controls():
-    """One sentence over and over against shuffled text: what each figure sees."""
+    """A repeated sentence against shuffled text, by each figure."""
     rng = np.random.default_rng(8)
     text_NL = rng.zipf(1.5, size=(6, 40)) % 50
     shuffled_NL = rng.permuted(text_NL, axis=1)

@@ -1,4 +1,4 @@
-"""Mixtures: which source a position comes from, prepared folders by weight, what is refused."""
+"""Mixtures: the source of each position, prepared folders by weight, rejected inputs."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ LENGTH = 8
 
 
 def _numbers(first, count):
-    """Blocks that say where they come from."""
+    """Blocks that encode their source."""
     return np.repeat(np.arange(first, first + count, dtype=np.int32)[:, None], 3, axis=1)
 
 
@@ -42,7 +42,7 @@ def test_parse():
         ("a=nan", "got 'a=nan'"),
         ("a=inf", "got 'a=inf'"),
         ("a=1/0", "got 'a=1/0'"),
-        ("a=1,b=2,a=3", "names a twice"),
+        ("a=1,b=2,a=3", "has a twice"),
         (" , ", "has no DIR=WEIGHT"),
     ],
 )
@@ -110,7 +110,7 @@ def test_batches_are_pure_and_have_the_shares_of_the_weights():
     drawn = np.concatenate([_batches(mixed).batch_at(step)[:, 0] for step in range(50)])
     # 500 positions are 50 periods of 10: the shares are exact.
     assert np.bincount(drawn // 1000).tolist() == [250, 150, 100]
-    # Each source runs through epochs of its own, every block once.
+    # Each source has independent epochs, with every block once.
     second = drawn[drawn // 1000 == 1]
     for epoch in range(7):
         assert sorted(second[20 * epoch : 20 * epoch + 20] - 1000) == list(range(20))
@@ -208,7 +208,9 @@ def test_a_mixture_follows_folders_that_were_moved(folders, tmp_path):
     shutil.copytree(folders, tmp_path / "old")
     first = prepared_lib.prepare(_mixed_spec(tmp_path / "old"), tmp_path / "mixed")
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match="old/a .* or name its new place in data.mixture"):
+    with pytest.raises(
+        FileNotFoundError, match="old/a .* if it was moved, give its new path in data.mixture"
+    ):
         prepared_lib.load(tmp_path / "mixed")
     moved = prepared_lib.prepare(_mixed_spec(tmp_path / "new"), tmp_path / "mixed")
     assert moved.fingerprint == first.fingerprint
@@ -241,7 +243,7 @@ def test_mixtures_that_are_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"c has tokenizer \w+, but .*a has \w+; prepare it with"):
         prepare(_mixed_spec(folders, "a=1,c=1"))
     data = prepare(_mixed_spec(folders))
-    with pytest.raises(ValueError, match="is a mixture itself"):
+    with pytest.raises(ValueError, match="is itself a mixture"):
         prepare(_spec("x", mixture=f"{data.directory}=1"), "other")
     with pytest.raises(ValueError, match=r"data\.mixture is .* but the folder has"):
         prepare(_mixed_spec(folders, "a=1,b=1"))
@@ -255,12 +257,12 @@ def test_a_member_that_changed_or_lost_a_file(folders, tmp_path):
     shard = next((tmp_path / "own" / "b").rglob("*train.array_record*"))
     shard.rename(tmp_path / "away")
     with pytest.raises(
-        ValueError, match=rf"b is damaged: .*{shard.name} is missing; put the files"
+        ValueError, match=rf"b is damaged: .*{shard.name} is missing; restore the files"
     ):
         prepared_lib.load(tmp_path / "mixed")
     shutil.rmtree(tmp_path / "own" / "b")
     prepared_lib.prepare(_spec(tmp_path / "own" / "b.jsonl", holdout=0.4), tmp_path / "own" / "b")
-    with pytest.raises(ValueError, match=r"mixture with data \w+, but .*b has \w+ now; put back"):
+    with pytest.raises(ValueError, match=r"mixture with data \w+, but .*b now has \w+; restore"):
         prepared_lib.load(tmp_path / "mixed")
 
 

@@ -1,4 +1,4 @@
-"""The network against a NumPy transcription of its layout, and against its own promises."""
+"""The network against a NumPy transcription, and its invariants."""
 
 import dataclasses
 import math
@@ -44,7 +44,7 @@ def shapes(cfg):
 
 
 def noise_params(cfg, seed=0):
-    """Random values everywhere, the parts that start at zero or one included."""
+    """Random values everywhere, including parts that are initially zero or one."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -199,7 +199,7 @@ def test_learned_positions_are_added_to_the_tokens(kind):
 
 
 def test_learned_positions_change_nothing_else():
-    """The same seed gives the same other parameters, and without positions the same logits."""
+    """The same seed gives equal other parameters, and equal logits without positions."""
     key = jax.random.key(5)
     rotary, learned = init(key, SMALL), init(key, placed(SMALL))
     table_LD = learned["vocab_embed"].pop("positions")
@@ -274,7 +274,7 @@ def test_diffusion_networks_start_at_zero_logits(kind):
     assert all(not leaf.any() for leaf in jax.tree.leaves(zeros))
     kernels = params["blocks"]["q_proj"]["kernel"]
     assert kernels.any()
-    assert not np.array_equal(kernels[0], kernels[1])  # each block has draws of its own
+    assert not np.array_equal(kernels[0], kernels[1])  # each block has independent draws
     # Xavier-uniform over one block's (in, out), not over the stack: up to sqrt(6 / 2D).
     bound = math.sqrt(6 / (2 * cfg.width))
     assert 0.9 * bound < np.abs(kernels).max() <= bound
@@ -362,7 +362,7 @@ def test_add_conditioning_names_what_does_not_fit():
 
     base = shapes(SMALL)
     base["head"] = base["head"]["kernel"]
-    with pytest.raises(ValueError, match=r"/head: a group of parameters in one, an array"):
+    with pytest.raises(ValueError, match=r"/head: a group of parameters in one tree, an array"):
         model_lib.add_conditioning(base, fresh)
     base = shapes(SMALL)
     base["final_norm"]["LayerNorm_0"]["scale"] = {"deeper": base["head"]["bias"]}
@@ -430,7 +430,7 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 def count_dots(jaxpr):
-    """Products of a jaxpr, those inside other equations included."""
+    """Matrix products of a jaxpr, including nested ones."""
     own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
     inner = (count_dots(x) for e in jaxpr.eqns for x in jaxprs_in_params(e.params))
     return own + sum(inner)
@@ -670,7 +670,7 @@ def test_batch_over_eight_devices_is_one_device(kind):
         ({"num_heads": 3}, r"width=16 must split into num_heads=3"),
         ({"width": 6, "num_heads": 2}, r"heads of even width"),
         ({"logits_mib": -1}, r"model\.logits_mib must be at least 0, got -1"),
-        ({"dropout": 1.0}, r"model\.dropout must lie in \[0, 1\), got 1\.0"),
+        ({"dropout": 1.0}, r"model\.dropout must be in \[0, 1\), got 1\.0"),
         ({"dropout": -0.1}, r"model\.dropout .*got -0\.1"),
         ({"dropout": math.nan}, r"model\.dropout .*got nan"),
         ({"conditioning": "adaptive"}, r"model\.conditioning='adaptive'.*none, official, additive"),

@@ -76,7 +76,7 @@ def test_an_unseen_context_backs_off():
         ([[0, 4]], 4, r"token ids in \[0, 4\)"),
         ([[-1, 0]], 4, r"token ids in \[0, 4\)"),
         ([[]], 4, "at least one"),
-        ([[0]], 10**6, "too many to be numbered"),
+        ([[0]], 10**6, "don't fit 63 bits"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(blocks, size, message):

@@ -1,4 +1,4 @@
-"""The optimiser, read off the updates it makes of a scalar."""
+"""The optimiser, checked by its updates of a scalar."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_without_warm_up_the_first_step_is_at_the_peak():
 
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_a_constant_rate_then_a_linear_decay(warmup):
-    """By hand: constant from the warm-up on, in the last 5 of 20 steps straight to its end."""
+    """By hand: constant after the warm-up, linear in the last 5 of 20 steps."""
     got = learning_rates(make(warmup_steps=warmup, num_steps=20, decay_steps=5), 23)
     expected = np.full(23, 0.5)
     expected[:warmup] = 0.5 * np.arange(warmup) / max(warmup, 1)
@@ -68,7 +68,7 @@ def test_a_stage_may_be_all_warm_up(steps):
 
 
 def test_the_global_gradient_is_clipped():
-    """With eps as large as the clipped gradient, Adam's step shows the size it was given."""
+    """With eps as large as the clipped gradient, Adam's step depends on the gradient's size."""
     params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     transformation = make(optimizer={"clip_norm": 2.0, "eps": 1.0}, warmup_steps=0)
 
@@ -101,7 +101,7 @@ def test_adamw_equals_its_equations():
 
 @pytest.mark.parametrize("decay_steps", [0, 8])
 def test_a_second_network_learns_at_the_same_share_of_the_training(decay_steps):
-    """At 3 updates to one: warm-up and decay are thrice as long, the rate is scaled."""
+    """With 3 updates per student update, warm-up and decay are 3 times as long, the rate scaled."""
     config = base_config.get_config()
     config.optim.weight_decay = 0.0
     config.refine.update(learning_rate=0.5, num_steps=20, warmup_steps=4, decay_steps=decay_steps)
@@ -131,7 +131,7 @@ def test_the_papers_values_are_the_defaults():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"warmup_steps": 11}, "warmup_steps must lie between 0 and num_steps=10, got 11"),
+        ({"warmup_steps": 11}, "warmup_steps must be between 0 and num_steps=10, got 11"),
         ({"warmup_steps": -1}, "warmup_steps .* got -1"),
         ({"warmup_steps": 4, "decay_steps": 7}, "decay_steps .* = 10 - 4, got 7"),
         ({"decay_steps": -1}, "decay_steps .* got -1"),
@@ -143,7 +143,7 @@ def test_wrong_lengths_are_refused(stage, message):
 
 
 def test_the_first_moment_may_have_half_the_size():
-    """Rounded by 2^-9 of itself a step and with a memory of 10 steps it is off by 2% at most."""
+    """Rounding by 2^-9 per step with a memory of 10 steps gives an error of at most 2%."""
     params = {"w": jnp.linspace(-1.0, 1.0, 64)}
     found = {}
     for dtype in ("float32", "bfloat16"):

@@ -1,4 +1,4 @@
-"""What is evaluated: settings that are refused, the points of a report and of a sweep."""
+"""Points of an evaluation: rejected settings, the points of a report and of a sweep."""
 
 import pytest
 
@@ -130,10 +130,10 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"jumps": ()}, "eval.jumps must be a tuple of at least one"),
         ({"memories": ("all",)}, "eval.memories must be each one of .*'all'"),
         ({"sampling.grid": "power:30"}, "eval.steps: Sampling.grid: .*increase strictly"),
-        ({"steps": (1, 0)}, "eval.steps must be each a whole number"),
-        ({"steps": ("1",)}, "eval.steps must be each a whole number"),
-        ({"steps": (1, 2.0)}, "eval.steps must be each a whole number"),
-        ({"steps": (None,)}, "eval.steps must be each a whole number"),
+        ({"steps": (1, 0)}, "eval.steps must be each an integer"),
+        ({"steps": ("1",)}, "eval.steps must be each an integer"),
+        ({"steps": (1, 2.0)}, "eval.steps must be each an integer"),
+        ({"steps": (None,)}, "eval.steps must be each an integer"),
         ({"jumps": ("leap",)}, "eval.jumps must be each one of .*'leap'"),
         ({"sampling.jump": "leap"}, "eval.sampling.jump must be one of"),
         ({"controls": ("random",)}, "eval.controls must be each one of .*'random'"),
@@ -143,8 +143,8 @@ def test_a_left_to_right_model_is_not_asked_to_fill_gaps(task):
         ({"sampling.grid": "linear"}, "eval.sampling.grid must be uniform, .*'linear'"),
         ({"seed": -1}, "eval.seed must"),
         ({"task": "suffix:3"}, "Unknown task 'suffix:3'"),
-        ({"models": "runs/other"}, "expected LABEL=PATH"),
-        ({"models": "a=x,a=y"}, "each label once"),
+        ({"models": "runs/other"}, "expected comma-separated LABEL=PATH"),
+        ({"models": "a=x,a=y"}, "unique labels"),
         ({"models": "a/b=x"}, "of letters, digits"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_sweep_is_made_around_the_sampler_of_generate():
 
 
 def test_one_label_is_one_sampler_in_reports_and_sweeps():
-    """Whatever plan a point is of: label, steps and temperature say how it is sampled."""
+    """In every plan, label, steps and temperature describe the sampler of a point."""
     plans = []
     each_alone = ({name: value} for name, value in (OTHER | {"top_p": 0.9}).items())
     for sampling in ({}, OTHER, *each_alone, {"grid": "cosine", "temperature": 0.8}):
@@ -238,7 +238,7 @@ def test_a_left_to_right_model_takes_no_steps_jumps_or_grids():
 def test_no_models_named_is_all_of_them():
     plan = plan_lib.sweep(_axes(models=()), _settings(), STAGES, 128)
     assert {p.source for p in plan if p.kind == "model"} == set(STAGES)
-    with pytest.raises(ValueError, match=r"axes\.models names the unknown 'refine'"):
+    with pytest.raises(ValueError, match=r"axes\.models has the unknown 'refine'"):
         plan_lib.sweep(_axes(models=("refine",)), _settings(), STAGES, 128)
 
 

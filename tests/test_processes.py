@@ -1,6 +1,6 @@
-"""Several processes as one job, on CPU devices that talk over the network.
+"""Several processes as one job, on CPU devices connected by the network.
 
-What the processes do is `work` below; the tests look at what is left.
+The processes run `work` below; the tests check the results.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ROWS = 16
 
 
 def toy_stage():
-    """A weight for each row and channel: whose row went missing or came twice would be seen."""
+    """A weight for each row and channel, which reveals missing and duplicate rows."""
 
     def init_params(key, base):
         return {"head": {"kernel": jnp.zeros((ROWS, 3))}}
@@ -84,7 +84,7 @@ def train_toy(directory, num_steps, sizes=(1, 8, 1), *, on_step=lambda step: Non
 
 
 def work(argv):
-    """What one of the processes does, see the tests."""
+    """Run one of the processes; see the tests."""
     _, task, folder, coordinator, process = argv
     processes.initialize(coordinator, 2, int(process))
     folder, second = pathlib.Path(folder), process == "1"
@@ -152,7 +152,7 @@ def start(task, folder):
 
 
 def finish(started, timeout=240):
-    """(exit codes, what was written to stderr), each read while all of them run."""
+    """(exit codes, stderr), each read while all processes run."""
     errors = [""] * len(started)
 
     def read(number, process):
@@ -260,14 +260,14 @@ def test_one_that_is_gone_ends_the_other(tmp_path, task):
     assert time.monotonic() - began < 200
     if task == "failed":
         assert "error: the text is gone" in errors[1]
-    # What was saved before is whole, the save at hand perhaps not; the job goes on from it.
+    # Earlier saves are complete, the current one may not be; the job resumes from them.
     assert checkpoint.latest_step(tmp_path / "checkpoints") in (3, 6)
     train_toy(tmp_path, 9)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
 
 
 def test_processes_that_cannot_join_are_told_what_to_give():
-    with pytest.raises(ValueError, match=r"can't be joined.*--coordinator=HOST:PORT"):
+    with pytest.raises(ValueError, match=r"can't connect.*--coordinator=HOST:PORT"):
         processes.initialize(None, 2, None)
     assert not processes.is_joined()
 
@@ -299,7 +299,7 @@ def test_a_lone_process_waits_for_nobody():
 
 @pytest.mark.slow
 def test_the_program_in_two_processes_is_that_in_one(tmp_path):
-    """All stages and the evaluation, on eight devices in one process and in two."""
+    """All stages and the evaluation, on eight devices of one process and of two."""
     from test_main import STAGES, World
 
     world = World(tmp_path)

@@ -1,4 +1,4 @@
-"""Every program on every command line of a careless user: one line, exit code 2 (or 143)."""
+"""All commands with typical user errors: one line, exit code 2 (or 143)."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 BASE, SWEEP = (f"--config={ROOT}/configs/{name}.py" for name in ("base", "sweep"))
 
-# A command line that passes the flags and ends in an error of its own, at a place that isn't there.
+# A command line with valid flags that fails later, at a missing path.
 PROGRAMS = {
     "fsdfm_jax.main": [BASE, "--workdir={work}", "--config.data.corpus={none}/*.txt"],
     "fsdfm_jax.generate": ["--workdir={none}"],
@@ -39,7 +39,7 @@ WRONG_KEY = "--config.eval.stepz=(1,)"
 
 
 def _cases():
-    """{name: (case, exit code, what the line has)}."""
+    """{name: (case, exit code, part of the line)}."""
     cases = {}
 
     def add(name, program, arguments, code, said, **options):

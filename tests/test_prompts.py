@@ -1,4 +1,4 @@
-"""Templates: where tokens and gaps lie, what is literal, what is refused and how it is named."""
+"""Templates: positions of tokens and gaps, literal text, rejected input and its messages."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_infill_may_fill_the_block(bpe):
     ("make", "text", "message"),
     [
         (prompts.prefix, "", "prompt is empty"),
-        (prompts.prefix, "q" * L, "has 16 tokens and leaves nothing to write in 16; .*least 17"),
+        (prompts.prefix, "q" * L, "has 16 tokens and fills the length of 16; .*least 17"),
         (prompts.prefix, "q" * 40, "has 40 tokens"),
         (prompts.prefix, "a\ud800", "not Unicode"),
         (prompts.infill, "", "infill text is empty"),
@@ -151,20 +151,20 @@ def test_lines_of_text(tmp_path, bpe):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "this is no JSON"),
-        (b'{"prompt": "a"', "this is no JSON"),
+        (b"{", "this isn't JSON"),
+        (b'{"prompt": "a"', "this isn't JSON"),
         (b'"a"', "expected .*prompt.*infill"),
         (b"[1]", "expected .*prompt.*infill"),
         (b"{}", "expected .*prompt.*infill"),
         (b'{"id": 3}', "expected .*prompt.*infill"),
-        (b'{"prompt": "a", "infill": "[1]"}', "either of the two"),
+        (b'{"prompt": "a", "infill": "[1]"}', "expected either"),
         (b'{"prompt": "a", "promt": "b"}', "unknown key 'promt'"),
-        (b'{"prompt": 5}', "'prompt' must be a text, got 5"),
-        (b'{"prompt": "a", "id": 1.5}', "'id' must be a text, got 1.5"),
-        (b'{"prompt": "a", "id": true}', "'id' must be a text, got True"),
-        (b'{"prompt": "a", "id": null}', "'id' must be a text, got None"),
-        (b'{"prompt": "a", "id": "x"}', "its id 'x' is that of line 1"),
-        (b'{"prompt": "a", "id": 2}', "its id 2 is that of line 2"),
+        (b'{"prompt": 5}', "'prompt' must be a string, got 5"),
+        (b'{"prompt": "a", "id": 1.5}', "'id' must be a string, got 1.5"),
+        (b'{"prompt": "a", "id": true}', "'id' must be a string, got True"),
+        (b'{"prompt": "a", "id": null}', "'id' must be a string, got None"),
+        (b'{"prompt": "a", "id": "x"}', "line 1 has the same id 'x'"),
+        (b'{"prompt": "a", "id": 2}', "line 2 has the same id 2"),
         (b'{"infill": "a"}', "has no gap"),
         (b'{"prompt": ""}', "prompt is empty"),
         (b'{"prompt": "\\ud800"}', "not Unicode"),
@@ -192,7 +192,7 @@ def test_blank_lines_are_skipped(tmp_path, bpe):
 
 def test_files_without_prompts(tmp_path, bpe):
     for name in ("a.jsonl", "a.txt"):
-        with pytest.raises(ValueError, match="holds no prompts"):
+        with pytest.raises(ValueError, match="has no prompts"):
             prompts.read_requests(_write(tmp_path / name, ""), bpe, L)
     with pytest.raises(ValueError, match="must be a .jsonl or .txt file"):
         prompts.read_requests(_write(tmp_path / "a.csv", "The\n"), bpe, L)

@@ -1,4 +1,4 @@
-"""The public names: there, documented with an example, typed, and free until they are used."""
+"""The public names: they exist, have examples and types, and are imported lazily."""
 
 import ast
 import importlib

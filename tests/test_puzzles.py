@@ -1,4 +1,4 @@
-"""Sudoku as text in and grids out: the program `generate` and the library."""
+"""Sudoku puzzles from text to grids: the command `generate` and the library."""
 
 import io
 import json
@@ -25,7 +25,7 @@ ROWS = "\n".join(PUZZLE[i : i + 4] for i in range(0, 16, 4))
 
 @pytest.fixture(scope="module")
 def model():
-    """A network that knows nothing of Sudoku."""
+    """An untrained network."""
     cfg = ModelConfig(
         vocab_size=5,
         width=8,
@@ -97,7 +97,7 @@ def test_files_of_puzzles(monkeypatch, model, tmp_path):
         ("", "a 4x4 puzzle has 16 cells, got 0"),
         ("5" + PUZZLE[1:], "digit out of range in a 4x4 puzzle: '5' in cell 1"),
         ("x" + PUZZLE[1:], "unexpected character in a 4x4 puzzle: 'x' in cell 1"),
-        ("11" + PUZZLE[2:], "contradictory givens: digit 1 stands more than once in row 1"),
+        ("11" + PUZZLE[2:], "contradictory givens: digit 1 occurs more than once in row 1"),
         ("123...4.........", "contradictory givens: the puzzle has no solution"),
         (SOLVED, "the 4x4 puzzle has no blank cell"),
     ],
@@ -120,7 +120,5 @@ def test_samples_say_whether_they_are_valid():
 
 
 def test_a_longer_block_than_the_network_has_positions(monkeypatch, model):
-    with pytest.raises(
-        ValueError, match="4x4 Sudoku, whose grids take blocks of 17 tokens, got 18"
-    ):
+    with pytest.raises(ValueError, match="4x4 Sudoku, which needs blocks of 17 tokens, got 18"):
         _run(monkeypatch, model, length=18)

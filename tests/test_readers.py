@@ -1,4 +1,4 @@
-"""Every reader of a file that people make: damaged in every way, one line that names the file."""
+"""All readers of user files: any damage gives one line with the file's name."""
 
 import json
 
@@ -156,5 +156,5 @@ def test_depth_is_told_by_its_line(tmp_path):
     path = tmp_path / "deep.jsonl"
     deep = "[" * 100_000 + "]" * 100_000
     path.write_text(json.dumps({"text": "fine"}) + '\n{"text": "x", "more": ' + deep + "}\n")
-    with pytest.raises(ValueError, match=r"deep\.jsonl:2 is no JSON that can be meant: .*nested"):
+    with pytest.raises(ValueError, match=r"deep\.jsonl:2 isn't valid JSON: .*nested"):
         list(corpus_lib.documents(str(path)))

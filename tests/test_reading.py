@@ -1,4 +1,4 @@
-"""The benchmark of reading: what it measures and how it counts."""
+"""The reading benchmark: its measurements and counts."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
-"""Recorded numbers: what each seed drew and each stage computed, kept while the code moves.
+"""Recorded numbers: draws of each seed and results of each stage, fixed across refactorings.
 
-Tokens must come out bit for bit, losses and weights within rounding. After a change on purpose,
-`python -m tests.test_recorded [WORKDIR]` records anew (the smoke run too, if it is told where); the
+Tokens must match exactly, losses and weights up to rounding. After an intended change,
+`python -m tests.test_recorded [WORKDIR]` updates the record (with WORKDIR, also the smoke run); the
 diff of goldens/recorded.json shows what changed.
 """
 
@@ -114,7 +114,7 @@ def _flat(tree):
 
 
 def _noised(params, seed=0):
-    """With noise everywhere, for nothing to hide behind zeros, and a liking for tokens shown."""
+    """Add noise everywhere, so that zeros hide nothing, and a preference for the input tokens."""
     noised = []
     for name, leaf in _flat(params).items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -206,7 +206,7 @@ TOKENS = _token_cases()
 
 
 def record(folder):
-    """Everything as the code computes it now, section -> name -> value; what the tests compare."""
+    """Compute all current numbers, section -> name -> value, for comparison."""
     tokens = {name: np.asarray(draw()).tolist() for name, draw in TOKENS.items()}
     losses = {name: _metrics(name) for name in CHANGES}
     smoke = _smoke(folder) if folder else _recorded("smoke")

@@ -1,4 +1,4 @@
-"""The report: its files, what is held against rows, the page as data."""
+"""The report: its files, findings about rows, the page as data."""
 
 import base64
 import copy
@@ -130,7 +130,7 @@ def _write(path, rows=None, text="the people of", trajectories=None, **changes):
 
 
 def _lines(rows):
-    """The lines of a table without what stands above it."""
+    """The lines of a table without the text above it."""
     lines = report.table(rows).splitlines()
     return lines[next(i for i, line in enumerate(lines) if line.startswith("model  ")) :]
 
@@ -141,13 +141,13 @@ def _page(path, rows=None, **changes):
 
 @pytest.fixture
 def no_png(monkeypatch):
-    """For tests of the page: half of the time of a report goes into these."""
+    """For tests of the page: PNGs take half of a report's time."""
     monkeypatch.setattr(pictures, "png", lambda figure: b"")
 
 
 @pytest.fixture
 def no_pictures(no_png, monkeypatch):
-    """For tests of all else: nearly all of it goes into the pictures."""
+    """For other tests: plots take nearly all of a report's time."""
     drawn = dict.fromkeys(pictures.PICTURES, lambda rows, exposed: None)
     monkeypatch.setattr(pictures, "PICTURES", drawn)
     monkeypatch.setattr(pictures, "svg", lambda figure, name: "<svg></svg>")
@@ -255,12 +255,12 @@ def test_csv_is_flat(tmp_path):
     assert float(good["ids_perplexity_a_low"]) == pytest.approx(120 * 0.95)
     assert (good["ids_tokens"], good["mauve"], good["mauve_high"]) == ("60", "", "")
     assert good["flags"] == ""
-    assert "bought with repetition" in lines[2]["flags"]
+    assert "low perplexity by repetition" in lines[2]["flags"]
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_csv_is_tidy_and_described(tmp_path):
-    """A line for each point and judge, told apart by its identity; each column is in the docs."""
+    """A line per point and judge with a unique identity; the docs list all columns."""
     rows = [
         row | {"judges": row["judges"] | {"other": {"ids": None, "text": _scores(9.0)}}}
         for seed in (1, 2)
@@ -324,14 +324,14 @@ def test_odd_rows_give_a_report(tmp_path, rows):
     folder = _write(tmp_path, rows, samples={})
     for table in re.findall(r"<tbody>.*?</tbody>", (folder / "report.html").read_text(), re.DOTALL):
         assert table.count("<tr") <= len(rows)
-    assert "None was recorded." in (folder / "trajectories.txt").read_text()
+    assert "None were recorded." in (folder / "trajectories.txt").read_text()
     assert len(_lines(rows)) == 1 + len(rows)
 
 
 def test_a_figure_that_is_nan_is_seen():
     rows = [REAL, _with_nan(GOOD)]
     assert _lines(rows)[-1].split()[2:4] == ["nan", "nan"]
-    assert report.flags(rows[1], REAL) == ["its samples gave no figures"]
+    assert report.flags(rows[1], REAL) == ["its samples have no figures"]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -356,14 +356,13 @@ def test_flags_expose_controls_and_spare_a_good_row():
     assert report.flags(GOOD, REAL) == []
     assert report.flags(SHUFFLED, REAL) == [
         "a naive control, not a model",
-        "perplexity 67 times that of real text at its entropy: like tokens of real text without "
-        "their order",
+        "perplexity 67 times that of real text at its entropy: like real text with shuffled tokens",
     ]
     assert report.flags(COLLAPSED, REAL) == [
         "a naive control, not a model",
-        "perplexity bought with repetition: entropy 2.1 bits below real text, distinct-2 0.10 "
+        "low perplexity by repetition: entropy 2.1 bits below real text, distinct-2 0.10 "
         "against 0.93, self-BLEU 1.00 against 0.21",
-        "perplexity 2.50 below the 30.00 of real text: easier to predict than what people write",
+        "perplexity 2.50 below the 30.00 of real text: easier to predict than human text",
     ]
 
 
@@ -494,7 +493,7 @@ def test_a_model_that_judges_itself_heads_nothing(tmp_path):
         row["judges"]["other"] = {"ids": None, "text": _scores(perplexity)}
     page = _page(tmp_path / "two", rows)
     card = _key(page).split("<h3>Left to right</h3>")[1].split("</div>")[0]
-    assert "by other, the main judge being this model" in card
+    assert "by other, since the main judge is this model" in card
     assert '<p class="big">405 ' in card
     assert "own judge" not in card
     assert "perplexity 404 against 405 by other at the same entropy" in _key(page)
@@ -512,7 +511,7 @@ def test_the_claim_is_of_the_base_model(tmp_path):
     page = _page(tmp_path / "b", [*ROWS, base])
     assert "instead of 1,024, timed on different devices; " in _key(page)
     assert "times the speed" not in page
-    assert "several: compare times of one only" in page.split('<section id="time">')[1]
+    assert "several: compare times only within one" in page.split('<section id="time">')[1]
     assert _cells(page, "pretrain", "sampler") == ["1 x other"]
 
 
@@ -540,8 +539,8 @@ def test_the_same_entropy_is_one_that_can_not_be_told_apart(tmp_path, bits, spre
     ("times", "told"),
     [
         ((1.0, 64.0), "4 network calls instead of 64: 64 times the speed"),
-        ((1.0, 1.02), "4 network calls instead of 64, but no faster: 1 against 1.02 ms a sample"),
-        ((2.0, 1.0), "4 network calls instead of 64, but no faster: 2 against 1 ms a sample"),
+        ((1.0, 1.02), "4 network calls instead of 64, but no faster: 1 against 1.02 ms per sample"),
+        ((2.0, 1.0), "4 network calls instead of 64, but no faster: 2 against 1 ms per sample"),
         ((None, 1.0), "4 network calls instead of 64; perplexity"),
     ],
 )
@@ -614,7 +613,7 @@ def test_a_judge_that_takes_shuffled_text_for_text_ranks_nothing(tmp_path, facto
     assert (SENTENCE in _key(page)) == (SENTENCE in terminal) == (not sound)
     for text in (_key(page), terminal):
         assert ("own tells held-out text (30.00, interval 28.5–31.5) from" in text) == sound
-        assert ("Its perplexities mean nothing, and nothing is ranked or marked" in text) != sound
+        assert ("Its perplexities are meaningless; nothing is ranked or flagged" in text) != sound
     assert ("! " in terminal) == any(found.values()) == ('class="flag"' in page) == sound
     assert (
         ("Best of few steps" in page) == (reading.best_few_step(rows, found) is not None) == sound
@@ -625,8 +624,8 @@ def test_a_judge_that_takes_shuffled_text_for_text_ranks_nothing(tmp_path, facto
     assert any(line["flags"] for line in lines) == sound
     assert ('<table class="void">' in page) != sound
     assert ("<h3>Flagged</h3>" in page) == sound == ("<h3>Real text</h3>" in page)
-    assert ("No row is marked, for want of a judge" in page) != sound
-    assert page.count("these heights mean nothing") == 3 * (not sound)
+    assert ("No row is flagged: there is no usable judge" in page) != sound
+    assert page.count("these heights are meaningless") == 3 * (not sound)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -681,8 +680,8 @@ def test_models_that_are_no_better_than_ngrams(kind, perplexity, words):
     assert [finding.word for finding in found] == words
     if words == ["n-grams"]:
         assert found[0].sentence == (
-            f"perplexity {perplexity:.0f}, 500 of n-grams alone: counts of the training text write "
-            "as well without a network"
+            f"perplexity {perplexity:.0f}, n-grams 500: no better than counts of the training text "
+            "without a network"
         )
     if kind == "model":
         assert [f.word for f in reading.findings(row, REAL)] == []
@@ -745,7 +744,7 @@ def test_a_table_says_what_is_the_same():
     other = {"slug": "b", "weights": "student", "grid": "cosine", "top_p": 0.9, "jump": "euler"}
     rows = [*ROWS, GOOD | other]
     text = report.table(rows)
-    assert "The same in all rows of models: temperature 1, cooling 0, look-ahead 0, task" in text
+    assert "Common to all models: temperature 1, cooling 0, look-ahead 0, task" in text
     lines = _lines(rows)
     assert lines[0].split()[2] == "sampler"
     cells = [line.split() for line in lines]

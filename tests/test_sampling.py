@@ -1,4 +1,4 @@
-"""`Sampling`: its values, what they refuse, and the wrappers that they switch on."""
+"""`Sampling`: its values, rejected values, and the wrappers that they enable."""
 
 import dataclasses
 import json
@@ -117,7 +117,7 @@ def test_midpoint_asks_ahead_and_keeps_the_width():
 
 
 def test_a_sampling_composes_them():
-    """The network is asked ahead; the temperature is that of the time at which the step begins."""
+    """The network is evaluated ahead; the temperature is that of the step's start."""
     denoise, asked = _spy()
     x_BL, t_B, h_B = jnp.zeros((2, 3), int), jnp.full(2, 0.5), jnp.full(2, 0.25)
     sampling = Sampling(temperature=2.0, cooling=0.6, look_ahead=1.0)
@@ -148,7 +148,7 @@ def _draw(sampling, *, mask=False, rows=400, length=50):
 @pytest.mark.optimised
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_nucleus_is_drawn_from_renormalised(mask):
-    """With a mask source the mask is excluded first: it may not fill the nucleus."""
+    """With a mask source the mask is excluded first, so that it can't fill the nucleus."""
     counts = _draw(Sampling(2, "mixture", top_p=0.65), mask=mask)
     assert_frequencies(counts, CUT)
 

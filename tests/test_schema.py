@@ -1,4 +1,4 @@
-"""Every configuration key: declared, checked, and refused wherever a bad value comes from."""
+"""All configuration keys: declared and checked, with bad values rejected from any source."""
 
 import math
 import subprocess
@@ -64,7 +64,7 @@ def test_every_key_refuses_what_it_can_not_be(name, key):
 
 @pytest.mark.parametrize(("name", "key"), DECLARED)
 def test_every_key_has_a_lowest_and_a_highest_value(name, key):
-    """Just inside of an interval is good, just outside of it isn't."""
+    """Values just inside an interval are accepted, just outside rejected."""
     kind = DECLARED[name, key]
     inner = kind.kind if isinstance(kind, schema.Several) else kind
     if not isinstance(inner, schema.Whole | schema.Number):
@@ -108,7 +108,7 @@ def test_values_that_were_believed(key, value):
 
 @pytest.mark.parametrize("name", ["../../escape", "a/b", "..", ".", "", "a\nb"])
 def test_the_name_of_a_sweep_stays_in_its_folder(name):
-    with pytest.raises(ValueError, match=r"config\.name must be a folder's name"):
+    with pytest.raises(ValueError, match=r"config\.name must be a folder name"):
         schema.check(_with("sweep", "name", name))
 
 

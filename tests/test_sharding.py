@@ -1,4 +1,4 @@
-"""Meshes and where arrays lie on them, on the eight CPU devices of conftest.py."""
+"""Meshes and the sharding of arrays, on the eight CPU devices of conftest.py."""
 
 import collections
 import dataclasses
@@ -65,13 +65,15 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
     asked = ", ".join(
         f"mesh.{axis}={size}" for axis, size in zip(rules_lib.AXES, sizes, strict=True)
     )
-    with pytest.raises(ValueError, match=rf"\({asked}\) must multiply to the 8 device.*one axis"):
+    with pytest.raises(
+        ValueError, match=rf"\({asked}\) must multiply to the number of devices, 8;"
+    ):
         mesh_of(*sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh asks of a device."""
+    """The attributes of a device that a mesh uses."""
 
     id: int
     process_index: int
@@ -253,7 +255,7 @@ def test_a_width_that_does_not_divide_is_named(sizes, changes, name, dimension, 
         shapes = {"blocks": {"k_proj": shapes["blocks"]["k_proj"]}}
     axes = " or ".join(f"mesh.{axis}" for axis in ("tensor", "fsdp") if f"{axis}=" in asked)
     match = (
-        rf"{name} can't be spread: dimension {dimension} doesn't divide by {asked}\. "
+        rf"{name} can't be sharded: dimension {dimension} isn't divisible by {asked}\. "
         rf"Choose a smaller {axes} and a larger mesh.data, or another model.width"
     )
     with pytest.raises(ValueError, match=match):
@@ -265,13 +267,13 @@ def test_a_width_that_does_not_divide_is_named(sizes, changes, name, dimension, 
     [
         (P("fsdp", "fsdp"), "names an axis twice"),
         (P(("fsdp", "tensor"), "tensor"), "names an axis twice"),
-        (P("model"), r"the mesh \{'data': 8, 'fsdp': 1, 'tensor': 1\} lacks"),
-        (P(None, None, "fsdp"), r"the shape \(16, 11\): it names more dimensions"),
+        (P("model"), r"the mesh \{'data': 8, 'fsdp': 1, 'tensor': 1\} doesn't have"),
+        (P(None, None, "fsdp"), r"of shape \(16, 11\): it has too many dimensions"),
     ],
 )
 def test_a_rule_that_cannot_be_is_named(monkeypatch, spec, message):
     monkeypatch.setattr(rules_lib, "RULES", ((r"head/kernel$", spec), (r".*", P())))
-    with pytest.raises(ValueError, match=rf"params/head/kernel.*{message}.*mend layout.RULES"):
+    with pytest.raises(ValueError, match=rf"params/head/kernel.*{message}.*correct rules.RULES"):
         mesh_lib.state_shardings(mesh_of(), abstract_state())
 
 
@@ -388,7 +390,7 @@ def paper_state(size, conditioning):
 @pytest.mark.parametrize("conditioning", ["official", "additive"])
 @pytest.mark.parametrize("size", base_config.SIZES)
 def test_a_device_holds_its_share_of_the_papers_states(size, conditioning):
-    """Within 2% of bytes / (fsdp x tensor); what is held by all is small."""
+    """Within 2% of bytes / (fsdp x tensor); replicated parts are small."""
     abstract = paper_state(size, conditioning)
     for sizes in itertools.product((1, 2, 4, 8), repeat=3):
         if math.prod(sizes) != 8:
@@ -431,7 +433,7 @@ def test_large_sizes_are_readable():
 
 
 def test_the_program_prints_where_the_state_would_lie(monkeypatch, tmp_path, capsys):
-    """Of every stage, without text: nothing is read, nothing is written."""
+    """For every stage, without text, reading and writing nothing."""
     config = base_config.get_config()
     config.model.width, config.model.num_heads = 32, 2
     config.mesh.fsdp, config.mesh.tensor = 2, 2
@@ -482,10 +484,10 @@ def test_parameters_go_where_the_mesh_wants_them():
 
 
 def test_any_number_of_devices_samples():
-    """What training refuses is whole on each device where it doesn't divide."""
+    """Arrays that training would reject are replicated if they don't divide."""
     wide, narrow = np.zeros((12, 11), np.float32), np.zeros((16, 11), np.float32)
     mesh = mesh_of(1, 6, 1, devices=jax.devices()[:6])
-    with pytest.raises(ValueError, match="head/kernel can't be spread"):
+    with pytest.raises(ValueError, match="head/kernel can't be sharded"):
         mesh_lib.leaf_sharding(mesh, "head/kernel", narrow)
     with mesh_lib.use(mesh):
         places = [mesh_lib.put("head/kernel", leaf).sharding for leaf in (wide, narrow)]

@@ -1,4 +1,4 @@
-"""Shards: what is written and read, damage that is named, writers that fail."""
+"""Shards: writing and reading, reported damage, failing writers."""
 
 import dataclasses
 import hashlib
@@ -103,7 +103,9 @@ def test_sizes_and_sums(tmp_path, folder):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     shards.check_sizes(tmp_path, files)
-    with pytest.raises(ValueError, match=r"damaged: train-1 has sha256 \w+ instead of \w+; put"):
+    with pytest.raises(
+        ValueError, match=r"damaged: train-1 has sha256 \w+ instead of \w+; restore"
+    ):
         shards.check_sums(tmp_path, files)
     path.write_bytes(data[:-1])
     (tmp_path / "train-2").unlink()
@@ -131,11 +133,11 @@ def test_damage_found_while_reading_names_the_shard(tmp_path, folder):
     assert wrong >= 1  # only the chunk that holds the byte
     assert message.startswith(f"{path} cannot be read (Corrupted")
     assert "--verify" in message
-    assert "put the files back" in message
+    assert "restore the files" in message
     path.unlink()
     source = _open(tmp_path, files)
     source[0]
-    with pytest.raises(FileNotFoundError, match=r"train-1 has vanished; put the files back"):
+    with pytest.raises(FileNotFoundError, match=r"train-1 has disappeared; restore the files"):
         source[300]
     # What is open already can still be read where the system keeps it, or else is named.
     source[0]

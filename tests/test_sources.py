@@ -38,7 +38,7 @@ def test_sources_by_name():
 
 @pytest.mark.parametrize("mask_id", [-1, 5])
 def test_mask_outside_the_vocabulary(mask_id):
-    with pytest.raises(ValueError, match=r"mask_id must lie in \[0, 5\)"):
+    with pytest.raises(ValueError, match=r"mask_id must be in \[0, 5\)"):
         Source(5, mask_id=mask_id)
 
 

@@ -1,4 +1,4 @@
-"""One optimiser step: a batch in parts, by hand, and steps that aren't finite."""
+"""One optimiser step: accumulation against a manual computation, and non-finite steps."""
 
 import functools
 
@@ -23,7 +23,7 @@ KEY = jax.random.key(5)
 
 
 def loss(params, frozen, key, batch):
-    """Nothing in it is a mean over rows that parts could hide: noise, a square of means, a root."""
+    """A loss that isn't a mean over rows: noise, a square of means, a root."""
     noise = jax.random.normal(key, (2,))
     x = batch["x1"].astype(jnp.float32).mean(0)[:2] - batch["x0"].mean()
     value = jnp.sum((params["w"] * x + noise) ** 2) + jnp.sum(params["w"] * frozen.average["w"])
@@ -144,7 +144,7 @@ def student_loss(params, frozen, key, batch):
 
 
 def learn(params, frozen, key, batch):
-    """Follows the student and the average, with noise."""
+    """Follow the student and the average, with noise."""
     x = batch["x1"].astype(jnp.float32).mean(0)[:2]
     target = x * frozen.partner["w"] + frozen.average["w"] + jax.random.normal(key, (2,))
     value = jnp.sum((params["w"] - target) ** 2)
@@ -156,7 +156,7 @@ def make_turns(updates, loss=learn, optimizer=None):
 
 
 def start_turns(optimizer, turns):
-    """Weights of its own for each network."""
+    """Separate weights for each network."""
     params = {"w": jnp.asarray([2.0, -3.0])}
     now = state.init_state(params, optimizer, ema_decay=DECAY, turns=turns)
     own = now.auxiliary._replace(params={"w": jnp.asarray([1.0, 0.5])})
@@ -241,7 +241,7 @@ def test_the_second_network_starts_as_the_first_with_its_own_optimiser():
 
 @pytest.mark.parametrize("which", ["student", "auxiliary"])
 def test_a_skipped_step_leaves_both_networks(which):
-    """Whichever of the two isn't finite, and in whatever turn."""
+    """Either of the two may be non-finite, in any turn."""
 
     def bad(learn):
         def broken(params, frozen, key, batch):
@@ -304,7 +304,7 @@ def test_one_bad_part_skips_the_whole_step(parts):
 
 
 def test_without_skipping_what_is_not_finite_goes_through():
-    """The caller stops at once: it must see it in the metrics."""
+    """The caller must see it in the metrics, in order to stop."""
     optimizer, batch = optax.adam(RATE), make_batch()
     batch["x1"][5, 0] = -1
     _, metrics = step_of(fragile, optimizer)(start(optimizer), batch, KEY)
@@ -323,7 +323,7 @@ def test_without_skipping_what_is_not_finite_goes_through():
         ({"accumulate": -1}, "accumulate must be at least 1, got -1"),
         ({"max_skipped": -1}, "max_skipped must not be negative, got -1"),
         ({"watchdog_minutes": -0.5}, r"watchdog_minutes must not be negative, got -0\.5"),
-        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1\.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1\.0"),
     ],
 )
 def test_settings_that_cannot_be(values, message):
@@ -341,7 +341,7 @@ def test_settings_that_cannot_be(values, message):
         ),
         (
             {"pretrain.accumulate": 3},
-            r"pretrain\.batch_size=64 .* pretrain\.accumulate=3: its parts",
+            r"pretrain\.batch_size=64 .* pretrain\.accumulate=3: micro-batches",
         ),
         ({"pretrain.accumulate": 16}, r"pretrain\.batch_size / pretrain\.accumulate \(16\)=4 .* 8"),
         ({"optim.max_skipped": -1}, "max_skipped must not be negative, got -1"),

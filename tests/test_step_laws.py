@@ -1,4 +1,4 @@
-"""Objectives of few-step students: their identity, and that they find what they should."""
+"""Objectives of few-step students: the gradient identity, and their minimisers."""
 
 import jax
 import jax.numpy as jnp

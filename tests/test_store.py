@@ -1,4 +1,4 @@
-"""Finished points: what is found again, what is not, and several machines in one folder."""
+"""Finished points: reuse, its limits, and several machines in one folder."""
 
 import json
 import math
@@ -166,8 +166,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got 2 of 2"):
         Store(tmp_path, index=2, count=2)
     (tmp_path / "points.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"points\.jsonl holds a line that is no result"):
+    with pytest.raises(ValueError, match=r"points\.jsonl has a line that isn't a result"):
         Store(tmp_path)
     (tmp_path / "points.jsonl").write_text("nonsense\n")
-    with pytest.raises(ValueError, match="line 1 is no JSON"):
+    with pytest.raises(ValueError, match="line 1 isn't valid JSON"):
         Store(tmp_path)

@@ -109,9 +109,9 @@ def test_an_infill_text_is_the_puzzle_to_generate():
         ("5" + "." * 15, "digit out of range in a 4x4 puzzle: '5' in cell 1"),
         ("...x" + "." * 12, "unexpected character in a 4x4 puzzle: 'x' in cell 4"),
         ("²" + "." * 15, "unexpected character"),
-        ("1..1" + "." * 12, "digit 1 stands more than once in row 1"),
-        ("1..." + "1..." + "." * 8, "digit 1 stands more than once in column 1"),
-        ("2..." + ".2.." + "." * 8, "digit 2 stands more than once in box 1"),
+        ("1..1" + "." * 12, "digit 1 occurs more than once in row 1"),
+        ("1..." + "1..." + "." * 8, "digit 1 occurs more than once in column 1"),
+        ("2..." + ".2.." + "." * 8, "digit 2 occurs more than once in box 1"),
         ("12.." + "..3." + "...." + "...4", "contradictory givens: the puzzle has no solution"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Exact probabilities, calibrated statistics, and controls that game a share of valid grids."""
+"""Exact probabilities, calibrated statistics, and controls that game the share of valid grids."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_same_digit_is_that_of_all_grids():
 
 @pytest.mark.parametrize("size", [FOUR, SIX, NINE], ids=lambda size: size.name)
 def test_statistics_have_the_mean_and_spread_that_are_assumed(size):
-    """Over sets of uniform grids; the spread of n sets is known to 1/sqrt(2n) of it."""
+    """Over sets of uniform grids; the spread of n sets has a relative error of 1/sqrt(2n)."""
     count, sets = 64, 400 if size.n < 9 else 60
     drawn = _uniform(size, count * sets).reshape(sets, count, -1)
     for name, statistic in sudoku_judge.STATISTICS.items():

@@ -1,4 +1,4 @@
-"""Figures out of stored arrays: what is measured once, taken over, aggregated, pooled, left out."""
+"""Figures from stored arrays: measured once, reused, aggregated, pooled or left out."""
 
 import json
 import math
@@ -19,7 +19,7 @@ EVERYTHING_NL = np.ones((N, L), bool)
 
 
 class _Judge:
-    """Scores by length, and remembers what it was asked."""
+    """Scores by length and records its inputs."""
 
     def __init__(self, name, *, reads_ids=True, version=1):
         self.name, self.version = name, version
@@ -90,7 +90,7 @@ def test_scores_are_taken_over_from_the_same_judge():
     assert added.asked == ["text"]
     np.testing.assert_array_equal(again["main.ids.nll"], before["main.ids.nll"])
     assert str(again["main.digest"]) == str(before["main.digest"])
-    # What costs nothing is computed anew, and nothing else comes along.
+    # Cheap figures are recomputed, and nothing else is taken over.
     fresh = _measured([judge, added])
     assert set(again) == set(fresh)
     np.testing.assert_array_equal(again["entropy_nats"], fresh["entropy_nats"])
@@ -197,7 +197,7 @@ def _estimate(statistic, *arrays):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_judge_that_fails_is_not_hidden(wrong):
-    """One bad sample of a judge and form makes its figures nan, no other's; the row survives."""
+    """A bad sample makes only the figures of that judge and form nan; the row remains."""
     arrays = _measured([_Judge("main"), _Judge("other")], EVERYTHING_NL)
     figures, good = _aggregate(arrays, ["main", "other"])
     arrays["main.text.nll"] = np.where(np.arange(N) == 2, wrong, arrays["main.text.nll"])
@@ -273,7 +273,7 @@ def test_what_is_not_pooled():
     with pytest.raises(ValueError, match="at least one set"):
         summary.pool([])
     parts = [_measured([_Judge("main", version=version)]) for version in (1, 2)]
-    with pytest.raises(ValueError, match="'main' isn't the same everywhere"):
+    with pytest.raises(ValueError, match="'main' differs between the parts"):
         summary.pool(parts)
 
 

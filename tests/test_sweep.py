@@ -1,7 +1,7 @@
-"""The sweep and the evaluation as programs: killed and resumed, shared by machines, refused input.
+"""The sweep and evaluation commands: kills and resumes, several machines, rejected input.
 
-A working directory with two trained (for a step or two) runs is made once; the programs are
-subprocesses, because what a kill leaves behind is only real in another process.
+A working directory with two runs (of a step or two) is made once. The commands are subprocesses, so
+that kills are real.
 """
 
 import json
@@ -109,7 +109,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """(folder, output) of a sweep that nothing disturbs."""
+    """(folder, output) of an undisturbed sweep."""
     out = world.run(*world.sweep("whole"))
     return world.sweep_folder("whole"), out
 
@@ -199,12 +199,12 @@ def test_more_points_join_those_that_are_there(world, whole):
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"axes.steps": (0,)}, (), "axes: Sampling.steps must be a whole number in [1"),
-        ({"axes.models": ("refine",)}, (), "axes.models names the unknown 'refine'"),
+        ({"axes.steps": (0,)}, (), "axes: Sampling.steps must be an integer in [1"),
+        ({"axes.models": ("refine",)}, (), "axes.models has the unknown 'refine'"),
         ({}, ("--host=2/2",), "--host must be I/N with 0 <= I < N, got '2/2'"),
         ({"eval.num_samples": 1000, "eval.task": "prefix:4"}, (), "eval.num_samples=1000"),
         ({"eval.judges": "gguf:none.gguf"}, (), "none.gguf"),
-        ({"eval.models": "distill=RUN#pretrain"}, (), "choose another label"),
+        ({"eval.models": "distill=RUN#pretrain"}, (), "choose another one"),
         ({"axes.grids": ("power:30",)}, (), "Grid 'power:30' with 1024 steps"),
     ],
 )
@@ -252,7 +252,7 @@ def test_evaluating_one_run_next_to_another_model(world):
 
 
 def test_evaluating_a_checkpoint_with_given_tokens(world):
-    """A file without a working directory continues held-out text, judged by a run of another."""
+    """Evaluate a file without working directory on continuations, with a run elsewhere as judge."""
     model = world.folder / "model.safetensors"
     world.run("fsdfm_jax.convert", "", {}, str(world.run_folder), str(model), "--stage=distill")
     flags = (f"--checkpoint={model}", f"--output={world.folder / 'file'}")

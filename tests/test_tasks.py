@@ -1,4 +1,4 @@
-"""What is given to a model: the positions of each task, and which stretches of text then count."""
+"""Tasks: the given positions, and the stretches of text that are scored."""
 
 import numpy as np
 import pytest

@@ -203,7 +203,7 @@ def factored(x_BL, t_B, h_B, *, chunk_size):
 @pytest.mark.parametrize("chunk_size", [0, 1], ids=["all", "chunks"])
 @BOTH
 def test_averaged_features_are_averaged_logits(rule, chunk_size):
-    """Times and widths are small powers of two, so that both draw the same states."""
+    """Times and widths are small powers of two, so both draw the same states."""
     xt_BL = np.random.default_rng(1).integers(0, WORDS, (B, L), np.int32)
     give = functools.partial(factored, chunk_size=chunk_size)
     results = [
@@ -220,7 +220,7 @@ def test_averaged_features_are_averaged_logits(rule, chunk_size):
 
 @BOTH
 def test_only_states_that_jump_pay_for_logits(rule):
-    """One product with the vocabulary before each jump, none after the last evaluation."""
+    """One vocabulary product before each jump, none after the last evaluation."""
     give = functools.partial(factored, chunk_size=0)
     run = functools.partial(teacher_logits, rule=rule, denoise=give, jump=JUMP)
     program = jax.make_jaxpr(lambda key: run(key, xt_BL=tokens(), t_B=T, h_B=H))(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: nothing is lost, and it would be noticed."""
+"""Runs that are killed repeatedly: nothing is lost, and a loss would be detected."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SEED = 3
 
 
 def toy_victim(*flags):
-    """A stage that compiles at once: a life is the start of a process."""
+    """A stage that compiles quickly: most of a life is the start of the process."""
     program = [sys.executable, str(ROOT / "tests" / "toy_job.py"), *flags]
     return torture.Victim(
         command=lambda workdir: [*program, f"--directory={workdir / 'stage'}"],
@@ -72,8 +72,8 @@ def life(**values):
         ({"newest": 9, "reached": 12}, 6, None),
         ({"newest": 6, "reached": 12}, 6, None),  # the save of step 9 was at hand
         ({"newest": 6, "reached": 13}, 6, "at step 13 the newest checkpoint is 6, not 9"),
-        ({"resumed": 3}, 6, "went on from step 3, step 6 was complete"),
-        ({"resumed": 0}, 6, "went on from step 0, step 6 was complete"),
+        ({"resumed": 3}, 6, "resumed from step 3, step 6 was complete"),
+        ({"resumed": 0}, 6, "resumed from step 0, step 6 was complete"),
         ({"resumed": None, "newest": 3}, 6, "the checkpoint of step 6 is gone, the newest is 3"),
         ({"resumed": 0, "reached": 3, "newest": 0}, 0, None),
     ],
@@ -91,7 +91,7 @@ def test_what_a_kill_hit():
 
 @pytest.fixture
 def pair(tmp_path):
-    """Two stages that ended alike."""
+    """Two stages with equal results."""
     for name in ("ours", "whole"):
         directory = tmp_path / name / "stage"
         _save(directory, 6)

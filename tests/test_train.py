@@ -1,6 +1,6 @@
 """The training loop: against a plain loop, across devices, across kills, and when it diverges.
 
-The loop's own promises are tested with a stage of two numbers, which compiles at once; the real
+Properties of the loop are tested with a stage of two numbers, which compiles quickly; the real
 stages run once each, on eight devices, against `state.train_step` on one.
 """
 
@@ -56,7 +56,7 @@ def toy_stage(loss=None):
 
 
 class Stream:
-    """Batches that tell their step, and where reading began; `stop_at` cuts the power there."""
+    """Batches that encode their step and record where reading began; `stop_at`: a power cut."""
 
     def __init__(self, stop_at=None, poison_at=None):
         self.starts, self.read = [], []
@@ -301,7 +301,7 @@ def test_a_run_stops_where_it_diverges(tmp_path, loss, what, every, kept):
     assert (checkpoint.latest_step(tmp_path / "checkpoints") or 0) == kept
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert lines(tmp_path)[-1][what.split()[0]] == "nan"
-    if every == 2:  # goes on where the text has been mended
+    if every == 2:  # resumes after the text was repaired
         assert run(tmp_path, 8, **given).starts == [kept]
         assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
         assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))
@@ -359,7 +359,7 @@ def make_stage(name):
 
 @functools.cache
 def base_params():
-    """Not what a fresh network holds: behind its zeros all stages would look alike."""
+    """Not initial values: with their zeros all stages would give the same output."""
     stage, _, _ = make_stage("pretrain")
     rng = np.random.default_rng(0)
     fresh = jax.eval_shape(stage.init_params, jax.random.key(0), None)
@@ -458,7 +458,7 @@ def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
 
 
 def test_golden_distillation_steps(distilled):
-    """Recorded once on a CPU; whoever changes these numbers changes what is trained."""
+    """Recorded once on a CPU; a change of these numbers changes training."""
     got = [
         (line["path_loss"], line["distillation_loss"], line["loss"]) for line in lines(distilled)
     ]
@@ -491,7 +491,7 @@ def test_four_steps_are_two_and_two(tmp_path, distilled):
 def test_no_checkpoint_of_a_stage_that_cannot_start(tmp_path):
     stage, optimizer, _ = make_stage("distill")
     batches = Stream()
-    with pytest.raises(ValueError, match="starts from trained base weights"):
+    with pytest.raises(ValueError, match="needs trained base weights"):
         run(tmp_path, 4, stage=stage, optimizer=optimizer, batches=batches)
     assert checkpoint.latest_step(tmp_path / "checkpoints") is None
     assert batches.starts == []
@@ -513,7 +513,7 @@ def test_the_loss_goes_down_on_text_that_can_be_learnt(tmp_path):
 
 
 def test_an_older_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
-    """The newest is of this recipe and damaged; the one before is of another."""
+    """The newest has this recipe and is damaged; the previous one has another recipe."""
     other = {"format": recipe.FORMAT, "stage": "toy", "recipe": {"toy": {"num_steps": 2}}}
     ours = other | {"recipe": {"toy": {"num_steps": 4}}}
     run(tmp_path, 2, metadata=other)
@@ -524,5 +524,5 @@ def test_an_older_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
     for path in (folder / "4").rglob("*"):
         if path.is_file() and path.stat().st_size:
             path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match=r"another configuration \(toy.num_steps: 2 there, 4 now"):
+    with pytest.raises(ValueError, match=r"another configuration \(toy.num_steps: 2 before, 4 now"):
         run(tmp_path, 6, metadata=ours)

@@ -1,4 +1,4 @@
-"""Weights that can't be used, or that another tool has wrapped: named, or loaded."""
+"""Weights that are unusable (reported) or wrapped by another tool (loaded)."""
 
 import dataclasses
 import tarfile
@@ -99,7 +99,7 @@ def torch_state(tmp_path, monkeypatch):
 
 
 def _wrap(state, prefix):
-    """At the top and inside of each block, where frameworks put it."""
+    """At the top and inside each block, as frameworks do."""
     return {
         prefix + name.replace("blocks.0.", f"blocks.0.{prefix}"): t for name, t in state.items()
     }
@@ -130,7 +130,7 @@ def test_a_name_under_two_prefixes_is_refused_in_both_formats(torch_state):
     pytest.importorskip("safetensors.torch").save_file(state, "twice.safetensors")
     for name in ("twice.pth", "twice.safetensors"):
         with pytest.raises(
-            BadFile, match=r"vocab_embed.weight.*there twice, under different prefixes"
+            BadFile, match=r"vocab_embed.weight.*occurs twice, with different prefixes"
         ):
             fs.load(name)
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_gone_is_not_damaged(run):
     folder, save = run
     bundle = formats.open_bundle(folder)
     save(20)  # which removes step 10
-    with pytest.raises(OSError, match="step 10 was removed while it was read.*again") as error:
+    with pytest.raises(OSError, match="step 10 was removed while reading it.*again") as error:
         bundle.params()
     assert error.value.errno  # one that a restart may cure
     assert formats.open_bundle(folder).provenance["step"] == 20
@@ -218,7 +218,7 @@ def test_the_newest_is_read_where_a_training_replaces_it(run, monkeypatch):
 
 def test_another_stage_lists_those_that_are_trained(run):
     folder, _ = run
-    with pytest.raises(ValueError, match=r"no trained run 'foo' .*; trained there: distill\."):
+    with pytest.raises(ValueError, match=r"no trained run 'foo' .*; trained runs: distill\."):
         run_folder.read(folder.parents[1], which="ema", stage="foo")
 
 

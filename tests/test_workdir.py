@@ -75,7 +75,7 @@ def test_repeated_stages_are_further_rounds(tmp_path):
 
 @pytest.mark.parametrize("pipeline", ["", " , ", ","])
 def test_empty_pipeline(tmp_path, pipeline):
-    with pytest.raises(ValueError, match="names no stage.*pretrain"):
+    with pytest.raises(ValueError, match="pipeline is empty.*pretrain"):
         pipeline_lib.entries(_config(pipeline), tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_init_from_by_name_and_by_path(tmp_path):
 @pytest.mark.parametrize("given", ["pretrain", "no/such/stages/pretrain", "distill"])
 def test_init_from_untrained(tmp_path, given):
     config = _config("distill", **{"distill.init_from": given})
-    with pytest.raises(ValueError, match=f"distill.init_from='{given}' names no trained run"):
+    with pytest.raises(ValueError, match=f"distill.init_from='{given}' is not a trained run"):
         pipeline_lib.entries(config, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +148,7 @@ def test_a_guided_stage_needs_its_base_and_the_run_that_it_names(tmp_path):
     config = _config("pretrain,distill", **guided, **{"distill.guide": str(there)})
     assert _needed(config, here) == {"init_from": runs / "pretrain", "guide": there}
     config = _config("pretrain,distill", **guided, **{"distill.guide": "short"})
-    with pytest.raises(ValueError, match="distill.guide='short' names no trained run"):
+    with pytest.raises(ValueError, match="distill.guide='short' is not a trained run"):
         _needed(config, here)
 
 
@@ -228,7 +228,7 @@ def test_the_same_recipe_goes_on(trained, tmp_path):
     ],
 )
 def test_a_changed_key_is_refused_by_name(trained, key, old, new):
-    with pytest.raises(ValueError, match=re.escape(f"({key}: {old} there, {new!r} now)")):
+    with pytest.raises(ValueError, match=re.escape(f"({key}: {old} before, {new!r} now)")):
         recipe_lib.check_recipe(trained, _recipe({"seed": 0}, **{key: new}))
 
 
@@ -320,7 +320,7 @@ def test_digest():
 
 # ------------------------------------------------------------------------------------------ weights
 def test_weights_of_the_newest_checkpoint(tmp_path):
-    """The average where the stage keeps one, the weights themselves where not."""
+    """The average if the stage has one, else the weights."""
     kept, plain = tmp_path / "kept", tmp_path / "plain"
     _save(kept, config=_config(**{"pretrain.ema_decay": 0.9}), steps=(2, 4, 6))
     _save(plain, config=_config(**{"pretrain.ema_decay": 0.0}), steps=(2, 4, 6))
@@ -342,7 +342,7 @@ def test_no_weights(tmp_path, folder):
 
 
 def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
-    """A run goes back to the checkpoint before; who reads its weights must not do so unasked."""
+    """Only training falls back to the previous checkpoint; reading weights must not."""
     _save(tmp_path, steps=(2, 4))
     path = tmp_path / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
     content = bytearray(path.read_bytes())
@@ -352,11 +352,11 @@ def test_weights_of_a_damaged_checkpoint_are_refused(tmp_path):
         workdir_lib.load_weights(tmp_path)
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 4 in .* is damaged"):
         run_folder.read(tmp_path, which="ema")
-    assert workdir_lib.saved_metadata(tmp_path) is not None  # of step 2: a run goes on from there
+    assert workdir_lib.saved_metadata(tmp_path) is not None  # of step 2: a run resumes from there
 
 
 def test_weights_of_another_tokenizer(trained):
-    with pytest.raises(ValueError, match="tokenizer tok, the data has other"):
+    with pytest.raises(ValueError, match="tokenizer tok, but the data has other"):
         workdir_lib.load_weights(trained, tokenizer="other")
     assert workdir_lib.load_weights(trained).metadata["tokenizer"] == "tok"
 
@@ -382,7 +382,7 @@ def test_a_folder_without_config(tmp_path):
 
 
 def test_bases_of_another_network_or_process_are_refused(trained, tmp_path):
-    """The number of heads leaves no trace in the shapes of weights, the schedule none at all."""
+    """Neither the number of heads nor the schedule is visible in the shapes of weights."""
     recipe_lib.check_base(tmp_path / "nothing there yet", MODEL, PATH)
     recipe_lib.check_base(trained, MODEL, PATH)
     few_step = dataclasses.replace(MODEL, conditioning="additive", dropout=0.5, remat="full")

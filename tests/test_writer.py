@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the test moves: `clock.now += seconds`."""
+    """A clock controlled by the test: `clock.now += seconds`."""
 
     class Clock:
         now = 1000.0
@@ -98,7 +98,7 @@ def test_torn_line_is_ignored_and_cut_by_the_next_append(tmp_path):
 def test_bad_complete_line_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"x": 1}\nnope\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2 isn't valid JSON"):
         read_jsonl(path)
     with pytest.raises(FileNotFoundError):
         read_jsonl(tmp_path / "missing")
@@ -147,7 +147,7 @@ def test_bad_use(tmp_path):
         for step in (5, 4):
             with pytest.raises(ValueError, match=f"got step {step} after 5"):
                 metrics.write(step, {})
-        with pytest.raises(ValueError, match=r"may not be called \['time'\]"):
+        with pytest.raises(ValueError, match=r"can.t be named \['time'\]"):
             metrics.write(6, {"time": 1.0})
 
 
@@ -244,7 +244,7 @@ def test_short_numbers(value, text):
 
 # ------------------------------------------------------------------------------- Weights & Biases
 class FakeWandb:
-    """Records what the library is told."""
+    """Records calls of the library."""
 
     def __init__(self):
         self.runs, self.logged, self.finished = [], [], 0
@@ -273,7 +273,7 @@ def test_weights_and_biases_gets_the_metrics_too(tmp_path, monkeypatch):
     assert first == second  # one run there: the id stays
     assert (first["project"], first["name"], first["resume"]) == ("fsdfm", "distill", "allow")
     assert [scalar[:2] for scalar in events(tmp_path)[0]] == [("loss", 20), ("loss", 40)]
-    metric_writer(tmp_path, wandb="fsdfm").close()  # trained anew
+    metric_writer(tmp_path, wandb="fsdfm").close()  # trained from scratch
     assert fake.runs[2]["id"] != first["id"]
 
 

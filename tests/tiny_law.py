@@ -1,4 +1,4 @@
-"""A law small enough to write everything down, and its exact distributions by enumeration."""
+"""A small law and its exact distributions by enumeration."""
 
 import itertools
 
@@ -10,7 +10,7 @@ LENGTH = 4
 
 
 def make(num_states=3, num_words=2, seed=0, **options):
-    """A law of `num_states` states, of which the last ends documents, over `num_words` words."""
+    """A law with `num_states` states, the last of which ends documents, over `num_words` words."""
     rng = np.random.default_rng(seed)
     transition_KK = rng.dirichlet(np.full(num_states, 0.7), size=num_states) + 0.02
     emission_KV = np.zeros((num_states, num_words + 1))

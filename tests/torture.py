@@ -1,18 +1,18 @@
-"""A training run that is killed again and again: does it end as if it had not been?
+"""A training run that is killed repeatedly must give the results of an undisturbed run.
 
-Runs a program once without a disturbance, and once in a working directory of its own whose
-processes are killed (SIGKILL, with all their children): at any moment from their start on, while
-they train, or as soon as the temporary folder of a checkpoint is seen. The same command then goes
-on. After each kill, and at the end, it is checked that
+Runs a program once undisturbed, and once in a separate working directory whose processes are killed
+(SIGKILL, with all their children): at any time after their start, during training, or as soon as
+the temporary folder of a checkpoint appears. The same command then resumes. After each kill, and at
+the end, these conditions are checked:
 
-- the next process begins with the newest checkpoint that was complete, and no complete one is lost;
-- nothing is lost but the steps since the last save: the save before the one at hand is complete;
-- parameters, average and optimiser are those of the undisturbed run bit for bit, the metrics have
-  each step once with the same values, and the same checkpoints are kept;
-- no temporary folder is left, and no checkpoint was found damaged.
+- the next process starts from the newest complete checkpoint, and no complete one is lost;
+- only the steps since the last save are lost: the save before the current one is complete;
+- parameters, average and optimiser match the undisturbed run bit for bit, the metrics have each
+  step once with the same values, and the same checkpoints are kept;
+- no temporary folder is left, and no checkpoint is damaged.
 
-Where a run ends before all kills are used, another one begins. Moments are drawn from a seed; what
-a process has reached by then depends on the machine.
+If a run ends before all kills are used, another one starts. Times are drawn from a seed; the
+progress of a process at that time depends on the machine.
 """
 
 import json
@@ -37,19 +37,19 @@ SAVED = ("step", "params", "ema", "opt_state")
 KINDS = ("any moment", "training", "a save")
 _WEIGHTS = (20, 40, 40)  # how often each kind is drawn
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_GOES_ON = re.compile(r"goes on from the checkpoint of step (\d+)")
+_GOES_ON = re.compile(r"resumes from the checkpoint of step (\d+)")
 _LONGEST = 600.0  # seconds of a life, after which something is wrong
 
 
 class Victim(NamedTuple):
-    """A program that trains one stage, and ends of itself.
+    """A program that trains one stage and exits.
 
     Attributes:
       command: working directory -> arguments; the same ones resume.
       directory: working directory -> folder of the stage, with checkpoints/ and metrics.jsonl.
       checkpoint_every: steps between two saves. A line of metrics is written every step.
-      environment: what is added to that of this process.
-      start_seconds: about what it takes to the first step.
+      environment: additions to that of this process.
+      start_seconds: approximate time to the first step.
       train_seconds, train_steps: at most so long after so many new steps a kill in training comes.
     """
 
@@ -66,13 +66,13 @@ class Life(NamedTuple):
     """One process, from its start to its kill.
 
     Attributes:
-      kind: the moment it was meant to be killed in, one of `KINDS`, or "none".
-      ended: it ended of itself before.
-      resumed: step that it said to go on from, 0 where it trained without saying so, None where it
+      kind: intended time of the kill, one of `KINDS`, or "none".
+      ended: it exited before the kill.
+      resumed: step that it reported to resume from, 0 if it trained without a report, None if it
         was killed before.
       reached: last step in the metrics.
       newest: step of the newest complete checkpoint.
-      found: temporary folders that were there.
+      found: temporary folders after the kill.
     """
 
     kind: str
@@ -94,7 +94,7 @@ class Life(NamedTuple):
 
 
 def steps_of(directory: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints of a stage that are complete by their names."""
+    """Steps of a stage's checkpoints with final names."""
     folder = directory / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
@@ -125,7 +125,7 @@ def temporary(folder: pathlib.Path) -> list[str]:
 
 
 def live(victim: Victim, workdir: pathlib.Path, kind: str, draw: random.Random) -> Life:
-    """Starts the program and kills it in a moment of this kind; "none" lets it live."""
+    """Start the program and kill it at a time of this kind; "none" lets it finish."""
     directory = victim.directory(workdir)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -163,7 +163,7 @@ def live(victim: Victim, workdir: pathlib.Path, kind: str, draw: random.Random) 
 def _moments(
     kind: str, victim: Victim, directory: pathlib.Path, draw: random.Random
 ) -> Iterator[None]:
-    """Ends when the moment has come."""
+    """Stop iterating at the time of the kill."""
     if kind == "none":
         while True:
             time.sleep(0.05)
@@ -196,10 +196,10 @@ def _sleep(seconds: float) -> Iterator[None]:
 
 
 def faults_of_life(life: Life, before: int, every: int) -> list[str]:
-    """What one life lost, given the newest checkpoint that was complete when it began."""
+    """The faults of one life, given the newest checkpoint at its start."""
     faults = []
     if life.resumed is not None and life.resumed != before:
-        faults.append(f"went on from step {life.resumed}, step {before} was complete")
+        faults.append(f"resumed from step {life.resumed}, step {before} was complete")
     if life.newest < before:
         faults.append(f"the checkpoint of step {before} is gone, the newest is {life.newest}")
     # The line of a step is written after the save of the step before it began, which waited for
@@ -211,7 +211,7 @@ def faults_of_life(life: Life, before: int, every: int) -> list[str]:
 
 
 def differences(directory: pathlib.Path, whole: pathlib.Path) -> list[str]:
-    """How a stage that was disturbed differs from one that was not."""
+    """The differences between a disturbed and an undisturbed stage."""
     faults = []
     if (ours := steps_of(directory)) != (theirs := steps_of(whole)):
         return [f"checkpoints {ours} are kept, expected {theirs}"]
@@ -246,13 +246,13 @@ def _leaves(tree):
 
 
 def torture(victim: Victim, folder: pathlib.Path, *, kills: int, seed: int) -> dict:
-    """Kills so many processes of a program and compares with one that is left alone.
+    """Kill processes of a program and compare its results with an undisturbed run.
 
     Args:
       victim: the program.
       folder: gets the working directories "whole", "run_1", "run_2" ..
-      kills: how many.
-      seed: of their moments.
+      kills: number of kills.
+      seed: seed of their times.
 
     Returns:
       Counts, and "faults": a list of sentences, empty if nothing was lost.

@@ -2,7 +2,7 @@
 
     python tests/toy_job.py --directory=DIR --num_steps=9
 
-Tests run it as a process of its own, which can be stopped, killed, starved and hung.
+Tests run it as a separate process, which can be stopped, killed, starved and hung.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def batches(start: int):
 
 
 def endless(wanted):
-    """0; where wanted, a computation that never ends, as one that waits for a host that is gone."""
+    """0, or on request a computation that never ends, like one that waits for a lost host."""
     return jax.lax.while_loop(lambda x: wanted & (x >= 0), lambda x: (x + 1) % 7, 0 * wanted)
 
 
@@ -81,10 +81,10 @@ def loss(params, frozen, key, batch):
 
 
 class SlowCheckpoints(checkpoint.Checkpoints):
-    """Says where it is, and takes its time."""
+    """Reports its progress and is slow."""
 
     def save(self, step, *rest):
-        """As the real one."""
+        """Save as the real class does."""
         print(f"saves {step}", flush=True)
         time.sleep(FLAGS.slow_save)
         super().save(step, *rest)

@@ -1,7 +1,7 @@
-"""What MkDocs lacks here: notebooks as pages, and links to files outside docs/.
+"""MkDocs hooks: notebooks as pages, and links to files outside docs/.
 
-A notebook becomes a Markdown page of its cells. A link to a source file leads to a page of the site
-that shows the file, so that the site is complete without the repository and without a network.
+A notebook becomes a Markdown page of its cells. A link to a source file becomes a link to a page
+that shows the file, so that the site works without the repository and without a network.
 """
 
 import json
@@ -19,7 +19,7 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".md": "markdown",
 
 
 def notebook_to_markdown(text: str) -> str:
-    """The cells of a notebook: prose as it is, code in fences."""
+    """Convert a notebook to Markdown, with code in fences."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
@@ -28,7 +28,7 @@ def notebook_to_markdown(text: str) -> str:
 
 
 def outside(link: str, page: str) -> pathlib.Path | None:
-    """The file outside docs/ that a relative link of a page leads to; None for other links."""
+    """Return the target of a page's relative link if it is outside docs/, else None."""
     if re.match(r"[a-z]+:|/", link):
         return None
     target = pathlib.Path(os.path.normpath(DOCS / posixpath.dirname(page) / link))
@@ -37,12 +37,12 @@ def outside(link: str, page: str) -> pathlib.Path | None:
 
 
 def source_page(target: pathlib.Path) -> str:
-    """The name of the page that shows a file."""
+    """Return the name of the page that shows a file."""
     return f"source/{target.relative_to(ROOT).as_posix()}.md"
 
 
 def show(target: pathlib.Path) -> str:
-    """A page that shows a file, or lists a folder."""
+    """Make a page that shows a file or lists a folder."""
     name = target.relative_to(ROOT).as_posix()
     if target.is_dir():
         text, language = "\n".join(sorted(p.name for p in target.iterdir())), "text"
@@ -52,7 +52,7 @@ def show(target: pathlib.Path) -> str:
 
 
 def on_files(files: Files, config) -> Files:
-    """Adds the pages of notebooks and of linked files."""
+    """Add the pages of notebooks and of linked files."""
     linked = set()
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
@@ -70,7 +70,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Leads links to notebooks and to files outside docs/ to their pages."""
+    """Redirect links to notebooks and to files outside docs/ to their pages."""
     here = page.file.src_uri
     if here.startswith("source/"):
         return markdown
@@ -85,7 +85,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
 
 
 def on_config(config):
-    """Names notebooks in the navigation by their pages."""
+    """Replace notebooks in the navigation by their pages."""
 
     def renamed(part):
         if isinstance(part, list):

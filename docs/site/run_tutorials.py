@@ -1,10 +1,10 @@
-"""Runs the code cells of the tutorials, each notebook in a process and a folder of its own.
+"""Run the code cells of the tutorials, each notebook in a separate process and folder.
 
     python docs/site/run_tutorials.py                     # with the quick settings, as CI does
-    python docs/site/run_tutorials.py --full sudoku       # one of them as a reader runs it
+    python docs/site/run_tutorials.py --full sudoku       # one notebook, with the full settings
 
 A notebook has one cell tagged "parameters"; the quick settings, "quick" in the notebook's metadata,
-replace its values. Nothing is written into the notebooks.
+override its values. The notebooks are not modified.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LIMIT = 900  # seconds
 
 
 def script(path: pathlib.Path, *, full: bool) -> str:
-    """The code of a notebook, cell after cell, as one program."""
+    """Join the code cells of a notebook into one program."""
     notebook = json.loads(path.read_text())
     quick = {} if full else notebook["metadata"]["quick"]
     parts = []
@@ -35,7 +35,7 @@ def script(path: pathlib.Path, *, full: bool) -> str:
 
 
 def run(path: pathlib.Path, *, full: bool) -> bool:
-    """Whether a notebook runs to its end; its output is shown."""
+    """Run a notebook, showing its output; return whether it succeeded."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         program = pathlib.Path(folder) / f"{path.stem}.py"
@@ -53,8 +53,8 @@ def run(path: pathlib.Path, *, full: bool) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="notebooks, without .ipynb; all by default")
-    parser.add_argument("--full", action="store_true", help="the settings that a reader sees")
+    parser.add_argument("names", nargs="*", help="notebooks, without .ipynb (default: all)")
+    parser.add_argument("--full", action="store_true", help="use the settings in the notebook")
     args = parser.parse_args()
     names = args.names or sorted(path.stem for path in FOLDER.glob("*.ipynb"))
     failed = [name for name in names if not run(FOLDER / f"{name}.ipynb", full=args.full)]

@@ -1,4 +1,4 @@
-"""Models from one format to another: `python -m fsdfm_jax.convert SOURCE TARGET`.
+"""Convert models between formats: `python -m fsdfm_jax.convert SOURCE TARGET`.
 
     python -m fsdfm_jax.convert checkpoint.pth model.safetensors --check
     python -m fsdfm_jax.convert checkpoint.pth runs/published --to=orbax --tokenizer=gpt2
@@ -6,7 +6,7 @@
     python -m fsdfm_jax.convert runs/mine exported --to=sampler --steps=8
     python -m fsdfm_jax.convert runs/mine mine-8-steps --to=hub --check
 
-Formats are those of fsdfm_jax/convert/formats.py. A target appears whole or not at all.
+fsdfm_jax/convert/formats.py lists the formats. Targets are written atomically.
 """
 
 import dataclasses
@@ -27,34 +27,34 @@ from fsdfm_jax.training import metrics, recipe
 
 
 def define_flags() -> None:
-    """The flags of the program; called when it runs as one."""
-    flags.DEFINE_enum("to", "", ["", *formats.FORMATS], "Format of TARGET; its suffix by default.")
-    flags.DEFINE_enum("which", "ema", list(official.WHICH), "Whose weights of SOURCE.")
-    flags.DEFINE_string("stage", "", "Run of a working directory; the last one trained by default.")
+    """Define the flags of the program; called only when it runs as one."""
+    flags.DEFINE_enum("to", "", ["", *formats.FORMATS], "Format of TARGET; default: by suffix.")
+    flags.DEFINE_enum("which", "ema", list(official.WHICH), "Set of weights in SOURCE.")
+    flags.DEFINE_string("stage", "", "Run of a working directory; default: the last trained one.")
     flags.DEFINE_integer(
-        "num_heads", None, "Heads of an official network; of width 64 by default.", lower_bound=1
+        "num_heads", None, "Heads of an official network; default: width 64 each.", lower_bound=1
     )
-    flags.DEFINE_string("tokenizer", "", '"gpt2" or a tokenizer.json, where SOURCE has none.')
+    flags.DEFINE_string("tokenizer", "", '"gpt2" or a tokenizer.json, if SOURCE has none.')
     flags.DEFINE_enum(
-        "source", "", ["", "uniform", "mask"], "Noise of an official network; told by its size."
+        "source", "", ["", "uniform", "mask"], "Noise of an official network; default: by size."
     )
     flags.DEFINE_enum("layout", "ours", safetensors_lib.LAYOUTS, "Names in safetensors.")
     flags.DEFINE_enum("dtype", "float32", list(bundle_lib.DTYPES), "Of the weights in TARGET.")
-    flags.DEFINE_list("steps", [], "Programs of an exported sampler; the model's own steps.")
+    flags.DEFINE_list("steps", [], "Programs of an exported sampler; default: the model's steps.")
     flags.DEFINE_integer("length", None, "Tokens of an exported sampler.", lower_bound=1)
     flags.DEFINE_enum(
-        "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; the model's."
+        "jump", None, list(jumps.RULES), "Jump rule of an exported sampler; default: the model's."
     )
-    flags.DEFINE_string("report", None, "Report whose figures the card of --to=hub shows.")
+    flags.DEFINE_string("report", None, "Report with the figures for the card of --to=hub.")
     flags.DEFINE_bool("check", False, "Compare SOURCE and TARGET: parameters and logits.")
     flags.DEFINE_float(
-        "tolerance", None, "Of --check's logits; what rounding explains.", lower_bound=0.0
+        "tolerance", None, "Of the logits in --check; default: rounding.", lower_bound=0.0
     )
-    flags.DEFINE_bool("overwrite", False, "Replace TARGET if it is a model of that format.")
+    flags.DEFINE_bool("overwrite", False, "Replace TARGET if it is a model of the same format.")
 
 
 def with_progress(bundle: Bundle, progress: metrics.Progress) -> Bundle:
-    """The same bundle, counting megabytes as its parameters are read."""
+    """Return the same bundle, counting megabytes as its parameters are read."""
 
     done = 0
 
@@ -85,21 +85,21 @@ def convert(
     check: bool = False,
     tolerance: float | None = None,
 ) -> Iterator[str]:
-    """Converts, with progress on stderr, and yields lines to print.
+    """Convert with progress on stderr, and yield lines to print.
 
     Args:
       source: from `formats.open_bundle`.
       target: what to write.
-      place: where `source` is read from.
-      overwrite: replace a model of that format.
-      check: compare both before the target appears under its name.
-      tolerance: largest difference of two logits allowed; None is what rounding explains.
+      place: path of `source`.
+      overwrite: replace a model of the same format.
+      check: compare both before renaming the target to its final name.
+      tolerance: maximum difference of logits; None for the rounding tolerance.
 
     Raises:
-      ValueError: see `formats.write`; or the two differ.
+      ValueError: see `formats.write`; also if the two differ.
     """
     if tolerance is not None and not check:
-        raise ValueError("--tolerance is the bound of --check; give both or neither.")
+        raise ValueError("--tolerance needs --check.")
     provenance = dict(source.provenance) | {"converted_by": recipe.code_version()}
     source = dataclasses.replace(source, provenance=provenance)
     formats.check_target(source, target, source=place, overwrite=overwrite)
@@ -107,7 +107,7 @@ def convert(
 
     def compare(path: pathlib.Path) -> None:
         inputs = parity.random_inputs(source)
-        # One after the other: a large model may fit the memory only once.
+        # Sequentially: a large model may fit into memory only once.
         expected_BLV = parity.logits_of(source, inputs)
         written = formats.open_bundle(path)
         parity.check_parameters(source, written, target.dtype)
@@ -120,7 +120,7 @@ def convert(
         parity.check(found, bound)
         if target.format == "sampler":
             parity.check_program(source, path, sampling=target.sampling)
-            lines.append("The exported program draws the library's tokens.")
+            lines.append("The exported program draws the same tokens as the library.")
 
     total = _megabytes(source.num_params())
     with metrics.Progress(f"{target.path.name}, MB read", total=total) as progress:
@@ -140,21 +140,21 @@ def convert(
     )
     if said.get("source_is_assumed"):
         yield (
-            "Nothing says whether its noise is uniform or a mask token; "
-            f"{source.path['source']} is assumed. Give --source or --tokenizer if that is wrong."
+            "The file doesn't record whether its noise is uniform or a mask token; assuming "
+            f"{source.path['source']}. Give --source or --tokenizer if that is wrong."
         )
 
 
 def _whole_numbers(words: list[str]) -> tuple[int, ...]:
-    """The numbers of --steps=1,2,4."""
+    """Parse the numbers of --steps=1,2,4."""
     try:
         return tuple(int(word) for word in words)
     except ValueError:
-        raise ValueError(f"--steps takes whole numbers, got {','.join(words)!r}.") from None
+        raise ValueError(f"--steps must be integers, got {','.join(words)!r}.") from None
 
 
 def _report(source: pathlib.Path, named: str | None, to: str) -> pathlib.Path | None:
-    """The report of the card: the one that is named, else that of a working directory."""
+    """Return the report for the card: the given one, or that of a working directory."""
     if named is not None:
         return pathlib.Path(named).expanduser()
     own = source / "report"
@@ -176,8 +176,8 @@ def main(argv: list[str]) -> None:
     known = source.provenance.get("tokenizer")
     if source.tokenizer is None and known:
         raise ValueError(
-            f"{argv[1]} was trained with tokenizer {known}, which isn't where its text was "
-            "prepared; give it, --tokenizer=PATH of its tokenizer.json."
+            f"{argv[1]} was trained with tokenizer {known}, which is no longer with its prepared "
+            "text; give it with --tokenizer=PATH of its tokenizer.json."
         )
     target = Target(
         pathlib.Path(argv[2]).expanduser(),

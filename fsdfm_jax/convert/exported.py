@@ -1,20 +1,20 @@
-"""A sampler as a folder that runs without this package: programs, weights, an example.
+"""Exported samplers: a folder with programs, weights and an example, without this package.
 
-    config.json           what the programs take; `FORMAT`, steps, length, sampler, checksums
+    config.json           signature of the programs; `FORMAT`, steps, length, sampler, checksums
     model.safetensors     weights, with config and tokenizer as metadata
-    sampler-S.jaxexport   the S-step sampler as `jax.export` serialises it, for all of `PLATFORMS`:
+    sampler-S.jaxexport   the S-step sampler, serialised by `jax.export` for all of `PLATFORMS`:
                           (weights, seed, given_BL, frozen_BL, temperature, cooling, look_ahead
-                          [, top_p]) -> tokens_BL; the batch is free, S and L are fixed
+                          [, top_p]) -> tokens_BL; the batch size is free, S and L are fixed
     tokenizer.json        if there is one
-    run.py, prompts.py    how to call it all (convert/run_exported.py, inference/prompts.py)
+    run.py, prompts.py    example program (convert/run_exported.py, inference/prompts.py)
     requirements.txt, README.md
 
-The same seed gives the tokens of `inference.generate`. Jump rule and time grid are compiled in, the
-numbers are inputs. Programs hold attention "manual" and remat "none" whatever the network was
-trained with: fused kernels belong to one kind of device. bfloat16 activations stay.
+The same seed gives the tokens of `inference.generate`. Jump rule and time grid are compiled in; the
+numbers are inputs. Programs always use attention "manual" and remat "none", because fused kernels
+are specific to a device. bfloat16 activations are kept.
 
-Reading checks the checksums. What no checksum can tell is who made the folder: a program is code,
-so run only what comes from where you trust.
+Reading verifies the checksums. They don't tell who made the folder: a program is code, so run it
+only if you trust its origin.
 """
 
 import contextlib
@@ -52,10 +52,10 @@ _README = """# {name}: text in {steps} steps
     pip install -r requirements.txt
     python run.py{prompt}
 
-`run.py --help` lists the choices: the number of steps (one program each: {steps}), a seed, a
-temperature{choices}. The same seed gives the same text. `config.json` says what the programs take.
+`run.py --help` lists the options: the number of steps (one program each: {steps}), a seed, a
+temperature{choices}. The same seed gives the same text. `config.json` describes the inputs.
 
-A program (`.jaxexport`) is code: run it only if you trust where it came from.
+A program (`.jaxexport`) is code: run it only if you trust its origin.
 """
 
 
@@ -68,32 +68,32 @@ def write(
     length: int | None = None,
     sampling: Sampling | None = None,
 ) -> None:
-    """Exports a few-step sampler.
+    """Export a few-step sampler.
 
     Args:
-      folder: made here; what an error leaves of it is for the caller to remove.
+      folder: must not exist; after an error the caller removes it.
       bundle: the model; not autoregressive.
-      steps: one program for each of these numbers of network calls; none is the sampler's own.
-      length: L, tokens of a sample; None is the block length that the model was trained on.
-      sampling: how; None is the model's own.
+      steps: numbers of network calls, one program each; empty for the steps of `sampling`.
+      length: L, tokens per sample; None for the model's training block length.
+      sampling: settings; None for the model's default.
 
     Raises:
-      ValueError: for an autoregressive network, an unknown length, one outside its range or longer
-        than the network has positions.
-      FileExistsError: there is such a folder.
+      ValueError: for an autoregressive network, an unknown or invalid length, or one that exceeds
+        the network's learned positions.
+      FileExistsError: the folder exists.
     """
     if bundle.model.causal:
         raise ValueError(
-            "An autoregressive network has no few-step sampler to export; expected weights of a "
-            "base or few-step stage."
+            "An autoregressive network has no few-step sampler to export; use weights of a base or "
+            "few-step stage."
         )
     sampling = sampling or bundle.sampling()
     samplings = [sampling.replace(steps=s) for s in steps or (sampling.steps,)]
     length = bundle.block_length if length is None else length
     if length is None or not 1 <= length <= _MOST_LENGTH:
         raise ValueError(
-            f"length must lie in 1 .. {_MOST_LENGTH}, got {length}; None is the block length of "
-            f"the training, which is {bundle.block_length or 'unknown'} here."
+            f"length must be in 1 .. {_MOST_LENGTH}, got {length}; the default is the training "
+            f"block length, which is {bundle.block_length or 'unknown'} here."
         )
     bundle.model.check_length(length)
     folder.mkdir(parents=True)
@@ -128,7 +128,7 @@ def write(
 
 
 def portable(model: ModelConfig) -> ModelConfig:
-    """The network as it is exported: for any device, in small chunks, whose batch is a symbol."""
+    """Change the network for export: for any device, with small chunks (the batch is symbolic)."""
     mib = min(model.logits_mib, ModelConfig.logits_mib)
     return dataclasses.replace(model, attention="manual", remat="none", logits_mib=mib)
 
@@ -138,7 +138,7 @@ def _program(steps: int) -> str:
 
 
 def _sampled_by(bundle: Bundle, sampling: Sampling) -> Bundle:
-    """The model whose config says that it is sampled so, but for the number of steps."""
+    """Return the model with these default sampling settings, ignoring the number of steps."""
     if bundle.sampling().replace(steps=sampling.steps) == sampling:
         return bundle
     return bundle_lib.sampled_by(bundle, sampling)
@@ -150,7 +150,7 @@ def _input_names(sampling: Sampling) -> list[str]:
 
 
 def _export(bundle: Bundle, sampling: Sampling, length: int) -> export.Exported:
-    """The program. Only shapes of the parameters are needed."""
+    """Export the program; needs only the shapes of the parameters."""
     generate = generate_lib.make_generator(portable(bundle.model), bundle.process())
     names = _input_names(sampling)
 
@@ -171,7 +171,7 @@ def _export(bundle: Bundle, sampling: Sampling, length: int) -> export.Exported:
 
 @contextlib.contextmanager
 def _no_locations():
-    """Leaves source lines and callers, paths of this machine, out of a program."""
+    """Omit source locations, which contain paths of this machine, from a program."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)
@@ -198,7 +198,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 # ---------------------------------------------------------------------------------------- reading
 def is_exported(folder: pathlib.Path) -> bool:
-    """Whether a folder says of itself that it holds an exported sampler; never raises."""
+    """Return whether a folder is marked as an exported sampler; never raises."""
     for name in (CONFIG, "signature.json"):  # the latter up to version 3
         try:
             config = bundle_lib.parse_json(bundle_lib.read_text(folder / name), name)
@@ -210,7 +210,7 @@ def is_exported(folder: pathlib.Path) -> bool:
 
 
 def check(folder: pathlib.Path) -> dict[str, Any]:
-    """The checked config.json of an exported sampler.
+    """Check an exported sampler and return its config.json.
 
     Raises:
       BadFile: the folder is of another version, incomplete or damaged.
@@ -218,14 +218,14 @@ def check(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise BadFile(
-            f"{folder} was exported by an earlier version; export it again with this one, or run "
-            "its own run.py."
+            f"{folder} was exported by an earlier version; export it again with this one, or use "
+            "its run.py."
         )
     config = bundle_lib.parse_json(bundle_lib.read_text(path), str(path))
     if config.get("version") != VERSION:
         raise BadFile(
-            f"{path} has version {str(config.get('version'))[:40]}, this version of the package "
-            f"reads {VERSION}; export the model again."
+            f"{path} has version {str(config.get('version'))[:40]}, but this package reads "
+            f"{VERSION}; export the model again."
         )
     sums, steps = config.get("sha256"), config.get("steps")
     whole = lambda value, most: type(value) is int and 1 <= value <= most
@@ -254,30 +254,30 @@ def call(
     given_BL: np.ndarray,
     frozen_BL: np.ndarray,
 ) -> np.ndarray:
-    """Tokens of the program in a folder, as run.py draws them.
+    """Draw tokens with the program in a folder, as run.py does.
 
     Args:
       folder: of an exported sampler.
-      params: of the model it was made of.
-      sampling: its steps choose the program, its numbers are inputs.
+      params: of its model.
+      sampling: its steps select the program, its numbers are inputs.
       seed, given_BL, frozen_BL: as in `inference.generate`.
 
     Returns:
       int32 [B, L].
 
     Raises:
-      BadFile: see `check`, or for a program that can't be read.
-      ValueError: if there is no program of so many steps.
+      BadFile: see `check`; also for a program that can't be read.
+      ValueError: if there is no program with this number of steps.
     """
     config = check(folder)
     if sampling.steps not in config["steps"]:
         raise ValueError(
-            f"{folder} has programs of {', '.join(map(str, config['steps']))} steps, got "
+            f"{folder} has programs for {', '.join(map(str, config['steps']))} steps, got "
             f"steps={sampling.steps}."
         )
     try:
         program = export.deserialize(bytearray((folder / _program(sampling.steps)).read_bytes()))
-    except Exception as error:  # the library raises all kinds on damage
+    except Exception as error:  # the library raises many types for damaged files
         problem = bundle_lib.first_line(error)
         raise BadFile(f"{folder / _program(sampling.steps)} can't be read: {problem}") from error
     values = sampling.to_dict()

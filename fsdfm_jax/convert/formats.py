@@ -1,12 +1,12 @@
-"""Every format behind two functions: `open_bundle` tells it by content, `write` by name.
+"""All formats behind two functions: `open_bundle` detects the format, `write` takes its name.
 
     official      X.pth                    the published layout, PyTorch's file format
-    safetensors   X.safetensors, a folder  see safetensors_file.py
+    safetensors   X.safetensors, a folder  see safetensors.py
     orbax         a folder                 our checkpoints, see run_folder.py
     sampler       a folder                 an exported program with its weights, see exported.py
     hub           a folder                 the layout of the Hugging Face Hub, see hub.py
 
-`.npz` files of an official state dict are read as well.
+`.npz` files with an official state dict can be read too.
 """
 
 import dataclasses
@@ -42,24 +42,24 @@ def open_bundle(
     stage: str = "",
     source: str = "",
 ) -> Bundle:
-    """Opens a model of any format; its parameters are read when they are asked for.
+    """Open a model of any format; its parameters are read on demand.
 
     Args:
       path: file or folder.
-      which: whose weights, "ema" | "student" | "teacher" | "model", where the file has several.
-      num_heads: H of an official file that doesn't say it; None is heads of width 64.
-      tokenizer: "gpt2" or the path of a tokenizer.json, where the file has none; must be the one it
-        was trained with where the file says which.
-      stage: run of a working directory; "" is the last one trained.
-      source: noise of an official file that doesn't say it, "uniform" | "mask"; "" tells it by
-        comparing the vocabulary with the tokenizer.
+      which: set of weights, "ema" | "student" | "teacher" | "model", if the file has several.
+      num_heads: H, for an official file that doesn't record it; None for heads of width 64.
+      tokenizer: "gpt2" or the path of a tokenizer.json, if the file has none. If the file records
+        its tokenizer, it must be the same.
+      stage: run of a working directory; "" for the last trained one.
+      source: noise, for an official file that doesn't record it, "uniform" | "mask"; "" infers it
+        from the vocabulary and the tokenizer.
 
     Returns:
-      The bundle. A file with GPT-2's vocabulary gets GPT-2's tokenizer where that is installed.
+      The bundle. A file with GPT-2's vocabulary gets GPT-2's tokenizer if that is installed.
 
     Raises:
-      ValueError: damaged, hostile, or of no known format; names what was expected and what came.
-      FileNotFoundError: there is nothing at `path`.
+      ValueError: the file is damaged, malicious or of an unknown format.
+      FileNotFoundError: `path` doesn't exist.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists():
@@ -69,9 +69,9 @@ def open_bundle(
     given = tokenizer_lib.load(tokenizer) if tokenizer else None
     name = _format_of(path)
     if stage and name != "orbax":
-        raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
+        raise ValueError(f"stage={stage!r} selects a run of a working directory; {path} isn't one.")
     if which != "ema" and name in ("sampler", "safetensors", "hub"):
-        raise ValueError(f"{path} holds one set of weights; leave out which={which!r}.")
+        raise ValueError(f"{path} has one set of weights; omit which={which!r}.")
     if name == "sampler":
         exported.check(path)
         bundle = _read_safetensors(path / exported.MODEL, num_heads, given, source)
@@ -95,7 +95,7 @@ def open_bundle(
 
 
 def _format_of(path: pathlib.Path) -> str:
-    """The format of what is at `path`, one of `FORMATS`; BadFile for a folder of none."""
+    """Detect the format of `path`, one of `FORMATS`; BadFile for an unknown folder."""
     if exported.is_exported(path):
         return "sampler"
     if run_folder.is_run_folder(path):
@@ -105,8 +105,8 @@ def _format_of(path: pathlib.Path) -> str:
     if path.is_file():
         return "official"
     raise BadFile(
-        f"{path} is a folder of no known kind; expected a working directory, a run with "
-        "checkpoints/, a folder with .safetensors files (as the Hub's) or an exported sampler."
+        f"{path} is a folder of unknown format; expected a working directory, a run with "
+        "checkpoints/, a folder with .safetensors files (as on the Hub) or an exported sampler."
     )
 
 
@@ -117,8 +117,8 @@ def _read_safetensors(path, num_heads, given, source) -> Bundle:
     if description is None:
         if not tensors_are_official:
             raise BadFile(
-                f"{path} says nothing of its network: expected the metadata that this project "
-                "writes, a config.json beside it, or the names of the official layout."
+                f"{path} doesn't describe its network: expected this project's metadata, a "
+                "config.json beside it, or the names of the official layout."
             )
         return _describe_official(tensors, path, num_heads, given or own, source, {})
     if tensors_are_official:
@@ -148,7 +148,7 @@ def _read_official(path, which, num_heads, given, source) -> Bundle:
         for field in (*shapes, "conditioning"):
             ours, theirs = getattr(cfg, field), getattr(bundle.model, field)
             if ours != theirs:
-                raise BadFile(f"{path} describes {field}={theirs}, its tensors have {ours}.")
+                raise BadFile(f"{path} describes {field}={theirs}, but its tensors have {ours}.")
         return bundle
     said = {"weights": found, "step": file.step}
     return _describe_official(tensors, path, num_heads, given, source, said)
@@ -162,13 +162,13 @@ def _describe_official(
     source: str,
     said: dict[str, Any],
 ) -> Bundle:
-    """A bundle of weights that come without any word of ours."""
+    """Make a bundle of weights without our metadata."""
     cfg = official.infer_config(tensors, num_heads)
     leaves = official.to_leaves(tensors, cfg)
     if tokenizer is None and cfg.vocab_size in (_GPT2_TOKENS, _GPT2_TOKENS + 1):
         try:
             tokenizer = tokenizer_lib.load("gpt2")
-        except ValueError:  # not installed; weights can be converted without
+        except ValueError:  # not installed; weights can be converted without it
             tokenizer = None
     assumed = not source and tokenizer is None and cfg.vocab_size != _GPT2_TOKENS + 1
     if not source:
@@ -190,7 +190,7 @@ def _with_tokenizer(bundle: Bundle, given: Tokenizer | None, path: pathlib.Path)
     trained_with = bundle.provenance.get("tokenizer")
     if trained_with not in (None, given.fingerprint):
         raise ValueError(
-            f"{path} was trained with tokenizer {trained_with}, the one given is "
+            f"{path} was trained with tokenizer {trained_with}, but the given one is "
             f"{given.fingerprint}: their token ids mean different text."
         )
     return dataclasses.replace(bundle, tokenizer=given)
@@ -201,7 +201,7 @@ def _with_source(bundle: Bundle, source: str, path: pathlib.Path) -> Bundle:
         return bundle
     if not bundle.provenance.get("source_is_assumed"):
         raise ValueError(
-            f"{path} says that its noise is {bundle.path['source']!r}, got source={source!r}."
+            f"{path} records the noise {bundle.path['source']!r}, got source={source!r}."
         )
     said = {k: v for k, v in bundle.provenance.items() if k != "source_is_assumed"}
     return dataclasses.replace(bundle, path=dict(bundle.path) | {"source": source}, provenance=said)
@@ -213,9 +213,9 @@ def _check_vocabulary(bundle: Bundle, path: pathlib.Path) -> None:
         return
     if tokenizer.vocab_size != bundle.num_tokens:
         raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the network in {path} has "
-            f"{bundle.num_tokens} besides its mask token ({bundle.path['source']} noise); give the "
-            "tokenizer (and source) it was trained with."
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but the network in {path} has "
+            f"{bundle.num_tokens} without its mask token ({bundle.path['source']} noise); give the "
+            "tokenizer (and source) of its training."
         )
 
 
@@ -228,7 +228,7 @@ class Target:
 
     Attributes:
       path: file or folder.
-      to: one of `FORMATS`, "" tells it by the suffix.
+      to: one of `FORMATS`; "" infers it from the suffix.
       layout: names in safetensors, "ours" | "official".
       dtype: of the weights in official, safetensors and hub files, "float32" | "bfloat16".
       steps, length, sampling: of an exported sampler, see `exported.write`.
@@ -246,7 +246,7 @@ class Target:
 
     @property
     def format(self) -> str:
-        """The format; ValueError if neither `to` nor the suffix tells it."""
+        """The format; ValueError if neither `to` nor the suffix gives one."""
         by_suffix = _SUFFIXES.get(self.path.suffix.lower(), "")
         if self.to and self.to not in FORMATS:
             raise ValueError(f"Unknown format {self.to!r}; expected one of {', '.join(FORMATS)}.")
@@ -256,11 +256,11 @@ class Target:
             )
         if not (self.to or by_suffix):
             raise ValueError(
-                f"{self.path.name} doesn't say the format; give --to={'|'.join(FORMATS)} for a "
+                f"{self.path.name} has no known suffix; give --to={'|'.join(FORMATS)} for a "
                 f"folder, or one of the suffixes {', '.join(_SUFFIXES)}."
             )
         if self.to == "official" and not by_suffix:
-            raise ValueError(f"An official checkpoint is a file X.pth, got {self.path.name!r}.")
+            raise ValueError(f"An official checkpoint must be named X.pth, got {self.path.name!r}.")
         return self.to or by_suffix
 
 
@@ -271,38 +271,38 @@ def check_target(
     source: pathlib.Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Everything about a target that can be refused before any work is done.
+    """Check a target before any work.
 
     Args:
-      bundle: what is to be written.
+      bundle: the bundle to write.
       target: where and how.
-      source: where the bundle is read from, which no target may replace.
-      overwrite: whether a model of the same format that is there may be replaced.
+      source: path of the bundle's source, which the target must not replace.
+      overwrite: whether to replace an existing model of the same format.
 
     Raises:
-      ValueError: no such format, it has no place for this network, or the target exists.
+      ValueError: the format is unknown or can't store this network, or the target exists.
     """
     if target.dtype not in bundle_lib.DTYPES:
         known = ", ".join(bundle_lib.DTYPES)
         raise ValueError(f"Unknown dtype {target.dtype!r}; expected one of {known}.")
     if target.format in ("orbax", "sampler") and target.dtype != "float32":
         raise ValueError(
-            f"The format {target.format!r} holds float32 weights, got dtype={target.dtype!r}."
+            f"The format {target.format!r} has float32 weights, got dtype={target.dtype!r}."
         )
     if target.format != "safetensors" and target.layout != "ours":
-        raise ValueError("layout is a choice of safetensors; the other formats have one each.")
+        raise ValueError("layout is an option only of safetensors.")
     options = ("steps", "length", "sampling")
     given = [name for name in options if getattr(target, name)]
     if given and target.format != "sampler":
-        raise ValueError(f"{', '.join(given)}: choices of an exported sampler (--to=sampler) only.")
+        raise ValueError(f"{', '.join(given)}: only for an exported sampler (--to=sampler).")
     if target.report is not None:
         if target.format != "hub":
-            raise ValueError("report: figures of the card that --to=hub writes; leave it out.")
+            raise ValueError("report: only for the card of --to=hub; omit it.")
         hub.read_report(target.report)
     if target.format == "official" or target.layout == "official":
         official.check_layout(bundle.model)
     if target.format == "orbax":
-        checkpoint.absolute(target.path.resolve())  # a path that can't hold one is refused
+        checkpoint.absolute(target.path.resolve())  # raises if the path can't hold a checkpoint
     _check_place(target, source, overwrite)
 
 
@@ -311,22 +311,22 @@ def _check_place(target: Target, source: pathlib.Path | None, overwrite: bool) -
     if source is not None:
         source = source.resolve()
         if path == source or path in source.parents:
-            raise ValueError(f"The target {target.path} is the source, or holds it.")
+            raise ValueError(f"The target {target.path} is the source, or contains it.")
     parents = [parent for parent in path.parents if parent.exists()]
     if not parents or not parents[0].is_dir():
-        raise ValueError(f"{target.path} can't be made: one of the names before it is a file.")
+        raise ValueError(f"{target.path} can't be made: one of its parents is a file.")
     if not path.exists():
         return
     if not overwrite:
-        raise ValueError(f"{target.path} exists already; choose another name or give --overwrite.")
+        raise ValueError(f"{target.path} already exists; choose another name or give --overwrite.")
     if not _replaceable(path, target.format):
         raise ValueError(
-            f"{target.path} isn't a model of the format {target.format!r} and nothing else; only "
-            "such a one is overwritten. Choose another name."
+            f"{target.path} isn't just a model of the format {target.format!r}, so it is not "
+            "overwritten. Choose another name."
         )
 
 
-# What a folder of each format holds, as patterns.
+# Patterns of the files in a folder of each format.
 _CONTENTS = {
     "orbax": ("checkpoints", "tokenizer.json"),
     "safetensors": ("model*.safetensors", "model.safetensors.index.json", "*.json"),
@@ -351,20 +351,20 @@ def write(
     overwrite: bool = False,
     before_publishing: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
-    """Writes a bundle, whole or not at all: under a temporary name that is renamed at the end.
+    """Write a bundle atomically: under a temporary name that is renamed at the end.
 
     Args:
-      bundle, target, source, overwrite: see `check_target`. A link is followed.
-      before_publishing: called with the finished file or folder under its temporary name; what it
-        raises leaves nothing behind.
+      bundle, target, source, overwrite: see `check_target`. Links are followed.
+      before_publishing: called with the finished file or folder under its temporary name; if it
+        raises, nothing is left behind.
 
     Raises:
-      ValueError: `check_target`'s.
+      ValueError: as `check_target`.
     """
     check_target(bundle, target, source=source, overwrite=overwrite)
     path = target.path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, so that what it says of the format does.
+    # Keep the suffix, which determines the format.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     _remove(temporary)
     try:
@@ -380,7 +380,9 @@ def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
     if not path.is_dir():
         os.replace(temporary, path)
         return
-    aside = path.with_name(f".{os.getpid()}.old.{path.name}")  # a folder can't be replaced at once
+    aside = path.with_name(
+        f".{os.getpid()}.old.{path.name}"
+    )  # folders can't be replaced atomically
     os.replace(path, aside)
     try:
         os.replace(temporary, path)

@@ -1,18 +1,17 @@
-"""A model as a folder in the layout of the Hugging Face Hub, and models from there.
+"""Models in the layout of the Hugging Face Hub, and downloads from the Hub.
 
-    config.json             "model_type", "auto_map", and what `bundle.describe` says
-    model.safetensors       weights under PyTorch's kind of names (layout "hub"), in shards if large
-    generation_config.json  how it is sampled: {"sampling": {"steps": 8, ..}, "length": 128}
+    config.json             "model_type", "auto_map" and the output of `bundle.describe`
+    model.safetensors       weights with PyTorch-style names (layout "hub"), in shards if large
+    generation_config.json  default sampler: {"sampling": {"steps": 8, ..}, "length": 128}
     tokenizer.json, tokenizer_config.json
-    modeling_fsdfm.py       the network in PyTorch, see there
-    README.md               model card: how to use it, figures, where it comes from
+    modeling_fsdfm.py       the network in PyTorch
+    README.md               model card: usage, figures, provenance
 
-`fsdfm_jax.load` reads such a folder as it is, and one that `transformers` has saved again. It reads
-tensors and JSON; nothing that a folder holds is run.
+`fsdfm_jax.load` reads such folders, also after `transformers` has saved them again. It reads only
+tensors and JSON and never runs code from a folder.
 
-The card has the figures of a report where one is given: of its rows those that were measured on
-exactly these weights, by their hash, beside held-out text and the controls. Everything that comes
-from a file is escaped.
+The card has the figures of a report if one is given: rows measured on exactly these weights, by
+their hash, with held-out text and controls. Everything from a file is escaped.
 """
 
 import dataclasses
@@ -32,23 +31,23 @@ from fsdfm_jax.training import recipe
 MODEL_TYPE = "fsdfm"
 MODELING = "modeling_fsdfm.py"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-# What a folder in this layout may hold, as patterns.
+# Patterns of the files in a folder of this layout.
 CONTENTS = ("model*.safetensors", "*.json", MODELING, "README.md", ".gitattributes")
 _DOWNLOADED = ("*.safetensors", "*.json")
-_MOST_ROWS = 12  # of the card's table
+_MOST_ROWS = 12  # in the card's table
 
 
 # ---------------------------------------------------------------------------------------- writing
 def write(
     folder: pathlib.Path, bundle: Bundle, *, dtype: str, report: pathlib.Path | None = None
 ) -> None:
-    """Writes the folder; one stacked parameter (of a large model, one shard) in memory at a time.
+    """Write the folder, with one stacked parameter (or one shard of a large model) in memory.
 
     Args:
-      folder: made here; what an error leaves of it is for the caller to remove.
+      folder: must not exist; after an error the caller removes it.
       bundle: the model.
       dtype: of the weights in the file, "float32" | "bfloat16".
-      report: folder of a report whose figures the card shows.
+      report: folder of a report with figures for the card.
 
     Raises:
       ValueError: for a report that can't be read.
@@ -70,7 +69,7 @@ def write(
 
 
 def _summed(bundle: Bundle, sums: dict[str, str]) -> Bundle:
-    """The same bundle; the checksum of each parameter is in `sums` once it has been read."""
+    """Return the same bundle, storing the checksum of each parameter in `sums` when it is read."""
 
     def read(path: str, leaf: Leaf):
         array = leaf.read()
@@ -85,7 +84,7 @@ def _summed(bundle: Bundle, sums: dict[str, str]) -> Bundle:
 
 
 def _order(bundle: Bundle) -> Iterable[str]:
-    """Paths as `bundle.content_hash` goes through them."""
+    """Paths in the order of `bundle.content_hash`."""
     return bundle_lib.flatten(bundle_lib.unflatten({path: path for path in bundle.leaves}))
 
 
@@ -101,7 +100,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
             auto: f"{name}.FSDFMModel",
         },
         "model_type": MODEL_TYPE,
-        # Of the network in memory, whatever the file holds: else logits would be rounded.
+        # In memory, for any dtype of the file: otherwise logits would be rounded.
         "dtype": "float32",
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
@@ -142,7 +141,7 @@ tags:
 
 
 def card(bundle: Bundle, *, digest: str, dtype: str, rows: Iterable[Mapping[str, Any]] = ()) -> str:
-    """The model card, in Markdown; what comes from files stands in it as plain text.
+    """Make the model card, in Markdown; anything from files is escaped.
 
     Args:
       bundle: the model.
@@ -188,8 +187,8 @@ model = fs.load("path/of/this/folder")  # or the name of this repository
 print(fs.generate(model)[0])
 ```
 
-The logits in PyTorch, by code of this repository; t runs from 0 (noise) to 1 (data), h is the width
-of the step that follows:
+Logits in PyTorch, using the code in this repository; t runs from 0 (noise) to 1 (data), h is the
+width of the next step:
 
 ```python
 from transformers import {auto}
@@ -213,10 +212,10 @@ logits = model(input_ids{times}).logits
 
 
 def plain(text: Any) -> str:
-    """Anything as one line of Markdown that shows it literally: no markup, no HTML, no links."""
+    """Escape anything to one literal line of Markdown: no markup, HTML or links."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     line = line[:200] + "…" * (len(line) > 200)
-    # What begins markup, and what GitHub's renderer takes for a link: "www.", "://", "@".
+    # Characters that start markup, and those that GitHub renders as links: "www.", "://", "@".
     return re.sub(r"([\\`*_{}\[\]#!|~:@]|(?<=www)\.)", r"\\\1", html.escape(line, quote=False))
 
 
@@ -226,14 +225,14 @@ def _table(values: Mapping[str, Any]) -> str:
 
 
 def read_report(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a report's results.json.
+    """Read the rows of a report's results.json.
 
     Raises:
       ValueError: there is no report in the folder, or it can't be read.
     """
     path = folder / "results.json"
     if not path.is_file():
-        raise ValueError(f"There is no report in {folder}; expected results.json in it.")
+        raise ValueError(f"There is no report in {folder}: results.json is missing.")
     rows = io.read_object(path).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} has no rows; evaluate the model again.")
@@ -241,9 +240,9 @@ def read_report(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _figures(rows: Iterable[Mapping[str, Any]], digest: str) -> str:
-    """A table of the rows that were measured on these weights, or a sentence that there are none.
+    """Make a table of the rows measured on these weights, or a sentence if there are none.
 
-    Text and controls of the same report stand beside them.
+    It includes real text and controls of the same report.
     """
     rows = list(rows)
     own = [row for row in rows if _at(row, "protocol", "samples", "model", "sha256") == digest]
@@ -269,13 +268,13 @@ def _figures(rows: Iterable[Mapping[str, Any]], digest: str) -> str:
         )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     left = max(len(beside) + len(own) - _MOST_ROWS, 0)
-    more = f" {left} more rows stand in the report." if left else ""
+    more = f" The report has {left} more rows." if left else ""
     by = "" if judge is None else f" Perplexity is by {plain(judge)}, of the decoded text."
-    return f"{table}\n\nIntervals are of 95%.{by}{more}"
+    return f"{table}\n\n95% intervals.{by}{more}"
 
 
 def _at(value: Any, *keys: Any) -> Any:
-    """What is at these keys of nested dicts, None where anything is missing."""
+    """Look up keys in nested dicts; None if any is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
@@ -287,14 +286,14 @@ def _show(value: Any) -> str:
 
 
 def _estimate(value: Any) -> str:
-    """ "49.4 (37.5 .. 64.3)"."""
+    """Format an estimate: "49.4 (37.5 .. 64.3)"."""
     middle, low, high = (_show(_at(value, key)) for key in ("value", "low", "high"))
     return f"{middle} ({low} .. {high})" if low and high else middle or "-"
 
 
 # ---------------------------------------------------------------------------------------- reading
 def is_hub(folder: pathlib.Path) -> bool:
-    """Whether a folder says of itself that it is in this layout; never raises."""
+    """Return whether a folder is marked as being in this layout; never raises."""
     try:
         text = bundle_lib.read_text(folder / _CONFIG)
         return bundle_lib.parse_json(text, _CONFIG).get("model_type") == MODEL_TYPE
@@ -303,37 +302,37 @@ def is_hub(folder: pathlib.Path) -> bool:
 
 
 def with_sampling(bundle: Bundle, folder: pathlib.Path) -> Bundle:
-    """The model, sampled as generation_config.json of its folder says, if it has one.
+    """Set the default sampler from the folder's generation_config.json, if it has one.
 
     Raises:
-      BadFile: for a file that can't be read, or a sampler that there isn't.
+      BadFile: for a file that can't be read, or invalid settings.
     """
     path = folder / _GENERATION
     if not path.is_file():
         return bundle
     values = bundle_lib.parse_json(bundle_lib.read_text(path), str(path)).get("sampling")
-    if values is None:  # another program's
+    if values is None:  # written by another program
         return bundle
     try:
         sampling = Sampling.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise BadFile(f"{path} says of no sampler how to draw: {str(error)[:300]}") from error
+        raise BadFile(f"{path} doesn't describe a sampler: {str(error)[:300]}") from error
     if sampling == bundle.sampling():
         return bundle
     return bundle_lib.sampled_by(bundle, sampling)
 
 
 def is_name(text: Any) -> bool:
-    """Whether a text may name a repository of the Hub, "user/name"."""
+    """Return whether a string may be the name of a Hub repository, "user/name"."""
     return isinstance(text, str) and bool(re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", text))
 
 
 def download(name: str, revision: str | None = None) -> pathlib.Path:
-    """The folder of a repository, from the Hub or this machine's copy of it; weights and JSON only.
+    """Get the folder of a repository from the Hub or the local cache; only weights and JSON.
 
     Raises:
       FileNotFoundError: huggingface_hub isn't installed.
-      OSError: there is no such repository, or it can't be had.
+      OSError: there is no such repository, or the download fails.
     """
     try:
         extras.check("hub", "a download from the Hub")
@@ -345,9 +344,9 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(_DOWNLOADED)
         )
-    except Exception as error:  # the library and what it stands on raise all kinds
+    except Exception as error:  # the library and its dependencies raise many types
         raise OSError(
-            f"There is no file or folder {name}, and the Hub doesn't give it: "
+            f"There is no file or folder {name}, and downloading it from the Hub failed: "
             f"{bundle_lib.first_line(error)}"
         ) from error
     return pathlib.Path(folder)

@@ -1,17 +1,17 @@
-"""The network of fsdfm_jax in PyTorch, for evaluators that run models of the Hugging Face Hub.
+"""The network of fsdfm_jax in PyTorch, for evaluation tools that use the Hugging Face Hub.
 
     model = AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
     logits_BLV = model(input_ids, t=t_B, h=h_B).logits
 
 A few-step discrete flow-matching language model (arXiv:2509.20624): a bidirectional transformer
-over tokens with adaptive layer norms that time t and step width h modulate. t runs from 0 (noise)
-to 1 (data). The logits are those of p(x1 | xt), the posterior of the clean tokens; they equal the
-JAX network's to 1e-4 in float32. An autoregressive network (`AutoModelForCausalLM`) takes neither t
-nor h.
+over tokens, with adaptive layer norms modulated by time t and step width h. t runs from 0 (noise)
+to 1 (data). The logits are those of p(x1 | xt), the posterior of the clean tokens, and equal those
+of the JAX network to 1e-4 in float32. An autoregressive network (`AutoModelForCausalLM`) takes
+neither t nor h.
 
-`fsdfm_jax` copies this file beside the weights; it needs torch and transformers and nothing else.
+`fsdfm_jax` copies this file beside the weights; it needs only torch and transformers.
 
-Letters: B rows, L positions, V vocabulary, D width, H heads, K width of a head, C conditioning.
+Letters: B rows, L positions, V vocabulary, D width, H heads, K head width, C conditioning.
 """
 
 import math
@@ -27,7 +27,7 @@ ROTARY_BASE = 10_000.0
 NORM_EPS = 1e-5
 SMALLEST_WIDTH = 2.0**-20
 
-# A network so small that only tests would make it; files bring their own.
+# Tiny defaults; files have their own values.
 _DEFAULT = {
     "vocab_size": 8,
     "width": 8,
@@ -44,12 +44,12 @@ _DEFAULT = {
 
 
 class FSDFMConfig(PretrainedConfig):
-    """What config.json says.
+    """The content of config.json.
 
     Args:
-      model: the network, the fields of `fsdfm_jax.ModelConfig`.
-      block_length: tokens of the blocks that it was trained on.
-      **kwargs: of `PretrainedConfig`; further keys of the file are kept as they are.
+      model: the network, with the fields of `fsdfm_jax.ModelConfig`.
+      block_length: tokens per training block.
+      **kwargs: of `PretrainedConfig`; other keys of the file are kept.
     """
 
     model_type = "fsdfm"
@@ -85,12 +85,12 @@ def rotate(x_BHLK):
 
 
 def linear(layer, x):
-    """A dense layer in the precision of its weights."""
+    """Apply a dense layer in the precision of its weights."""
     return layer(x.to(layer.weight.dtype))
 
 
 def modulate(x_BLD, shift_BD, scale_BD):
-    """x (1 + scale) + shift, the same at all positions of a row."""
+    """x (1 + scale) + shift, constant over the positions of a row."""
     return x_BLD * (1.0 + scale_BD[:, None]) + shift_BD[:, None]
 
 
@@ -108,7 +108,7 @@ class Norm(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Sinusoids, linear, SiLU, linear: a number per row to C features."""
+    """Sinusoids, linear, SiLU, linear: maps one number per row to C features."""
 
     def __init__(self, cond_width):
         super().__init__()
@@ -121,7 +121,7 @@ class Embedder(nn.Module):
 
 
 class Modulated(nn.Module):
-    """What blocks and the output layer share: `parts` modulations of width D, float32."""
+    """Base of blocks and output layer: `parts` modulations of width D, float32."""
 
     def __init__(self, cfg, parts):
         super().__init__()
@@ -140,7 +140,7 @@ class Modulated(nn.Module):
 
 
 class Block(Modulated):
-    """x + gate * dropout(branch(LN(x) (1 + scale) + shift)), for attention and MLP in turn."""
+    """x + gate * dropout(branch(LN(x) (1 + scale) + shift)), for attention, then for the MLP."""
 
     def __init__(self, cfg):
         super().__init__(cfg, 6)
@@ -173,7 +173,7 @@ class Block(Modulated):
         return functional.dropout(branch.float(), self.dropout, self.training)
 
     def attention(self, x_BLD):
-        """Of all positions to all, or of an autoregressive network to those before."""
+        """Bidirectional attention, or causal for an autoregressive network."""
         batch, length, width = x_BLD.shape
         q, k, v = (
             linear(layer, x_BLD).view(batch, length, self.heads, -1).transpose(1, 2)
@@ -201,13 +201,13 @@ class OutputLayer(Modulated):
 
 
 class FSDFMModel(PreTrainedModel):
-    """Tokens and times to the logits of the clean tokens."""
+    """Maps tokens and times to the logits of the clean tokens."""
 
     config_class = FSDFMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     _no_split_modules = ("Block",)
-    # A buffer of the published files, which follows from the width of a head.
+    # A buffer of the published files, determined by the head width.
     _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq",)
 
     def __init__(self, config):
@@ -229,11 +229,11 @@ class FSDFMModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
-        """The table of token vectors."""
+        """Return the token embedding."""
         return self.vocab_embed
 
     def get_output_embeddings(self):
-        """The head."""
+        """Return the head."""
         return self.output_layer.linear
 
     def forward(self, input_ids, t=None, h=None, attention_mask=None, labels=None, **unused):
@@ -241,23 +241,23 @@ class FSDFMModel(PreTrainedModel):
 
         Args:
           input_ids: tokens, int [B, L].
-          t: time of each row in [0, 1], [B] or a number; an autoregressive network has none.
-          h: width of the step that follows, [B] or a number, needed by few-step networks.
-          attention_mask: ones; the networks have only ever seen full blocks.
-          labels: refused; how a loss weighs times is a matter of training.
-          **unused: what `transformers` passes to any model.
+          t: time of each row in [0, 1], [B] or a number; unused by an autoregressive network.
+          h: width of the next step, [B] or a number; required by few-step networks.
+          attention_mask: must be all ones, since the networks are trained on full blocks.
+          labels: not supported; the weighting of times is part of the training.
+          **unused: other arguments that `transformers` passes to any model.
 
         Returns:
           `MaskedLMOutput` with logits, float32 [B, L, V].
 
         Raises:
-          ValueError: for a time or a width that the network needs and doesn't get, padding, labels,
-            or more tokens than learned positions.
+          ValueError: for a missing time or width, padding, labels, or more tokens than learned
+            positions.
         """
         if labels is not None:
-            raise ValueError("The model computes no loss; leave labels out and use the logits.")
+            raise ValueError("The model computes no loss; omit labels and use the logits.")
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("The model reads full blocks; leave out padding (attention_mask).")
+            raise ValueError("The model needs full blocks without padding (attention_mask).")
         cond_BC = None if self.network["causal"] else self.condition(input_ids, t, h)
         x_BLD = self.vocab_embed(input_ids).float()
         if self.network["positions"] == "learned":
@@ -285,7 +285,7 @@ class FSDFMModel(PreTrainedModel):
         return functional.silu(time + self.dt_proj(self.dt_embedding(halvings_B)))
 
     def _init_weights(self, module):
-        """Fresh weights, as in training: modulations and head start at zero."""
+        """Initialise weights as in training: modulations and head are zero."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
@@ -302,7 +302,7 @@ class FSDFMModel(PreTrainedModel):
 
 
 def _per_row(name, value, input_ids):
-    """A number for each row, float32 [B]."""
+    """Expand to one number per row, float32 [B]."""
     if value is None:
         what = "time t" if name == "t" else "step width h"
         raise ValueError(f"The network needs the {what} of each row, got None; give {name}=.")

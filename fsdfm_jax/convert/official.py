@@ -1,16 +1,16 @@
-"""The official PyTorch layout: files, state-dict names and [out, in] matrices to and from ours.
+"""Conversion from and to the official PyTorch layout: files, state-dict names, [out, in] matrices.
 
     params, cfg = official.load("checkpoint.pth")
     logits_BLV = models.apply(params, cfg, xt_BL, t_B, h_B)      # h_B ignored by base networks
     official.save("mine.pth", params, cfg)
 
-The names are those of the published checkpoints of arXiv:2509.20624. Blocks are stacked along a
-leading axis here and numbered there; `rotary_emb.inv_freq` is a buffer that follows from the head
-width and has no counterpart. Only conditioning "none" and "official" have an official layout, and
-no learned positions. `dt_proj` and `position_embed` are names of ours in the same style, for what
-networks without an official layout have besides: the Hub's files use them (see hub.py).
+The names are those of the published checkpoints of arXiv:2509.20624. Here blocks are stacked along
+a leading axis; there they are numbered. `rotary_emb.inv_freq` is a buffer determined by the head
+width, with no counterpart here. The official layout covers conditioning "none" and "official"
+without learned positions. `dt_proj` and `position_embed` are our names in the same style for other
+networks, used in the Hub's files (see hub.py).
 
-PyTorch is not needed, and nothing that a file has pickled is ever run (see torch_pickle.py).
+PyTorch is not needed, and pickled code is never run (see torch_pickle.py).
 """
 
 import os
@@ -28,7 +28,7 @@ from fsdfm_jax.inference.bundle import BadFile, Leaf
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
 
-# Whose weights: key of the file -> the name it goes by here.
+# Set of weights -> its key in the file.
 WHICH = {
     "ema": "student_ema_model",
     "student": "student_model",
@@ -37,7 +37,7 @@ WHICH = {
 }
 DEFAULT_HEAD_WIDTH = 64  # of all published networks
 
-# Ours -> official, of one linear or norm; kernels are transposed.
+# Our name -> official name of a linear layer or norm; kernels are transposed.
 _TOP = {
     "time_embedding/in_proj": "time_embedding.mlp.0",
     "time_embedding/out_proj": "time_embedding.mlp.2",
@@ -65,7 +65,7 @@ _BLOCK = {
 _POSITIONS = "vocab_embed/positions"
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 BUFFER = "rotary_emb.inv_freq"
-# Parts of names that wrappers add: DistributedDataParallel, torch.compile, FSDP and activation
+# Name parts added by wrappers: DistributedDataParallel, torch.compile, FSDP and activation
 # checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -77,19 +77,19 @@ _FLOATS = ("float32", "bfloat16", "float16")
 def load(
     path: str | os.PathLike, which: str = "ema", num_heads: int | None = None
 ) -> tuple[Params, ModelConfig]:
-    """Weights and network of an official checkpoint.
+    """Load weights and network of an official checkpoint.
 
     Args:
-      path: a `.pth` file, or an `.npz` of its state dict (names may begin with "sd/").
-      which: "ema" (also takes the only weights of a base run) | "student" | "teacher" | "model".
-      num_heads: H; None takes what the rotary buffer says, or heads of width 64 without it.
+      path: a `.pth` file, or an `.npz` of its state dict (names may start with "sd/").
+      which: "ema" (or the only weights of a base run) | "student" | "teacher" | "model".
+      num_heads: H; None infers it from the rotary buffer, or uses heads of width 64 without one.
 
     Returns:
       (parameters as nested dicts of float32 numpy arrays, their network).
 
     Raises:
-      ValueError: the file is damaged, hostile or of another kind, has no such weights, or they make
-        no such network: each missing, unexpected or misshapen key is named.
+      ValueError: the file is damaged, malicious or of another kind, doesn't have the weights, or
+        they don't form a network; names each missing, unexpected or misshapen key.
       OSError: the file can't be opened.
     """
     path = pathlib.Path(path).expanduser()
@@ -113,24 +113,24 @@ def save(
     dtype: str = "float32",
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an official checkpoint, whole or not at all.
+    """Write an official checkpoint atomically.
 
-    A base network's weights stand under "model"; an h-conditioned one's under "student_ema_model"
-    and, the same tensors, "student_model".
+    A base network's weights are under "model". An h-conditioned one's are under "student_ema_model"
+    and "student_model" (the same tensors).
 
     Args:
       path: of the file; replaced if it exists.
       params, cfg: weights and network.
       step: optimiser steps completed.
       dtype: of the weights in the file, "float32" | "bfloat16".
-      extra: further strings to keep beside the weights.
+      extra: further strings to store with the weights.
 
     Raises:
-      ValueError: for a network without official layout, or parameters that aren't the network's.
+      ValueError: for a network without official layout, or parameters that don't match it.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected the name of a file, X.pth.")
+        raise ValueError(f"{path} is a folder; expected a file name, X.pth.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         bundle = bundle_lib.from_params(params, cfg)
@@ -148,7 +148,7 @@ def write_file(
     dtype: str = "float32",
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """As `save`, of a bundle and to exactly this path, one stacked parameter in memory at a time.
+    """As `save`, for a bundle and exactly this path, with one stacked parameter in memory.
 
     Raises:
       ValueError: as `save`.
@@ -166,10 +166,9 @@ def write_file(
 
 
 class StateFile:
-    """An opened `.pth` or `.npz`: the state dicts it holds, still unread.
+    """An opened `.pth` or `.npz` file with unread state dicts.
 
-    Its content tells which of the two it is. A `.pth` stays open as long as one of its tensors may
-    be read.
+    The format is detected from the content. A `.pth` stays open so that its tensors can be read.
 
     Raises:
       BadFile: it is neither, or damaged.
@@ -193,34 +192,34 @@ class StateFile:
             self._torch.close()
 
     def state_dict(self, which: str) -> tuple[dict[str, Leaf], str]:
-        """The tensors of one of the file's state dicts, names without prefixes; whose they are.
+        """Return the tensors of a state dict, without name prefixes, and the kind of weights.
 
         Raises:
-          BadFile: there is no such state dict, or it holds other things than float tensors.
+          BadFile: there is no such state dict, or it has anything but float tensors.
           ValueError: for an unknown `which`.
         """
         if which not in WHICH:
             raise ValueError(f"Unknown which={which!r}; expected one of {', '.join(WHICH)}.")
         tree = _unwrapped(self.tree)
         if not isinstance(tree, dict):
-            raise BadFile(f"{self.path} holds a {type(tree).__name__}, expected a dict of weights.")
+            raise BadFile(f"{self.path} has a {type(tree).__name__}, expected a dict of weights.")
         if any(_plain_name(name) == "vocab_embed.weight" for name in tree):
             present = {"model": tree}  # a bare state dict
         else:
             present = {name: tree[key] for name, key in WHICH.items() if key in tree}
         found, usual = which, [name for name in present if name != "teacher"]
         if which == "ema" and which not in present and len(usual) == 1:
-            found = usual[0]  # a base run keeps no average
+            found = usual[0]  # a base run has no EMA
         if found not in present:
-            has = ", ".join(f"{name!r}" for name in present) or "none that is known"
+            has = ", ".join(f"{name!r}" for name in present) or "no known ones"
             keys = ", ".join(str(key)[:40] for key in list(tree)[:10])
             raise BadFile(
                 f"{self.path} has no weights {which!r} (key {WHICH[which]!r}); it has {has} "
-                f"(keys: {keys}). Choose with which."
+                f"(keys: {keys}). Select with `which`."
             )
         state = _unwrapped(present[found])
         if not isinstance(state, dict):
-            raise BadFile(f"{self.path}: the weights {found!r} are no dict of tensors.")
+            raise BadFile(f"{self.path}: the weights {found!r} aren't a dict of tensors.")
         return self._tensors(state), found
 
     def _tensors(self, state: dict) -> dict[str, Leaf]:
@@ -239,36 +238,38 @@ class StateFile:
             if dtype.name not in _FLOATS:
                 problems.append(f"{plain[:80]}: {dtype.name}, expected {' or '.join(_FLOATS)}")
             if plain in tensors:
-                problems.append(f"{plain[:80]}: there twice, under different prefixes")
+                problems.append(f"{plain[:80]}: occurs twice, with different prefixes")
             tensors[plain] = leaf
         if problems:
-            raise BadFile(f"{self.path} is no state dict of weights: {bundle_lib.listed(problems)}")
+            raise BadFile(
+                f"{self.path} isn't a state dict of weights: {bundle_lib.listed(problems)}"
+            )
         return tensors
 
     @property
     def step(self) -> int | None:
-        """Optimiser steps, where the file says so."""
+        """Optimiser steps, or None if not recorded."""
         step = self.tree.get("step") if isinstance(self.tree, dict) else None
         return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _unwrapped(tree: Any) -> Any:
-    """What is under "state_dict", where some trainers put the weights."""
+    """Unwrap "state_dict", where some trainers store the weights."""
     while isinstance(tree, dict) and not tree.keys() & WHICH.values() and "state_dict" in tree:
         tree = tree["state_dict"]
     return tree
 
 
 def plain_names(tensors: Mapping[str, Leaf], name: str) -> dict[str, Leaf]:
-    """The same tensors under the names that they have without the prefixes of wrappers.
+    """Remove the prefixes of wrappers from tensor names; `name` is the file.
 
     Raises:
-      BadFile: naming one that is there twice; `name` is the file.
+      BadFile: naming a tensor that occurs twice.
     """
     plain: dict[str, Leaf] = {}
     for wrapped, leaf in tensors.items():
         if (short := _plain_name(wrapped)) in plain:
-            raise BadFile(f"{name}: {short[:80]} is there twice, under different prefixes.")
+            raise BadFile(f"{name}: {short[:80]} occurs twice, with different prefixes.")
         plain[short] = leaf
     return plain
 
@@ -285,13 +286,13 @@ class _NpzLeaf:
 
 
 def _open_npz(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays under "sd/", or all of them; small files by nature, read at once."""
-    with open(path, "rb") as opened:  # what fails from here on is the content's fault
+    """Read the arrays under "sd/", or all of them; such files are small."""
+    with open(path, "rb") as opened:  # errors below this line are due to the content
         try:
             arrays = _read_arrays(opened)
-        except Exception as error:  # zipfile and numpy raise all kinds on damage
+        except Exception as error:  # zipfile and numpy raise many types for damaged files
             raise BadFile(
-                f"{path} is neither a PyTorch checkpoint nor an .npz of one that can be read "
+                f"{path} is neither a readable PyTorch checkpoint nor an .npz of one "
                 f"({str(error)[:200]}); python -m fsdfm_jax.convert reads the other formats."
             ) from error
     return {name: _NpzLeaf(array) for name, array in arrays.items()}
@@ -322,7 +323,7 @@ def _read_npy(file) -> np.ndarray:
     shape, column_major, dtype = read_header(file)
     content = file.read()
     if dtype.hasobject or len(content) != int(np.prod(shape, dtype=object)) * dtype.itemsize:
-        raise ValueError("an array's header doesn't agree with its size")
+        raise ValueError("an array's header doesn't match its size")
     array = np.frombuffer(content, dtype)
     return array.reshape(shape[::-1]).T if column_major else array.reshape(shape)
 
@@ -331,15 +332,15 @@ def _read_npy(file) -> np.ndarray:
 
 
 def infer_config(tensors: Mapping[str, Leaf], num_heads: int | None = None) -> ModelConfig:
-    """The network that a state dict belongs to, told by its shapes.
+    """Infer the network of a state dict from its shapes.
 
     Args:
-      tensors: official name -> tensor, prefixes already removed.
-      num_heads: H, where the file doesn't tell; see `load`.
+      tensors: official name -> tensor, without prefixes.
+      num_heads: H, if the file doesn't determine it; see `load`.
 
     Raises:
-      ValueError: naming the tensors that are missing or of the wrong rank for that, or the number
-        of heads that doesn't fit.
+      ValueError: naming tensors that are missing or have the wrong rank, or an invalid number of
+        heads.
     """
     needed = {"vocab_embed.weight": 2, "time_embedding.mlp.0.weight": 2, "blocks.0.mlp.0.weight": 2}
     problems = [
@@ -352,7 +353,7 @@ def infer_config(tensors: Mapping[str, Leaf], num_heads: int | None = None) -> M
     if problems:
         found = ", ".join(name[:60] for name in list(tensors)[:5]) or "nothing"
         raise BadFile(
-            f"This is no official state dict: {bundle_lib.listed(problems)}; it has {found}."
+            f"This isn't an official state dict: {bundle_lib.listed(problems)}; it has {found}."
         )
     vocab_size, width = tensors["vocab_embed.weight"].shape
     cond_width = tensors["time_embedding.mlp.0.weight"].shape[0]
@@ -374,7 +375,7 @@ def infer_config(tensors: Mapping[str, Leaf], num_heads: int | None = None) -> M
             conditioning="official" if conditioned else "none",
         )
     except ValueError as error:
-        raise BadFile(f"The state dict makes no network: {error}") from None
+        raise BadFile(f"The state dict doesn't form a network: {error}") from None
 
 
 def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> int:
@@ -392,15 +393,15 @@ def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> in
             )
         if num_heads is not None and num_heads != width // head_width:
             raise BadFile(
-                f"num_heads={num_heads}, but {BUFFER} has {buffer.shape[0]} frequencies, those of "
-                f"{width // head_width} heads; leave num_heads out."
+                f"num_heads={num_heads}, but {BUFFER} has {buffer.shape[0]} frequencies, for "
+                f"{width // head_width} heads; omit num_heads."
             )
         return width // head_width
     if num_heads is not None:
         return num_heads
     if width % DEFAULT_HEAD_WIDTH:
         raise BadFile(
-            f"The state dict doesn't say how many heads it has, and its width {width} doesn't "
+            f"The state dict doesn't determine the number of heads, and its width {width} doesn't "
             f"divide into heads of {DEFAULT_HEAD_WIDTH}; give num_heads."
         )
     return width // DEFAULT_HEAD_WIDTH
@@ -410,7 +411,7 @@ def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> in
 
 
 def _official_name(path: str) -> tuple[str, bool]:
-    """Official name of our parameter ({} for the block number); whether to transpose it."""
+    """Official name of our parameter ({} for the block index), and whether to transpose it."""
     if path == _POSITIONS:
         return "position_embed.weight", False
     group, leaf = path.rsplit("/", 1)
@@ -423,11 +424,11 @@ def _official_name(path: str) -> tuple[str, bool]:
 
 
 def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
-    """Our parameters, each stacked and transposed from an official state dict when it is read.
+    """Our parameters, stacked and transposed from an official state dict on reading.
 
     Args:
-      tensors: official name -> tensor, prefixes already removed.
-      cfg: the network they are for.
+      tensors: official name -> tensor, without prefixes.
+      cfg: their network.
 
     Raises:
       ValueError: naming every missing, unexpected or misshapen key.
@@ -450,25 +451,25 @@ def to_leaves(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> dict[str, Leaf]:
     problems += [f"{name[:80]}: unexpected" for name in sorted(set(tensors) - used)]
     problems += _buffer_problems(tensors, cfg)
     if problems:
-        raise BadFile("The state dict doesn't fit the network: " + bundle_lib.listed(problems))
+        raise BadFile("The state dict doesn't match the network: " + bundle_lib.listed(problems))
     return leaves
 
 
 def _buffer_problems(tensors: Mapping[str, Leaf], cfg: ModelConfig) -> list[str]:
-    """The rotary frequencies aren't parameters here, so a file must have the ones we compute."""
+    """Check that the file's rotary frequencies, if any, equal ours: they aren't parameters here."""
     buffer, expected = tensors.get(BUFFER), _frequencies(cfg.head_width)
     if buffer is None:
         return []
     if tuple(buffer.shape) != expected.shape:
         return [f"{BUFFER}: shape {tuple(buffer.shape)}, expected {expected.shape}"]
-    # Wide enough for a buffer that was stored in bfloat16.
+    # Tolerance for a buffer stored in bfloat16.
     if not np.allclose(np.asarray(buffer.read(), np.float32), expected, rtol=1e-2, atol=0):
         return [f"{BUFFER}: other frequencies than 10000^(-2i/{cfg.head_width})"]
     return []
 
 
 def _frequencies(head_width: int) -> np.ndarray:
-    """`rotary_emb.inv_freq`, float32; the power is rounded from float64, as the original's is."""
+    """`rotary_emb.inv_freq`, float32; the power is rounded from float64, as in the original."""
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     powers = (10_000.0 ** exponents.astype(np.float64)).astype(np.float32)
     return np.float32(1.0) / powers
@@ -484,7 +485,7 @@ def _stack(parts: list[Leaf], shape: tuple[int, ...], transpose: bool) -> np.nda
 
 
 def from_state_dict(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> Params:
-    """Our parameters, float32, out of an official state dict in memory; raises as `to_leaves`."""
+    """Convert an official state dict in memory to our parameters, float32; see `to_leaves`."""
     tensors = {
         name: Leaf(np.shape(array), lambda array=array: np.asarray(array, np.float32))
         for name, array in state.items()
@@ -494,17 +495,17 @@ def from_state_dict(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> Params
 
 
 def state_shapes(bundle: bundle_lib.Bundle) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape of a network's state dict, in the official order.
+    """Official name -> shape, for a network's state dict in the official order.
 
     Raises:
-      ValueError: for parameters that aren't the network's.
+      ValueError: for parameters that don't match the network.
     """
     cfg = bundle.model
     expected = bundle_lib.expected_shapes(cfg)
     found = {path: tuple(leaf.shape) for path, leaf in bundle.leaves.items()}
     if found != expected:
         wrong = sorted(path for path, _ in found.items() ^ expected.items())
-        raise ValueError("The parameters aren't those of the network: " + bundle_lib.listed(wrong))
+        raise ValueError("The parameters don't match the network: " + bundle_lib.listed(wrong))
     shapes = {}
     for path, shape in expected.items():
         name, transpose = _official_name(path)
@@ -525,9 +526,9 @@ def _official_order(name: str) -> tuple:
 
 
 def stream(bundle: bundle_lib.Bundle, dtype: str = "float32") -> Iterator[tuple[str, np.ndarray]]:
-    """(official name, array) of a bundle's state dict; one stacked parameter in memory at a time.
+    """Yield (official name, array) of a bundle's state dict, with one stacked parameter in memory.
 
-    Weights are of `dtype`, the rotary buffer is float32.
+    Weights have `dtype`; the rotary buffer is float32.
     """
     for path, array in bundle.arrays():
         name, transpose = _official_name(path)
@@ -535,12 +536,12 @@ def stream(bundle: bundle_lib.Bundle, dtype: str = "float32") -> Iterator[tuple[
         for i, one in rows:
             one = np.ascontiguousarray(one.T if transpose else one)
             yield name.format(i), one.astype(bundle_lib.DTYPES[dtype], copy=False)
-        del array, rows, one  # or they would stay while the next parameter is read
+        del array, rows, one  # free them before reading the next parameter
     yield BUFFER, _frequencies(bundle.model.head_width)
 
 
 def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """Official state dict (numpy, float32, `rotary_emb.inv_freq` included) out of our parameters.
+    """Convert our parameters to an official state dict (numpy, float32, with the rotary buffer).
 
     Raises:
       ValueError: for a network without official layout, see `check_layout`.
@@ -553,7 +554,7 @@ def to_state_dict(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def check_layout(cfg: ModelConfig) -> None:
-    """ValueError for a network that has no official layout."""
+    """Raise ValueError for a network without official layout."""
     what = {
         "autoregressive networks": cfg.causal,
         "positions='learned'": cfg.positions == "learned",
@@ -561,7 +562,7 @@ def check_layout(cfg: ModelConfig) -> None:
     }
     if found := [name for name, is_so in what.items() if is_so]:
         raise ValueError(
-            f"The official layout has no place for {' and '.join(found)}; it can be converted to "
-            "safetensors or orbax with our names, or to the Hub's layout (--to=hub). "
-            "(model.conditioning='official' and model.positions='rotary' have one.)"
+            f"The official layout doesn't support {' and '.join(found)}; convert to safetensors "
+            "or orbax with our names, or to the Hub's layout (--to=hub). (It supports "
+            "model.conditioning='official' and model.positions='rotary'.)"
         )

@@ -1,7 +1,7 @@
-"""Do two models compute the same?
+"""Compare two models.
 
-Parameter by parameter (equal bit for bit, after rounding to the dtype of the target), logits on
-random inputs, and for an exported sampler its tokens against the library's.
+Compares parameters (bit for bit, after rounding to the target's dtype), logits on random inputs,
+and for an exported sampler its tokens with the library's.
 """
 
 import pathlib
@@ -18,16 +18,16 @@ from fsdfm_jax.inference import generate as generate_lib
 from fsdfm_jax.inference.bundle import Bundle
 from fsdfm_jax.network import model as model_lib
 
-# Largest difference of two logits that rounding explains, by the dtype of the weights in the file.
+# Maximum difference of logits due to rounding, by dtype of the weights in the file.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 class Parity(NamedTuple):
-    """How far two models are apart.
+    """Distance of two models.
 
     Attributes:
-      max_deviation: largest absolute difference of two logits.
-      max_kl: largest KL(source || target) of a position's posterior, nats.
+      max_deviation: maximum absolute difference of logits.
+      max_kl: maximum KL(source || target) of the posterior of a position, nats.
     """
 
     max_deviation: float
@@ -37,7 +37,7 @@ class Parity(NamedTuple):
 def random_inputs(
     bundle: Bundle, *, rows: int = 4, length: int = 32, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens int32 [B, L], times and step widths float32 [B], the first row at t=0, h=1."""
+    """Draw tokens int32 [B, L], times and step widths float32 [B]; the first row has t=0, h=1."""
     rng = np.random.default_rng(seed)
     xt_BL = rng.integers(0, bundle.model.vocab_size, (rows, length), dtype=np.int32)
     h_B = np.float32(2.0) ** -rng.integers(0, 11, rows).astype(np.float32)
@@ -47,14 +47,14 @@ def random_inputs(
 
 
 def logits_of(bundle: Bundle, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-    """Logits, float32 [B, L, V]; the parameters are in memory only meanwhile."""
+    """Compute logits, float32 [B, L, V], keeping the parameters in memory only during the call."""
     run = jax.jit(model_lib.apply, static_argnums=1)
     model = generate_lib.portable(bundle.model)
     return np.asarray(run(bundle.device_params(), model, *inputs))
 
 
 def compare(source_BLV: np.ndarray, target_BLV: np.ndarray) -> Parity:
-    """The distance of two models' logits; NaN where either has one."""
+    """Compare the logits of two models; NaN if either has a NaN."""
     deviation = np.max(np.abs(source_BLV - target_BLV))
     log_p = jax.nn.log_softmax(jnp.asarray(source_BLV))
     log_q = jax.nn.log_softmax(jnp.asarray(target_BLV))
@@ -63,19 +63,19 @@ def compare(source_BLV: np.ndarray, target_BLV: np.ndarray) -> Parity:
 
 
 def check(parity: Parity, tolerance: float) -> None:
-    """ValueError unless no two logits differ by more than `tolerance`."""
+    """Raise ValueError if logits differ by more than `tolerance`."""
     if not parity.max_deviation <= tolerance:  # also catches NaN
         raise ValueError(
-            f"The target computes something else than the source: logits differ by up to "
-            f"{parity.max_deviation:.3g} (KL {parity.max_kl:.3g} nats), allowed are {tolerance:g}. "
+            f"The target doesn't compute the same as the source: logits differ by up to "
+            f"{parity.max_deviation:.3g} (KL {parity.max_kl:.3g} nats), more than {tolerance:g}. "
             "No target was written; --tolerance sets the bound."
         )
 
 
 def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
-    """ValueError naming the parameters of `target` that aren't the source's, rounded to `dtype`.
+    """Raise ValueError naming parameters of `target` that differ from the source, after rounding.
 
-    Logits alone don't tell small models apart. One parameter of each is in memory at a time.
+    Logits alone don't distinguish small models. One parameter of each is in memory at a time.
     """
     different = []
     for path, array in source.arrays():
@@ -84,20 +84,20 @@ def check_parameters(source: Bundle, target: Bundle, dtype: str) -> None:
             different.append(path)
     if different:
         raise ValueError(
-            "The target holds other parameters than the source: " + bundle_lib.listed(different)
+            "The parameters of the target differ from the source: " + bundle_lib.listed(different)
         )
 
 
 def check_program(
     source: Bundle, folder: pathlib.Path, *, sampling: Sampling | None = None, rows: int = 1
 ) -> None:
-    """ValueError unless an exported sampler draws the library's tokens, half of a row given.
+    """Raise ValueError unless an exported sampler draws the library's tokens, half of a row given.
 
     Args:
-      source: the model it was made of.
-      folder: the exported sampler, of whose programs each is checked.
-      sampling: that of `exported.write`.
-      rows: samples that are compared.
+      source: the exported model.
+      folder: the exported sampler; all its programs are checked.
+      sampling: as in `exported.write`.
+      rows: number of samples to compare.
     """
     config = exported.check(folder)
     length = config["length"]
@@ -113,6 +113,6 @@ def check_program(
         if not np.array_equal(expected_BL, found_BL):
             share = float(np.mean(expected_BL != found_BL))
             raise ValueError(
-                f"The exported program of {steps} steps draws other tokens than the library "
+                f"The exported program for {steps} steps draws other tokens than the library "
                 f"({share:.1%} of them)."
             )

@@ -1,12 +1,12 @@
-"""Draws text from the exported sampler in this folder.
+"""Draw text from the exported sampler in this folder.
 
     pip install -r requirements.txt
     python run.py --prompt "It was" --num_samples 2 --seed 1
     python run.py --infill "The [8] of the Union" --steps 8
 
-config.json says what the programs take and give. Weights and numbers are inputs: other weights of
-the same shapes and another temperature work with them as well.
-A program (.jaxexport) is code: run it only if you trust where it came from.
+config.json describes the inputs of the programs. Weights and numbers are inputs, so other weights
+of the same shapes and other temperatures work too.
+A program (.jaxexport) is code: run it only if you trust its origin.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import pathlib
 import sys
 import types
 
-sys.dont_write_bytecode = True  # this folder stays as it was exported
+sys.dont_write_bytecode = True  # don't change this folder
 
 import numpy as np  # noqa: E402
 import safetensors.numpy  # noqa: E402
@@ -26,9 +26,9 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 def sample(given_BL: np.ndarray, frozen_BL: np.ndarray, *, steps: int, seed: int, **numbers):
-    """Token ids, int32 [B, L]; frozen positions (bool) hold those of `given_BL` (int32).
+    """Draw token ids, int32 [B, L]; frozen positions (bool) are fixed to `given_BL` (int32).
 
-    `numbers` replace those of config.json, "temperature" for one.
+    `numbers`, such as "temperature", override those of config.json.
     """
     config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     numbers = config["sampling"] | numbers
@@ -48,20 +48,20 @@ def main() -> None:
     length, offered = config["length"], config["steps"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, choices=offered, default=offered[0])
-    parser.add_argument("--prompt", help="text that every sample begins with")
-    parser.add_argument("--infill", help="text with gaps of so many tokens: 'The [8] of the Union'")
+    parser.add_argument("--prompt", help="text at the start of every sample")
+    parser.add_argument("--infill", help="text with gaps of n tokens: 'The [8] of the Union'")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--temperature", type=float, default=config["sampling"]["temperature"])
     args = parser.parse_args()
     if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must lie in [0, 2^32), got {args.seed}")
+        parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
     if not 0 <= args.temperature < np.finfo(np.float32).max:
         parser.error(f"--temperature must be at least 0 and finite, got {args.temperature}")
     if args.num_samples < 1:
         parser.error(f"--num_samples must be at least 1, got {args.num_samples}")
     if args.prompt is not None and args.infill is not None:
-        parser.error("--prompt and --infill exclude each other; give one of them")
+        parser.error("--prompt and --infill exclude each other; give only one of them")
 
     tokenizer, shown = None, length
     given_BL = np.zeros((args.num_samples, length), np.int32)
@@ -81,7 +81,7 @@ def main() -> None:
                 parser.error(str(error))
             given_BL[:], frozen_BL[:], shown = template
     elif args.prompt is not None or args.infill is not None:
-        parser.error("there is no tokenizer in this folder: only samples from nothing can be drawn")
+        parser.error("there is no tokenizer in this folder: omit --prompt and --infill")
 
     numbers = {"temperature": args.temperature}
     tokens_BL = sample(given_BL, frozen_BL, steps=args.steps, seed=args.seed, **numbers)

@@ -1,12 +1,12 @@
-"""Training runs of this project as bundles: Orbax checkpoints, saved on whatever mesh.
+"""Training runs of this project as bundles: Orbax checkpoints, saved on any mesh.
 
-    WORKDIR                        a working directory; `stage` names the run, else the last trained
-    WORKDIR/stages/RUN             one run, or a folder that `write` made
+    WORKDIR                        a working directory; run `stage`, or the last trained one
+    WORKDIR/stages/RUN             one run, or a folder made by `write`
     WORKDIR/stages/RUN/checkpoints
     WORKDIR/stages/RUN/checkpoints/STEP
 
-A folder that `write` made is a run to start from (`config.STAGE.init_from`), not one to go on with:
-it has no optimiser state.
+A folder made by `write` can initialise a run (`config.STAGE.init_from`), but training can't resume
+from it: it has no optimiser state.
 """
 
 import dataclasses
@@ -25,15 +25,14 @@ from fsdfm_jax.training import pipeline as pipeline_lib
 from fsdfm_jax.training import recipe as recipe_lib
 from fsdfm_jax.training import workdir as workdir_lib
 
-# Part of the checkpoint that holds whose weights; "ema" falls back on what a stage without average
-# has.
+# Set of weights -> part of the checkpoint; "ema" falls back to "params" in stages without an EMA.
 _PARTS = {"ema": "ema", "student": "params", "model": "params"}
 _TOKENIZER = "tokenizer.json"
-_MOST_TRIES = 5  # to open the newest checkpoint beside a training that replaces it
+_MOST_TRIES = 5  # to open the newest checkpoint while a training run replaces it
 
 
 def is_run_folder(path: pathlib.Path) -> bool:
-    """Whether `path` is one of the folders that the module lists."""
+    """Return whether `path` is one of the folders listed in the module's docstring."""
     if not path.is_dir():
         return False
     if (path / "config.json").is_file() and (path / "stages").is_dir():
@@ -50,20 +49,20 @@ def _has_steps(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
-    """Opens a run; its parameters are read one by one, on this process's first device.
+    """Open a run; its parameters are read one by one, on this process's first device.
 
     Args:
-      path: one of the folders that the module lists.
-      which: "ema" (the weights as the stage uses them) | "student" or "model" (as they are
-        trained).
+      path: one of the folders listed in the module's docstring.
+      which: "ema" (or the trained weights if the stage has no EMA) | "student" or "model" (the
+        trained weights).
       stage: run of a working directory.
 
     Raises:
-      ValueError: no such run or weights, or the checkpoint is damaged.
+      ValueError: the run or weights don't exist, or the checkpoint is damaged.
     """
     if which not in _PARTS:
         raise ValueError(
-            f"which={which!r} isn't kept in a training run; expected one of {', '.join(_PARTS)}."
+            f"A training run has no weights which={which!r}; expected one of {', '.join(_PARTS)}."
         )
     path, step = _locate(path, stage)
     tried: list[int | None] = []
@@ -73,19 +72,19 @@ def read(path: pathlib.Path, *, which: str, stage: str = "") -> Bundle:
             return _open(path, which, found)
         except (BadFile, checkpoint.NotACheckpoint, OSError) as error:
             tried.append(found)
-            # A training that goes on beside may have put a newer one in its place meanwhile.
+            # A concurrent training run may have replaced it with a newer one.
             newer = step is None and checkpoint.newest_step(path / "checkpoints") not in tried
             if not newer or isinstance(error, BadFile) or len(tried) > _MOST_TRIES:
                 raise
-        except Exception as error:  # Orbax and TensorStore raise all kinds on damage
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             raise BadFile(
-                f"The checkpoint in {path} can't be read; it is damaged or not one of this "
-                f"project: {bundle_lib.first_line(error)}"
+                f"The checkpoint in {path} can't be read; it is damaged or not of this project: "
+                f"{bundle_lib.first_line(error)}"
             ) from error
 
 
 def pinned(path: pathlib.Path, stage: str = "") -> pathlib.Path:
-    """The folder of the checkpoint that `read` takes now, whatever is trained afterwards."""
+    """Return the folder of the checkpoint that `read` uses now, independent of further training."""
     path, step = _locate(path, stage)
     if step is None:
         step = checkpoint.newest_step(path / "checkpoints")
@@ -93,19 +92,19 @@ def pinned(path: pathlib.Path, stage: str = "") -> pathlib.Path:
 
 
 def _locate(path: pathlib.Path, stage: str) -> tuple[pathlib.Path, int | None]:
-    """Folder of a run, and the step where the path names one."""
+    """Folder of a run, and the step if the path has one."""
     path, step = path.absolute(), None
     if (path / "stages").is_dir():
         path = workdir_lib.stage_directory(path, _chosen(path, stage))
     elif stage:
-        raise ValueError(f"stage={stage!r} chooses a run of a working directory; {path} is none.")
+        raise ValueError(f"stage={stage!r} selects a run of a working directory; {path} isn't one.")
     if _step_folder(path):
         step, path = int(path.name), path.parent
     return (path.parent if path.name == "checkpoints" else path), step
 
 
 def _chosen(folder: pathlib.Path, stage: str) -> str:
-    """The run that is named, or the last one of the pipeline that is trained."""
+    """Return the given run, or the last trained one of the pipeline."""
     is_trained = lambda run: workdir_lib.is_trained(workdir_lib.stage_directory(folder, run))
     if stage and is_trained(stage):
         return stage
@@ -113,7 +112,7 @@ def _chosen(folder: pathlib.Path, stage: str) -> str:
         others = sorted(child.name for child in (folder / "stages").iterdir())
         trained = ", ".join(run for run in others if is_trained(run)) or "none"
         raise ValueError(
-            f"There is no trained run {stage!r} in {folder} (stage={stage!r}); trained there: "
+            f"There is no trained run {stage!r} in {folder} (stage={stage!r}); trained runs: "
             f"{trained}."
         )
     runs = [run for run, _ in pipeline_lib.runs(pipeline_lib.load_config(folder))]
@@ -140,7 +139,7 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     kept = metadata.get("provenance", {}).get("weights")
     if kept and which not in ("ema", kept):
         raise ValueError(
-            f"{directory} is a converted model that kept the weights {kept!r} only, got {which=}."
+            f"{directory} is a converted model with only the weights {kept!r}, got {which=}."
         )
     sums = metadata.get("checksums", {}) if part == "params" else {}
     leaves = {
@@ -160,7 +159,7 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
         "config": config,
         "recipe": recipe,
     }
-    # A folder that `write` made keeps what its source said.
+    # A folder made by `write` keeps the provenance of its source.
     provenance |= metadata.get("provenance", {})
     description = {
         "fsdfm_jax": bundle_lib.FORMAT,
@@ -172,7 +171,7 @@ def _open(directory: pathlib.Path, which: str, step: int | None) -> Bundle:
     text = _tokenizer_text(directory, config)
     tokenizer = bundle_lib.read_tokenizer(text, f"the tokenizer of {directory}")
     if tokenizer is not None and tokenizer.fingerprint != provenance["tokenizer"]:
-        tokenizer = None  # of other text prepared in the same place; the caller may name the right
+        tokenizer = None  # of other text in the same folder; the caller may give the right one
     return bundle_lib.from_parts(leaves, description, tokenizer, str(directory))
 
 
@@ -186,8 +185,8 @@ def _read(
         if not (folder / str(record.step)).is_dir():
             raise OSError(
                 errno.ESTALE,
-                f"the checkpoint of step {record.step} was removed while it was read, by a "
-                "training that goes on there; run the same command again",
+                f"the checkpoint of step {record.step} was removed while reading it, by a running "
+                "training; run the same command again",
                 str(folder),
             ) from error
         raise BadFile(
@@ -209,7 +208,7 @@ def _tokenizer_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
 
 
 def _data_places(directory: pathlib.Path, config: dict[str, Any]) -> list[pathlib.Path]:
-    """Where the prepared text of a run may lie."""
+    """Possible folders of a run's prepared text."""
     places = [directory.parents[1] / "data"] if len(directory.parents) > 1 else []
     if given := config["data"].get("directory"):
         places.append(pathlib.Path(given).expanduser())
@@ -217,12 +216,12 @@ def _data_places(directory: pathlib.Path, config: dict[str, Any]) -> list[pathli
 
 
 def write(directory: pathlib.Path, bundle: Bundle) -> None:
-    """Writes a run folder that training can start from and every program can sample.
+    """Write a run folder that can initialise a training run and that every program can sample.
 
-    Unlike the other formats this one holds all parameters in memory at once.
+    Unlike other formats, this needs all parameters in memory at once.
 
     Args:
-      directory: made here.
+      directory: must not exist.
       bundle: the model.
     """
     step = bundle.provenance.get("step") or 0

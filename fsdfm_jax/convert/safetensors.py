@@ -1,17 +1,17 @@
-"""Weights as safetensors: one self-contained file, or a folder of shards with its config.json.
+"""Models as safetensors: one self-contained file, or a folder of shards with a config.json.
 
-    model.safetensors                                  everything, config and tokenizer as metadata
+    model.safetensors                                  everything; config, tokenizer as metadata
     FOLDER/model.safetensors, config.json, tokenizer.json
     FOLDER/model-00001-of-00002.safetensors .., model.safetensors.index.json, config.json, ..
 
-Names inside are, by layout,
+Names depend on the layout:
 
     ours      paths with "/" ("blocks/q_proj/kernel"), blocks stacked, kernels [in, out]
     official  names of the published checkpoints ("blocks.0.qw.weight"), kernels [out, in]
-    hub       those of official, for every network and without the rotary buffer; marked as
-              PyTorch's, which `transformers` looks for
+    hub       as official, for every network and without the rotary buffer; marked as PyTorch's
+              for `transformers`
 
-Each file carries the checksums of its tensors, which are verified as they are read.
+Each file contains the checksums of its tensors, which are verified on reading.
 """
 
 import hashlib
@@ -38,29 +38,29 @@ SUFFIX = ".safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
-# Counts that the first version kept beside the weights; read no more.
+# Prefix of n-gram counts in files of the first version; ignored.
 _FORMER = "neighbours/"
 _FLOATS = {"F32", "BF16", "F16"}
 
 
 def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -> None:
-    """Writes one self-contained file.
+    """Write one self-contained file.
 
     Args:
-      path: exactly where to write; the caller renames.
+      path: the exact path; the caller renames it.
       bundle: the model.
       layout: "ours" | "official" | "hub".
       dtype: of the weights in the file, "float32" | "bfloat16".
 
     Raises:
-      ValueError: for a model above `MAX_SHARD_BYTES`, which needs a folder, or without such a
-        layout.
+      ValueError: for a model above `MAX_SHARD_BYTES`, which needs a folder, or one that the layout
+        doesn't support.
     """
     size = sum(_sizes(bundle, layout, dtype).values())
     if size > MAX_SHARD_BYTES:
         raise ValueError(
-            f"The weights take {size / 1e9:.1f} GB, more than one file of "
-            f"{MAX_SHARD_BYTES / 1e9:.0f} GB; give a folder as target (--to=safetensors)."
+            f"The weights take {size / 1e9:.1f} GB, more than the limit of "
+            f"{MAX_SHARD_BYTES / 1e9:.0f} GB per file; use a folder (--to=safetensors)."
         )
     metadata = {"fsdfm_jax": json.dumps(bundle_lib.describe(bundle))}
     if bundle.tokenizer is not None:
@@ -69,9 +69,9 @@ def write_file(path: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -
 
 
 def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: str) -> None:
-    """Writes a folder, in shards of equal size where one would exceed `MAX_SHARD_BYTES`.
+    """Write a folder, with equal shards if one file would exceed `MAX_SHARD_BYTES`.
 
-    The tensors of one shard are in memory at a time. Arguments and errors as `write_file`.
+    The tensors of one shard are in memory at a time. Arguments and errors as in `write_file`.
     """
     total = sum(_sizes(bundle, layout, dtype).values())
     count = -(-total // MAX_SHARD_BYTES)
@@ -89,7 +89,7 @@ def write_folder(folder: pathlib.Path, bundle: Bundle, *, layout: str, dtype: st
 
 
 def _write_shards(folder, stream, metadata: Mapping[str, str], *, total: int, count: int) -> None:
-    """Cuts the stream where a shard has its share; names need the final count, so rename last."""
+    """Divide the stream into shards; rename at the end, because names contain the total count."""
     files: list[tuple[pathlib.Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
 
@@ -119,7 +119,7 @@ def _write_shards(folder, stream, metadata: Mapping[str, str], *, total: int, co
 
 
 def _sizes(bundle: Bundle, layout: str, dtype: str) -> dict[str, int]:
-    """Bytes of each tensor that `_stream` gives."""
+    """Bytes of each tensor of `_stream`."""
     if layout not in (*LAYOUTS, HUB):
         raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     if dtype not in bundle_lib.DTYPES:
@@ -153,8 +153,8 @@ def _write_shard(path: pathlib.Path, stream, about: Mapping[str, str]) -> None:
         path.touch()
         usual_rights = path.stat().st_mode
         safetensors.numpy.save_file(arrays, path, metadata=metadata)
-        path.chmod(usual_rights)  # the library makes files that only their owner reads
-    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        path.chmod(usual_rights)  # the library makes files that only the owner can read
+    except safetensors.SafetensorError as error:  # raised on a full disk
         path.unlink(missing_ok=True)
         raise OSError(
             f"{path} can't be written: {bundle_lib.first_line(error)}; free space or make its "
@@ -174,7 +174,7 @@ def _metadata_checksum(metadata: Mapping[str, str]) -> str:
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
-    """Whether a file begins like safetensors, or a folder holds such files."""
+    """Return whether a file looks like safetensors, or a folder has such files."""
     if path.is_dir():
         return any(path.glob(f"*{SUFFIX}"))
     if not path.is_file():
@@ -187,13 +187,13 @@ def is_safetensors(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Leaf], dict[str, Any] | None, str]:
-    """The tensors of a file or folder, unread; our description and tokenizer where it has them.
+    """Open a file or folder: unread tensors, and our description and tokenizer if present.
 
     Returns:
-      (name -> tensor, description as `bundle.describe` made it or None, tokenizer.json or "").
+      (name -> tensor, output of `bundle.describe` or None, tokenizer.json or "").
 
     Raises:
-      BadFile: damaged, incomplete or hostile.
+      BadFile: damaged, incomplete or malicious.
     """
     files = _files(path)
     tensors: dict[str, Leaf] = {}
@@ -201,7 +201,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Leaf], dict[str, Any] | None, st
     for file in files:
         shard, metadata = _open(file)
         if twice := sorted(set(shard) & set(tensors)):
-            raise BadFile(f"{file}: {twice[0][:80]!r} stands in another shard too.")
+            raise BadFile(f"{file}: {twice[0][:80]!r} is also in another shard.")
         tensors |= shard if "fsdfm_jax" in metadata else official.plain_names(shard, str(file))
         if "fsdfm_jax" in metadata:
             description = bundle_lib.parse_json(metadata["fsdfm_jax"], f"the metadata of {file}")
@@ -224,15 +224,15 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
         files = sorted(path.glob(f"*{SUFFIX}"))
         if len(files) > 1:
             raise BadFile(
-                f"{path} holds {len(files)} safetensors files and no {_INDEX}; name one of them."
+                f"{path} has {len(files)} safetensors files but no {_INDEX}; give one of them."
             )
         return files
     weight_map = bundle_lib.parse_json(bundle_lib.read_text(index), str(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadFile(f"{index} has no weight_map; expected names of tensors with their files.")
+        raise BadFile(f"{index} has no weight_map from tensor names to files.")
     names = set(weight_map.values()) if all(map(_is_name, weight_map.values())) else {None}
     if None in names:
-        raise BadFile(f"{index} names files outside of its folder; expected plain file names.")
+        raise BadFile(f"{index} names files outside its folder; expected plain file names.")
     missing = sorted(name for name in names if not (path / name).is_file())
     if missing:
         raise BadFile(f"{path} is incomplete: {', '.join(missing)[:500]} missing.")
@@ -251,22 +251,22 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Leaf], Mapping[str, str]]:
             specs = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except FileNotFoundError:
         raise
-    except Exception as error:  # the library raises its own kind and others
-        raise BadFile(f"{path} is no safetensors file: {str(error)[:300]}") from error
+    except Exception as error:  # the library raises several types
+        raise BadFile(f"{path} isn't a safetensors file: {str(error)[:300]}") from error
     former = [name for name in specs if name.startswith(_FORMER)]
     if wrong := [
         f"{n[:80]}: {d}" for n, (_, d) in specs.items() if d not in _FLOATS and n not in former
     ]:
-        raise BadFile(f"{path} holds other things than weights ({', '.join(wrong[:20])}).")
+        raise BadFile(f"{path} has tensors that aren't weights ({', '.join(wrong[:20])}).")
     if "fsdfm_jax" in metadata and metadata.get("checksum") != _metadata_checksum(metadata):
         raise BadFile(f"{path} is damaged (the checksum of its metadata differs); copy it again.")
     checksums = bundle_lib.parse_json(metadata.get("checksums", "{}"), f"the metadata of {path}")
     if "checksums" in metadata and set(checksums) != set(specs):
-        raise BadFile(f"{path}: its checksums are of other tensors than it holds.")
+        raise BadFile(f"{path}: its checksums are of other tensors.")
     if former:
         logging.warning(
-            "%s holds n-gram counts of an earlier version (neighbours), which are ignored: the "
-            "model is sampled without them.",
+            "%s has n-gram counts from an earlier version (neighbours); they are ignored in "
+            "sampling.",
             path,
         )
     return {
@@ -277,7 +277,7 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Leaf], Mapping[str, str]]:
 
 
 def _reader(path: pathlib.Path):
-    # pread: a memory map would count the whole file as ours, and fault if it were cut meanwhile.
+    # pread: a memory map would count towards our memory, and crash if the file were truncated.
     return safetensors.safe_open(path, framework="np", backend="pread")
 
 

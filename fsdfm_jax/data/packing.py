@@ -1,4 +1,4 @@
-"""Documents to blocks: each with an end-of-text token, one after another, cut into equal parts."""
+"""Pack documents into blocks: append an end-of-text token to each, concatenate, cut equally."""
 
 import dataclasses
 import hashlib
@@ -9,17 +9,17 @@ import numpy as np
 from fsdfm_jax.data.corpus import Document
 from fsdfm_jax.data.tokenizer import Tokenizer
 
-_BATCH_CHARACTERS = 1 << 20  # documents are encoded together up to this many characters
+_BATCH_CHARACTERS = 1 << 20  # characters to encode together
 _BATCH_DOCUMENTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """What packing did to one split.
+    """Counts from packing one split.
 
     Attributes:
       documents: number of documents.
-      tokens: of all documents, with one end-of-text token each.
+      tokens: of all documents, including one end-of-text token each.
       blocks: number of blocks stored.
       dropped_tokens: tokens after the last full block; tokens = blocks * L + dropped_tokens.
       sha256: of the blocks in document order, as little-endian int32.
@@ -33,11 +33,11 @@ class SplitCounts:
 
 
 class Packer:
-    """Packs a stream of documents into blocks, and counts.
+    """Packs a stream of documents into blocks and counts them.
 
     Attributes:
       characters: of the documents so far.
-      lost: those of them that the tokens don't have, see `Tokenizer.lost`.
+      lost: characters lost in tokenisation, see `Tokenizer.lost`.
     """
 
     def __init__(self, tokenizer: Tokenizer, block_length: int):
@@ -49,7 +49,7 @@ class Packer:
         self.characters = self.lost = 0
 
     def pack(self, documents: Sequence[Document]) -> np.ndarray:
-        """The blocks that these documents fill, int32 [N, L]; the rest waits for the next call."""
+        """Pack documents; return the full blocks, int32 [N, L], and keep the rest for later."""
         texts = [document.text for document in documents]
         ids = self._tokenizer.encode_batch(texts)
         self.characters += sum(map(len, texts))
@@ -65,7 +65,7 @@ class Packer:
         return blocks_NL
 
     def blocks(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
-        """Yields int32 [L] blocks; the tokens after the last full block are dropped."""
+        """Yield int32 [L] blocks; the tokens after the last full block are dropped."""
         for batch in batches(documents):
             yield from self.pack(batch)
 
@@ -82,7 +82,7 @@ class Packer:
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Cuts a stream into lists that are worth encoding at once and fit into memory."""
+    """Group a stream into lists for encoding: large enough to be efficient, bounded in memory."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
@@ -98,31 +98,27 @@ _MOST_LOST = 0.05  # of the characters
 
 
 def check_lost(characters: int, lost: int) -> float:
-    """The share of characters that tokenizing loses.
+    """Compute the fraction of characters lost in tokenisation.
 
     Raises:
-      ValueError: if that is more than a few: the model would learn another text.
+      ValueError: if it is above 5%: the model would learn a different text.
     """
     share = lost / max(characters, 1)
     if share > _MOST_LOST:
         raise ValueError(
-            f"the tokenizer loses {share:.1%} of the text's {characters} characters, allowed are "
-            f"{_MOST_LOST:.0%}: decoding the tokens doesn't give them back. It lacks a token for "
-            "what it doesn't know, or is of another language; choose another data.tokenizer"
+            f"the tokenizer loses {share:.1%} of the text's {characters} characters; at most "
+            f"{_MOST_LOST:.0%} are allowed. It has no token for unknown words, or is for another "
+            "language; choose another data.tokenizer"
         )
     return share
 
 
 def check_blocks(split: str, counts: SplitCounts, block_length: int) -> None:
-    """Refuses a split without a single block.
-
-    Raises:
-      ValueError: saying what it has and what to change.
-    """
+    """Raise ValueError, with counts and remedy, for a split without a full block."""
     if counts.blocks == 0:
         raise ValueError(
             f"the {split} split has no full block of {block_length} tokens: its "
             f"{counts.documents} document(s) have {counts.tokens} tokens; lower "
-            "data.block_length, give more text, or move documents between the splits by "
-            "data.holdout"
+            "data.block_length, give more text, or change data.holdout to move documents between "
+            "the splits"
         )

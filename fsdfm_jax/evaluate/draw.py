@@ -1,6 +1,7 @@
-"""Samples of a point: what a model writes, the naive controls, and how a model came to its text.
+"""Samples of a point: model samples, naive controls, and observations of the sampling steps.
 
-One program serves all temperatures and seeds of a model, number of steps, jump rule and grid.
+One compiled program serves all temperatures and seeds of a model, number of steps, jump rule and
+grid.
 """
 
 import dataclasses
@@ -26,21 +27,20 @@ from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.stages import autoregressive
 from fsdfm_jax.training.metrics import Progress
 
-# Seconds after which a call needn't be repeated to be timed: what the first call of a program pays
-# for besides its work is small beside that.
+# Calls of at least this many seconds aren't repeated for timing: warm-up costs are then negligible.
 _LONG_CALL = 2.0
-# Steps of a trajectory that are kept, the first and the last among them.
+# Steps kept of a trajectory, including the first and the last.
 _FRAMES = 64
 _TRAJECTORIES = 2
-# Held-out blocks that the controls of repeated blocks have.
+# Number of different held-out blocks in the controls of repeated blocks.
 _BLOCKS = {"one": 1, "few": 8}
 
 
 class Given(NamedTuple):
-    """What the samples are made around.
+    """Given tokens of samples.
 
     Attributes:
-      tokens_NL: int32 [N, L], of no meaning where nothing is frozen.
+      tokens_NL: int32 [N, L], used only at frozen positions.
       frozen_NL: bool [N, L].
     """
 
@@ -49,7 +49,7 @@ class Given(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Samples int32 [N, L]; seconds per sample of the fastest batch; seconds of compilation."""
+    """Samples int32 [N, L], seconds per sample of the fastest batch, seconds of compilation."""
 
     tokens_NL: np.ndarray
     seconds_per_sample: float
@@ -57,24 +57,24 @@ class Drawn(NamedTuple):
 
 
 class Batches(Protocol):
-    """Where batches are kept until a point's samples are whole."""
+    """Storage for batches until a point's samples are complete."""
 
     def load(self, index: int) -> np.ndarray | None:
-        """A batch that was drawn before, None if it wasn't."""
+        """Load a batch, None if it hasn't been drawn."""
 
     def save(self, index: int, tokens_BL: np.ndarray) -> None:
-        """Keeps a batch."""
+        """Store a batch."""
 
 
 class Watched(NamedTuple):
-    """How the first samples of a point came about.
+    """Observations of the sampling steps of a point's first samples.
 
     Attributes:
-      times_S: time at which each step begins (an autoregressive model's: its position / L).
-      entropy_RS: nats, mean entropy of what the step drew from, of each watched sample; NaN where
-        nothing was left to draw.
-      changed_RS: share of the positions that moved.
-      trajectories: of the first ones; none for an autoregressive model, which never goes back.
+      times_S: start time of each step (for an autoregressive model: position / L).
+      entropy_RS: nats, mean entropy of the distributions that the step draws from, per sample; NaN
+        if nothing is drawn.
+      changed_RS: fraction of the positions that changed.
+      trajectories: of the first samples; none for an autoregressive model.
     """
 
     times_S: np.ndarray
@@ -91,17 +91,17 @@ def draw(
     batch_size: int,
     kept: Batches | None = None,
 ) -> Drawn:
-    """Draws a point's samples, batch after batch; the last batch is computed whole and cut.
+    """Draw a point's samples in batches; the last one is padded and truncated.
 
-    The noise of a row depends on seed, batch and row only, so that points are compared on the same
-    noise. A batch is timed once the program has run before, unless it takes seconds.
+    A row's noise depends only on seed, batch and row, so all points use the same noise. Timing
+    excludes the first run of a program, unless it takes seconds.
 
     Args:
       point: of kind "model".
       subject: its model.
-      given: N samples' worth.
-      batch_size: samples drawn at once, at most N of them.
-      kept: batches that needn't be drawn again; where there are several only.
+      given: given tokens of the N samples.
+      batch_size: samples per batch, at most N.
+      kept: storage for batches; used only if there are several.
     """
     num_samples, length = given.tokens_NL.shape
     batch_size = min(batch_size, num_samples)
@@ -137,7 +137,7 @@ def draw(
 
 
 def _inputs(point, subject, given, batch_size, index) -> tuple:
-    """The arguments of a batch's sampler after the parameters."""
+    """Return the sampler's arguments for a batch, after the parameters."""
     rows = slice(index * batch_size, (index + 1) * batch_size)
     missing = batch_size - len(given.tokens_NL[rows])
     padding = [(0, missing), (0, 0)]
@@ -162,7 +162,7 @@ def _floats(sampling: Sampling) -> tuple[jax.Array, jax.Array | None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What of a `Sampling` is compiled in, as a key: its numbers don't count."""
+    """Cache key for the static part of a `Sampling`; ignores its numbers."""
 
     sampling: Sampling = dataclasses.field(compare=False)
     structure: jax.tree_util.PyTreeDef = dataclasses.field(init=False)
@@ -173,7 +173,10 @@ class _Static:
 
 @functools.lru_cache(maxsize=64)
 def _compile(model, process, memory, shape, static):
-    """A shape's compiled sampler, shared by all models of one network, and seconds of compiling."""
+    """Compile the sampler for a shape; return it and the seconds of compilation.
+
+    It is shared by all models with the same network.
+    """
     key, tokens, frozen = jax.random.key(0), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
     if model.causal:
         run = make_autoregressive_sampler(model, shape[1], process.source.mask_id, memory=memory)
@@ -192,14 +195,14 @@ def _compile(model, process, memory, shape, static):
 def watch(
     point: Point, subject: Subject, given: Given, drawn_NL: np.ndarray, *, count: int
 ) -> Watched:
-    """Samples the first rows of a point once more, watching.
+    """Draw the first rows of a point again and observe the steps.
 
-    They are the first of the point's samples up to rounding: their noise is the same.
+    They equal the point's first samples up to rounding, because their noise is the same.
 
     Args:
       point, subject, given: as in `draw`.
-      drawn_NL: the point's samples, which tell what an autoregressive model drew from.
-      count: how many rows, of the first batch.
+      drawn_NL: the point's samples, from which an autoregressive model's distributions follow.
+      count: number of rows, within the first batch.
     """
     if subject.model.causal:
         return _watch_autoregressive(point, subject, given.frozen_NL[:count], drawn_NL[:count])
@@ -227,7 +230,7 @@ def watch(
 
 
 def _watch_autoregressive(point, subject, frozen_RL, drawn_RL) -> Watched:
-    """What each token was drawn from, by reading the text that was written."""
+    """Compute the entropies of an autoregressive model's draws by reading its text."""
     entropy_RL = np.asarray(
         _entropies(
             subject.params,
@@ -262,15 +265,15 @@ def control(
     frozen_NL: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """A naive control around what is given, int32 [N, L].
+    """Make a naive control around given tokens, int32 [N, L].
 
     Args:
-      name: "unigram", tokens drawn one by one from the frequencies of the training text; "ngram",
-        from left to right by its n-grams (see `ngrams`); "shuffled", each held-out block with its
-        own tokens in random order; "repeated", one sentence over and over, the same in all samples;
-        "one", the same held-out block in all samples; "few", one of eight such blocks in each.
-      text: real text, of N blocks.
-      frozen_NL: positions that are given and stay.
+      name: "unigram", independent tokens with the frequencies of the training text; "ngram", left
+        to right from its n-grams (see `ngrams`); "shuffled", held-out blocks with their tokens in
+        random order; "repeated", one repeated sentence, the same in all samples; "one", the same
+        held-out block in all samples; "few", one of eight held-out blocks in each.
+      text: real text, N blocks.
+      frozen_NL: given positions.
       seed: of the draws.
     """
     real_NL = text.real_NL

@@ -1,8 +1,8 @@
-"""Points computed: drawn, scored, stored with their stamps, pooled over seeds and reported.
+"""Compute points: draw, score, store with their stamps, pool over seeds and report.
 
-A point is finished when its row is stored; a killed evaluation goes on with the next one, and
-inside a point with the next batch. Samples that are there are scored again but not drawn again
-where other figures are asked of them, and by the judges that haven't scored them yet.
+A point is finished when its row is stored. A killed evaluation resumes with the next point, or
+within a point with the next batch. Stored samples aren't drawn again: new figures are computed from
+them, and only new judges score them.
 """
 
 import functools
@@ -29,28 +29,27 @@ from fsdfm_jax.training import recipe
 from fsdfm_jax.training.metrics import Progress
 
 NO_BOUND = (
-    "No bound on the likelihood: a few-step network answers for whole steps and was taught by a "
-    "teacher, so that it is no model of the process at infinitesimal ones. Ask for it of the base "
-    "model."
+    "No bound on the likelihood: a few-step network learns large steps from a teacher and doesn't "
+    "model the process at infinitesimal steps. The base model has a bound."
 )
 PROMPT_BY_TOKEN = (
-    "The given tokens are read one by one, without a prefill: the time of a sample includes them."
+    "The given tokens are read one by one, without prefill; the time per sample includes them."
 )
 _BOUND_EPS = 1e-3
-_SHOWN = 3  # samples of a point that a report prints
+_SHOWN = 3  # samples per point in a report
 
 
 class Evaluation:
-    """All that points are computed with.
+    """Computes points.
 
     Args:
       settings: `config.eval`.
       catalogue: of the models.
-      judges: the first is the main one; there may be none.
-      length: L, tokens of a sample.
-      text: None where there is no prepared data; the plan then has models only.
+      judges: the first is the main judge; may be empty.
+      length: L, tokens per sample.
+      text: None without prepared data; the plan must then have only models.
       store: of finished points.
-      exact: judge that knows the truth, None where there is none.
+      exact: a judge that knows the truth, or None.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Evaluation:
         self._text, self._store, self._exact = text, store, exact
 
     def run(self, plan: Sequence[Point]) -> list[Row]:
-        """The rows of all points, in order; those that are stored are not computed again."""
+        """Compute all points that aren't stored; return the rows of all, in order."""
         work = {p: self._calls(p) for p in plan if self._stored(p) is None}
         name = f"evaluating {len(work)} of {len(plan)} points, network calls"
         with Progress(name, total=sum(work.values())) as progress:
@@ -83,7 +82,7 @@ class Evaluation:
         return steps * self._num_samples(point)
 
     def finished(self, plan: Sequence[Point]) -> list[Row]:
-        """The rows of those points that are stored, by whatever machine, in order."""
+        """Return the rows of the points stored by any machine, in order."""
         self._store.refresh()
         return [row for row in map(self._stored, plan) if row is not None]
 
@@ -91,7 +90,7 @@ class Evaluation:
         return self._store.finished(point.slug, self.protocol(point))
 
     def _compute(self, point: Point) -> None:
-        """Draws and scores a point; its row is stored when this returns."""
+        """Draw and score a point, and store its row."""
         protocol = self.protocol(point)
         stamp = protocol["samples"]
         arrays = self._store.arrays(point.slug, stamp)
@@ -123,7 +122,7 @@ class Evaluation:
                 **{name: getattr(point, name) for name in fields},
                 **point.described(),
                 "run": point.source if point.kind == "model" else None,
-                # Those that were opened: a run without an average has one set of weights.
+                # Those actually used: a run without an EMA has only one set of weights.
                 "weights": stamp["model"] and stamp["model"]["weights"],
                 "num_samples": len(arrays["tokens"]),
                 "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
@@ -146,7 +145,7 @@ class Evaluation:
         return summary.aggregate(measured, names, resamples=self._settings.resamples)
 
     def _exact_verdict(self, parts: Sequence[Arrays]) -> dict[str, Any] | None:
-        """The exact judge's verdict on the samples of repeats over seeds."""
+        """Return the exact judge's verdict on the samples of all seeds."""
         if self._exact is None:
             return None
         tokens_NL, frozen_NL = (
@@ -183,7 +182,7 @@ class Evaluation:
         }
 
     def _steps(self, point: Point, tokens_NL: np.ndarray, known: Sequence[Arrays]) -> Arrays:
-        """How the first samples came about, by the names it is stored under."""
+        """Observe the steps of the first samples; return arrays by storage name."""
         count = min(self._settings.watched, self._settings.batch_size, len(tokens_NL))
         if point.kind != "model" or not count:
             return {}
@@ -205,7 +204,7 @@ class Evaluation:
         return arrays
 
     def _given(self, point: Point) -> Given:
-        """What the point's samples are made around."""
+        """Return the given tokens of a point."""
         shape = (self._num_samples(point), self._length)
         frozen_NL = tasks.parse(point.task).frozen(*shape)
         if not frozen_NL.any():
@@ -214,7 +213,7 @@ class Evaluation:
 
     # ---------------------------------------------------------------------------------- the stamp
     def protocol(self, point: Point) -> dict[str, Any]:
-        """Everything a row's figures depend on, stored beside them."""
+        """Everything that a row's figures depend on, stored with them."""
         settings, facts = self._settings, None
         if point.kind == "model":
             facts = self._catalogue.facts(point.source, point.weights)
@@ -236,7 +235,7 @@ class Evaluation:
                 watched=settings.watched if facts else None,
                 mauve=self._mauve_facts(point),
                 bound=self._bound_facts(point),
-                # Only where there is one: stamps from before there were such judges stay valid.
+                # Omitted without such a judge, so that older stamps stay valid.
                 **({} if self._exact is None else {"exact": self._exact.describe()}),
             ),
         }
@@ -247,7 +246,7 @@ class Evaluation:
 
     # ---------------------------------------------------------------------------------------- MAUVE
     def _reference_ML(self, point: Point) -> np.ndarray | None:
-        """Other real text for MAUVE; None where MAUVE can't be computed."""
+        """Other real text for MAUVE; None if MAUVE can't be computed."""
         has_features = self._judges and hasattr(self._judges[0], "features")
         if not (has_features and self._text is not None and mauve.available()):
             return None
@@ -265,7 +264,7 @@ class Evaluation:
         }
 
     def _mauve(self, point: Point, tokens_NL: np.ndarray, known: Sequence[Arrays]) -> Arrays:
-        """The score by the names it is stored under; {} where there is none."""
+        """Compute MAUVE; return arrays by storage name, {} if it can't be computed."""
         facts = self._mauve_facts(point)
         if facts is None:
             return {}
@@ -298,7 +297,7 @@ class Evaluation:
         }
 
     def _bound(self, point: Point) -> dict[str, float] | None:
-        """The bound on a base model's likelihood, estimated once for all of its points."""
+        """Return the bound on a base model's likelihood, estimated once for all its points."""
         facts = self._bound_facts(point)
         if facts is None:
             return None
@@ -329,12 +328,12 @@ class Evaluation:
     def report(
         self, directory: pathlib.Path, rows: Sequence[Row], header: Mapping[str, Any]
     ) -> str:
-        """Writes the report of stored rows; returns its table as text.
+        """Write the report of stored rows; return its table as text.
 
         Args:
-          directory: made where needed.
+          directory: made if needed.
           rows: to report, in order.
-          header: JSON dict of facts about the whole.
+          header: JSON dict of facts about the whole report.
         """
         samples, frozen, paths = {}, {}, {}
         for row in rows:
@@ -356,9 +355,9 @@ class Evaluation:
         return report.table(merged)
 
     def _pool(self, rows: list[Row]) -> Row:
-        """One row for repeats over seeds, with intervals over the samples of all of them.
+        """Pool repeats over seeds into one row, with intervals over all samples.
 
-        MAUVE, which compares sets, is the mean over the seeds, without an interval.
+        MAUVE compares sets, so it is the mean over the seeds, without an interval.
         """
         first, resamples = rows[0], self._settings.resamples
         if len(rows) == 1:
@@ -389,13 +388,13 @@ class Evaluation:
 
 
 def _devices() -> str:
-    """The devices that samples are drawn on, "8 x KIND"."""
+    """Return the devices used for sampling, "8 x KIND"."""
     mesh = jax.sharding.get_mesh()
     return f"{max(1, mesh.size)} x {jax.devices()[0].device_kind}"
 
 
 class _Kept:
-    """The batches of one point, see `draw.Batches`."""
+    """Stored batches of one point, see `draw.Batches`."""
 
     def __init__(self, store: Store, slug: str, stamp: dict[str, Any]):
         self._store, self._place = store, (slug, stamp)
@@ -407,14 +406,14 @@ class _Kept:
         self._store.save_batch(*self._place, index, tokens_BL)
 
 
-# Names of what is stored of the steps that were watched, and of the trajectories among it.
+# Storage names of observed steps, and the prefix of trajectories.
 _STEPS = ("step_samples", "step_times", "step_entropy_nats", "step_changed")
 _PATH = "step_path"
 _ESTIMATE = ("value", "low", "high", "count")
 
 
 def _part_with(parts: Sequence[Arrays], name: str, value: Any) -> Arrays:
-    """The first of several sets of arrays in which a scalar has this value, {} if none has."""
+    """Return the first set of arrays in which a scalar has this value, or {}."""
     return next((part for part in parts if name in part and part[name].item() == value), {})
 
 
@@ -426,7 +425,7 @@ def _mauve_estimate(scores: Arrays) -> dict[str, Any] | None:
 
 
 def _trajectories(arrays: Arrays) -> list[stream.Trajectory]:
-    """The trajectories among a point's stored arrays."""
+    """Read the trajectories from a point's stored arrays."""
     found = []
     while f"{_PATH}{len(found)}.tokens_TL" in arrays:
         tokens_TL, steps, times, frozen_L = (
@@ -438,14 +437,14 @@ def _trajectories(arrays: Arrays) -> list[stream.Trajectory]:
 
 
 def _entropy_of_choice(parts: Sequence[Arrays], resamples: int) -> dict[str, Any] | None:
-    """The model's own entropy over all seeds: mean over steps, and step by step."""
+    """Return the predictive entropy over all seeds: mean over steps, and per step."""
     if not all("step_entropy_nats" in part for part in parts):
         return None
     entropy_RS, changed_RS = (
         np.concatenate([part[name] for part in parts])
         for name in ("step_entropy_nats", "step_changed")
     )
-    # A step at which nothing was left to draw has no entropy.
+    # A step that draws nothing has no entropy.
     free_S = np.isfinite(entropy_RS).any(axis=0)
     return {
         "mean": _mean(np.nanmean(entropy_RS[:, free_S], axis=1), resamples),

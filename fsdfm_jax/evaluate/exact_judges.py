@@ -1,12 +1,12 @@
-"""Judges that know the truth: Sudoku by its rules, a language by its law (`fsdfm_jax.exact`).
+"""Judges that know the truth: the rules of Sudoku, the law of a language (`fsdfm_jax.exact`).
 
-A model of Sudoku is recognised by its tokenizer and block; a language needs the law that its text
-was sampled from, `eval.law`. The verdict on a row is JSON, `row["exact"]`:
+A Sudoku model is recognised by its tokenizer and block length. A language needs the law that its
+text was sampled from, `eval.law`. The verdict on a row is JSON, `row["exact"]`:
 
     judge      "6x6 Sudoku"
-    figures    key of `COLUMNS` -> value, low, high, count; without an interval both ends are nan
-    expected   key -> what samples of the truth give, as many and as long
-    findings   what shows that a figure is better than it should be: word, sentence, figures
+    figures    key of `COLUMNS` -> value, low, high, count; both ends are nan without an interval
+    expected   key -> value for equally many and long samples of the truth
+    findings   evidence that a figure is better than it should be: word, sentence, figures
 """
 
 import math
@@ -21,19 +21,19 @@ from fsdfm_jax.exact.hmm import Law
 from fsdfm_jax.exact.intervals import Figure
 from fsdfm_jax.exact.sudoku import Sudoku
 
-# Raise it when a change of the code changes a figure.
+# Increase it when a code change affects a figure.
 _VERSION = 1
-_FEWEST = 2  # samples of a language that are judged
+_FEWEST = 2  # minimum samples of a language
 
 Verdict = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """How a figure is shown.
+    """Display of a figure.
 
     Attributes:
       head: of its column.
-      main: whether it stands in the short tables.
+      main: whether it is in the short tables.
     """
 
     head: str
@@ -68,22 +68,22 @@ class ExactJudge(Protocol):
     name: str
 
     def describe(self) -> dict[str, Any]:
-        """What its figures depend on, for stamps."""
+        """Describe what its figures depend on, for stamps."""
 
     def judge(
         self, tokens_NL: np.ndarray, frozen_NL: np.ndarray, *, resamples: int
     ) -> Verdict | None:
-        """The verdict on samples, see the module; None where it can't judge them.
+        """Judge samples, see the module; None if it can't.
 
         Args:
           tokens_NL: int [N, L].
-          frozen_NL: bool [N, L], the positions that were given.
+          frozen_NL: bool [N, L], the given positions.
           resamples: of the bootstrap.
         """
 
 
 class SudokuJudge:
-    """Grids by the rules, and valid ones against uniform grids."""
+    """Judges grids by the rules, and compares valid ones with uniform samples."""
 
     def __init__(self, size: Sudoku):
         self.name = f"{size.name} Sudoku"
@@ -96,14 +96,14 @@ class SudokuJudge:
     def judge(
         self, tokens_NL: np.ndarray, frozen_NL: np.ndarray, *, resamples: int
     ) -> Verdict | None:
-        """See `ExactJudge`; a sample around given cells solves its puzzle if its grid is valid."""
+        """See `ExactJudge`; a sample with given cells solves its puzzle if its grid is valid."""
         report = sudoku_judge.judge(self._size, tokens_NL, resamples=resamples)
         figures = report.figures | {
             f"{name}_z": Figure(test.z, math.nan, math.nan, report.figures["distinct"].count)
             for name, test in report.uniformity.items()
         }
         if frozen_NL.any():
-            # What is given is never changed by a sampler, so that a valid grid is a solution.
+            # Samplers never change given cells, so a valid grid is a solution.
             figures["solved"] = figures["valid"]
         groups = {"copies": ["distinct"], "not uniform": ["digits", "pairs"]}
         findings = _findings(groups, report.flags)
@@ -111,7 +111,7 @@ class SudokuJudge:
 
 
 class LawJudge:
-    """Text by the law of its language."""
+    """Judges text by the law of its language."""
 
     def __init__(self, law: Law):
         self.name = f"the law {law.fingerprint[:8]}"
@@ -124,9 +124,9 @@ class LawJudge:
     def judge(
         self, tokens_NL: np.ndarray, frozen_NL: np.ndarray, *, resamples: int
     ) -> Verdict | None:
-        """See `ExactJudge`; None for samples around given text, which the law itself has written.
+        """See `ExactJudge`; None for samples with given text, which comes from the law itself.
 
-        Also for fewer than two samples, or ones shorter than the longest k-gram.
+        None also for fewer than two samples, or samples shorter than the longest k-gram.
         """
         count, length = tokens_NL.shape
         if frozen_NL.any() or count < _FEWEST or length < max(hmm_judge.ORDERS):
@@ -137,9 +137,9 @@ class LawJudge:
 
 
 def _exposed(report: hmm_judge.Report) -> list[dict[str, Any]]:
-    """What makes a likelihood look better than the samples are.
+    """Find reasons why the likelihood looks better than the samples are.
 
-    A model that is merely worse than the law has a higher loss, which needs no remark.
+    A model that is merely worse than the law has a higher loss, which isn't reported.
     """
     above = lambda name: report.figures[name].value > report.law[name][0]
     groups = {"copies": ["distinct"]}
@@ -152,7 +152,7 @@ def _exposed(report: hmm_judge.Report) -> list[dict[str, Any]]:
 
 
 def _findings(groups: Mapping[str, Sequence[str]], flags: Mapping[str, str]) -> list[dict]:
-    """A finding for each word of which a figure is flagged."""
+    """Make a finding for each word with a flagged figure."""
     found = {word: [name for name in names if name in flags] for word, names in groups.items()}
     return [
         {
@@ -183,16 +183,16 @@ def _verdict(
 
 
 def find(tokenizer: Tokenizer, length: int, law: str) -> ExactJudge | None:
-    """The judge of a task whose truth is known, None for any other text.
+    """Find the exact judge for a task; None if the truth is unknown.
 
     Args:
       tokenizer: of the samples.
-      length: tokens of a sample.
+      length: tokens per sample.
       law: path of a law.npz, "" for none.
 
     Raises:
-      ValueError: the law is of another vocabulary or can't be read, or blocks hold no grid of the
-        tokenizer's size.
+      ValueError: the law can't be read or has another vocabulary, or the block length doesn't match
+        the tokenizer's grid.
     """
     if not law:
         size = sudoku.recognise(tokenizer.vocabulary, length)
@@ -202,42 +202,42 @@ def find(tokenizer: Tokenizer, length: int, law: str) -> ExactJudge | None:
     if tokenizer.vocabulary != ids:
         other = min(tokenizer.vocabulary.items() ^ ids.items(), key=lambda item: item[1])
         raise ValueError(
-            f"eval.law: {law} is the law of {len(ids)} tokens, the models have "
-            f"{tokenizer.vocab_size} of another vocabulary ({other[0]!r} differs); name the law of "
-            "the text they were trained on, or leave it out"
+            f"eval.law: {law} is a law of {len(ids)} tokens, but the models have "
+            f"{tokenizer.vocab_size} tokens of another vocabulary ({other[0]!r} differs); give the "
+            "law of their training text, or omit it"
         )
     return LawJudge(found)
 
 
 def open_law(path: str) -> Law:
-    """A law.npz; ValueError, naming the key, where there is none."""
+    """Read a law.npz; ValueError, naming the config key, if that fails."""
     try:
         return hmm.load(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"eval.law: {error}") from None
 
 
-# ------------------------------------------------------------------------------------ of the report
+# -------------------------------------------------------------------------------------- for reports
 
 
 def judges(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of the exact judges of rows."""
+    """Return the names of the exact judges of rows."""
     return list(dict.fromkeys(row["exact"]["judge"] for row in rows if row.get("exact")))
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
-    """The figures that any of the rows has, in the order of `COLUMNS`."""
+    """Return the figures that any of the rows has, in the order of `COLUMNS`."""
     known = {key for row in rows for key in (row.get("exact") or {}).get("figures", ())}
     return {key: column for key, column in COLUMNS.items() if key in known}
 
 
 def figure(row: Mapping[str, Any], key: str) -> dict[str, float] | None:
-    """A figure of a row, None where it has none."""
+    """Return a figure of a row, or None."""
     return ((row.get("exact") or {}).get("figures") or {}).get(key)
 
 
 def show(estimate: Mapping[str, float] | None) -> str:
-    """A figure for people, with three decimals; "" for none."""
+    """Format a figure, with three decimals below 10; "" for none."""
     if estimate is None or math.isnan(estimate["value"]):
         return ""
     number = estimate["value"]
@@ -245,6 +245,6 @@ def show(estimate: Mapping[str, float] | None) -> str:
 
 
 def describe(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Who judged exactly, in a sentence; "" if nobody did."""
+    """Name the exact judges in a sentence; "" if there are none."""
     names = judges(rows)
     return f"Judged exactly, by {' and '.join(names)}." if names else ""

@@ -1,7 +1,7 @@
-"""MAUVE, how alike two sets of texts are distributed, through the package `mauve-text`.
+"""MAUVE, the similarity of two distributions of texts, with the package `mauve-text`.
 
-Source: arXiv:2102.01454. The package is not one of ours and under the GPLv3: it is imported where
-it happens to be installed (`pip install 'fsdfm_jax[mauve]'`), and nothing else needs it.
+Source: arXiv:2102.01454. The package is under the GPLv3 and optional: it is used only if it is
+installed (`pip install 'fsdfm_jax[mauve]'`).
 """
 
 import contextlib
@@ -15,8 +15,7 @@ import numpy as np
 
 from fsdfm_jax.evaluate.metrics import Estimate
 
-# The score cuts the features into a bucket for every ten samples; half of these samples must still
-# fill two buckets.
+# The score uses one bucket per ten samples; half of these samples must still give two buckets.
 MIN_SAMPLES = 40
 
 _HALVES = 100
@@ -24,14 +23,14 @@ _LEVEL = 0.95
 
 
 def available() -> bool:
-    """Whether `mauve-text` is installed."""
+    """Return whether `mauve-text` is installed."""
     return importlib.util.find_spec("mauve") is not None
 
 
 def facts() -> dict[str, Any]:
-    """What the score and its interval depend on beside features and reference, as JSON.
+    """What the score and its interval depend on, besides features and reference, as JSON.
 
-    "version" is that of `mauve-text`, None where it isn't installed.
+    "version" is that of `mauve-text`, None if it isn't installed.
     """
     return {
         "version": importlib.metadata.version("mauve-text") if available() else None,
@@ -45,29 +44,28 @@ def facts() -> dict[str, Any]:
 def score(features_ND: np.ndarray, reference_ND: np.ndarray, *, seed: int) -> Estimate:
     """MAUVE of samples against reference texts, in [0, 1]; 1 is best.
 
-    The value is the package's own of all rows, with its standard settings. It depends on how many
-    rows there are (their number settles that of the buckets, and few rows push it down): compare
-    scores at one N only.
+    The value is that of the package on all rows, with its standard settings. It depends on the
+    number of rows, which sets the number of buckets, and few rows lower it. Compare scores only at
+    equal N.
 
-    The interval says how far the score of other samples of the same number may lie from this one.
-    It comes from 100 pairs of half-samples, drawn without replacement, with the quantisation done
-    anew for each, since that of k-means on a few hundred points is a good part of the noise. Not
-    from resamples with replacement: the two copies of a row fall into one bucket and make both sets
-    look further apart than they are; such resamples scatter 1.2 to 2.8 times as much as fresh
-    samples do, around a centre that lies 0.04 to 0.2 too low (measured on mixtures of Gaussians
-    with 64 and 200 rows). Half-samples scatter as fresh samples of full size do, exactly so for
-    means, and hold as many rows a bucket. What shift is left, that of N/2 rows against N, is taken
-    out: the 95% percentiles of the half-samples' scores about their mean, laid about the value, cut
-    to [0, 1].
+    The interval estimates the spread over new sets of N samples. It comes from 100 pairs of
+    half-samples, drawn without replacement. Each pair is quantised separately, since k-means on a
+    few hundred points is a large part of the noise. The bootstrap doesn't work here: both copies of
+    a row fall into the same bucket, so the sets look too far apart. Bootstrap resamples scatter 1.2
+    to 2.8 times as much as new samples, around a centre that is 0.04 to 0.2 too low (measured on
+    mixtures of Gaussians with 64 and 200 rows). Half-samples scatter like new samples of full size
+    (exactly so for means) and have as many rows per bucket. The remaining bias, of N/2 rows against
+    N, is removed: the 95% percentiles of the half-samples' scores about their mean are shifted to
+    the value and clipped to [0, 1].
 
     Args:
       features_ND: float [N, D], a judge's features of the samples.
-      reference_ND: float [M, D], those of real text.
-      seed: of the half-samples and of the clustering; the same seed gives the same numbers.
+      reference_ND: float [M, D], its features of real text.
+      seed: of the half-samples and the clustering; the same seed gives the same numbers.
 
     Raises:
-      ValueError: without the package, for fewer than `MIN_SAMPLES` rows, rows of two widths or
-        features that aren't finite.
+      ValueError: the package is missing, there are fewer than `MIN_SAMPLES` rows, the widths
+        differ, or a feature isn't finite.
     """
     features_ND, reference_ND = np.asarray(features_ND), np.asarray(reference_ND)
     _check(features_ND, reference_ND)
@@ -88,7 +86,7 @@ def score(features_ND: np.ndarray, reference_ND: np.ndarray, *, seed: int) -> Es
 
     rng = np.random.default_rng(seed)
     clustering_seeds = rng.integers(2**20, size=_HALVES + 1).tolist()
-    # The problems are too small to share out: threads would mostly wait for each other.
+    # The problems are too small for threads, which would mostly wait for each other.
     with _quiet(), threadpoolctl.threadpool_limits(1):
         value = one(features_ND, reference_ND, clustering_seeds[0])
         halves = [
@@ -109,10 +107,10 @@ def _check(features_ND, reference_ND):
                 f"{rows.shape}; with fewer, its histograms are noise."
             )
         if not np.all(np.isfinite(rows)):
-            raise ValueError(f"The {name} hold values that are not finite.")
+            raise ValueError(f"The {name} have values that are not finite.")
     if features_ND.shape[1] != reference_ND.shape[1]:
         raise ValueError(
-            "Features and reference must come from one judge, got widths "
+            "Features and reference must come from the same judge, got widths "
             f"{features_ND.shape[1]} and {reference_ND.shape[1]}."
         )
 
@@ -123,9 +121,9 @@ def _half(rng, rows_ND):
 
 @contextlib.contextmanager
 def _quiet():
-    """Nothing on standard error, where the compiled clustering would warn a hundred times.
+    """Silence stderr, where the compiled clustering would print a hundred warnings.
 
-    It asks for 39 points a bucket where MAUVE by its definition has 20.
+    It recommends 39 points per bucket, but MAUVE by definition has 20.
     """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

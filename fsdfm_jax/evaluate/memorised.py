@@ -1,8 +1,7 @@
-"""How much of a text stands word for word in the training text: n-grams of tokens, looked up.
+"""Memorisation: the fraction of a text's token n-grams that occur in the training text.
 
-A model that has learnt its text by heart has the best of perplexities. What tells is the share of
-its n-grams that the training text holds, beside the same share of held-out text, which shows how
-often phrases return by themselves.
+A model that has memorised its training text has excellent perplexities. Compare its fraction with
+that of held-out text, which shows how often phrases recur naturally.
 """
 
 import numpy as np
@@ -11,14 +10,14 @@ _SEED = 0x5D_F3
 
 
 class Ngrams:
-    """The n-grams of a text, to look others up in.
+    """The set of n-grams of a text, for lookup.
 
-    Kept as 64-bit hashes: of a million n-grams looked up in ten million, less than one in a million
-    times is one of them found that isn't there.
+    Stored as 64-bit hashes: for a million lookups among ten million n-grams, the probability of any
+    false match is below one in a million.
 
     Args:
-      text_T: token ids in [0, vocab_size), all documents one after the other.
-      n: tokens of an n-gram.
+      text_T: token ids in [0, vocab_size), all documents concatenated.
+      n: tokens per n-gram.
       vocab_size: V.
 
     Raises:
@@ -27,7 +26,7 @@ class Ngrams:
 
     def __init__(self, text_T: np.ndarray, n: int, *, vocab_size: int):
         if not 1 <= n <= len(text_T):
-            raise ValueError(f"Expected n in 1 .. {len(text_T)}, the text's tokens, got {n}.")
+            raise ValueError(f"n must be in 1 .. {len(text_T)} (tokens of the text), got {n}.")
         self._n = n
         self._codes_V = np.random.default_rng(_SEED).integers(
             0, 2**64, vocab_size, np.uint64, endpoint=False
@@ -35,7 +34,7 @@ class Ngrams:
         self._known = np.unique(self._hashes(text_T))
 
     def share(self, tokens_NL: np.ndarray) -> np.ndarray:
-        """The share of each row's n-grams that the text holds, float64 [N].
+        """Return the fraction of each row's n-grams that occur in the text, float64 [N].
 
         Raises:
           ValueError: for rows shorter than n.
@@ -47,7 +46,7 @@ class Ngrams:
         return np.mean(self._known[at] == hashes_NG, axis=-1)
 
     def _hashes(self, tokens: np.ndarray) -> np.ndarray:
-        """uint64 [.., L - n + 1]: sums of random codes, each times an odd number to its place."""
+        """uint64 [.., L - n + 1]: sums of random codes times powers of an odd number."""
         count = tokens.shape[-1] - self._n + 1
         codes = self._codes_V[tokens]
         result = np.zeros((*tokens.shape[:-1], count), np.uint64)
@@ -56,4 +55,4 @@ class Ngrams:
         return result
 
 
-_FACTOR = 0x9E3779B97F4A7C15  # odd: nothing of earlier tokens is lost modulo 2^64
+_FACTOR = 0x9E3779B97F4A7C15  # odd, so invertible modulo 2^64

@@ -1,10 +1,10 @@
-"""Figures out of token ids and log-likelihoods, in NumPy: recomputable from saved samples.
+"""Figures from token ids and log-likelihoods, in NumPy: recomputable from saved samples.
 
-Figures of samples are one number a sample, so that `bootstrap` can say how far their mean is known.
-NaN stands for "this sample has no such figure" (it holds too few tokens that count).
+Most figures have one number per sample, for `bootstrap`. NaN means that a sample has no such figure
+(too few tokens count).
 
-    counted_NL    bool [N, L], the positions that were generated. Given ones never count, and an
-                  n-gram that touches one doesn't exist. None: all positions count.
+    counted_NL    bool [N, L], the generated positions. Given ones don't count, nor do n-grams that
+                  include one. None: all positions count.
 """
 
 import math
@@ -16,14 +16,14 @@ import numpy as np
 BITS_PER_NAT = 1.0 / math.log(2.0)
 
 _BLEU_ORDER = 4
-# Entries of the resampling indices held at once, 8 MiB.
+# Resampling indices held at once, 8 MiB.
 _HELD_INDICES = 2**20
 
 
 class Estimate(NamedTuple):
-    """A figure and the ends of its bootstrap interval; both ends are nan where there is none.
+    """A figure and its bootstrap interval; both ends are nan without an interval.
 
-    `count` is how many samples went into it.
+    `count` is the number of samples used.
     """
 
     value: float
@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
 
 def failed(count: int) -> Estimate:
-    """The estimate where what measures failed on a sample; it worked on `count` of them."""
+    """Return the estimate for a measurement that failed on some samples and worked on `count`."""
     return Estimate(math.nan, math.nan, math.nan, count)
 
 
@@ -44,34 +44,33 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """A statistic of N samples with the percentile interval of its bootstrap.
+    """Compute a statistic of N samples with its percentile bootstrap interval.
 
-    Rows are drawn with replacement, the same ones of each array, from
-    `numpy.random.default_rng(seed)`. The ends are order statistics, so that infinite values (an
-    overflowing perplexity) need no arithmetic. The interval is that of the samples at hand: it
-    doesn't know how seeds or training runs differ.
+    Rows are resampled with replacement, jointly for all arrays, with
+    `numpy.random.default_rng(seed)`. The ends are order statistics, so infinite values (overflowing
+    perplexities) are no problem. The interval covers the sampling error only, not the variation
+    between seeds or training runs.
 
     Args:
-      statistic: takes arrays [..., N] and reduces the last axis alone.
-      *arrays_N: one number per sample, all of one length. A sample that is nan in any of them has
-        no such figure and is left out of all; where nan means that something failed, don't ask.
-      resamples: R, how often rows are drawn.
+      statistic: takes arrays [..., N] and reduces only the last axis.
+      *arrays_N: one number per sample, all of the same length. Samples with nan in any array are
+        excluded; don't use this if nan means a failure.
+      resamples: R, number of resamples.
       level: of the interval, in (0, 1).
       seed: of the draws.
 
     Returns:
-      The statistic of all rows, the ends of the interval and the number of rows that weren't left
-      out. The ends are nan for a single row, and everything is nan without rows. Resamples whose
-      statistic is nan are left out.
+      The statistic of all rows, the interval and the number of rows used. The ends are nan for a
+      single row, and everything is nan without rows. Resamples with a nan statistic are excluded.
 
     Raises:
-      ValueError: for arrays that are not one-dimensional and of one length, fewer than 2 resamples,
-        a level outside (0, 1), or a statistic that doesn't reduce the last axis alone.
+      ValueError: for arrays that aren't one-dimensional or differ in length, fewer than 2
+        resamples, a level outside (0, 1), or a statistic that doesn't reduce only the last axis.
     """
     arrays = [np.asarray(array) for array in arrays_N]
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1:
         raise ValueError(
-            "The bootstrap takes at least one array, each with one number per sample; got shapes "
+            "The bootstrap needs at least one array, each with one number per sample; got shapes "
             f"{[array.shape for array in arrays]}."
         )
     if resamples < 2 or not 0 < level < 1:
@@ -96,8 +95,8 @@ def bootstrap(
         values_R = np.asarray(statistic(*(array[rows_RN] for array in arrays)))
         if values_R.shape != rows_RN.shape[:1]:
             raise ValueError(
-                "A statistic must reduce the last axis alone: of arrays of shape "
-                f"{rows_RN.shape} it gave the shape {values_R.shape}."
+                "The statistic must reduce only the last axis: for arrays of shape "
+                f"{rows_RN.shape} it returned the shape {values_R.shape}."
             )
         values.append(values_R)
     ordered = np.sort(np.concatenate(values).astype(np.float64))
@@ -112,7 +111,7 @@ def bootstrap(
 
 
 def unigram_entropy(tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> np.ndarray:
-    """Entropy of each sample's own token frequencies, nats, float64 [N]; at most ln L."""
+    """Entropy of the token frequencies within each sample, nats, float64 [N]; at most ln L."""
     tokens_NL, counted_NL = _checked(tokens_NL, counted_NL)
     result = np.full(len(tokens_NL), math.nan)
     for row, (tokens, counted) in enumerate(zip(tokens_NL, counted_NL, strict=True)):
@@ -124,20 +123,19 @@ def unigram_entropy(tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None)
 
 
 def distinct(tokens_NL: np.ndarray, n: int, counted_NL: np.ndarray | None = None) -> np.ndarray:
-    """Different n-grams of each sample divided by all of its n-grams, float64 [N], in (0, 1].
+    """Number of different n-grams of each sample divided by its n-grams, float64 [N], in (0, 1].
 
-    Taken per sample, not over the pool of all samples: the pooled share falls with every sample
-    added, so that evaluations of different size could not be compared, and it falls again when the
-    bootstrap draws a sample twice, so that its interval would lie beside the value. Sameness
-    between samples, which this can't see, is what `self_bleu` shows.
+    Computed per sample, not over all samples pooled. A pooled ratio falls with every added sample,
+    so evaluations of different sizes couldn't be compared, and it falls in the bootstrap, so the
+    interval wouldn't contain the value. Repetition between samples is measured by `self_bleu`.
 
-    Samples with no n-gram that counts get nan.
+    Samples without counted n-grams get nan.
 
     Raises:
       ValueError: for n < 1.
     """
     if n < 1:
-        raise ValueError(f"The order of an n-gram is at least 1, got n={n}.")
+        raise ValueError(f"The order of an n-gram must be at least 1, got n={n}.")
     tokens_NL, counted_NL = _checked(tokens_NL, counted_NL)
     *_, grams = _grams(tokens_NL, counted_NL, n)
     sample, _, count = _count(*grams)
@@ -149,21 +147,20 @@ def distinct(tokens_NL: np.ndarray, n: int, counted_NL: np.ndarray | None = None
 def self_bleu(tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> np.ndarray:
     """BLEU of each sample's ids against all other samples as references, float64 [N], in [0, 1].
 
-    High where samples repeat each other (arXiv:1802.01886). BLEU-4 with uniform weights: clipped
-    precisions of 1- to 4-grams, and a brevity penalty against the closest length of a reference,
-    the shorter one of two equally close. The k-th order without a match counts 1 / 2^k matches
-    (smoothing "exp" of sacrebleu, that of NIST); orders of which a sample has no n-gram are left
-    out (its "effective order"); without a single match the score is 0.
+    It is high if samples repeat each other (arXiv:1802.01886). BLEU-4 with uniform weights: clipped
+    precisions of 1- to 4-grams, and a brevity penalty relative to the closest reference length (the
+    shorter one in a tie). The k-th order without a match counts as 1 / 2^k matches (smoothing "exp"
+    of sacrebleu, as in NIST). Orders for which a sample has no n-gram are omitted ("effective
+    order" in sacrebleu). Without any match the score is 0.
 
-    The largest and the second largest count of each n-gram over all samples tell what the other
-    samples hold at most, so that the cost is that of sorting the n-grams, not quadratic in samples.
+    The two largest counts of each n-gram over all samples give the maximum over the other samples.
+    The cost is therefore that of sorting the n-grams, not quadratic in the number of samples.
 
-    Samples without tokens that count are no reference and get nan, as does a single sample. With
-    more samples there are more references, and the score rises: compare at one N only.
+    Samples without counted tokens aren't references and get nan, as does a single sample. The score
+    rises with the number of references: compare only at equal N.
 
-    Scores of one set share their references, while `bootstrap` draws them as if they were
-    independent: the interval of their mean can be too narrow, most of all where many samples
-    repeat a few.
+    Scores of one set share their references, but `bootstrap` treats them as independent. The
+    interval of the mean can be too narrow, especially if many samples repeat a few.
     """
     tokens_NL, counted_NL = _checked(tokens_NL, counted_NL)
     num_samples = len(tokens_NL)
@@ -195,16 +192,16 @@ def _checked(tokens_NL, counted_NL):
     counted_NL = np.ones(tokens_NL.shape, bool) if counted_NL is None else np.asarray(counted_NL)
     if tokens_NL.ndim != 2 or counted_NL.shape != tokens_NL.shape or counted_NL.dtype != bool:
         raise ValueError(
-            "Tokens must be [N, L] and counted_NL bool of that shape (or None), got "
+            "Tokens must be [N, L] and counted_NL bool of the same shape (or None), got "
             f"{tokens_NL.shape} and {counted_NL.dtype} {counted_NL.shape}."
         )
     return tokens_NL, counted_NL
 
 
 def _grams(tokens_NL, counted_NL, order):
-    """For each n from 1 to `order` the n-grams that count: (their samples [G], their ids [G]).
+    """Yield, for n from 1 to `order`, the counted n-grams: (sample indices [G], n-gram ids [G]).
 
-    Ids are numbered from 0 and equal for equal n-grams of all samples.
+    Ids start at 0; equal n-grams have equal ids in all samples.
     """
     _, token_NL = np.unique(tokens_NL, return_inverse=True)
     token_NL = token_NL.reshape(tokens_NL.shape).astype(np.int64)
@@ -212,7 +209,7 @@ def _grams(tokens_NL, counted_NL, order):
     gram_NL, counts_NL = token_NL, counted_NL
     for n in range(1, order + 1):
         if n > 1:
-            # By numbers below N L, times a token: no overflow however long the n-gram.
+            # Renumbering keeps ids below N L, so this doesn't overflow for any n.
             gram_NL = gram_NL[:, :-1] * num_tokens + token_NL[:, n - 1 :]
             counts_NL = counts_NL[:, :-1] & counted_NL[:, n - 1 :]
             _, inverse = np.unique(gram_NL, return_inverse=True)
@@ -221,14 +218,14 @@ def _grams(tokens_NL, counted_NL, order):
 
 
 def _count(sample, gram):
-    """Pairs (sample, n-gram) that occur, and how often: three int arrays of one length."""
+    """Count (sample, n-gram) pairs: three int arrays (samples, n-grams, counts)."""
     base = gram.max(initial=0) + 1
     pairs, counts = np.unique(sample * base + gram, return_counts=True)
     return pairs // base, pairs % base, counts
 
 
 def _two_largest(gram, count):
-    """Per n-gram id the largest and second largest of its counts; 0 where there is none."""
+    """Return the largest and second largest count of each n-gram id; 0 if there is none."""
     largest = np.zeros(gram.max(initial=0) + 1, count.dtype)
     second = np.zeros_like(largest)
     ordered = np.lexsort((count, gram))  # by n-gram, then by count
@@ -242,12 +239,12 @@ def _two_largest(gram, count):
 
 
 def _closest_other(length_N):
-    """For each sample the closest length of another sample that isn't empty."""
+    """For each sample, the closest length of another non-empty sample."""
     lengths, counts = np.unique(length_N[length_N > 0], return_counts=True)
     result = np.zeros_like(length_N)
     for length, count in zip(lengths, counts, strict=True):
         others = lengths if count > 1 else lengths[lengths != length]
-        # The first of equally close ones: the shorter.
+        # In a tie argmin takes the first: the shorter.
         result[length_N == length] = others[np.argmin(np.abs(others - length))]
     return result
 
@@ -259,11 +256,11 @@ def perplexity_a(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Aggregation A (SEDD, FS-DFM): mean over samples of exp(mean NLL of the sample's tokens).
 
     Args:
-      nll: float [..., N], nats of each sample.
-      tokens: int [..., N], how many tokens they belong to; samples without any are left out.
+      nll: float [..., N], nats per sample.
+      tokens: int [..., N], number of tokens; samples without tokens are excluded.
 
     Returns:
-      float64 [...]: inf where one sample's exponential overflows, nan if no sample has tokens.
+      float64 [...]: inf if a sample's exponential overflows, nan if no sample has tokens.
     """
     has_tokens = np.asarray(tokens) > 0
     with np.errstate(over="ignore"):
@@ -282,7 +279,7 @@ def perplexity_b(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def perplexity_c(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Aggregation C (SDTT): exp(mean over samples of the mean NLL of the sample's tokens).
 
-    Never above A, by Jensen's inequality; equal to B where all samples hold as many tokens.
+    At most A, by Jensen's inequality; equal to B if all samples have the same number of tokens.
     Arguments and result as in `perplexity_a`.
     """
     has_tokens = np.asarray(tokens) > 0
@@ -291,20 +288,20 @@ def perplexity_c(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def nats_per_byte(nll: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
-    """Sum of NLL / number of bytes of what was scored, [..., N] to float64 [...]; nan without any.
+    """Sum of NLL / number of scored bytes, [..., N] to float64 [...]; nan without bytes.
 
-    The one figure of a judge that doesn't depend on how its tokenizer cuts the text.
+    The only figure of a judge that doesn't depend on its tokenizer.
     """
     return _divide(np.sum(nll, axis=-1), np.sum(num_bytes, axis=-1))
 
 
 def _divide(numerator, denominator):
-    """Quotient in float64, nan where the denominator is 0."""
+    """Quotient in float64; nan if the denominator is 0."""
     denominator = np.asarray(denominator, np.float64)
     is_zero = denominator == 0
     return np.where(is_zero, math.nan, numerator / np.where(is_zero, 1.0, denominator))[()]
 
 
 def _mean(values, counts):
-    """Mean over the last axis of the values that count."""
+    """Mean over the last axis of the counted values."""
     return _divide(np.sum(np.where(counts, values, 0.0), axis=-1), np.sum(counts, axis=-1))

@@ -1,4 +1,4 @@
-"""The models that are evaluated, from any file, and what a protocol stamp says of each."""
+"""The evaluated models, from any file format, and their entries in protocol stamps."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,7 @@ from fsdfm_jax.network.model import Params
 from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline, recipe, workdir
 
-# What `stage` says of a model whose file doesn't.
+# `stage` of a few-step model whose file doesn't record it.
 UNKNOWN_FEW_STEP = "few-step"
 
 
@@ -29,7 +29,7 @@ class Subject(NamedTuple):
 
     Attributes:
       label: its name in tables.
-      stage: one of `stages.NAMES`, or "few-step" where the file doesn't say which.
+      stage: one of `stages.NAMES`, or "few-step" if the file doesn't record it.
       facts: JSON dict that identifies it, for stamps.
     """
 
@@ -49,14 +49,14 @@ def catalogue(
     runs: Sequence[str] | None = None,
     **options: Any,
 ) -> "Catalogue":
-    """The models of a working directory, and further ones.
+    """Make a catalogue of the models of a working directory and further ones.
 
     Args:
       folder: the working directory.
-      trained: run -> stage, all of them trained, in the order of the pipeline.
+      trained: run -> stage of all trained runs, in the order of the pipeline.
       further: `eval.models`.
-      runs: which are to be evaluated; all by default.
-      **options: of `formats.open_bundle`, for the further ones.
+      runs: which runs to evaluate; all by default.
+      **options: of `formats.open_bundle`, for the further models.
 
     Raises:
       ValueError: see `Catalogue` and `parse_models`.
@@ -71,15 +71,10 @@ def catalogue(
 
 
 def join(places: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, if no label stands for two models.
-
-    Raises:
-      ValueError: naming the label.
-    """
+    """Merge both; raise ValueError if a label occurs twice."""
     if twice := sorted(places.keys() & further.keys()):
         raise ValueError(
-            f"eval.models names {twice[0]!r}, which is a model of its own here; choose another "
-            "label."
+            f"eval.models uses the label {twice[0]!r} of a model of this run; choose another one."
         )
     return {**places, **further}
 
@@ -87,16 +82,16 @@ def join(places: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any
 def open_workdir(
     folder: pathlib.Path, further: str, runs: Sequence[str] | None = None, **options: Any
 ) -> "Catalogue":
-    """The trained models of a working directory, and further ones.
+    """Open the trained models of a working directory and further ones.
 
     Args:
       folder: the working directory.
       further: `eval.models`.
-      runs: which of its runs are to be evaluated; all that are trained by default.
-      **options: of `formats.open_bundle`, for the further ones.
+      runs: which of its runs to evaluate; all trained ones by default.
+      **options: of `formats.open_bundle`, for the further models.
 
     Raises:
-      ValueError: for runs that aren't there or weren't trained.
+      ValueError: for runs that don't exist or aren't trained.
     """
     config = pipeline.load_config(folder)
     trained = {
@@ -106,18 +101,18 @@ def open_workdir(
     }
     if unknown := sorted(set(runs or ()) - trained.keys()):
         raise ValueError(
-            f"{folder} has no trained run {unknown[0]!r}; expected some of {', '.join(trained)}."
+            f"{folder} has no trained run {unknown[0]!r}; it has {', '.join(trained)}."
         )
     return catalogue(folder, trained, further, runs, **options)
 
 
 def prepared_text(folder: pathlib.Path) -> PreparedData:
-    """The text that a working directory was trained on."""
+    """Open the training text of a working directory."""
     return prepared_lib.load(pipeline.data_directory(folder, pipeline.load_config(folder)))
 
 
 def further_places(text: str, **options: Any) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
-    """The models that `eval.models` names, as `Catalogue` takes them."""
+    """Return the models of `eval.models`, as `places` of a `Catalogue`."""
     return {
         label: (path, options | ({"stage": run} if run else {}))
         for label, (path, run) in parse_models(text).items()
@@ -125,22 +120,22 @@ def further_places(text: str, **options: Any) -> dict[str, tuple[pathlib.Path, d
 
 
 class Catalogue:
-    """The models that an evaluation may open, each when it is needed and once.
+    """The models of an evaluation, opened when needed.
 
     Args:
       places: label -> (path, options of `formats.open_bundle`), in order.
-      judge: label of the in-house judge; None for the last autoregressive model among them.
-      unlisted: labels that may be opened and aren't to be evaluated, the judge's perhaps.
+      judge: label of the in-house judge; None for the last autoregressive model.
+      unlisted: labels that may be opened but aren't evaluated, for example the judge's.
 
     Attributes:
       judge: label of the in-house judge, None if there is none.
-      stage_of: label -> stage of those to be evaluated.
-      tokenizer: of all of them.
-      block_length: the greatest they were trained on, None if unknown.
+      stage_of: label -> stage of the models to evaluate.
+      tokenizer: shared by all models.
+      block_length: the longest training block, None if unknown.
       num_params: label -> number of parameters.
 
     Raises:
-      ValueError: if there is no model, if one can't be opened, or if two have different tokenizers.
+      ValueError: if there is no model, a model can't be opened, or tokenizers differ.
     """
 
     def __init__(
@@ -165,30 +160,30 @@ class Catalogue:
         for label, bundle in others:
             if bundle.tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise ValueError(
-                    f"{label} has tokenizer {bundle.tokenizer.fingerprint}, {first[0]} has "
+                    f"{label} has tokenizer {bundle.tokenizer.fingerprint}, but {first[0]} has "
                     f"{self.tokenizer.fingerprint}: their samples have different tokens; evaluate "
-                    "them one by one, with a judge that reads text."
+                    "them separately, with a judge that reads text."
                 )
         lengths = [b.block_length for b in bundles.values() if b.block_length is not None]
         self.block_length = max(lengths, default=None)
         self.num_params = {label: bundle.num_params() for label, bundle in bundles.items()}
 
     def facts(self, label: str, weights: str) -> dict[str, Any]:
-        """What identifies a model, see `Subject`; reads its parameters at the first call."""
+        """Return the identity of a model, see `Subject`; reads its parameters on the first call."""
         if (label, weights) not in self._facts:
             self.open(label, weights)
         return self._facts[label, weights]
 
     def open(self, label: str, weights: str) -> Subject:
-        """A model with its parameters on the mesh that is set, or else the default device.
+        """Open a model with its parameters on the current mesh, or else the default device.
 
         weights: "ema" | "student".
 
-        The latest one is kept, so that a machine needn't hold all of them.
+        Only the latest model is kept in memory.
         """
         name = (label, weights)
         if self._latest is None or self._latest[0] != name:
-            self._latest = None  # dropped before the next one is read
+            self._latest = None  # free it before reading the next one
             path, options = self._places[label]
             bundle = _open(path, which=weights, **options)
             params = bundle.device_params(mesh_lib.put)
@@ -201,7 +196,7 @@ class Catalogue:
 def _pinned(
     path: pathlib.Path, options: Mapping[str, Any]
 ) -> tuple[pathlib.Path, Mapping[str, Any]]:
-    """A place that stands for the same weights later, also while they are trained."""
+    """Pin a run folder to its current checkpoint, in case it is still training."""
     if not run_folder.is_run_folder(path):
         return path, options
     return run_folder.pinned(path, options.get("stage", "")), {**options, "stage": ""}
@@ -211,7 +206,7 @@ def _open(path: pathlib.Path, **options: Any) -> Bundle:
     bundle = formats.open_bundle(path, **options)
     if bundle.tokenizer is None:
         raise ValueError(
-            f"{path} holds no tokenizer; give the one it was trained with: --tokenizer=gpt2, or "
+            f"{path} has no tokenizer; give that of its training with --tokenizer=gpt2, or "
             "--tokenizer=PATH of a tokenizer.json."
         )
     return bundle
@@ -230,7 +225,7 @@ def _subject(label: str, bundle: Bundle, params: Params, facts: dict[str, Any]) 
 
 
 def _stage_of(bundle: Bundle) -> str:
-    """The stage that a model is of, by what its file says or else by its network."""
+    """Return the stage of a model, from its file's record or else from its network."""
     said = bundle.provenance.get("stage")
     if said in stages.NAMES:
         return said
@@ -239,13 +234,13 @@ def _stage_of(bundle: Bundle) -> str:
     return "pretrain" if bundle.model.conditioning == "none" else UNKNOWN_FEW_STEP
 
 
-# Fields of a network that matter in training only.
+# Fields of a network that affect only training.
 _WITHOUT_EFFECT = ("dropout", "remat")
 
 
 def _facts(bundle: Bundle, sha256: str) -> dict[str, Any]:
     known = {key: bundle.provenance.get(key) for key in ("run", "stage", "weights", "step")}
-    # Weights don't show all of it: the number of heads leaves no trace in them.
+    # Not everything can be inferred from the weights, for example the number of heads.
     network = dataclasses.asdict(bundle.model)
     digests = {
         key: recipe.digest(bundle.provenance[key])
@@ -265,10 +260,10 @@ def _facts(bundle: Bundle, sha256: str) -> dict[str, Any]:
 
 
 def parse_models(text: str) -> Mapping[str, tuple[pathlib.Path, str]]:
-    """label -> (path, run) of further models, "LABEL=PATH" or "LABEL=PATH#RUN" between commas.
+    """Parse comma-separated "LABEL=PATH" or "LABEL=PATH#RUN" into label -> (path, run).
 
     Raises:
-      ValueError: for anything else, or two models of one label.
+      ValueError: for anything else, or a repeated label.
     """
     result: dict[str, tuple[pathlib.Path, str]] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -276,8 +271,8 @@ def parse_models(text: str) -> Mapping[str, tuple[pathlib.Path, str]]:
         path, _, run = rest.partition("#")
         if not (re.fullmatch(r"[\w.]+", label) and is_there and path) or label in result:
             raise ValueError(
-                f"eval.models={text!r}: expected LABEL=PATH or LABEL=PATH#RUN between commas, each "
-                f"label once and of letters, digits, '_' and '.', got {part!r}."
+                f"eval.models={text!r}: expected comma-separated LABEL=PATH or LABEL=PATH#RUN with "
+                f"unique labels of letters, digits, '_' and '.', got {part!r}."
             )
         result[label] = pathlib.Path(path).expanduser(), run
     return result

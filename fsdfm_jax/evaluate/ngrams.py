@@ -1,12 +1,12 @@
-"""An n-gram model of the training text: a control that shows what counts alone can write.
+"""An n-gram model of the training text, as a control: text from counts, without a network.
 
     P(x | c) = max(n(c x) - d, 0) / n(c) + d N(c) / n(c) P(x | c without its first token)
 
-with n how often, N how many different tokens follow the context c, and the discount d = 3/4
-(absolute discounting). Text is drawn by the same sum: a draw keeps the counts of the context or,
-with the discounted share, backs off to the shorter one.
+where n counts occurrences, N(c) is the number of different tokens that follow the context c, and
+the discount is d = 3/4 (absolute discounting). Text is sampled from the same mixture: a draw uses
+the counts of the context or, with the discounted probability, backs off to the shorter context.
 
-A few-step model whose text such counts match has not learnt what it is there for.
+A few-step model that is no better than this control hasn't learnt much.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-ORDER = 4  # tokens of an n-gram: contexts of up to three
+ORDER = 4  # tokens per n-gram: contexts of up to three tokens
 DISCOUNT = 0.75
-# Of the training text, spread over it evenly; more would change no digit that matters.
+# Maximum training blocks to count, spread evenly; more would not change the figures.
 _MOST_BLOCKS = 2**15
 
 
 class _Table(NamedTuple):
-    """Contexts of one length, increasing, and what follows them.
+    """Contexts of one length, in increasing order, and their following tokens.
 
     Attributes:
-      contexts_C: tokens as a number of base V, int64.
-      starts_C1: context i is followed by the entries [starts_C1[i], starts_C1[i+1]).
-      tokens_Z: the tokens that follow.
-      cumulative_Z1: running sum over all entries of their counts, less the discount.
+      contexts_C: contexts as numbers in base V, int64.
+      starts_C1: context i has the entries [starts_C1[i], starts_C1[i+1]).
+      tokens_Z: following tokens.
+      cumulative_Z1: cumulative sum over all entries of their counts minus the discount.
       totals_C: occurrences n(c).
     """
 
@@ -39,12 +39,12 @@ class _Table(NamedTuple):
 
 
 class NgramModel(NamedTuple):
-    """Counts of a text.
+    """The n-gram counts of a text.
 
     Attributes:
       vocab_size: V.
-      unigram_V: frequency of each token, float64, adds up to 1.
-      tables: of contexts of 1, 2 .. tokens.
+      unigram_V: frequency of each token, float64, sums to 1.
+      tables: for contexts of 1, 2 .. tokens.
     """
 
     vocab_size: int
@@ -53,18 +53,18 @@ class NgramModel(NamedTuple):
 
 
 def fit(source: Sequence[np.ndarray], vocab_size: int, *, order: int = ORDER) -> NgramModel:
-    """Counts the n-grams of a text; none reaches from one block into the next.
+    """Count the n-grams of a text, within blocks.
 
     Args:
-      source: blocks of token ids; of more than 32,768 that many are read, spread evenly.
+      source: blocks of token ids; at most 32,768 are read, spread evenly.
       vocab_size: V.
       order: tokens of the longest n-grams.
 
     Raises:
-      ValueError: for an empty text, an id outside [0, V), or n-grams that 63 bits can't number.
+      ValueError: for an empty text, an id outside [0, V), or n-grams that don't fit 63 bits.
     """
     if order * np.log2(vocab_size) >= 63:
-        raise ValueError(f"n-grams of {order} of {vocab_size} tokens are too many to be numbered.")
+        raise ValueError(f"n-grams of {order} out of {vocab_size} tokens don't fit 63 bits.")
     chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MOST_BLOCKS)).round())
     blocks = [np.asarray(source[int(i)], np.int64) for i in chosen]
     every_T = np.concatenate([*blocks, []]).astype(np.int64)
@@ -77,7 +77,7 @@ def fit(source: Sequence[np.ndarray], vocab_size: int, *, order: int = ORDER) ->
 
 
 def _count(tokens_T: np.ndarray, length: int, vocab_size: int) -> _Table:
-    """The table of contexts of `length` tokens."""
+    """Make the table of contexts of `length` tokens."""
     size = max(len(tokens_T) - length, 0)
     runs, inside = np.zeros(size, np.int64), np.ones(size, bool)
     for i in range(length + 1):
@@ -102,12 +102,12 @@ def write(
     *,
     seed: int,
 ) -> np.ndarray:
-    """Draws text from left to right.
+    """Draw text from left to right.
 
     Args:
       model: from `fit`.
-      given_NL: int [N, L], of no meaning where nothing is frozen.
-      frozen_NL: bool [N, L], positions that hold the given token.
+      given_NL: int [N, L], used only at frozen positions.
+      frozen_NL: bool [N, L], positions fixed to the given token.
       seed: of the draws.
 
     Returns:
@@ -123,7 +123,7 @@ def write(
             0,
             model.vocab_size - 1,
         )
-        # From the shortest context to the longest: each one keeps its draw or leaves the shorter's.
+        # From the shortest to the longest context: each one replaces the draw or backs off to it.
         for length in range(1, min(position, len(model.tables)) + 1):
             before_NK = tokens_NL[:, position - length : position]
             drawn_N = _draw(model, before_NK, drawn_N, generator)
@@ -132,7 +132,7 @@ def write(
 
 
 def _draw(model: NgramModel, before_NK, shorter_N, generator) -> np.ndarray:
-    """A draw from the context's discounted counts, or what the shorter context gave."""
+    """Draw from the context's discounted counts, or keep the draw of the shorter context."""
     table = model.tables[before_NK.shape[1] - 1]
     u_N = generator.random(len(before_NK))
     if not len(table.contexts_C):
@@ -145,6 +145,6 @@ def _draw(model: NgramModel, before_NK, shorter_N, generator) -> np.ndarray:
     start_N = table.cumulative_Z1[first_N]
     target_N = start_N + u_N * table.totals_C[row_N]
     entry_N = np.searchsorted(table.cumulative_Z1, target_N, side="right") - 1
-    # What lies beyond the context's discounted counts is the share of the shorter context.
+    # Targets beyond the context's discounted counts back off to the shorter context.
     keeps_N = (table.contexts_C[row_N] == keys_N) & (entry_N < last_N)
     return np.where(keeps_N, table.tokens_Z[np.minimum(entry_N, last_N - 1)], shorter_N)

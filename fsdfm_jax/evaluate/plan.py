@@ -1,4 +1,4 @@
-"""What is evaluated: one point is a model sampled in one way, or a text to compare with."""
+"""Plan an evaluation: each point is a model with sampler settings, or a reference text."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from fsdfm_jax.evaluate import tasks
 from fsdfm_jax.flow.sampling import Sampling
 
 REAL = "held-out text"
-# Texts that have some of the virtues of good samples and not the others.
+# Controls: texts with some qualities of good samples but not others.
 CONTROLS = {
     "unigram": "unigram control",
     "ngram": "n-gram control",
@@ -22,7 +22,7 @@ CONTROLS = {
     "one": "one block control",
     "few": "few blocks control",
 }
-# In `eval.controls` as well: the base model at this temperature, a sharpened sampler.
+# Also in `eval.controls`: the base model at this temperature, a sharpened sampler.
 COLD, COLD_TEMPERATURE = "cold", 0.5
 SAMPLING_FIELDS = tuple(Sampling().to_dict())
 
@@ -33,16 +33,15 @@ class Point:
 
     Attributes:
       kind: "real" | "control" | "model".
-      group: what a curve in the pictures joins, "pretrain (euler)", see `label`.
+      group: points of one curve in the pictures, "pretrain (euler)", see `label`.
       source: label of the model, or name of the control; "real" for held-out text.
       task: see `tasks`.
-      stage: of the model; None, as all that follow, for texts that no model writes.
-      sampling: how it is sampled; of an autoregressive model temperature and top_p matter alone,
-        and steps is the length of a block.
-      weights: "ema" (as the stage uses them) | "student".
-      memory: what an autoregressive model keeps of the tokens so far, "cache" | "none"; None for
-        other models.
-      seed: of everything random.
+      stage: of the model. This and all following attributes are None for texts not from a model.
+      sampling: settings; for an autoregressive model only temperature and top_p apply, and steps is
+        the block length.
+      weights: "ema" (or the student's if the stage has no EMA) | "student".
+      memory: of an autoregressive model, "cache" | "none"; None for other models.
+      seed: for all randomness.
     """
 
     kind: str
@@ -57,11 +56,11 @@ class Point:
 
     @property
     def causal(self) -> bool:
-        """Whether an autoregressive model writes it."""
+        """Whether it is from an autoregressive model."""
         return self.stage == "autoregressive"
 
     def described(self) -> dict[str, Any]:
-        """The sampler as fields of a row; None for what a text or its model doesn't have."""
+        """Return the sampler settings as fields of a row; None for those that don't apply."""
         if self.sampling is None:
             return dict.fromkeys(SAMPLING_FIELDS)
         values = self.sampling.to_dict()
@@ -70,7 +69,7 @@ class Point:
 
     @property
     def setting(self) -> str:
-        """Name of all but the seed; points of one setting are repeats."""
+        """Name of everything except the seed; points with equal settings are repeats."""
         parts = [self.source if self.kind != "control" else f"control-{self.source}"]
         if self.kind == "model":
             values = self.described()
@@ -86,22 +85,22 @@ class Point:
 
     @property
     def slug(self) -> str:
-        """File name of the point's samples."""
+        """Base name of the point's sample files."""
         return self.setting if self.seed is None else f"{self.setting}-s{self.seed}"
 
 
 def label(source: str, sampling: Sampling, weights: str = "ema", memory: str | None = None) -> str:
-    """A model and its sampler but for steps and temperature, the same in every report and sweep.
+    """Label of a model and its sampler, without steps and temperature.
 
-    What differs from the published sampler is named, so that one label means one sampler:
+    It names all differences from the published sampler, so a label identifies a sampler:
 
     >>> label("distill", Sampling(steps=4)), label("distill", Sampling(jump="euler", cooling=0.5))
     ('distill', 'distill (euler, cooling 0.5)')
 
     Args:
       source: label of the model.
-      sampling: how it is sampled.
-      weights, memory: as of a `Point`.
+      sampling: settings.
+      weights, memory: as in `Point`.
     """
     plain = Sampling()
     details = [getattr(sampling, key) for key in ("jump", "grid")]
@@ -115,7 +114,7 @@ def label(source: str, sampling: Sampling, weights: str = "ema", memory: str | N
 
 
 class Settings(NamedTuple):
-    """`config.eval`, checked; its keys are described in configs/base.py."""
+    """`config.eval`, checked; configs/base.py documents the keys."""
 
     num_samples: int
     batch_size: int
@@ -138,10 +137,10 @@ class Settings(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Takes the fields out of `config.eval`.
+        """Read the fields from `config.eval`.
 
         Raises:
-          ValueError: for values that can't be evaluated with, naming the key.
+          ValueError: for an invalid value, naming the key.
         """
         schema.check_section("eval", config)
         values = {name: config[name] for name in cls._fields}
@@ -160,17 +159,17 @@ class Settings(NamedTuple):
 
 
 def check_names(key: str, allowed: Iterable[str], values: Iterable[str]) -> None:
-    """ValueError naming the first value that isn't allowed."""
+    """Raise ValueError naming the first value that isn't allowed."""
     unknown = [value for value in values if value not in allowed]
     if unknown:
         raise ValueError(
-            f"{key} names the unknown {unknown[0]!r}; expected one of {', '.join(allowed)}."
+            f"{key} has the unknown {unknown[0]!r}; expected one of {', '.join(allowed)}."
         )
 
 
 @contextlib.contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Puts a config key before the message of a ValueError."""
+    """Put a config key before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -178,7 +177,7 @@ def _named(key: str) -> Iterator[None]:
 
 
 def texts_to_compare(settings: Settings) -> list[Point]:
-    """Held-out text and the naive controls."""
+    """Points for held-out text and the naive controls."""
     real = Point("real", REAL, "real", settings.task)
     controls = [
         Point("control", CONTROLS[name], name, settings.task, seed=settings.seed)
@@ -189,16 +188,16 @@ def texts_to_compare(settings: Settings) -> list[Point]:
 
 
 def plan(settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
-    """All points of a report, best reference first.
+    """Plan all points of a report, references first.
 
-    The base model is sampled by each rule of `eval.jumps` on a uniform grid at a fixed temperature
-    (which, with the nucleus, is that of all rows), and by `eval.sampling`: what the sampler brings
-    is seen apart from what training does. The control "cold" is the base model as well.
+    The base model is sampled with each rule of `eval.jumps` on a uniform grid at the temperature
+    and nucleus of all rows, and with `eval.sampling`. This separates the effect of the sampler from
+    that of training. The control "cold" is the base model too.
 
     Args:
-      settings: what was asked for.
+      settings: of the evaluation.
       stage_of: label -> stage of the models, in order.
-      length: tokens of a block, which is what an autoregressive model takes network calls.
+      length: tokens of a block, the number of network calls of an autoregressive model.
     """
     result = texts_to_compare(settings)
     how = {"weights": settings.weights, "seed": settings.seed, "task": settings.task}
@@ -235,14 +234,14 @@ _AROUND = {
     "top_ps": "top_p",
     "coolings": "cooling",
     "look_aheads": "look_ahead",
-}  # axes that may be empty -> the field of `settings.sampling` that they then take
+}  # axes that may be empty -> their default, a field of `settings.sampling`
 
 
 class Axes(NamedTuple):
-    """What a sweep varies; each a list of values, see configs/sweep.py.
+    """The axes of a sweep, each a list of values, see configs/sweep.py.
 
-    Empty `models` are all of them; the axes of `_AROUND`, where empty, have the value of the
-    sampler that the sweep is made around.
+    Empty `models` means all models. Other empty axes (those of `_AROUND`) take the value of the
+    base sampler.
     """
 
     models: tuple[str, ...]
@@ -258,10 +257,10 @@ class Axes(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Axes":
-        """Takes the axes out of a sweep's `config.axes`.
+        """Read the axes from a sweep's `config.axes`.
 
         Raises:
-          ValueError: for an empty axis or a value that can't be sampled with, naming the axis.
+          ValueError: for an empty axis or an invalid value, naming the axis.
         """
         schema.check_section("axes", config)
         axes = cls(**{name: tuple(config[name]) for name in cls._fields})
@@ -270,8 +269,8 @@ class Axes(NamedTuple):
         return axes
 
     def samplings(self, around: Sampling) -> list[Sampling]:
-        """The product of the axes that say how to sample, grouped by all but steps and
-        temperature; `around` has the values of those that are empty."""
+        """The product of the sampling axes, grouped by everything except steps and temperature;
+        empty axes take the values of `around`."""
         axes = {name: getattr(self, axis) for axis, name in _AROUND.items()}
         values = {name: axis or (getattr(around, name),) for name, axis in axes.items()}
         values |= {"steps": self.steps, "temperature": self.temperatures}
@@ -280,13 +279,13 @@ class Axes(NamedTuple):
 
 
 def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: int) -> list[Point]:
-    """The product of the axes, after the texts to compare with.
+    """Plan a sweep: reference texts, then the product of the axes.
 
-    An autoregressive model has neither steps to choose nor jumps nor grids: it is there once for
-    each of the other axes. Axes that are empty are as `settings.sampling` says.
+    An autoregressive model has no choice of steps, jumps or grids, so it occurs once for each
+    combination of the other axes. Empty axes default to `settings.sampling`.
 
     Raises:
-      ValueError: if an axis names a model that isn't there.
+      ValueError: if an axis names a model that doesn't exist.
     """
     chosen = axes.models or tuple(stage_of)
     check_names("axes.models", tuple(stage_of), chosen)
@@ -308,5 +307,5 @@ def sweep(axes: Axes, settings: Settings, stage_of: Mapping[str, str], length: i
 
 
 def share(points: Sequence[Point], index: int, count: int) -> list[Point]:
-    """The points that machine `index` of `count` takes: every `count`-th."""
+    """Return the points for machine `index` of `count`: every `count`-th."""
     return list(points[index::count])

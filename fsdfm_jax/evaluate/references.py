@@ -1,4 +1,4 @@
-"""Real text to compare with: held-out blocks, and what the naive controls are made of."""
+"""Reference text: held-out blocks, and the data for the naive controls."""
 
 import functools
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from fsdfm_jax.evaluate import ngrams, tasks
 from fsdfm_jax.evaluate.ngrams import NgramModel
 from fsdfm_jax.evaluate.plan import Settings
 
-# Training blocks that the unigram control's frequencies come from.
+# Training blocks for the frequencies of the unigram control.
 _UNIGRAM_BLOCKS = 1024
-_SENTENCE = 24  # tokens of the repeated control's
+_SENTENCE = 24  # tokens of the repeated control's sentence
 
 
 class HeldOut(NamedTuple):
@@ -23,9 +23,9 @@ class HeldOut(NamedTuple):
     Attributes:
       real_NL: held-out blocks, int32 [N, L].
       reference_ML: other held-out blocks, for MAUVE; None if there are too few.
-      bounded_KL: the blocks that base models are bounded on, whatever N is; None for none.
-      unigram_V: frequencies of tokens in the training text, they add up to 1.
-      sentence: ids of a stretch of held-out text.
+      bounded_KL: held-out blocks for the bounds of base models, independent of N; None: no bounds.
+      unigram_V: token frequencies of the training text; they sum to 1.
+      sentence: ids from the start of a held-out block.
       fingerprint: of the prepared data.
       ngrams: fits the n-gram control to the training text.
     """
@@ -40,17 +40,17 @@ class HeldOut(NamedTuple):
 
 
 def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> HeldOut:
-    """What an evaluation needs of a prepared folder.
+    """Read the reference text from a prepared folder.
 
     Args:
       prepared: the folder.
-      num_samples: blocks of real text, where there are so many.
-      bound_samples: blocks for bounds, where there are so many.
+      num_samples: maximum blocks of real text.
+      bound_samples: maximum blocks for bounds.
     """
     source, train = prepared.source("validation"), prepared.source("train")
     real_NL = prepared_lib.validation_blocks(source, min(num_samples, len(source)))
     reference_ML = None
-    if len(source) >= 2 * num_samples:  # real text is then compared with other real text
+    if len(source) >= 2 * num_samples:  # enough to compare real text with other real text
         both = prepared_lib.validation_blocks(source, 2 * num_samples)
         real_NL, reference_ML = both[::2], both[1::2]
     bounded_KL = None
@@ -71,14 +71,10 @@ def read(prepared: PreparedData, num_samples: int, bound_samples: int = 0) -> He
 
 
 def check(num_blocks: int, settings: Settings) -> None:
-    """Refuses a conditional task with fewer held-out blocks than samples.
-
-    Raises:
-      ValueError: naming both.
-    """
+    """Raise ValueError for a conditional task with fewer held-out blocks than samples."""
     if settings.task != tasks.UNCONDITIONAL and num_blocks < settings.num_samples:
         raise ValueError(
-            f"The held-out text has {num_blocks} blocks, but eval.task gives a part of one to each "
-            f"of eval.num_samples={settings.num_samples}: lower eval.num_samples or "
+            f"The held-out text has {num_blocks} blocks, but eval.task needs one for each of "
+            f"eval.num_samples={settings.num_samples}: lower eval.num_samples or "
             "data.block_length, or raise data.holdout."
         )

@@ -1,4 +1,4 @@
-"""An evaluation from its settings to its report: the models, judges and text that go together."""
+"""Run an evaluation from its settings to its report."""
 
 import pathlib
 import time
@@ -24,17 +24,16 @@ IN_HOUSE = "autoregressive"  # of `eval.judges`
 _DEFAULT_LENGTH = 1024  # tokens; the block of the paper
 
 
-# --------------------------------------------------------------------------- the whole of a program
+# ----------------------------------------------------------------------------- a whole evaluation
 def check_inputs(settings: Settings, length: int) -> None:
-    """Refuses what `config.eval` names and isn't there, before any work is done.
+    """Check the inputs named in `config.eval` before any work.
 
     Args:
       settings: `config.eval`.
       length: tokens of a block.
 
     Raises:
-      ValueError: for a task without room, a model that isn't there, or a judge or law that can't
-        be.
+      ValueError: for a task that doesn't fit a block, a missing model, or an invalid judge or law.
     """
     try:
         tasks.parse(settings.task).frozen(1, length)
@@ -42,7 +41,7 @@ def check_inputs(settings: Settings, length: int) -> None:
         raise ValueError(f"eval.task: {error}") from None
     for label, (path, _) in parse_models(settings.models).items():
         if not path.exists():
-            raise ValueError(f"eval.models: there is nothing at {path}, named {label!r}.")
+            raise ValueError(f"eval.models: {path} ({label!r}) doesn't exist.")
     for spec in settings.judges:
         try:
             if spec != IN_HOUSE:
@@ -64,23 +63,23 @@ def evaluate(
     index: int = 0,
     count: int = 1,
 ) -> str:
-    """Computes the points that are missing and writes the report.
+    """Compute the missing points and write the report.
 
     Args:
       settings: `config.eval`.
       catalogue: of the models.
-      prepared: text of the models' tokenizer; None leaves out what needs it.
+      prepared: text with the models' tokenizer; None omits everything that needs it.
       directory: for the report and the finished points.
-      make_plan: (settings, stage of each label, length) -> points, `points.plan` or a sweep.
+      make_plan: (settings, stage of each label, length) -> points, `plan.plan` or a sweep.
       header: JSON dict of facts for the report, see `report.write.write`; the date is added.
-      index, count: which of several machines this is; each computes its share of the points and
-        reports all that are finished.
+      index, count: index of this machine and number of machines. Each computes its share of the
+        points and reports all finished ones.
 
     Returns:
       The table as text.
 
     Raises:
-      ValueError: for models, judges, text or a task that don't go together.
+      ValueError: for incompatible models, judges, text or task.
     """
     length = prepared.block_length if prepared else catalogue.block_length or _DEFAULT_LENGTH
     check_inputs(settings, length)
@@ -89,7 +88,7 @@ def evaluate(
         plan = _without_text(plan, settings)
     slugs = [point.slug for point in plan]
     if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
-        raise ValueError(f"Two points are named {twice[0]!r}; choose labels that differ more.")
+        raise ValueError(f"Two points have the name {twice[0]!r}; choose more distinct labels.")
     evaluation = make_evaluation(
         settings,
         catalogue,
@@ -100,7 +99,7 @@ def evaluate(
     evaluation.run(plan_lib.share(plan, index, count))
     rows = evaluation.finished(plan)
     if len(rows) < len(plan):
-        logging.warning("%d of %d points are finished by now.", len(rows), len(plan))
+        logging.warning("%d of %d points are finished so far.", len(rows), len(plan))
     labels = dict.fromkeys(point.source for point in plan if point.kind == "model")
     facts = {
         "date": time.strftime("%Y-%m-%d"),
@@ -119,15 +118,15 @@ def make_evaluation(
     *,
     length: int,
 ) -> Evaluation:
-    """What points are computed with: models, judges and text opened.
+    """Open models, judges and text, and make an `Evaluation`.
 
     Args:
       settings, catalogue, prepared: as in `evaluate`.
       store: of finished points.
-      length: tokens of a sample.
+      length: tokens per sample.
 
     Raises:
-      ValueError: for models, judges and text that don't go together.
+      ValueError: for incompatible models, judges and text.
     """
     text = None if prepared is None else _read_text(prepared, catalogue.tokenizer, settings)
     judges = open_judges(settings, catalogue)
@@ -140,33 +139,33 @@ def make_evaluation(
 def _read_text(prepared: PreparedData, tokenizer: Tokenizer, settings: Settings) -> HeldOut:
     if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"The models have tokenizer {tokenizer.fingerprint}, the text in {prepared.directory} "
-            f"has {prepared.tokenizer.fingerprint}; give text that was prepared with their "
-            "tokenizer."
+            f"The models have tokenizer {tokenizer.fingerprint}, but the text in "
+            f"{prepared.directory} has {prepared.tokenizer.fingerprint}; give text prepared with "
+            "their tokenizer."
         )
     references.check(prepared.num_blocks("validation"), settings)
     return references.read(prepared, settings.num_samples, settings.bound_samples)
 
 
 def _without_text(plan: list[Point], settings: Settings) -> list[Point]:
-    """The plan without what needs text, with a warning."""
+    """Remove the points that need text from the plan, with a warning."""
     if settings.task != tasks.UNCONDITIONAL:
         raise ValueError(
-            f"The task {settings.task!r} gives the model parts of held-out text, and there is no "
-            "prepared text; give a prepared folder with --data."
+            f"The task {settings.task!r} needs held-out text, but there is no prepared text; give "
+            "a prepared folder with --data."
         )
     logging.warning(
-        "There is no prepared text: the report has neither held-out text nor controls to compare "
-        "with, and no bounds. Give a prepared folder with --data to get them."
+        "There is no prepared text: the report has no held-out text, controls or bounds. Give a "
+        "prepared folder with --data to get them."
     )
     return [point for point in plan if point.kind == "model"]
 
 
 def open_judges(settings: Settings, catalogue: Catalogue) -> list[Judge]:
-    """The judges that `eval.judges` names; "autoregressive" is the catalogue's own.
+    """Open the judges of `eval.judges`; "autoregressive" is the catalogue's judge.
 
     Raises:
-      ValueError: see `judges.open_judge`, or for two judges of one name.
+      ValueError: see `judges.open_judge`; also for two judges with the same name.
     """
     found: list[Judge] = []
     for spec in settings.judges:
@@ -192,5 +191,5 @@ def open_judges(settings: Settings, catalogue: Catalogue) -> list[Judge]:
             )
     names = [judge.name for judge in found]
     if len(set(names)) < len(names):
-        raise ValueError(f"Each judge needs a name of its own, got {', '.join(names)}.")
+        raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
     return found

@@ -1,8 +1,7 @@
-"""Protocol stamps: everything that a number depends on, and nothing that it doesn't.
+"""Protocol stamps: everything that a figure depends on, and nothing else.
 
-A stamp has two parts that are compared: what the samples depend on, and what is then made of them.
-So another judge scores the samples that are there, and a change in the training code redoes
-nothing.
+A stamp has two parts: what the samples depend on, and how they are scored. A new judge therefore
+scores the stored samples, and a change of the training code recomputes nothing.
 """
 
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ import jax
 
 from fsdfm_jax.evaluate.plan import Point
 
-# Raise it when a change of the code changes tokens or figures: results stored under another version
-# are computed again.
+# Increase it when a code change affects tokens or figures: results of other versions are then
+# computed again.
 PROTOCOL_VERSION = 1
 
 
@@ -27,14 +26,14 @@ def samples(
     tokenizer: str,
     text: str | None,
 ) -> dict[str, Any]:
-    """What the samples of a point depend on.
+    """Make the part of the stamp that the samples of a point depend on.
 
     Args:
-      point: what is sampled.
+      point: the point.
       facts: of its model, see `Subject`; None for real text and controls.
-      num_samples, batch_size, length: how much is drawn.
+      num_samples, batch_size, length: of the samples.
       tokenizer: fingerprint.
-      text: fingerprint of the held-out text if the samples are made of it or around it.
+      text: fingerprint of the held-out text if the samples depend on it.
     """
     return {
         "source": point.source,
@@ -63,9 +62,9 @@ def _sampling(point: Point, facts: Mapping[str, Any] | None, batch_size: int) ->
 
 
 def numerics() -> dict[str, Any]:
-    """What rounding depends on, as far as this process knows it.
+    """Return the facts that rounding depends on, as far as this process knows them.
 
-    The mesh is left out: what it spreads in sampling are rows and parameters, not sums.
+    The mesh is omitted: in sampling it shards rows and parameters, not sums.
     """
     return {
         "jax": jax.__version__,
@@ -75,5 +74,5 @@ def numerics() -> dict[str, Any]:
 
 
 def scoring(**facts: Any) -> dict[str, Any]:
-    """What is made of the samples: `facts`, and the version of the code."""
+    """Make the scoring part of the stamp: `facts` and the protocol version."""
     return facts | {"protocol": PROTOCOL_VERSION}

@@ -1,8 +1,8 @@
-"""The figures of a set of samples: measured once per sample, then aggregated from what is stored.
+"""The figures of a set of samples: measured per sample, then aggregated from the stored values.
 
-`measure` runs the judges and gives one number a sample; `aggregate` makes every figure with its
-interval out of these arrays alone, so that a report can be recomputed, pooled over seeds (`pool`)
-or resampled otherwise without a judge. MAUVE compares whole sets and stays apart (`mauve_score`).
+`measure` runs the judges and returns one number per sample. `aggregate` computes every figure and
+its interval from these arrays alone. A report can thus be recomputed, pooled over seeds (`pool`) or
+bootstrapped differently without a judge. MAUVE compares whole sets and is separate (`mauve_score`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from fsdfm_jax.evaluate.metrics import Estimate
 from fsdfm_jax.training import recipe
 
 LEVEL = 0.95
-# What a stamp says of the intervals: INTERVALS.format(level=LEVEL, resamples=..).
+# Description of the intervals in stamps: INTERVALS.format(level=LEVEL, resamples=..).
 INTERVALS = (
     "{level:.0%} percentile bootstrap over samples, {resamples} resamples, seed 0; "
     "MAUVE: half-samples"
@@ -29,7 +29,7 @@ _FORMS = ("ids", "text")
 
 
 def interval(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON: value, low, high, and the count of samples that went into it."""
+    """Return an estimate as JSON: value, low, high, and the number of samples used."""
     value, low, high, count = estimate
     return {"value": float(value), "low": float(low), "high": float(high), "count": int(count)}
 
@@ -42,21 +42,21 @@ def measure(
     *,
     known: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """All numbers of each sample that figures are made of.
+    """Compute all per-sample values that figures need.
 
     Args:
       tokens_NL: int [N, L].
-      counted_NL: bool [N, L], the positions that were written and not given; nothing else counts.
+      counted_NL: bool [N, L], the generated positions; only these count.
       tokenizer: of the samples.
-      judges: one of the same tokenizer scores ids and text, any other only text.
-      known: arrays of an earlier call for the same samples, among others; the scores of a judge
-        that describes itself just as then are taken over, and it isn't run.
+      judges: a judge with the same tokenizer scores ids and text, any other only text.
+      known: arrays from an earlier call for the same samples (and possibly others). Scores of a
+        judge with an unchanged description are reused.
 
     Returns:
-      "entropy_nats", "distinct_1" to "distinct_3" and "self_bleu", float64 [N], nan where a sample
-      has no such figure; for each judge and form "JUDGE.ids.nll", ".tokens", ".num_bytes" and
-      ".skipped" (and ".text."), [N], see `Scores`; "JUDGE.digest", a string of no dimension, the
-      digest of `Judge.describe`.
+      "entropy_nats", "distinct_1" to "distinct_3" and "self_bleu", float64 [N], nan if a sample has
+      no such figure; for each judge and form "JUDGE.ids.nll", ".tokens", ".num_bytes" and
+      ".skipped" (and ".text."), [N], see `Scores`; "JUDGE.digest", a scalar string, the digest of
+      `Judge.describe`.
     """
     arrays = {"entropy_nats": metrics.unigram_entropy(tokens_NL, counted_NL)}
     arrays |= {f"distinct_{n}": metrics.distinct(tokens_NL, n, counted_NL) for n in _ORDERS}
@@ -86,24 +86,23 @@ def aggregate(
     resamples: int,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures of samples from what `measure` found, and nothing else.
+    """Compute the figures of samples from the output of `measure` alone.
 
-    Samples without a figure are left out of it: those without tokens, with too few for an n-gram,
-    or with no other sample to compare with. "count" says how many went in. Where a judge failed, a
-    sample having tokens but no finite loss, all figures of that judge and form are nan, since
-    leaving the sample out would flatter; "count" then says how many samples it did score.
+    Samples without a figure are excluded: those without tokens, with too few tokens for an n-gram,
+    or without another sample for comparison. "count" is the number used. If a judge failed (a
+    sample has tokens but a non-finite loss), all figures of that judge and form are nan, because
+    excluding the sample would flatter; "count" is then the number of scored samples.
 
     Args:
-      arrays: of `measure` or `pool`; others among them are not looked at.
+      arrays: of `measure` or `pool`; other arrays are ignored.
       judge_names: in the order of the report.
       resamples, seed: of the bootstrap over samples.
 
     Returns:
-      (figures, judges) as in a report's row, see `report`; a form that a judge doesn't read is
-      None.
+      (figures, judges) as in a row of the report; a form that a judge doesn't read is None.
 
     Raises:
-      ValueError: the arrays lack a figure or a judge.
+      ValueError: a figure or judge is missing in the arrays.
     """
 
     def estimate(statistic, *arrays_N) -> dict[str, Any]:
@@ -115,8 +114,8 @@ def aggregate(
     missing = [name for name in _OWN_FIGURES if name not in arrays]
     if missing:
         raise ValueError(
-            f"The arrays lack {', '.join(missing)}; measure the samples before their figures are "
-            "aggregated."
+            f"The arrays lack {', '.join(missing)}; measure the samples before aggregating their "
+            "figures."
         )
     figures = {name: estimate(mean, arrays[name]) for name in _OWN_FIGURES}
     figures["entropy_bits"] = estimate(bits, arrays["entropy_nats"])
@@ -126,7 +125,7 @@ def aggregate(
         found = {form: _scores(arrays, judge, form) for form in _FORMS}
         if all(scores is None for scores in found.values()):
             raise ValueError(
-                f"The arrays hold no scores of the judge {judge!r}; measure the samples with it."
+                f"The arrays have no scores of the judge {judge!r}; measure the samples with it."
             )
         judges[judge] = {
             form: None if scores is None else _perplexities(scores, estimate)
@@ -136,17 +135,17 @@ def aggregate(
 
 
 def pool(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The numbers of each sample of repeats over seeds, one set after the other.
+    """Concatenate the per-sample values of repeats over seeds.
 
-    What `aggregate` makes of them has intervals over the samples of all seeds. Self-BLEU stays what
-    it was among the samples of one seed.
+    `aggregate` then gives intervals over the samples of all seeds. Self-BLEU remains that within
+    each seed.
 
     Args:
-      parts: each of `measure`, other arrays may be among them. Names that one of them lacks are
-        left out, and so are all arrays that are no numbers of samples.
+      parts: outputs of `measure`, possibly with other arrays. Only per-sample arrays that all parts
+        have are kept.
 
     Raises:
-      ValueError: there are no parts, or scores of one name come from different judges.
+      ValueError: there are no parts, or scores with the same name are from different judges.
     """
     if not parts:
         raise ValueError("Expected the arrays of at least one set of samples, got none.")
@@ -157,8 +156,8 @@ def pool(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
             digests = sorted({str(part[name]) for part in parts})
             if len(digests) > 1:
                 raise ValueError(
-                    f"The judge {name.removesuffix('.digest')!r} isn't the same everywhere, its "
-                    f"digests are {', '.join(digests)}; score all samples with one judge before "
+                    f"The judge {name.removesuffix('.digest')!r} differs between the parts, with "
+                    f"digests {', '.join(digests)}; score all samples with the same judge before "
                     "pooling them."
                 )
             pooled[name] = np.asarray(parts[0][name])
@@ -176,22 +175,22 @@ def mauve_score(
     counted_NL: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Any] | None:
-    """MAUVE of samples against real text, as JSON.
+    """Compute MAUVE of samples against real text, as JSON.
 
-    None without a reference, and where not all positions count: a judge's features read the whole
-    text, so that a model that was given a part of it would be credited with that part.
+    None without a reference, or if not all positions count: the features depend on the whole text,
+    so a model would get credit for given parts.
 
     Args:
       tokens_NL: int [N, L].
       tokenizer: of the samples.
-      judge: gives the features.
+      judge: provides the features.
       reference_ND: its features of real text.
-      counted_NL: bool [N, L], the positions that were written and not given; None: all.
+      counted_NL: bool [N, L], the generated positions; None: all.
       seed: see `mauve.score`.
 
     Returns:
-      The estimate; its numbers are nan if the judge fails on a sample (features that aren't
-      finite), and "count" then says on how many it didn't.
+      The estimate. Its numbers are nan if the judge fails on a sample (non-finite features), and
+      "count" is then the number of samples without failure.
 
     Raises:
       ValueError: see `mauve.score`.
@@ -214,7 +213,7 @@ def _names(judge: str, forms: Sequence[str]) -> list[str]:
 
 
 def _holds(known, judge: str, digest: str, names: Sequence[str], num_samples: int) -> bool:
-    """Whether arrays hold all scores of just this judge for so many samples."""
+    """Return whether the arrays have all scores of this judge for this number of samples."""
     if str(known.get(f"{judge}.digest", "")) != digest:
         return False
     return all(name in known and np.shape(known[name]) == (num_samples,) for name in names)

@@ -1,13 +1,13 @@
-"""What is given to a model before it writes: nothing, a prefix, a random share, all but some gaps.
+"""Tasks: the tokens of a held-out block that are given to a model.
 
-    unconditional     nothing
-    continuation      the first 512 tokens of a held-out block: the paper's, in blocks of 1,024
+    unconditional     none
+    continuation      the first 512 tokens, as in the paper with blocks of 1,024
     prefix:K          the first K tokens
-    random:SHARE      this share of its tokens, anywhere
-    infill:COUNTxN    all of it but COUNT gaps of N tokens each
+    random:SHARE      this fraction of the tokens, at random positions
+    infill:COUNTxN    all except COUNT gaps of N tokens each
 
-What is given depends on the task and on the number of the sample alone: every model, seed and
-number of steps gets the same. Only the other positions are scored.
+The given positions depend only on the task and the sample index: they are the same for every model,
+seed and number of steps. Only the other positions are scored.
 """
 
 import codecs
@@ -26,11 +26,11 @@ _FORMS = "'unconditional', 'continuation', 'prefix:K', 'random:SHARE' or 'infill
 
 
 class Task(NamedTuple):
-    """What is given.
+    """A task.
 
     Attributes:
       name: as in the configuration.
-      left_to_right: whether a network that writes from left to right can do it.
+      left_to_right: whether an autoregressive network can do it.
       freeze: (generator, length) -> bool [L], the positions given to one sample.
     """
 
@@ -39,20 +39,20 @@ class Task(NamedTuple):
     freeze: Callable[[np.random.Generator, int], np.ndarray]
 
     def frozen(self, num_samples: int, length: int) -> np.ndarray:
-        """The given positions of each sample, bool [N, L].
+        """Return the given positions of each sample, bool [N, L].
 
         Raises:
-          ValueError: for a length in which the task has no room.
+          ValueError: if the task doesn't fit the length.
         """
         rows = [self.freeze(np.random.default_rng([0, i]), length) for i in range(num_samples)]
         return np.stack(rows)
 
 
 def parse(name: str) -> Task:
-    """The task that a configuration names.
+    """Parse the name of a task.
 
     Raises:
-      ValueError: for another form, or numbers that leave nothing to write.
+      ValueError: for another form or numbers out of range.
     """
     kind, _, argument = name.partition(":")
     try:
@@ -76,9 +76,7 @@ def parse(name: str) -> Task:
 def _prefix(name: str, count: int):
     def freeze(rng, length):
         if count >= length:
-            raise ValueError(
-                f"{name} gives {count} tokens, which leaves nothing to write in blocks of {length}."
-            )
+            raise ValueError(f"{name} gives {count} tokens, which fills blocks of {length}.")
         return np.arange(length) < count
 
     return freeze
@@ -94,13 +92,13 @@ def _random(share: float):
 
 def _infill(count: int, size: int):
     def freeze(rng, length):
-        spare = length - count * size - (count - 1)  # a given token stands between two gaps
+        spare = length - count * size - (count - 1)  # at least one given token between two gaps
         if spare < 0:
             raise ValueError(
                 f"infill:{count}x{size} needs {count * size + count - 1} tokens, but blocks have "
                 f"{length}."
             )
-        # How the given tokens are shared out before, between and after the gaps.
+        # Distribute the spare given tokens before, between and after the gaps.
         cuts = np.sort(rng.integers(0, spare + 1, size=count))
         starts = cuts + np.arange(count) * (size + 1)
         frozen = np.ones(length, bool)
@@ -112,14 +110,14 @@ def _infill(count: int, size: int):
 
 
 def texts(tokens_NL: np.ndarray, counted_NL: np.ndarray, tokenizer: Tokenizer) -> list[Text]:
-    """Samples as text for a judge of another tokenizer, with the stretches that count.
+    """Decode samples for a judge with another tokenizer, with the spans that count.
 
-    A character whose bytes lie on both sides of a boundary belongs to the stretch it ends in. What
-    stands for broken UTF-8 belongs to where that begins.
+    A character with bytes on both sides of a boundary belongs to the span it ends in. A replacement
+    character for invalid UTF-8 belongs to the span where the invalid bytes start.
 
     Args:
       tokens_NL: int [N, L].
-      counted_NL: bool [N, L], the positions that were written and not given.
+      counted_NL: bool [N, L], the generated positions.
     """
     return [_text(*row, tokenizer) for row in zip(tokens_NL, counted_NL, strict=True)]
 
@@ -140,7 +138,7 @@ def _text(tokens_L: np.ndarray, counted_L: np.ndarray, tokenizer: Tokenizer) -> 
 
 
 def _offset(text: str, head: str) -> int:
-    """Characters of the text that are there at the end of `head`, its first ids decoded."""
+    """Number of characters of the text that `head`, its first ids decoded, completes."""
     # An unfinished character decodes to a replacement character that isn't in the whole text.
     while not text.startswith(head):
         head = head[:-1]
@@ -153,7 +151,7 @@ def _offsets(text: str, pieces: Iterable[bytes]) -> list[int]:
     complete, offsets = 0, [0]
     for piece in pieces:
         complete += len(decoder.decode(piece))
-        held_back, _ = decoder.getstate()  # a few bytes at most
+        held_back, _ = decoder.getstate()  # at most a few bytes
         head = held_back.decode(errors="replace")
         offsets.append(complete + _offset(text[complete : complete + len(head)], head))
     return offsets

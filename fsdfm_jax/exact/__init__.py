@@ -1,16 +1,16 @@
-"""Two tasks with an exact judge: Sudoku, and a language with a known law.
+"""Two tasks with exact judges: Sudoku, and a language with a known law.
 
-On text, quality is judged by another model, and its verdict can be bought with entropy. Here the
-truth is known: a grid is valid or it is not, and the law of the language gives the probability of
-every sample. Both tasks pass through the ordinary data path: documents, tokenizer, blocks.
+The quality of text is judged by another model, which low entropy can fool. Here the truth is known:
+a grid is valid or not, and the law of the language gives the probability of every sample. Both
+tasks use the normal data path: documents, tokenizer, blocks.
 
     sudoku         sizes, puzzles as text, solver, puzzles with one solution
     grids          exactly uniform grids of all three sizes
-    sudoku_judge   valid, distinct and solved grids, statistics against the uniform law
+    sudoku_judge   valid, distinct and solved grids, tests against the uniform distribution
     hmm            a hidden Markov model: samples, likelihood, entropy, k-grams
-    hmm_fit        text to tokens, and the law fitted to them by EM
+    hmm_fit        tokenises text and fits the law by EM
     hmm_posterior  p(x1 | xt) in closed form: a denoiser without training error
-    hmm_judge      samples against the law
+    hmm_judge      compares samples with the law
     documents      writes either task as documents with a tokenizer
 
     python -m fsdfm_jax.exact --task=sudoku:6x6

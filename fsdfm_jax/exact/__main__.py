@@ -1,10 +1,10 @@
-"""Writes one of the exactly judged tasks as documents with a tokenizer.
+"""Write one of the exactly judged tasks as documents with a tokenizer.
 
     python -m fsdfm_jax.exact --task=sudoku:6x6 --directory=runs/data/sudoku_6x6
     python -m fsdfm_jax.exact --task=hmm --directory=runs/data/hmm
 
-The configurations configs/sudoku.py and configs/hmm.py read these folders. A folder that is there
-already is left as it is, if it was made from the same settings.
+The configurations configs/sudoku.py and configs/hmm.py read these folders. An existing folder with
+the same settings is not changed.
 """
 
 import functools
@@ -19,29 +19,29 @@ _FIT, _HMM, _SUDOKU = hmm_fit.FitSpec(), documents.HmmSpec(), documents.SudokuSp
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags; the program does, importing this file doesn't."""
+    """Define the flags of the program; importing this file doesn't."""
     number = functools.partial(flags.DEFINE_integer, flag_values=values)
     text = functools.partial(flags.DEFINE_string, flag_values=values)
     tasks = ", ".join(f"sudoku:{name}" for name in sudoku.SIZES)
     text("task", None, f"{tasks}, or hmm.", required=True)
-    text("directory", "", "Folder to make; by default one in runs/data.")
-    number("train", None, "Documents to learn from: grids, or texts of an HMM.")
+    text("directory", "", "Folder to make; default: a folder in runs/data.")
+    number("train", None, "Documents for training: grids, or texts of an HMM.")
     number("validation", None, "Documents for validation.")
     number("seed", 0, "Seed of the samples.")
     number("puzzles", _SUDOKU.puzzles, "Sudoku: puzzles with one solution.")
-    number("givens", 0, "Sudoku: digits given in a puzzle; 0 for the size's own default.")
-    text("corpus", _HMM.corpus, "HMM: the text that it is fitted to.")
-    number("vocab_size", _FIT.vocab_size, "HMM: tokens, with the end of the text.")
+    number("givens", 0, "Sudoku: given digits per puzzle; 0 for the default of the size.")
+    text("corpus", _HMM.corpus, "HMM: text to fit.")
+    number("vocab_size", _FIT.vocab_size, "HMM: tokens, including end-of-text.")
     number("num_states", _FIT.num_states, "HMM: hidden states.")
-    number("max_tokens", _FIT.max_tokens, "HMM: tokens of the text that are used.")
+    number("max_tokens", _FIT.max_tokens, "HMM: maximum tokens of the text to use.")
     number("iterations", _FIT.iterations, "HMM: iterations of EM.")
 
 
 def make_spec(values: flags.FlagValues) -> documents.Spec:
-    """What the flags ask for.
+    """Make a spec from the flags.
 
     Raises:
-      ValueError: for another task, or values that can't be made.
+      ValueError: for an unknown task or invalid values.
     """
     task, _, argument = values.task.partition(":")
     counts = {name: values[name].value for name in ("train", "validation")}

@@ -1,16 +1,16 @@
-"""Either task as documents: what the ordinary data path starts from.
+"""Write either task as documents, the input of the normal data path.
 
-A folder holds
+A folder has
 
-    train.jsonl, validation.jsonl    a document a line, {"text": ..}
-    tokenizer.json                   one token for each word of the text (WordLevel)
-    facts.json                       what it was made from; written last
+    train.jsonl, validation.jsonl    one document per line, {"text": ..}
+    tokenizer.json                   one token per word of the text (WordLevel)
+    facts.json                       the settings; written last
     puzzles.jsonl                    Sudoku: puzzles with one solution, a batch file of `generate`
     law.npz                          HMM: the law, see `hmm.load`
 
-Documents of a Sudoku are the digits of a grid; documents of an HMM are names of tokens between
-spaces, as "▁the ▁un it ed". Both give the sampled ids back exactly. The same settings give the same
-files, on every machine for Sudoku and on machines that round alike for the fit of an HMM.
+A Sudoku document is the digits of a grid. An HMM document is token names separated by spaces, such
+as "▁the ▁un it ed". Both encode to exactly the sampled ids. The same settings give the same files:
+on every machine for Sudoku, and on machines with the same rounding for an HMM.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ _GRIDS_AT_ONCE = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class SudokuSpec:
-    """What a folder of Sudoku holds.
+    """Settings of a Sudoku folder.
 
     Attributes:
       size: "4x4", "6x6" or "9x9".
-      train: grids to learn from. For 4x4 every one of the 288 comes equally often, so that the
-        data itself has no sampling error, and `train` must be a multiple of 288; else independent
-        uniform ones.
-      validation: independent uniform grids. For 6x6 a share train / 28,200,960 of them is in
-        `train` too, for 4x4 all are.
-      puzzles: puzzles with one solution.
-      givens: of each puzzle; 0 for `sudoku.DEFAULT_GIVENS`.
-      seed: of all.
+      train: number of training grids. For 4x4 each of the 288 grids occurs equally often, so that
+        the data has no sampling error, and `train` must be a multiple of 288. Otherwise they are
+        independent and uniform.
+      validation: number of independent uniform grids. For 6x6 a fraction train / 28,200,960 of them
+        is also in `train`, for 4x4 all are.
+      puzzles: number of puzzles with one solution.
+      givens: per puzzle; 0 for `sudoku.DEFAULT_GIVENS`.
+      seed: of all randomness.
     """
 
     size: str = "6x6"
@@ -67,18 +67,18 @@ class SudokuSpec:
         if size.n == 4 and self.train % size.num_grids:
             raise ValueError(
                 f"4x4 has each of its {size.num_grids} grids equally often: train must be a "
-                f"multiple of that, got {self.train}; take {self.train // 288 * 288 or 288}"
+                f"multiple of that, got {self.train}; use {self.train // 288 * 288 or 288}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class HmmSpec:
-    """What a folder of an HMM holds.
+    """Settings of an HMM folder.
 
     Attributes:
-      corpus: the text that the law is fitted to, see `corpus.documents`.
-      fit: how.
-      train, validation: documents, about 220 tokens each with the standard settings.
+      corpus: text to fit, see `corpus.documents`.
+      fit: settings of the fit.
+      train, validation: number of documents, about 220 tokens each with the default settings.
       seed: of the samples.
     """
 
@@ -104,18 +104,18 @@ Spec = SudokuSpec | HmmSpec
 def write(
     directory: str | os.PathLike, spec: Spec, report: Callable[[str], None] = lambda line: None
 ) -> pathlib.Path:
-    """Makes a folder of documents, whole or not at all; nothing to do if it is there already.
+    """Make a folder of documents atomically; do nothing if it exists.
 
     Args:
       directory: the folder.
-      spec: what it shall hold.
-      report: called with lines about the progress.
+      spec: its settings.
+      report: called with lines of progress.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: the folder holds something else, or the spec can't be made.
+      ValueError: the folder has other content, or the spec is invalid.
     """
     directory = pathlib.Path(directory).expanduser().resolve()
     wanted = {"format": _FORMAT, "kind": type(spec).__name__, **dataclasses.asdict(spec)}
@@ -123,7 +123,7 @@ def write(
         _check_same(directory, wanted)
         return directory
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed call
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
     partial.mkdir(parents=True)
     try:
         found = (
@@ -147,13 +147,14 @@ def _check_same(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
         different = [key for key in wanted if facts.get(key) != wanted[key]]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{directory} exists but holds no documents of an exact task ({error}); name another "
+            f"{directory} exists but has no documents of an exact task ({error}); choose another "
             "folder, or remove this one"
         ) from None
     if different:
         changes = ", ".join(f"{k} is {wanted[k]!r} but was {facts.get(k)!r}" for k in different)
         raise ValueError(
-            f"{directory} was made otherwise: {changes}; name another folder, or remove this one"
+            f"{directory} was made with other settings: {changes}; choose another folder, or "
+            "remove this one"
         )
 
 
@@ -199,17 +200,17 @@ def _each_equally(size: sudoku.Sudoku, rng: np.random.Generator, count: int) -> 
 
 
 def _texts(cells_NC: np.ndarray) -> list[str]:
-    """Digits of grids, which have no blank cells."""
+    """Convert grids without blank cells to digits."""
     letters = np.frombuffer(b"123456789", np.uint8)[cells_NC]
     return [row.tobytes().decode("ascii") for row in letters]
 
 
 def read_puzzles(directory: str | os.PathLike, size: sudoku.Sudoku) -> np.ndarray:
-    """The puzzles of a folder, int8 [N, n²], -1 where blank.
+    """Read the puzzles of a folder, int8 [N, n²], -1 for blank cells.
 
     Raises:
       FileNotFoundError: there are none.
-      ValueError: naming the first line that is no puzzle.
+      ValueError: naming the first invalid line.
     """
     path = pathlib.Path(directory) / PUZZLES
     puzzles = []
@@ -222,7 +223,7 @@ def read_puzzles(directory: str | os.PathLike, size: sudoku.Sudoku) -> np.ndarra
 
 
 def sudoku_tokenizer(size: sudoku.Sudoku) -> str:
-    """tokenizer.json: digit d is id d-1, the end of the text follows; no other character."""
+    """Make the tokenizer.json: digit d is id d-1, then end-of-text; no other characters."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -246,14 +247,14 @@ def _write_hmm(directory: pathlib.Path, spec: HmmSpec, report) -> dict[str, Any]
         report(f"{count} documents for {split}")
         documents = hmm.sample_documents(law, np.random.default_rng([spec.seed, number]), count)
         texts = (law.decode(document) for document in documents)
-        # The law allows an empty document, with a probability of about 1e-6; it has no text.
+        # The law allows empty documents, with a probability of about 1e-6; skip them.
         _write_jsonl(directory / f"{split}.jsonl", ({"text": text} for text in texts if text))
     (directory / TOKENIZER).write_text(hmm_tokenizer(law), encoding="utf-8")
     return {"law": law.fingerprint, "tokens_per_document": 1 / float(law.initial_K[-1])}
 
 
 def fit_law(spec: HmmSpec, report: Callable[[str], None] = lambda line: None) -> hmm.Law:
-    """The law that a spec fits to its corpus."""
+    """Fit the law of a spec to its corpus."""
     from fsdfm_jax.data import corpus
 
     texts = (document.text for document in corpus.documents(spec.corpus))
@@ -264,13 +265,13 @@ def fit_law(spec: HmmSpec, report: Callable[[str], None] = lambda line: None) ->
 
     def progress(iteration: int, log_likelihood: float) -> None:
         if iteration % 10 == 0:
-            report(f"iteration {iteration}: {-log_likelihood:.4f} nats a token")
+            report(f"iteration {iteration}: {-log_likelihood:.4f} nats per token")
 
     return hmm_fit.fit(stream, tokens, spec.fit, progress)
 
 
 def hmm_tokenizer(law: hmm.Law) -> str:
-    """tokenizer.json: each token of the law is a word of its own; no other word."""
+    """Make the tokenizer.json: each token of the law is one word; no other words."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 

@@ -1,27 +1,27 @@
 """Exactly uniform Sudoku grids of all three sizes.
 
 4x4 and 6x6. Relabelling digits maps grids to grids, and exactly one relabelling gives the first row
-1 2 .. n. So a uniform grid is a uniform one with that first row (12 of 4x4, 39,168 of 6x6, all
-listed) under a uniform relabelling.
+1 2 .. n. So a uniform grid is a uniform one with that first row (12 for 4x4, 39,168 for 6x6, all
+enumerated) under a uniform relabelling.
 
 9x9, by rejection. Relabelled so that the upper left box is 1 2 3 / 4 5 6 / 7 8 9, a grid is
 
-    B1 B2 B3        a box is two partitions of the nine digits into three triples, by rows and by
-    B4 B5 B6        columns, any two that cross: each triple of one meets each of the other once.
+    B1 B2 B3        A box is two partitions of the nine digits into three triples, by rows and by
+    B4 B5 B6        columns. They must cross: each triple of one meets each of the other once.
     B7 B8 B9
 
 The upper band (B2, B3) and the left stack (B4, B7) have 56·216² = 2,612,736 possibilities each and
-are drawn uniformly and independently. How many completions N they have is counted exactly: the rows
-of B5 are one of 56 partitions (given those of B4, and then those of B6 follow), likewise its
-columns (given B2, then those of B8 follow), the rows of B8 and the columns of B6. With indices a,
-b, e, f for these,
+are drawn uniformly and independently. The number N of their completions is counted exactly. The
+rows of B5 are one of 56 partitions, given those of B4, and determine those of B6. Likewise the
+columns of B5, given B2, determine those of B8. The same holds for the rows of B8 and the columns of
+B6. With indices a, b, e, f for these,
 
     N = sum over a, b, e, f of X5(a,b) X6(a,f) X8(e,b) X9(e,f)
-      = sum over a, e of #{b: X5(a,b) X8(e,b)} #{f: X6(a,f) X9(e,f)},    X = 1 where they cross.
+      = sum over a, e of #{b: X5(a,b) X8(e,b)} #{f: X6(a,f) X9(e,f)},    X = 1 if they cross.
 
-Band and stack are kept with probability N / `MOST_COMPLETIONS`, and one of the N completions is
-drawn, so that every grid has the same probability. The sum of N over all bands and stacks is the
-number of grids over 9!, and the largest N is known from the same count: `count_all`.
+Band and stack are accepted with probability N / `MOST_COMPLETIONS`, and one of the N completions is
+drawn, so every grid has the same probability. The sum of N over all bands and stacks is the number
+of grids over 9!. `count_all` computes it, and the largest N.
 """
 
 import functools
@@ -32,13 +32,13 @@ import numpy as np
 
 from fsdfm_jax.exact.sudoku import Sudoku
 
-# The largest N, as `count_all` finds it; N is 2,693 on average and at least 1,152.
+# The largest N, from `count_all`; N is 2,693 on average and at least 1,152.
 MOST_COMPLETIONS = 11_664
-_CHUNK = 512  # 9x9: bands and stacks drawn at once
+_CHUNK = 512  # 9x9: bands and stacks per batch
 
 
 def sample(size: Sudoku, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws independent grids, each uniform over all valid ones.
+    """Draw independent grids, each uniform over all valid ones.
 
     Returns:
       int8 [N, n²], ids 0..n-1.
@@ -55,20 +55,20 @@ def sample(size: Sudoku, rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def all_grids(size: Sudoku) -> np.ndarray:
-    """Every grid of 4x4, int8 [288, 16].
+    """Return all 4x4 grids, int8 [288, 16].
 
     Raises:
-      ValueError: for a size of which no list fits into memory.
+      ValueError: for other sizes, which have too many grids.
     """
     if size.n != 4:
-        raise ValueError(f"only the grids of 4x4 are listed, got {size.name}; use sample() for it")
+        raise ValueError(f"only 4x4 grids can be enumerated, got {size.name}; use sample()")
     labels = np.array(list(itertools.permutations(range(4))), np.int8)
     return labels[:, _with_first_row(size)].reshape(size.num_grids, size.num_cells)
 
 
 @functools.lru_cache
 def _with_first_row(size: Sudoku) -> np.ndarray:
-    """All grids whose first row is 0..n-1, int8 [num_grids / n!, n²]."""
+    """Return all grids with first row 0..n-1, int8 [num_grids / n!, n²]."""
     rows = np.array(list(itertools.permutations(range(size.n))), np.int8)
     same_column = (rows[:, None] == rows[None]).any(-1)
     boxes = rows.reshape(len(rows), -1, size.box_cols)
@@ -89,17 +89,17 @@ def _with_first_row(size: Sudoku) -> np.ndarray:
 
 
 class Partitions(NamedTuple):
-    """The 1,680 ordered partitions of nine digits into triples, and how they go together.
+    """The 1,680 ordered partitions of nine digits into triples, and their relations.
 
     Attributes:
-      triple: int8 [1680, 9], in which triple (0, 1, 2) each digit is.
-      index: int [3^9], the partition of sum(triple * 3^digit), or -1.
-      crosses: bool [1680, 1680], each triple of one meets each of the other in one digit.
-      crossing: int [1680, 216], those that cross a partition.
-      second: int [1680, 56], those that share no digit with it, triple by triple.
-      third: int [1680, 56], what is left of each triple's digits then.
+      triple: int8 [1680, 9], the triple (0, 1, 2) of each digit.
+      index: int [3^9], sum(triple * 3^digit) -> partition, or -1.
+      crosses: bool [1680, 1680], whether each triple of one meets each of the other in one digit.
+      crossing: int [1680, 216], the partitions that cross each partition.
+      second: int [1680, 56], the partitions that share no digit with it, triple by triple.
+      third: int [1680, 56], the remaining digits of each triple for each `second`.
       crosses_second: uint64 [1680, 1680], bit j of [p, q]: p crosses second[q, j].
-      crosses_third: the same of third[q, j].
+      crosses_third: the same for third[q, j].
     """
 
     triple: np.ndarray
@@ -114,7 +114,7 @@ class Partitions(NamedTuple):
 
 @functools.lru_cache
 def partitions() -> Partitions:
-    """The tables, made on first use (22 MiB for each of the last two)."""
+    """Make the tables, once (22 MiB for each of the last two)."""
     orders = set(itertools.permutations([0, 0, 0, 1, 1, 1, 2, 2, 2]))
     triple = np.array(sorted(orders), np.int8)
     index = np.full(3**9, -1)
@@ -154,7 +154,7 @@ def _pack(crosses: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 class Frame(NamedTuple):
-    """Upper bands and left stacks around the box 123/456/789, as indices of partitions, int [M].
+    """Upper bands and left stacks for the box 123/456/789, as indices of partitions, int [M].
 
     Attributes:
       rows2, columns2: of B2; rows3, columns3: of B3.
@@ -172,14 +172,14 @@ class Frame(NamedTuple):
 
 
 def first_box() -> tuple[int, int]:
-    """The partitions of 123/456/789 by rows and by columns."""
+    """Return the partitions of 123/456/789 by rows and by columns."""
     digits = np.arange(9)
     rows, columns = partitions().index[_code(np.stack([digits // 3, digits % 3]))]
     return int(rows), int(columns)
 
 
 def draw_frames(rng: np.random.Generator, count: int) -> Frame:
-    """Independent frames, each uniform over all 2,612,736² of them."""
+    """Draw independent frames, uniform over all 2,612,736²."""
     table = partitions()
     fields: list[np.ndarray] = []
     for start in first_box():  # the band continues its rows, the stack its columns
@@ -190,7 +190,7 @@ def draw_frames(rng: np.random.Generator, count: int) -> Frame:
 
 
 def _crossings(frame: Frame) -> tuple[np.ndarray, ...]:
-    """X5 [M, a] over b, X6 [M, a] over f, X8 [M, e] over b, X9 [M, e] over f, as bits of uint64."""
+    """X5 [M, a] over b, X6 [M, a] over f, X8 [M, e] over b, X9 [M, e] over f, as uint64 bits."""
     table = partitions()
     columns2, columns3 = frame.columns2[:, None], frame.columns3[:, None]
     return (
@@ -202,14 +202,14 @@ def _crossings(frame: Frame) -> tuple[np.ndarray, ...]:
 
 
 def completions(frame: Frame) -> np.ndarray:
-    """In how many ways each frame can be completed, with rows a of B5 and e of B8: [M, a, e]."""
+    """Number of completions of each frame with rows a of B5 and e of B8: [M, a, e]."""
     x5, x6, x8, x9 = _crossings(frame)
     left = np.bitwise_count(x5[:, :, None] & x8[:, None])
     return left.astype(np.uint16) * np.bitwise_count(x6[:, :, None] & x9[:, None])
 
 
 def _draw_nine(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Uniform grids whose first box is 123/456/789, int8 [N, 81]."""
+    """Draw uniform grids with first box 123/456/789, int8 [N, 81]."""
     kept = [np.empty((0, 81), np.int8)]
     while (missing := count - sum(map(len, kept))) > 0:
         frame = draw_frames(rng, _CHUNK)
@@ -225,7 +225,7 @@ def _draw_nine(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _complete(frame: Frame, ways: np.ndarray, u_M3: np.ndarray) -> np.ndarray:
-    """One of the completions of each frame, drawn uniformly by three numbers in [0, 1)."""
+    """Draw one of the completions of each frame uniformly, with three numbers in [0, 1)."""
     table, each = partitions(), np.arange(len(ways))
     flat = ways.reshape(len(ways), -1).cumsum(1, dtype=np.int64)
     a, e = np.divmod((flat <= u_M3[:, :1] * flat[:, -1:]).sum(1), ways.shape[2])
@@ -254,7 +254,7 @@ def _complete(frame: Frame, ways: np.ndarray, u_M3: np.ndarray) -> np.ndarray:
 
 
 def _pick_bit(bits: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """One of the set bits of each number, drawn by u in [0, 1)."""
+    """Draw one of the set bits of each number, with u in [0, 1)."""
     places = np.arange(64, dtype=np.uint64)
     is_set = (bits[:, None] >> places) & np.uint64(1)
     wanted = np.floor(u * np.bitwise_count(bits))
@@ -262,11 +262,11 @@ def _pick_bit(bits: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 
 def count_all() -> tuple[int, int, int]:
-    """Counts the completions of all frames, in 10 to 15 minutes of one core.
+    """Count the completions of all frames, in 10 to 15 minutes on one core.
 
-    Frames whose counts are equal for a reason are counted once: N doesn't depend on the order of
-    the columns in B2 and B3, nor on the order of the two, nor (for all stacks together) on orders
-    of rows and columns in B1; likewise for stacks.
+    Frames that are equivalent by symmetry are counted once: N doesn't depend on the order of the
+    columns in B2 and B3, or on the order of B2 and B3, or (summed over all stacks) on the order of
+    rows and columns in B1; likewise for stacks.
 
     Returns:
       (number of grids, the smallest N, the largest N).
@@ -275,7 +275,7 @@ def count_all() -> tuple[int, int, int]:
     first_rows, _ = first_box()
     orders = list(itertools.permutations(range(3)))
     alike = table.index[_code(np.array([np.array(o)[table.triple] for o in orders]))].min(0)
-    # How often each pair (columns2, columns3) comes, over rows2.
+    # Frequency of each pair (columns2, columns3), over rows2.
     often = np.zeros(table.crosses.shape, np.int64)
     for p, q in zip(table.second[first_rows], table.third[first_rows], strict=True):
         often[np.ix_(table.crossing[p], table.crossing[q])] += 1
@@ -283,7 +283,7 @@ def count_all() -> tuple[int, int, int]:
     pairs = [(p, q) for p in names for q in names if p <= q and often[p, q]]
     weights = np.array([often[p, q] * 36 * (1 + (p != q)) for p, q in pairs])
 
-    moves = []  # of partitions, as rows and columns of B1 are reordered
+    moves = []  # maps of partitions under reordering of rows and columns of B1
     for down, across in itertools.product(orders, orders):
         digits = [3 * down[d // 3] + across[d % 3] for d in range(9)]
         moves.append(alike[table.index[_code(table.triple[:, np.argsort(digits)])]])

@@ -2,11 +2,11 @@
 
     p(x_1 .. x_L) = sum over states of pi(s_1) E(s_1, x_1) A(s_1, s_2) E(s_2, x_2) ...
 
-Its last state is the end of a document: it emits the end-of-text token, and no other state does.
-Documents are therefore independent of each other, and a stream of them, cut into blocks, is the
-stationary process: pi is the stationary distribution, and every block has the law above.
+The last state ends a document: it emits the end-of-text token, and no other state does. Documents
+are therefore independent, and a stream of them cut into blocks is the stationary process: pi is the
+stationary distribution, and every block has the law above.
 
-Letters, besides those of the package: K hidden states, N samples.
+Dimension letters, besides those of the package: K hidden states, N samples.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from fsdfm_jax.exact.intervals import Figure
 
 EOS = "<|endoftext|>"
 _FORMAT = 1
-_HELD_BYTES = 2**28  # of the largest array that is held at once
-_SUM_ERROR = 1e-9  # of a row of probabilities
+_HELD_BYTES = 2**28  # maximum size of an array
+_SUM_ERROR = 1e-9  # tolerance for the sum of a row of probabilities
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,11 +38,10 @@ class Law:
     Attributes:
       transition_KK: A(i, j) = P(next state j | state i), float64.
       emission_KV: E(i, v) = P(token v | state i), float64.
-      tokens: name of each token; the last one is the end of the text, which the last state emits.
+      tokens: name of each token; the last one is end-of-text, emitted by the last state.
 
     Raises:
-      ValueError: rows that are no distributions, shapes that don't fit, or an end of the text that
-        is not as above.
+      ValueError: rows aren't distributions, shapes don't match, or end-of-text is not as above.
     """
 
     transition_KK: np.ndarray
@@ -53,12 +52,12 @@ class Law:
         states, vocabulary = self.emission_KV.shape
         if self.transition_KK.shape != (states, states) or vocabulary != len(self.tokens):
             raise ValueError(
-                f"a law of {states} states and {len(self.tokens)} tokens has transitions "
+                f"a law of {states} states and {len(self.tokens)} tokens needs transitions "
                 f"[{states}, {states}] and emissions [{states}, {len(self.tokens)}], got "
                 f"{list(self.transition_KK.shape)} and {list(self.emission_KV.shape)}"
             )
         for name, rows in (("transitions", self.transition_KK), ("emissions", self.emission_KV)):
-            # Written so that nan fails it.
+            # NaN fails this test.
             if not ((rows >= 0).all() and (np.abs(rows.sum(1) - 1) < _SUM_ERROR).all()):
                 raise ValueError(f"every row of {name} must be a distribution; normalise them")
         if (
@@ -66,9 +65,7 @@ class Law:
             or self.emission_KV[-1, -1] != 1
             or self.emission_KV[:-1, -1].any()
         ):
-            raise ValueError(
-                f"the last token must be {EOS!r}, emitted by the last state and by no other"
-            )
+            raise ValueError(f"the last token must be {EOS!r}, emitted only by the last state")
 
     @property
     def num_states(self) -> int:
@@ -109,34 +106,34 @@ class Law:
     # ------------------------------------------------------------------------------------- text
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a document's text, int32: names of tokens between white space.
+        """Encode a document, token names separated by white space, as int32 ids.
 
         Raises:
-          ValueError: naming the first word that is no token.
+          ValueError: naming the first word that isn't a token.
         """
         ids = {name: i for i, name in enumerate(self.tokens)}
         unknown = next((word for word in text.split() if word not in ids), None)
         if unknown is not None:
             raise ValueError(
-                f"{unknown!r} is not in the vocabulary of the law ({self.vocab_size} tokens, as "
-                f"{self.tokens[0]!r}); write tokens of its tokenizer.json, separated by spaces"
+                f"{unknown!r} is not in the vocabulary of the law ({self.vocab_size} tokens, like "
+                f"{self.tokens[0]!r}); use tokens of its tokenizer.json, separated by spaces"
             )
         return np.array([ids[word] for word in text.split()], np.int32)
 
     def decode(self, tokens_L: Sequence[int]) -> str:
-        """The text of a document of these ids, as `encode` reads it."""
+        """Decode ids to the text of a document; the inverse of `encode`."""
         check_tokens(self, np.asarray(tokens_L))
         return " ".join(self.tokens[int(i)] for i in tokens_L)
 
     def to_prose(self, tokens_L: Sequence[int]) -> str:
-        """The same for people: words joined from their pieces, a line for each document."""
+        """Decode ids to readable text, with joined words and one line per document."""
         text = "".join(self.tokens[int(i)] for i in tokens_L)
         return text.replace(EOS, "\n").replace("▁", " ").strip()
 
     # ------------------------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the law to a .npz file, whole or not at all."""
+        """Write the law to a .npz file, atomically."""
         path = pathlib.Path(path)
         content = io.BytesIO()
         np.savez_compressed(
@@ -152,11 +149,11 @@ class Law:
 
 
 def load(path: str | os.PathLike) -> Law:
-    """Reads a law from a .npz file.
+    """Read a law from a .npz file.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it holds something else.
+      FileNotFoundError: the file doesn't exist.
+      ValueError: the file isn't a law.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -166,23 +163,19 @@ def load(path: str | os.PathLike) -> Law:
             written = int(content["format"])
             law = content["transition"], content["emission"], tuple(map(str, content["tokens"]))
     except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no law ({error}); make it again") from None
+        raise ValueError(f"{path} isn't a law ({error}); make it again") from None
     if written != _FORMAT:
         raise ValueError(f"{path} has format {written}, expected {_FORMAT}; make it again")
     return Law(*law)
 
 
 def check_tokens(law: Law, tokens: np.ndarray) -> None:
-    """Refuses ids that are no tokens of the law.
-
-    Raises:
-      ValueError: naming one.
-    """
+    """Raise ValueError for ids that aren't tokens of the law, naming one."""
     wrong = tokens[(tokens < 0) | (tokens >= law.vocab_size)]
     if wrong.size:
         raise ValueError(
             f"token id {int(wrong.flat[0])} is not in the vocabulary of the law, whose ids are 0 "
-            f"to {law.vocab_size - 1}; use its own tokenizer.json"
+            f"to {law.vocab_size - 1}; use its tokenizer.json"
         )
 
 
@@ -192,7 +185,7 @@ def check_tokens(law: Law, tokens: np.ndarray) -> None:
 def sample(
     law: Law, rng: np.random.Generator, count: int, length: int, states_N: np.ndarray | None = None
 ) -> np.ndarray:
-    """Independent blocks, int32 [N, L], from first states, or of the stationary process if None."""
+    """Draw independent blocks, int32 [N, L], from given first states or from stationarity."""
     if states_N is None:
         states_N = sample_states(law, rng, count)
     tokens_NL = np.empty((count, length), np.int32)
@@ -203,13 +196,13 @@ def sample(
 
 
 def sample_states(law: Law, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Independent states of the stationary process, int [N]."""
+    """Draw independent states of the stationary process, int [N]."""
     return _draw(law.initial_K[None], rng, np.zeros(count, np.intp))
 
 
 def sample_documents(law: Law, rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """Independent documents of their own lengths, int32 each, without the end of the text."""
-    drawn: list[list[np.ndarray]] = []  # of each step: which documents go on, their tokens
+    """Draw independent documents of random lengths, int32 each, without end-of-text."""
+    drawn: list[list[np.ndarray]] = []  # for each step: the continuing documents, their tokens
     active = np.arange(count)
     states = np.full(count, law.num_states - 1)
     while len(active):
@@ -224,9 +217,9 @@ def sample_documents(law: Law, rng: np.random.Generator, count: int) -> list[np.
 
 
 def _draw(rows: np.ndarray, rng: np.random.Generator, which: np.ndarray) -> np.ndarray:
-    """An index drawn from the distribution in each of the chosen rows."""
+    """Draw an index from the distribution in each of the given rows."""
     size = rows.shape[1]
-    # One sorted list for all rows: that of row i lies in (i, i+1].
+    # One sorted list for all rows: the values of row i are in (i, i+1].
     cumulative = rows.cumsum(1)
     cumulative = (cumulative / cumulative[:, -1:] + np.arange(len(rows))[:, None]).ravel()
     found = np.searchsorted(cumulative, which + rng.random(len(which)), side="right")
@@ -239,15 +232,15 @@ def _draw(rows: np.ndarray, rng: np.random.Generator, which: np.ndarray) -> np.n
 def forward(
     transition_KK: jax.Array, initial_BK: jax.Array, evidence_LBK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The forward pass, scaled at each position.
+    """Return the forward algorithm, normalised at each position.
 
     Args:
       transition_KK: A.
-      initial_BK: distribution of the first state, a row for each block.
-      evidence_LBK: P(what is seen at a position | its state), up to a factor.
+      initial_BK: distribution of the first state, for each block.
+      evidence_LBK: P(observation | state) at each position, up to a factor.
 
     Returns:
-      (predicted_LBK: P(state | what is seen before), log_LB: log P(what is seen | before)).
+      (predicted_LBK: P(state | earlier observations), log_LB: log P(observation | earlier ones)).
     """
 
     def step(predicted_BK, evidence_BK):
@@ -271,7 +264,7 @@ def _predictive_entropies(transition_KK, emission_KV, initial_BK, tokens_BL):
 
 
 def _by_rows(function, law: Law, initial_NK: np.ndarray, tokens_NL: np.ndarray) -> np.ndarray:
-    """Applies a jitted function to blocks, so many at a time as fit, float64 [N, L]."""
+    """Apply a jitted function to blocks in batches that fit into memory, float64 [N, L]."""
     tokens_NL = np.asarray(tokens_NL)
     check_tokens(law, tokens_NL)
     count, length = tokens_NL.shape
@@ -280,7 +273,7 @@ def _by_rows(function, law: Law, initial_NK: np.ndarray, tokens_NL: np.ndarray) 
     matrices = np.float32(law.transition_KK), np.float32(law.emission_KV)
     parts = []
     for start in range(0, count, rows):
-        part = np.arange(start, start + rows) % count  # all of one shape; the rest is dropped
+        part = np.arange(start, start + rows) % count  # equal shapes; padding is dropped
         parts.append(function(*matrices, np.float32(initial_NK[part]), tokens_NL[part]))
     return np.concatenate([np.asarray(part, np.float64) for part in parts])[:count]
 
@@ -292,10 +285,10 @@ def _stationary_NK(law: Law, count: int) -> np.ndarray:
 def token_log_likelihoods(law: Law, tokens_NL: np.ndarray) -> np.ndarray:
     """log p(x_i | x_1 .. x_(i-1)) of stationary blocks, nats, float64 [N, L].
 
-    Exact but for float32 arithmetic, about 1e-6 nats a token.
+    Exact up to float32 arithmetic, about 1e-6 nats per token.
 
     Raises:
-      ValueError: for ids that are no tokens of the law.
+      ValueError: for ids that aren't tokens of the law.
     """
     return _by_rows(_token_logs, law, _stationary_NK(law, len(tokens_NL)), tokens_NL)
 
@@ -306,11 +299,11 @@ def log_likelihoods(law: Law, tokens_NL: np.ndarray) -> np.ndarray:
 
 
 def block_entropy(law: Law, rng: np.random.Generator, count: int, length: int) -> Figure:
-    """H(x_1 .. x_L) of a block, nats, with its interval.
+    """Estimate H(x_1 .. x_L) of a block, nats, with an interval.
 
-    No closed form is known. By the chain rule it is the sum of the entropies of the distributions
-    p(. | x_1 .. x_(i-1)), each computed exactly, averaged over `count` samples of the law: the
-    spread over samples is a fraction of that of -log p.
+    No closed form is known. By the chain rule it is the sum of the mean entropies of
+    p(. | x_1 .. x_(i-1)). These are computed exactly and averaged over `count` samples of the law,
+    which has a fraction of the variance of -log p.
     """
     tokens_NL = sample(law, rng, count, length)
     entropies_NL = _by_rows(_predictive_entropies, law, _stationary_NK(law, count), tokens_NL)
@@ -320,12 +313,12 @@ def block_entropy(law: Law, rng: np.random.Generator, count: int, length: int) -
 def entropy_rate_bounds(
     law: Law, rng: np.random.Generator, count: int, length: int
 ) -> tuple[Figure, Figure]:
-    """Lower and upper bound of the entropy rate, nats a token, each with its interval.
+    """Lower and upper bound on the entropy rate, nats per token, each with an interval.
 
         H(x_L | x_1 .. x_(L-1), s_1)  <=  rate  <=  H(x_L | x_1 .. x_(L-1))
 
-    (Cover & Thomas, Elements of Information Theory, section 4.5.) Both are averages over `count`
-    samples of the law, of entropies that are computed exactly.
+    (Cover & Thomas, Elements of Information Theory, section 4.5.) Both are averages of exactly
+    computed entropies over `count` samples of the law.
     """
     states_N = sample_states(law, rng, count)
     tokens_NL = sample(law, rng, count, length, states_N)
@@ -337,18 +330,18 @@ def entropy_rate_bounds(
 
 
 def xlogx(x: np.ndarray) -> np.ndarray:
-    """x log x, 0 at 0. SciPy has it too, at a fifth of a second for every program that starts."""
+    """x log x, 0 at 0. Importing SciPy for it would cost a fifth of a second."""
     return x * np.log(np.where(x == 0, 1, x))
 
 
 def conditional_entropy(law: Law, k: int) -> float:
-    """H(x_k | x_1 .. x_(k-1)), nats, exact: a sum over all (k-1)-grams, for k in 1, 2, 3.
+    """H(x_k | x_1 .. x_(k-1)), nats, exactly, as a sum over all (k-1)-grams, for k in 1, 2, 3.
 
     Raises:
       ValueError: for another k.
     """
     if k not in (1, 2, 3):
-        raise ValueError(f"exact conditional entropies are known for k = 1, 2 and 3, got {k}")
+        raise ValueError(f"exact conditional entropies need k = 1, 2 or 3, got {k}")
     joint_GK = law.initial_K[None]  # P((j-1)-gram, state), a row for each (j-1)-gram
     for _ in range(k - 1):
         joint_GK = np.concatenate(

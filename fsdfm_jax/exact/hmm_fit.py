@@ -1,9 +1,9 @@
-"""A hidden Markov model fitted to text: tokens of plain prose, then EM (Baum-Welch).
+"""Fit a hidden Markov model to text: simplified text to tokens, then EM (Baum-Welch).
 
-The text is reduced to lower-case letters, "0" for each digit and a little punctuation, so that a
-BPE of as few as 64 tokens can spell it; a paragraph is a document. The transitions, emissions and
-the first state of windows of the token stream are fitted to the likelihood of the windows. The
-first state is only a device of the fit: the law starts in the stationary distribution.
+Text is reduced to lower-case letters, "0" for each digit and some punctuation, so that a BPE with
+as few as 64 tokens can encode it. Each paragraph is a document. Transitions, emissions and the
+first state are fitted to the likelihood of windows of the token stream. The first state is used
+only in the fit: the law starts from the stationary distribution.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0.,;:?!'()$%-"
 _SAME = str.maketrans({"’": "'", "‘": "'", "—": "-", "–": "-"} | dict.fromkeys("123456789", "0"))
 _OTHER = re.compile(f"[^{re.escape(LETTERS)}]+")
 _PARAGRAPH = re.compile(r"\n\s*\n")
-_TOKENS_AT_ONCE = 2**17  # of an E-step, about 100 MiB at 64 states
-_SHORTEST = 40  # characters of a paragraph that counts
-_CHARACTERS_PER_TOKEN = 4  # more than any BPE of this size packs into one on average
-# Tokens of text for each free probability of the law: fewer don't support them.
+_TOKENS_AT_ONCE = 2**17  # per E-step, about 100 MiB with 64 states
+_SHORTEST = 40  # minimum characters of a paragraph
+_CHARACTERS_PER_TOKEN = 4  # an upper bound on the average for a BPE of this size
+# Minimum tokens of text per free probability of the law.
 TOKENS_PER_PROBABILITY = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class FitSpec:
-    """What is fitted, and how.
+    """Settings of a fit.
 
     Attributes:
-      vocab_size: V, tokens with the end of the text.
-      num_states: K, with the state that ends documents.
-      max_tokens: of the text that are used.
+      vocab_size: V, tokens including end-of-text.
+      num_states: K, including the state that ends documents.
+      max_tokens: maximum tokens of the text to use.
       iterations: of EM.
-      window: tokens of a window.
-      smoothing: added to each expected count that may be above 0; it keeps every text possible.
-      seed: of the first guess.
+      window: tokens per window.
+      smoothing: added to each expected count that may be above 0, so that every text is possible.
+      seed: of the initial guess.
     """
 
     vocab_size: int = 256
@@ -53,14 +53,14 @@ class FitSpec:
     def __post_init__(self):
         least = len(LETTERS) + 2 + 8
         if not least <= self.vocab_size <= 2**15:
-            raise ValueError(f"vocab_size must lie in {least} .. {2**15}, got {self.vocab_size}")
+            raise ValueError(f"vocab_size must be in {least} .. {2**15}, got {self.vocab_size}")
         if self.num_states < 2:
             raise ValueError(
-                f"num_states must be at least 2, one of which ends documents, got {self.num_states}"
+                f"num_states must be at least 2 (one ends documents), got {self.num_states}"
             )
         if self.iterations < 1 or self.window < 2 or self.max_tokens < self.window:
             raise ValueError(
-                "expected at least one iteration, windows of at least 2 tokens and at least one "
+                "expected at least one iteration, a window of at least 2 tokens and at least one "
                 f"window, got iterations={self.iterations}, window={self.window}, "
                 f"max_tokens={self.max_tokens}"
             )
@@ -72,7 +72,7 @@ class FitSpec:
 
 
 def paragraphs(texts: Iterable[str]) -> list[str]:
-    """The paragraphs of texts, reduced to `LETTERS` and single spaces; short ones are left out."""
+    """Split texts into paragraphs, reduced to `LETTERS` and single spaces; skip short ones."""
     found = []
     for text in texts:
         for part in _PARAGRAPH.split(text):
@@ -83,7 +83,7 @@ def paragraphs(texts: Iterable[str]) -> list[str]:
 
 
 def choose(documents: Sequence[str], spec: FitSpec) -> list[str]:
-    """Documents in random order, as many as surely give `spec.max_tokens` tokens."""
+    """Select documents in random order, enough for `spec.max_tokens` tokens."""
     order = np.random.default_rng(spec.seed).permutation(len(documents))
     chosen, characters = [], 0
     for i in order:
@@ -95,14 +95,14 @@ def choose(documents: Sequence[str], spec: FitSpec) -> list[str]:
 
 
 def tokenise(documents: Sequence[str], vocab_size: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Trains a BPE on documents and encodes them.
+    """Train a BPE on documents and encode them.
 
     Returns:
-      (int32 [T], all documents one after another, each with the end of the text; the name of each
-      token, "▁" for a space, the end of the text last).
+      (int32 [T], all documents concatenated, each with end-of-text; the name of each token, "▁" for
+      a space, end-of-text last).
 
     Raises:
-      ValueError: the documents are too small for so many tokens.
+      ValueError: the documents are too small for this vocabulary.
     """
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
@@ -114,7 +114,7 @@ def tokenise(documents: Sequence[str], vocab_size: int) -> tuple[np.ndarray, tup
     vocabulary = backend.get_vocab()
     if len(vocabulary) != vocab_size - 1:
         raise ValueError(
-            f"the text is too small for {vocab_size} tokens: it gave {len(vocabulary) + 1}; give "
+            f"the text is too small for {vocab_size} tokens: it gives {len(vocabulary) + 1}; give "
             "more text or lower vocab_size"
         )
     tokens = (*sorted(vocabulary, key=vocabulary.__getitem__), EOS)
@@ -140,33 +140,33 @@ def fit(
     spec: FitSpec,
     report: Callable[[int, float], None] = lambda iteration, log_likelihood: None,
 ) -> Law:
-    """Fits a law to a stream of tokens.
+    """Fit a law to a stream of tokens.
 
     Args:
-      stream: int [T], the documents with the end of the text after each.
-      tokens: names, the end of the text last.
-      spec: how; its vocab_size must be len(tokens).
-      report: called with the number of each iteration and the log-likelihood before it, nats a
-        token; it grows (but for the smoothing).
+      stream: int [T], the documents with end-of-text after each.
+      tokens: names, end-of-text last.
+      spec: settings; vocab_size must be len(tokens).
+      report: called with the index of each iteration and the log-likelihood before it, nats per
+        token, which increases (except for the smoothing).
 
     Raises:
-      ValueError: ids outside the vocabulary, or a text that doesn't support so many states.
+      ValueError: ids outside the vocabulary, or too little text for the states.
     """
     if len(tokens) != spec.vocab_size:
         raise ValueError(f"expected {spec.vocab_size} tokens as in the spec, got {len(tokens)}")
     if stream.size and not 0 <= stream.min() <= stream.max() < len(tokens):
         wrong = stream[(stream < 0) | (stream >= len(tokens))][0]
         raise ValueError(
-            f"the text holds token id {wrong}, outside the vocabulary of {len(tokens)} tokens; "
-            "encode it with the tokenizer that the tokens are of"
+            f"the text has token id {wrong}, outside the vocabulary of {len(tokens)} tokens; "
+            "encode it with the right tokenizer"
         )
     used = stream[: spec.max_tokens]
     check_support(len(used), spec)
     if not (used == len(tokens) - 1).any():
-        raise ValueError("the text holds no end of a document; put its token after each of them")
+        raise ValueError("the text has no end of a document; append its token to each document")
     count = len(used) // spec.window
     if not count:
-        raise ValueError(f"the text has {len(used)} tokens, less than a window of {spec.window}")
+        raise ValueError(f"the text has {len(used)} tokens, fewer than a window of {spec.window}")
     windows_WT = used[: count * spec.window].reshape(count, spec.window)
     guess = _first_guess(windows_WT, spec)
     for iteration in range(spec.iterations):
@@ -176,11 +176,7 @@ def fit(
 
 
 def check_support(num_tokens: int, spec: FitSpec) -> None:
-    """Refuses more states than a text supports.
-
-    Raises:
-      ValueError: saying how many it does support.
-    """
+    """Raise ValueError, with the possible number, for more states than the text supports."""
     free = lambda states: states * (states + spec.vocab_size - 2)
     supported = num_tokens // TOKENS_PER_PROBABILITY
     if free(spec.num_states) > supported:
@@ -188,13 +184,13 @@ def check_support(num_tokens: int, spec: FitSpec) -> None:
         raise ValueError(
             f"{spec.num_states} states over {spec.vocab_size} tokens are {free(spec.num_states)} "
             f"free probabilities, but {num_tokens} tokens of text support {supported}, "
-            f"{TOKENS_PER_PROBABILITY} tokens for each; take at most {most} states, fewer tokens "
+            f"{TOKENS_PER_PROBABILITY} tokens for each; use at most {most} states, fewer tokens "
             "or more text"
         )
 
 
 def _first_guess(windows_WT: np.ndarray, spec: FitSpec) -> Parameters:
-    """Each state prefers some tokens and some states at random; the last one ends documents."""
+    """Make a random guess with preferred tokens and next states; the last state ends documents."""
     rng = np.random.default_rng(spec.seed)
     states, vocabulary = spec.num_states, spec.vocab_size
     often_V = np.bincount(windows_WT.ravel(), minlength=vocabulary) + 1.0
@@ -209,15 +205,15 @@ def _first_guess(windows_WT: np.ndarray, spec: FitSpec) -> Parameters:
 def improve(
     guess: Parameters, windows_WT: np.ndarray, smoothing: float
 ) -> tuple[Parameters, float]:
-    """One iteration of EM.
+    """Do one iteration of EM.
 
     Args:
-      guess: before.
+      guess: the current parameters.
       windows_WT: int [W, T].
-      smoothing: added to expected counts, except of emissions that the guess excludes.
+      smoothing: added to expected counts, except for emissions that the guess excludes.
 
     Returns:
-      (after, the log-likelihood before it in nats a token).
+      (new parameters, log-likelihood of the guess in nats per token).
     """
     states, vocabulary = guess.emission_KV.shape
     pairs_KK, emitted_VK = np.zeros((states, states)), np.zeros((vocabulary, states))
@@ -226,7 +222,7 @@ def improve(
     arrays = [np.float32(a) for a in guess]
     for start in range(0, len(windows_WT), rows):
         part = np.arange(start, start + rows)
-        weight_W = np.float32(part < len(windows_WT))  # all parts of one shape
+        weight_W = np.float32(part < len(windows_WT))  # masks the padding of the last part
         counts = _expected_counts(*arrays, windows_WT[part % len(windows_WT)], weight_W)
         pairs, emitted, first, log = (np.asarray(count, np.float64) for count in counts)
         pairs_KK, emitted_VK, first_K = pairs_KK + pairs, emitted_VK + emitted, first_K + first
@@ -242,7 +238,7 @@ def improve(
 
 @jax.jit
 def _expected_counts(transition_KK, emission_KV, first_K, tokens_WT, weight_W):
-    """Counts given the tokens: pairs of states, (token, state), first states; log-likelihood."""
+    """Expected counts given the tokens (state pairs, (token, state), first states), and log p."""
     states = len(first_K)
     first_WK = jnp.broadcast_to(first_K, (len(tokens_WT), states))
     evidence_TWK = emission_KV.T[tokens_WT.T]
@@ -250,7 +246,7 @@ def _expected_counts(transition_KK, emission_KV, first_K, tokens_WT, weight_W):
     scale_TW1 = jnp.exp(-log_TW)[..., None]
 
     def step(later_WK, inputs):
-        # later: P(all after t | state at t) over P(all after t | all until t).
+        # later: P(all after t | state at t) / P(all after t | all until t).
         predicted_WK, evidence_WK, scale_W1 = inputs
         seen_WK = evidence_WK * scale_W1 * later_WK
         filtered_WK = predicted_WK * evidence_WK * scale_W1

@@ -1,17 +1,17 @@
-"""Samples of a model of a known law against that law.
+"""Judge samples of a model by a known law.
 
-The law gives the probability of each sample. Its mean negative logarithm alone can be bought: a
-model that always writes the likeliest text is below the law's own entropy. So samples are compared
-in their k-grams as well, and in their own conditional entropies, which say at what entropy a
+The law gives the probability of each sample. The mean negative log-likelihood alone can be gamed: a
+model that always writes the most likely text is below the entropy of the law. Samples are therefore
+also compared by their k-grams and their conditional entropies, which show at what entropy a
 likelihood was reached:
 
-    nll        mean of -log p(sample) / L, nats a token
-    excess     nll less the entropy of the law; 0 for the law, below 0 for sharpened samples
-    kl_k       KL of the samples' k-gram frequencies to the law's k-grams, k = 1, 2, 3
+    nll        mean of -log p(sample) / L, nats per token
+    excess     nll minus the entropy of the law; 0 for the law, below 0 for sharpened samples
+    kl_k       KL from the samples' k-gram frequencies to the law's k-grams, k = 1, 2, 3
     entropy_k  H(x_k | x_1 .. x_(k-1)) of the samples' k-gram frequencies
 
-Frequencies of few samples are farther from the law and lower in entropy than the model itself, so
-that the same figures are given of samples of the law, as many and as long.
+Frequencies of few samples are biased: further from the law and lower in entropy than the model. The
+same figures are therefore computed for samples of the law of equal number and length.
 """
 
 import functools
@@ -33,10 +33,9 @@ class Report(NamedTuple):
     """The verdict on N samples.
 
     Attributes:
-      figures: of the samples, see the module; and distinct, the share of distinct samples.
-      law: the mean of each figure over sets of samples of the law, and its spread from set to set.
-      flags: what shows that samples are not those of the law, by figure and in words; {} if nothing
-        does.
+      figures: of the samples, see the module; also distinct, the fraction of distinct samples.
+      law: mean and standard deviation of each figure over sets of samples of the law.
+      flags: figure -> sentence, for significant differences from the law.
     """
 
     figures: dict[str, Figure]
@@ -44,7 +43,7 @@ class Report(NamedTuple):
     flags: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert to JSON values."""
         return {
             "figures": {name: figure._asdict() for name, figure in self.figures.items()},
             "law": {name: {"mean": m, "spread": s} for name, (m, s) in self.law.items()},
@@ -53,16 +52,16 @@ class Report(NamedTuple):
 
 
 def judge(law: Law, tokens_NL: np.ndarray, *, resamples: int = 200, seed: int = 0) -> Report:
-    """Judges free samples.
+    """Judge unconditional samples.
 
     Args:
-      law: the truth.
+      law: the true law.
       tokens_NL: int [N, L], independent samples, N >= 2.
       resamples: of the bootstrap.
       seed: of the bootstrap.
 
     Raises:
-      ValueError: for ids that are no tokens of the law, or fewer than 2 samples.
+      ValueError: for ids that aren't tokens of the law, or fewer than 2 samples.
     """
     tokens_NL = np.asarray(tokens_NL)
     if tokens_NL.ndim != 2 or len(tokens_NL) < 2 or tokens_NL.shape[1] < max(ORDERS):
@@ -98,16 +97,16 @@ def _flags(figures: dict[str, Figure], expected: dict[str, tuple[float, float]])
 
 @functools.lru_cache
 def block_entropy_per_token(law: Law, length: int) -> Figure:
-    """The entropy of a block of the law over its length, nats a token; see `hmm.block_entropy`."""
+    """Entropy of a block of the law, in nats per token; see `hmm.block_entropy`."""
     found = hmm.block_entropy(law, np.random.default_rng(1), 8192, length)
     return Figure(*(value / length for value in found[:3]), found.count)
 
 
 @functools.lru_cache
 def law_figures(law: Law, count: int, length: int) -> dict[str, tuple[float, float]]:
-    """(mean, standard deviation) of each figure over sets of samples of the law.
+    """Return (mean, standard deviation) of each figure over sets of samples of the law.
 
-    The standard deviation, of few sets, is known to a quarter of its value.
+    The standard deviation is from few sets and accurate to about 25%.
     """
     rng, everything = np.random.default_rng(2), np.arange(count)
     drawn = (hmm.sample(law, rng, count, length) for _ in range(_CONTROLS))
@@ -120,7 +119,7 @@ def law_figures(law: Law, count: int, length: int) -> dict[str, tuple[float, flo
 
 
 def _statistics(law: Law, tokens_NL: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
-    """All figures of the samples in given rows [N]."""
+    """Make a function from rows [N] to all figures of these samples."""
     nll_N = -hmm.log_likelihoods(law, tokens_NL) / tokens_NL.shape[1]
     grams = {k: _Grams(law, tokens_NL, k) for k in ORDERS}
 
@@ -137,7 +136,7 @@ def _statistics(law: Law, tokens_NL: np.ndarray) -> Callable[[np.ndarray], dict[
 
 
 class _Grams:
-    """The k-grams of samples, counted for any selection of samples."""
+    """Counts the k-grams of any selection of samples."""
 
     def __init__(self, law: Law, tokens_NL: np.ndarray, k: int):
         place = law.vocab_size ** np.arange(k)[::-1]
@@ -148,7 +147,7 @@ class _Grams:
         self._log_p = hmm.log_likelihoods(law, grams.astype(np.int32))
 
     def figures(self, times_N: np.ndarray) -> tuple[float, float]:
-        """(KL of the frequencies to the law, their entropy), nats; each sample so many times."""
+        """Return (KL from the frequencies to the law, their entropy), nats, weighted by times."""
         weights = np.repeat(times_N.astype(np.float64), self._per_sample)
         share = np.bincount(self._kind, weights, len(self._log_p)) / weights.sum()
         entropy = -float(hmm.xlogx(share).sum())

@@ -1,20 +1,20 @@
-"""p(x1 | xt) of a known law in closed form: a denoiser without any training error.
+"""p(x1 | xt) of a known law in closed form: a denoiser without training error.
 
-The noise is known as well. Position i of xt shows x1 with probability kappa(t), else noise, so that
-given its state s it shows the token y with probability
+The noise is known too. Position i of xt shows x1 with probability kappa(t), otherwise noise. Given
+its state s it shows the token y with probability
 
     e_i(s) = kappa E(s, y) + (1 - kappa) / V          uniform source
-    e_i(s) = E(s, y), or 1 where y is the mask        mask source, up to a factor
+    e_i(s) = E(s, y), or 1 if y is the mask           mask source, up to a factor
 
-which makes xt the output of a hidden Markov model with the same states. With the forward message
-a_i(s) = P(s | all before i) and the backward message b_i(s) = P(all after i | s), both without
-position i itself,
+so xt is the output of a hidden Markov model with the same states. With the forward message
+a_i(s) = P(s | all before i) and the backward message b_i(s) = P(all after i | s), both excluding
+position i,
 
     L_i(v) = sum over s of a_i(s) b_i(s) E(s, v)      leave-one-out: from all other positions
     p(x1_i = v | xt)  ~  L_i(v) [kappa 1{v = y} + (1 - kappa) / V]
 
-(with a mask: L_i where y is the mask, else y itself). `make_denoiser` is what the sampler and the
-teachers take for a network; few-step errors seen with it are those of the sampler alone.
+(with a mask: L_i if y is the mask, otherwise y itself). `make_denoiser` can replace a network in
+the sampler and the teachers; few-step errors are then due to the sampler alone.
 """
 
 from collections.abc import Callable
@@ -29,28 +29,28 @@ from fsdfm_jax.flow.sources import Source
 
 Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Least value of 1 - kappa: at t=1 exactly, a text that the law excludes would have no posterior.
+# Minimum of 1 - kappa: at t=1 exactly, a text that the law excludes would have no posterior.
 _FLOOR = 1e-8
-# Added to the likelihood of a revealed token, under a mask source.
+# Added to the likelihood of a revealed token with a mask source.
 _TINY_EVIDENCE = 1e-12
-# Least probability that is told apart from none; the logit of less.
+# Minimum probability; smaller ones get its logit.
 _TINY = 1e-30
 
 
 def make_denoiser(law: Law, schedule: Schedule, source: Source) -> Denoise:
-    """The exact posterior of blocks of the law under a noising process.
+    """Make the exact posterior of blocks of the law under a noising process.
 
     Args:
       law: of x1; blocks start in its stationary distribution.
       schedule: kappa.
-      source: noise over the tokens of the law, uniform or mask (whose id follows the tokens).
+      source: noise over the tokens of the law, uniform or mask (with the next id).
 
     Returns:
-      `denoise(xt_BL, t_B, h_B) -> logits_BLV`, float32, V with the mask; the width h is ignored.
-      Tokens without any probability have logits of -69 (1e-30).
+      `denoise(xt_BL, t_B, h_B) -> logits_BLV`, float32, V including the mask; ignores the width h.
+      Tokens with zero probability have logits of -69 (1e-30).
 
     Raises:
-      ValueError: for a source of another vocabulary.
+      ValueError: for a source with another vocabulary.
     """
     _check_source(law, source)
     transition_KK, emission_VK, initial_K = _arrays(law)
@@ -73,7 +73,7 @@ def make_denoiser(law: Law, schedule: Schedule, source: Source) -> Denoise:
 
 
 def make_leave_one_out(law: Law, schedule: Schedule, source: Source) -> Denoise:
-    """As `make_denoiser`: the logits of L, p(x1_i | all of xt but position i)."""
+    """As `make_denoiser`, for L: the logits of p(x1_i | xt without position i)."""
     _check_source(law, source)
     transition_KK, emission_VK, initial_K = _arrays(law)
 
@@ -92,8 +92,9 @@ def _check_source(law: Law, source: Source) -> None:
     expected = law.vocab_size + (source.mask_id is not None)
     if source.vocab_size != expected or source.mask_id not in (None, law.vocab_size):
         raise ValueError(
-            f"a law of {law.vocab_size} tokens needs a uniform source of as many, or a mask with "
-            f"id {law.vocab_size}; got vocab_size={source.vocab_size} and mask_id={source.mask_id}"
+            f"a law of {law.vocab_size} tokens needs a uniform source of the same size, or a mask "
+            f"with id {law.vocab_size}; got vocab_size={source.vocab_size} and "
+            f"mask_id={source.mask_id}"
         )
 
 
@@ -115,7 +116,7 @@ def _evidence(emission_VK, source, xt_BL, kappa_B11, noise_B11) -> jax.Array:
     if source.mask_id is None:
         return kappa_1B1 * emission_VK[xt_LB] + noise_1B1
     hidden_LB = xt_LB == source.mask_id
-    # Revealed tokens may contradict each other where they were drawn apart.
+    # Independently drawn revealed tokens may contradict each other.
     shown_LBK = emission_VK[jnp.where(hidden_LB, 0, xt_LB)] + _TINY_EVIDENCE
     return jnp.where(hidden_LB[..., None], 1.0, shown_LBK)
 

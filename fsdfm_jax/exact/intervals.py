@@ -1,4 +1,4 @@
-"""Figures with 95% intervals: shares of samples (Wilson), means over samples (bootstrap)."""
+"""Figures with 95% intervals: proportions (Wilson), means over samples (bootstrap)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ _Z = 1.959963984540054  # of a two-sided 95% interval
 
 
 class Figure(NamedTuple):
-    """A figure, its 95% interval and how many samples it is of; nan where it is unknown."""
+    """A figure, its 95% interval and the number of samples; nan if unknown."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ UNKNOWN = Figure(math.nan, math.nan, math.nan, 0)
 
 
 def share(hits: int, count: int) -> Figure:
-    """The share hits / count with Wilson's score interval, which holds near 0 and 1 too.
+    """Return hits / count with Wilson's score interval, which is also valid near 0 and 1.
 
     (p + z²/2n ± z sqrt(p (1-p)/n + z²/4n²)) / (1 + z²/n)
 
@@ -36,12 +36,12 @@ def share(hits: int, count: int) -> Figure:
     p, z2 = hits / count, _Z**2 / count
     centre, spread = p + z2 / 2, _Z * math.sqrt(p * (1 - p) / count + z2 / (4 * count))
     low, high = (centre - spread) / (1 + z2), (centre + spread) / (1 + z2)
-    # At 0 and 1 the formula's own end is exact but for rounding.
+    # At 0 and 1 the end is exact; avoid rounding errors.
     return Figure(p, 0.0 if hits == 0 else low, 1.0 if hits == count else high, count)
 
 
 def normal(values_N: np.ndarray) -> Figure:
-    """The mean of many independent values, plus or minus 1.96 standard errors."""
+    """Return the mean of many independent values, +- 1.96 standard errors."""
     count = len(values_N)
     if count < 2:
         return Figure(float(values_N.mean()) if count else math.nan, math.nan, math.nan, count)
@@ -50,7 +50,7 @@ def normal(values_N: np.ndarray) -> Figure:
 
 
 def mean(values_N: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Figure:
-    """The mean of independent samples' values with the percentile interval of its bootstrap."""
+    """Return the mean of independent values with its percentile bootstrap interval."""
     count = len(values_N)
     if count < 2:
         return normal(values_N)
@@ -66,15 +66,15 @@ def centred_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Figure]:
-    """Statistics of samples with bootstrap intervals, moved so that the resamples' mean is theirs.
+    """Statistics of samples with bootstrap intervals centred on the values.
 
-    For distances and entropies of frequencies: resampled frequencies are farther from a law than
-    those of the samples, by a bias of its own size.
+    For distances and entropies of frequencies: resampling adds a bias, because resampled
+    frequencies are further from a law than those of the samples. The intervals are shifted by it.
 
     Args:
       statistics: rows int [N] -> statistics of the samples in these rows, by name.
       count: number of samples, N.
-      resamples: how often rows are drawn with replacement, at least 2.
+      resamples: number of resamples, at least 2.
       seed: of the draws.
     """
     values = statistics(np.arange(count))

@@ -1,14 +1,14 @@
-"""Sudoku of three sizes: grids and puzzles as text, a solver, puzzles with one solution.
+"""Sudoku in three sizes: grids and puzzles as text, a solver, puzzles with one solution.
 
     size   boxes (rows x columns)   grids
     4x4    2x2                      288
     6x6    2x3                      28,200,960
     9x9    3x3                      6,670,903,752,021,072,936,960
 
-Arrays hold digits as token ids: digit d of the text is id d-1, a blank cell of a puzzle is -1. A
-grid is a document of n² digits, row by row; with the end-of-text token (id n) it fills a block of
-n²+1 tokens. A puzzle is written in the same order with "." (or 0, _) for a blank cell. White space,
-"|" and lines of "-" and "+" are ignored, so that a printed grid can be read back.
+Arrays store digits as token ids: digit d is id d-1, and a blank cell of a puzzle is -1. A grid is a
+document of n² digits, row by row; with the end-of-text token (id n) it fills a block of n²+1
+tokens. A puzzle has the same order with "." (or 0, _) for a blank cell. White space, "|" and lines
+of "-" and "+" are ignored, so that printed grids can be parsed.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ BLANK = -1
 _BLANKS = ".0_"
 _GAP = re.compile(r"\[(\d{1,4})\]")  # n blank cells, as in infill texts
 _RULE = re.compile(r"^[\s|]*-[-+|\s]*$", re.MULTILINE)
-# Below these numbers of givens no puzzle has one solution (9x9: arXiv:1201.0749).
+# Minimum givens of a puzzle with one solution (9x9: arXiv:1201.0749).
 _FEWEST_GIVENS = {"4x4": 4, "6x6": 8, "9x9": 17}
-# Givens of the puzzles of an evaluation: few enough to be hard, many enough to be found quickly.
+# Givens of evaluation puzzles: few enough to be hard, many enough to be found quickly.
 DEFAULT_GIVENS = {"4x4": 5, "6x6": 12, "9x9": 32}
-_TRIES = 200  # grids that are emptied for one puzzle
+_TRIES = 200  # maximum attempts per puzzle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Sudoku:
 
     @property
     def n(self) -> int:
-        """Digits, rows, columns, boxes."""
+        """Number of digits, rows, columns and boxes."""
         return self.box_rows * self.box_cols
 
     @property
     def name(self) -> str:
-        """As in "6x6"."""
+        """Name, such as "6x6"."""
         return f"{self.n}x{self.n}"
 
     @property
@@ -59,12 +59,12 @@ class Sudoku:
 
     @property
     def block_length(self) -> int:
-        """Tokens of a document: its cells and the end of the text."""
+        """Tokens of a document: its cells and end-of-text."""
         return self.num_cells + 1
 
     @property
     def eos_id(self) -> int:
-        """Id of the end-of-text token, after those of the digits."""
+        """Id of the end-of-text token, after the digits."""
         return self.n
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Sudoku:
         return np.concatenate([cells, cells.T, boxes.swapaxes(1, 2).reshape(self.n, self.n)])
 
     def group_name(self, index: int) -> str:
-        """What a row of `groups` is called, as in "row 1"."""
+        """Name of a row of `groups`, such as "row 1"."""
         return f"{('row', 'column', 'box')[index // self.n]} {index % self.n + 1}"
 
 
@@ -90,32 +90,28 @@ SIZES = {
 
 
 def get_size(name: str) -> Sudoku:
-    """The size "4x4", "6x6" or "9x9".
-
-    Raises:
-      ValueError: for another one.
-    """
+    """Get the size "4x4", "6x6" or "9x9"; ValueError for another name."""
     if name not in SIZES:
         raise ValueError(f"unknown Sudoku size {name!r}; expected one of {', '.join(SIZES)}")
     return SIZES[name]
 
 
 def recognise(vocabulary: dict[str, int], length: int) -> Sudoku | None:
-    """The size whose tokenizer and blocks these are; None for those of another task.
+    """Recognise a size by its tokenizer and block length; None for other tasks.
 
     Args:
-      vocabulary: the id of each token.
-      length: tokens of a block.
+      vocabulary: token -> id.
+      length: tokens per block.
 
     Raises:
-      ValueError: for blocks that don't hold a grid of the tokenizer's size.
+      ValueError: if the block length doesn't match the grid size of the tokenizer.
     """
     for size in SIZES.values():
         digits = {str(d + 1): d for d in range(size.n)}
         if vocabulary == {**digits, "<|endoftext|>": size.eos_id}:
             if length != size.block_length:
                 raise ValueError(
-                    f"the tokenizer is that of {size.name} Sudoku, whose grids take blocks of "
+                    f"the tokenizer is for {size.name} Sudoku, which needs blocks of "
                     f"{size.block_length} tokens, got {length}; use that length, or the tokenizer "
                     f"of another size ({', '.join(SIZES)})"
                 )
@@ -127,14 +123,14 @@ def recognise(vocabulary: dict[str, int], length: int) -> Sudoku | None:
 
 
 def parse_puzzle(size: Sudoku, text: str) -> np.ndarray:
-    """A puzzle from text, see the module; "[k]" stands for k blank cells.
+    """Parse a puzzle, see the module; "[k]" stands for k blank cells.
 
     Returns:
-      int8 [n²], ids 0..n-1, or -1 where blank.
+      int8 [n²], ids 0..n-1, or -1 for blank cells.
 
     Raises:
-      ValueError: for a wrong length, a digit out of range, another character, or givens that
-        contradict each other, naming the place.
+      ValueError: for a wrong length, a digit out of range, another character, or contradictory
+        givens, naming the location.
     """
     marks = _GAP.sub(lambda match: "." * int(match.group(1)), _RULE.sub("", text))
     marks = re.sub(r"[\s|]", "", marks)
@@ -157,21 +153,21 @@ def parse_puzzle(size: Sudoku, text: str) -> np.ndarray:
 
 
 def check_givens(size: Sudoku, puzzle: np.ndarray) -> None:
-    """Refuses givens that no grid has.
+    """Check that the givens of a puzzle are consistent.
 
     Args:
       size: of the puzzle.
-      puzzle: int [n²], -1 where blank.
+      puzzle: int [n²], -1 for blank cells.
 
     Raises:
-      ValueError: a digit stands twice in a row, column or box, or there is no solution.
+      ValueError: a digit occurs twice in a row, column or box, or there is no solution.
     """
     for index, cells in enumerate(size.groups):
         digits, counts = np.unique(puzzle[cells][puzzle[cells] != BLANK], return_counts=True)
         if (counts > 1).any():
             digit = int(digits[counts > 1][0]) + 1
             raise ValueError(
-                f"contradictory givens: digit {digit} stands more than once in "
+                f"contradictory givens: digit {digit} occurs more than once in "
                 f"{size.group_name(index)}; change one of them"
             )
     if not solve(size, puzzle, limit=1):
@@ -179,17 +175,17 @@ def check_givens(size: Sudoku, puzzle: np.ndarray) -> None:
 
 
 def to_text(cells: Iterable[int]) -> str:
-    """The n² digits of a grid or puzzle in one line, "." where blank."""
+    """Format a grid or puzzle as n² digits in one line, "." for blank cells."""
     return "".join("." if c == BLANK else str(int(c) + 1) for c in cells)
 
 
 def to_infill(puzzle: np.ndarray) -> str:
-    """A puzzle as an infill text, whose gaps of k tokens are written [k]."""
+    """Format a puzzle as an infill text, with [k] for gaps of k tokens."""
     return re.sub(r"\.+", lambda match: f"[{len(match.group())}]", to_text(puzzle))
 
 
 def format_grid(size: Sudoku, cells: np.ndarray) -> str:
-    """A grid or puzzle for people: a line for each row, boxes apart; "?" for what is no digit."""
+    """Format a grid or puzzle for display, one line per row; "?" for tokens that aren't digits."""
     marks = "".join("?" if c >= size.n else to_text([c]) for c in cells)
     rule = "+".join("-" * (2 * size.box_cols + 1) for _ in range(size.box_rows))[1:-1]
     lines = []
@@ -206,30 +202,30 @@ def format_grid(size: Sudoku, cells: np.ndarray) -> str:
 
 
 def satisfied(size: Sudoku, cells_NC: np.ndarray) -> np.ndarray:
-    """Which groups hold each digit once, bool [N, 3n], in the order of `Sudoku.groups`.
+    """Return whether each of `Sudoku.groups` has every digit once, bool [N, 3n], in order.
 
     Args:
       size: of the grids.
-      cells_NC: int [N, n²]; ids that are no digits satisfy no group.
+      cells_NC: int [N, n²]; groups with ids that aren't digits are not satisfied.
     """
     grouped = np.sort(cells_NC[:, size.groups], axis=-1)
     return (grouped == np.arange(size.n)).all(-1)
 
 
 def solve(size: Sudoku, puzzle: np.ndarray, limit: int = 2) -> list[np.ndarray]:
-    """Up to `limit` solutions of a puzzle: depth first, the cell with the fewest choices first.
+    """Find up to `limit` solutions: depth first, the cell with the fewest choices first.
 
     Args:
       size: of the puzzle.
-      puzzle: int [n²], -1 where blank; givens must not repeat in a group.
-      limit: solutions after which the search ends.
+      puzzle: int [n²], -1 for blank cells; givens must not repeat in a group.
+      limit: maximum number of solutions.
 
     Returns:
-      Solutions, int8 [n²] each; none if there is none.
+      Solutions, int8 [n²] each; may be empty.
     """
     places = _places(size)
     cells = [int(c) for c in puzzle]
-    free = [(1 << size.n) - 1] * (3 * size.n)  # bits of the digits that a group still lacks
+    free = [(1 << size.n) - 1] * (3 * size.n)  # bits of the missing digits of each group
     for cell, digit in enumerate(cells):
         if digit != BLANK:
             for group in places[cell]:
@@ -238,7 +234,7 @@ def solve(size: Sudoku, puzzle: np.ndarray, limit: int = 2) -> list[np.ndarray]:
     found: list[np.ndarray] = []
 
     def search() -> bool:
-        """Whether enough solutions are known."""
+        """Search on; return whether enough solutions are found."""
         if not blanks:
             found.append(np.array(cells, np.int8))
             return len(found) >= limit
@@ -273,7 +269,7 @@ def solve(size: Sudoku, puzzle: np.ndarray, limit: int = 2) -> list[np.ndarray]:
 
 @functools.lru_cache
 def _places(size: Sudoku) -> tuple[tuple[int, ...], ...]:
-    """The row, column and box of each cell, as indices of `Sudoku.groups`."""
+    """Return the row, column and box of each cell, as indices of `Sudoku.groups`."""
     groups = range(3 * size.n)
     return tuple(tuple(g for g in groups if c in size.groups[g]) for c in range(size.num_cells))
 
@@ -284,11 +280,11 @@ def _places(size: Sudoku) -> tuple[tuple[int, ...], ...]:
 def make_puzzle(
     size: Sudoku, rng: np.random.Generator, grid: np.ndarray, givens: int
 ) -> np.ndarray | None:
-    """Empties cells of a grid in random order for as long as it stays the only solution.
+    """Clear cells of a grid in random order while it remains the only solution.
 
     Returns:
-      int8 [n²] with `givens` cells left; None where this order leads to no such puzzle. Puzzles are
-      not uniform over all with so many givens.
+      int8 [n²] with `givens` cells left; None if this order doesn't lead to such a puzzle. The
+      distribution over puzzles with this number of givens is not uniform.
     """
     puzzle, left = grid.astype(np.int8), size.num_cells
     for cell in rng.permutation(size.num_cells):
@@ -303,11 +299,7 @@ def make_puzzle(
 
 
 def check_num_givens(size: Sudoku, givens: int) -> None:
-    """Refuses a number of givens with which no puzzle has one solution.
-
-    Raises:
-      ValueError: saying which numbers are possible.
-    """
+    """Raise ValueError for a number of givens that no puzzle with one solution has."""
     if not _FEWEST_GIVENS[size.name] <= givens < size.num_cells:
         raise ValueError(
             f"a {size.name} puzzle with one solution and a blank cell has "
@@ -318,19 +310,19 @@ def check_num_givens(size: Sudoku, givens: int) -> None:
 def make_puzzles(
     size: Sudoku, rng: np.random.Generator, grids_NC: np.ndarray, givens: int
 ) -> np.ndarray:
-    """A puzzle with one solution of each grid.
+    """Make a puzzle with one solution from each grid.
 
     Args:
       size: of the grids.
-      rng: orders in which cells are emptied.
+      rng: random order of clearing cells.
       grids_NC: int [N, n²], the solutions.
-      givens: cells that are left.
+      givens: number of cells to keep.
 
     Returns:
-      int8 [N, n²], -1 where blank.
+      int8 [N, n²], -1 for blank cells.
 
     Raises:
-      ValueError: for an impossible number of givens, or one that isn't found.
+      ValueError: for an impossible number of givens, or if no puzzle is found.
     """
     check_num_givens(size, givens)
     puzzles = []
@@ -339,7 +331,7 @@ def make_puzzles(
         puzzle = next((p for p in tries if p is not None), None)
         if puzzle is None:
             raise ValueError(
-                f"no puzzle with {givens} givens found in {_TRIES} tries; ask for more givens, as "
+                f"no puzzle with {givens} givens found in {_TRIES} tries; use more givens, such as "
                 f"{DEFAULT_GIVENS[size.name]}"
             )
         puzzles.append(puzzle)

@@ -1,16 +1,16 @@
-"""Samples of a Sudoku model against the rules and against the uniform law.
+"""Judge samples of a Sudoku model by the rules and by the uniform distribution.
 
-A share of valid grids alone can be gamed: by one valid grid, by a handful, by a law that prefers
-some. So valid grids are also compared with uniform ones of the same number: how many are distinct,
-and how often each digit stands in each cell and each pair of digits in each pair of cells. Under
-the uniform law the probabilities are, for cells i and j and digits v and w,
+The fraction of valid grids alone can be gamed: by repeating one valid grid or a few, or by
+preferring some. Valid grids are therefore also compared with the same number of uniform ones: the
+number of distinct grids, the frequency of each digit in each cell, and that of each pair of digits
+in each pair of cells. Under the uniform distribution, for cells i and j and digits v and w,
 
     P(x_i = v) = 1/n
     P(x_i = v, x_j = w) = same(i, j) / n  if v = w,  else  (1 - same(i, j)) / (n (n-1))
 
-where same(i, j) = P(x_i = x_j) is 0 in a common row, column or box; with the box of j having R
-rows and C columns, 1 / ((R-1) C) in the same band, 1 / (R (C-1)) in the same stack and else
-1 / (R C), because reordering the rows of a band, or digits, maps uniform grids to uniform ones.
+where same(i, j) = P(x_i = x_j) is 0 in a common row, column or box. With boxes of R rows and C
+columns it is 1 / ((R-1) C) in the same band, 1 / (R (C-1)) in the same stack, and otherwise
+1 / (R C), because reordering the rows of a band, or the digits, preserves uniformity.
 """
 
 import functools
@@ -23,26 +23,26 @@ from fsdfm_jax.exact import grids, intervals, sudoku
 from fsdfm_jax.exact.intervals import Figure
 from fsdfm_jax.exact.sudoku import Sudoku
 
-# Standard deviation of chi-square over degrees of freedom, of sets of 512 uniform grids. Cells of a
-# grid depend on each other, so that it isn't that of independent chi-squares. It is 2 to 3% more
+# Standard deviation of chi-square over degrees of freedom, for sets of 512 uniform grids. It isn't
+# that of independent chi-squares, because the cells of a grid are dependent. It is 2 to 3% larger
 # for 64 grids; measured on 4,000 sets (4x4), 2,000 (6x6), and 600 of 64 with 200 of 512 (9x9).
 _SPREAD = {
     "4x4": {"digits": 0.301, "pairs": 0.163},
     "6x6": {"digits": 0.137, "pairs": 0.0448},
     "9x9": {"digits": 0.068, "pairs": 0.0147},
 }
-# Standard deviations beyond which a statistic is flagged; uniform grids are there less often than
-# once in a thousand times.
+# Statistics beyond this many standard deviations are flagged; for uniform grids the probability is
+# below 0.1%.
 FLAGGED = 5.0
 
 
 class Validity(NamedTuple):
-    """What holds for each sample.
+    """Validity of each sample.
 
     Attributes:
-      well_formed_N: bool [N], n² digits and the end of the text.
-      satisfied_N3n: bool [N, 3n], rows, columns and boxes that hold each digit once.
-      valid_N: bool [N], well formed and all of them satisfied.
+      well_formed_N: bool [N], n² digits and end-of-text.
+      satisfied_N3n: bool [N, 3n], rows, columns and boxes that have each digit once.
+      valid_N: bool [N], well formed, with all groups satisfied.
     """
 
     well_formed_N: np.ndarray
@@ -51,11 +51,11 @@ class Validity(NamedTuple):
 
 
 class Uniformity(NamedTuple):
-    """A chi-square against the uniform law.
+    """A chi-square test of uniformity.
 
     Attributes:
-      ratio: chi-square over its degrees of freedom; 1 is expected of uniform grids.
-      z: how many standard errors of uniform grids it lies above that.
+      ratio: chi-square over its degrees of freedom; 1 is expected for uniform grids.
+      z: deviation from 1 in standard deviations of uniform grids.
     """
 
     ratio: float
@@ -66,14 +66,14 @@ class Report(NamedTuple):
     """The verdict on N samples.
 
     Attributes:
-      figures: shares of samples, with intervals: valid, well_formed, rows, columns, boxes, groups
-        (satisfied ones), distinct (among valid; its interval is that of rare repeats); for 4x4
-        total_variation, to be compared with the one expected: it is above 0 for uniform grids too.
-      expected: what uniform grids of the same number give: distinct, total_variation.
-      most_frequent: how often the commonest valid grid comes.
-      uniformity: of valid grids, digits and pairs.
-      flags: what shows that valid grids are not uniform, by figure ("distinct", "digits", "pairs")
-        and in words; {} if nothing does.
+      figures: fractions of samples with intervals: valid, well_formed, rows, columns, boxes, groups
+        (satisfied ones), distinct (among valid ones; the interval assumes rare repeats). For 4x4
+        also total_variation, to be compared with its expected value, which is above 0.
+      expected: values for the same number of uniform grids: distinct, total_variation.
+      most_frequent: count of the most frequent valid grid.
+      uniformity: tests on valid grids, digits and pairs.
+      flags: figure ("distinct", "digits", "pairs") -> sentence, for significant deviations from
+        uniformity.
     """
 
     figures: dict[str, Figure]
@@ -83,7 +83,7 @@ class Report(NamedTuple):
     flags: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert to JSON values."""
         return {
             "figures": {name: figure._asdict() for name, figure in self.figures.items()},
             "expected": self.expected,
@@ -94,11 +94,11 @@ class Report(NamedTuple):
 
 
 def validity(size: Sudoku, tokens_NL: np.ndarray) -> Validity:
-    """Applies the rules to samples.
+    """Apply the rules to samples.
 
     Args:
       size: of the grids.
-      tokens_NL: int [N, n²+1], ids of digits and the end of the text.
+      tokens_NL: int [N, n²+1], ids of digits and end-of-text.
 
     Raises:
       ValueError: for samples of another length.
@@ -106,8 +106,8 @@ def validity(size: Sudoku, tokens_NL: np.ndarray) -> Validity:
     tokens_NL = np.asarray(tokens_NL)
     if tokens_NL.ndim != 2 or tokens_NL.shape[1] != size.block_length:
         raise ValueError(
-            f"samples of {size.name} have {size.block_length} tokens ({size.num_cells} digits and "
-            f"the end of the text), got shape {tokens_NL.shape}; sample blocks of that length"
+            f"samples of {size.name} must have {size.block_length} tokens ({size.num_cells} digits "
+            f"and end-of-text), got shape {tokens_NL.shape}; sample blocks of that length"
         )
     cells_NC = tokens_NL[:, :-1]
     satisfied_N3n = sudoku.satisfied(size, cells_NC)
@@ -117,7 +117,7 @@ def validity(size: Sudoku, tokens_NL: np.ndarray) -> Validity:
 
 
 def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Report:
-    """Judges free samples.
+    """Judge unconditional samples.
 
     Args:
       size: of the grids.
@@ -149,7 +149,7 @@ def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: i
     flags = {}
     if len(distinct) < mean - FLAGGED * spread - 1:
         flags["distinct"] = (
-            f"{len(distinct)} of {number} valid grids are distinct; uniform ones: {mean:.1f}"
+            f"{len(distinct)} of {number} valid grids are distinct; expected if uniform: {mean:.1f}"
         )
     uniformity = {}
     if number:
@@ -170,15 +170,15 @@ def judge(size: Sudoku, tokens_NL: np.ndarray, *, resamples: int = 1000, seed: i
 
 
 def solved(size: Sudoku, tokens_NL: np.ndarray, puzzles_NC: np.ndarray) -> Figure:
-    """The share of puzzles that samples solve: valid, with every given in its place.
+    """Return the fraction of puzzles that samples solve: valid, with all givens kept.
 
     Args:
       size: of the puzzles.
-      tokens_NL: int [N, n²+1], a sample for each puzzle.
-      puzzles_NC: int [N, n²], -1 where blank.
+      tokens_NL: int [N, n²+1], one sample per puzzle.
+      puzzles_NC: int [N, n²], -1 for blank cells.
 
     Raises:
-      ValueError: for another number or length of samples.
+      ValueError: if the number or length of samples doesn't match.
     """
     if puzzles_NC.shape != (len(tokens_NL), size.num_cells):
         raise ValueError(
@@ -194,21 +194,21 @@ def solved(size: Sudoku, tokens_NL: np.ndarray, puzzles_NC: np.ndarray) -> Figur
 
 
 def expected_distinct(size: Sudoku, count: int) -> tuple[float, float]:
-    """(mean, standard deviation) of the number of distinct ones among uniform grids."""
+    """Return (mean, standard deviation) of the number of distinct grids among uniform ones."""
     kinds = size.num_grids
     pairs = count * (count - 1) / 2 / kinds  # expected number of equal pairs
-    if count < kinds / 1000:  # rare, hence a Poisson number; the powers below would cancel
+    if count < kinds / 1000:  # rare, so Poisson; the formulas below would cancel
         return count - pairs, math.sqrt(pairs)
-    one, two = (1 - 1 / kinds) ** count, (1 - 2 / kinds) ** count  # a kind, two kinds are missing
+    one, two = (1 - 1 / kinds) ** count, (1 - 2 / kinds) ** count  # P(one, two kinds are missing)
     variance = kinds * one + kinds * (kinds - 1) * two - (kinds * one) ** 2
     return kinds * (1 - one), math.sqrt(max(variance, 0.0))
 
 
 def expected_total_variation(kinds: int, count: int) -> float:
-    """Mean total variation between a uniform law and the frequencies of so many draws from it.
+    """Mean total variation between a uniform distribution and the frequencies of `count` draws.
 
-    The mean absolute deviation of a binomial number is 2 (k+1) C(m, k+1) p^(k+1) (1-p)^(m-k), with
-    k the integer part of m p (de Moivre).
+    The mean absolute deviation of a binomial variable is 2 (k+1) C(m, k+1) p^(k+1) (1-p)^(m-k),
+    with k the integer part of m p (de Moivre).
     """
     p = 1 / kinds
     k = math.floor(count * p)
@@ -226,7 +226,7 @@ def expected_total_variation(kinds: int, count: int) -> float:
 
 
 def _kinds(size: Sudoku, tokens_NL: np.ndarray, valid_N: np.ndarray) -> np.ndarray:
-    """Which of all grids each sample is, the number of grids for invalid ones, int [N]."""
+    """Index of each sample among all grids, or the number of grids if invalid, int [N]."""
     code = lambda cells: cells.astype(np.int64) @ size.n ** np.arange(size.num_cells)
     known = np.sort(code(grids.all_grids(size)))
     return np.where(valid_N, np.searchsorted(known, code(tokens_NL[:, :-1])), len(known))
@@ -243,7 +243,7 @@ def _total_variation(size: Sudoku, kinds_N: np.ndarray) -> float:
 
 @functools.lru_cache
 def same_digit(size: Sudoku) -> np.ndarray:
-    """P(x_i = x_j) under the uniform law, float64 [n², n²]; see the module."""
+    """P(x_i = x_j) under the uniform distribution, float64 [n², n²]; see the module."""
     row, column = np.divmod(np.arange(size.num_cells), size.n)
     band, stack = row // size.box_rows, column // size.box_cols
     equal = lambda values: values[:, None] == values[None]
@@ -257,14 +257,14 @@ def same_digit(size: Sudoku) -> np.ndarray:
 
 
 def digit_chi_square(size: Sudoku, cells_MC: np.ndarray) -> tuple[float, int]:
-    """(chi-square of each digit in each cell, its degrees of freedom), summed over cells."""
+    """Return (chi-square of digits in cells, degrees of freedom), summed over cells."""
     expected = len(cells_MC) / size.n
     counts = _one_hot(size, cells_MC).sum(0)
     return float(((counts - expected) ** 2).sum() / expected), size.num_cells * (size.n - 1)
 
 
 def pair_chi_square(size: Sudoku, cells_MC: np.ndarray) -> tuple[float, int]:
-    """The same of each pair of digits in each pair of cells, summed over pairs of cells."""
+    """Return (chi-square of digit pairs, degrees of freedom), summed over cell pairs."""
     n, cells = size.n, size.num_cells
     hot = _one_hot(size, cells_MC).reshape(len(cells_MC), -1)
     counts = (

@@ -1,8 +1,7 @@
-"""Step budgets: which widths h = 2^-k and times t the few-step stages are trained on.
+"""Step budgets: the widths h = 2^-k and times t that the few-step stages train on.
 
-Times lie on the grid of the finest budget, j 2^-K with K the largest k, such that the step ends by
-1 - time_eps (arXiv:2509.20624 App. B). A width too long for that bound
-starts at t=0.
+Times are on the grid of the finest budget, j 2^-K with K the largest k. Each step ends by
+1 - time_eps (arXiv:2509.20624 App. B); a width too long for that bound starts at t=0.
 """
 
 import math
@@ -14,13 +13,12 @@ import numpy as np
 
 
 class Budgets(NamedTuple):
-    """Widths and their probabilities, plain numbers: a batch can be split at trace time.
+    """Widths and their probabilities, as plain numbers so that a batch can be split at trace time.
 
     Attributes:
       log2_steps: exponents k of the widths h = 2^-k, ascending.
-      probabilities: one a width; they add up to 1 over all budgets, and to a part's share after
-        `split`.
-      finest: K, the largest exponent of the whole set (the grid of times is j 2^-K).
+      probabilities: one per width. They sum to 1 over the whole set, and to `share` after `split`.
+      finest: K, the largest exponent of the whole set (the time grid is j 2^-K).
       time_eps: steps end by 1 - time_eps.
     """
 
@@ -31,11 +29,11 @@ class Budgets(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Probability of this (part of the) set of budgets."""
+        """Total probability of these budgets; 1 unless they are a part of a set."""
         return math.fsum(self.probabilities)
 
     def split(self, tau: float) -> tuple["Budgets", "Budgets"]:
-        """The budgets with h < tau, and the rest (eq. 4.5)."""
+        """Split into the budgets with h < tau and the rest (eq. 4.5)."""
         below = [2.0**-k < tau for k in self.log2_steps]
         return self._where(below), self._where([not b for b in below])
 
@@ -47,7 +45,7 @@ class Budgets(NamedTuple):
 
 
 def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budgets:
-    """Widths 1, 1/2, .. 2^-max_log2_steps (arXiv:2509.20624 App. B).
+    """Make the set of widths 1, 1/2, .. 2^-max_log2_steps (arXiv:2509.20624 App. B).
 
     >>> import fsdfm_jax as fs
     >>> budgets = fs.make_budgets(max_log2_steps=3, weights="official", time_eps=0.0)
@@ -59,20 +57,20 @@ def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budge
 
     Args:
       max_log2_steps: K >= 0; 10 covers 1 to 1,024 steps.
-      weights: "log_uniform" (each width equally often), or "official" (1, 2, 4 .. 2^K from the
-        widest to the finest: at K=10 widths of 1/8 and more get 0.73% of the rows).
+      weights: "log_uniform" (equal weights), or "official" (1, 2, 4 .. 2^K from the widest to the
+        finest; at K=10, widths of 1/8 and more get 0.73% of the rows).
       time_eps: in [0, 1).
 
     Returns:
       The budgets, widest first.
 
     Raises:
-      ValueError: for values outside these.
+      ValueError: for a value outside its range.
     """
     if max_log2_steps < 0:
         raise ValueError(f"max_log2_steps must be 0 or more, got {max_log2_steps}.")
     if not 0 <= time_eps < 1:
-        raise ValueError(f"time_eps must lie in [0, 1), got {time_eps}.")
+        raise ValueError(f"time_eps must be in [0, 1), got {time_eps}.")
     exponents = range(max_log2_steps + 1)
     by_name = {
         "log_uniform": [1.0] * len(exponents),
@@ -88,7 +86,7 @@ def make_budgets(*, max_log2_steps: int, weights: str, time_eps: float) -> Budge
 
 
 def sample_budgets(key: jax.Array, budgets: Budgets, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Draws the time and the width of each row.
+    """Draw a start time and a width for each row.
 
     >>> import fsdfm_jax as fs, jax
     >>> budgets = fs.make_budgets(max_log2_steps=1, weights="log_uniform", time_eps=0.0)
@@ -98,22 +96,22 @@ def sample_budgets(key: jax.Array, budgets: Budgets, rows: int) -> tuple[jax.Arr
     >>> bool((t_R + h_R <= 1).all())
     True
 
-    Widths are stratified over the rows (systematic resampling): each row's width has the right
-    probabilities on average over the batch and their counts vary by less than one, which lowers the
-    variance of the loss.
+    Widths are stratified over the rows (systematic sampling): the expected count of each width is
+    exact and the actual count differs from it by less than one. This lowers the variance of the
+    loss.
 
     Args:
       key: typed PRNG key.
-      budgets: from `make_budgets`, or a part of them.
+      budgets: from `make_budgets` or `Budgets.split`.
       rows: R.
 
     Returns:
-      (t_R, h_R), float32 [R]: the times at which the steps begin, and their widths.
+      (t_R, h_R), float32 [R]: start times and widths.
     """
     offset_key, time_key = jax.random.split(key)
     u_R = (jax.random.uniform(offset_key, ()) + jnp.arange(rows)) / rows
-    # The boundaries are exact in float64 on the host; the last one is left out so that no row falls
-    # beyond it.
+    # Boundaries are computed in float64 on the host. The last one is dropped so that rounding can't
+    # push a row past it.
     boundaries = np.cumsum(budgets.probabilities)[:-1] / budgets.share
     index_R = jnp.searchsorted(jnp.asarray(boundaries, jnp.float32), u_R, side="right")
 

@@ -4,28 +4,28 @@ import numpy as np
 
 
 def uniform_grid(steps: int) -> np.ndarray:
-    """The times 0, 1/S .. 1 of the published sampler (arXiv:2509.20624 App. B.1).
+    """Return the times 0, 1/S .. 1 of the published sampler (arXiv:2509.20624 App. B.1).
 
     >>> import fsdfm_jax as fs
     >>> fs.uniform_grid(4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
 
     Args:
-      steps: S, network calls.
+      steps: S, the number of network calls.
 
     Returns:
       float32 [S+1].
 
     Raises:
-      ValueError: if steps is not a whole number of at least 1.
+      ValueError: if steps is not an integer >= 1.
     """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"A sampler needs a whole number of at least 1 step, got steps={steps!r}.")
+        raise ValueError(f"The number of steps must be an integer >= 1, got steps={steps!r}.")
     return (np.arange(steps + 1) / steps).astype(np.float32)
 
 
 def make_grid(name: str, steps: int) -> np.ndarray:
-    """A grid by name.
+    """Make a time grid by name.
 
     >>> import fsdfm_jax as fs
     >>> fs.make_grid("power:2", 2).tolist()
@@ -34,21 +34,17 @@ def make_grid(name: str, steps: int) -> np.ndarray:
     [0.0, 0.5, 0.75, 0.875, 1.0]
 
     Args:
-      name: one of
-
-        uniform       k/S
-        cosine        1 - cos(pi k / 2S): the first steps are the smallest
-        power:R       (k/S)^R, R > 0: the first steps are the smallest for R > 1, the largest for
-                      R < 1
-        geometric:E   1 - E^(k/(S-1)), then 1, 0 < E < 1: each step redraws the same share of what
-                      is left to draw, and the last one starts at 1 - E
+      name: "uniform", k/S; "cosine", 1 - cos(pi k / 2S), smallest steps first; "power:R" with
+        R > 0, (k/S)^R, smallest steps first for R > 1 and largest first for R < 1; or
+        "geometric:E" with 0 < E < 1, 1 - E^(k/(S-1)) for k < S, then 1: under a linear schedule
+        each step redraws the same share of the positions, and the last one starts at 1 - E.
       steps: S.
 
     Returns:
       float32 [S+1].
 
     Raises:
-      ValueError: for another name, or if float32 can't tell two of the times apart.
+      ValueError: for an unknown name, or if two times coincide in float32.
     """
     shares = uniform_grid(steps).astype(np.float64)
     kind, _, number = str(name).partition(":")
@@ -75,16 +71,16 @@ def make_grid(name: str, steps: int) -> np.ndarray:
 
 
 def check_grid(grid_S1) -> np.ndarray:
-    """A grid of cumulative times as float32 [S+1], checked on the host.
+    """Check a grid of cumulative times on the host and return it as float32 [S+1].
 
     Raises:
-      ValueError: unless it is one-dimensional, holds at least two times, starts at 0, ends at 1 and
-        increases.
+      ValueError: unless it is one-dimensional, has at least two times and increases strictly from
+        0 to 1.
     """
     grid = np.asarray(grid_S1, np.float32)
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(
-            "A time grid holds S+1 >= 2 cumulative times in one dimension, "
+            "A time grid must be one-dimensional with S+1 >= 2 cumulative times, "
             f"got an array of shape {grid.shape}."
         )
     if grid[0] != 0 or grid[-1] != 1 or not np.all(np.diff(grid) > 0):

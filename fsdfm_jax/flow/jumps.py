@@ -1,19 +1,20 @@
-"""One jump of width h: the update rule of the sampler and of the teacher.
+"""One jump of width h: the update rule of the sampler and the teacher.
 
-Let z be the current token, p the posterior of the network and m = 1 - p(z) the mass off the
-diagonal. Every rule moves the position with some probability, and then draws the new token from p
-restricted to tokens other than z:
+Let z be the current token, p the network's posterior and m = 1 - p(z) the off-diagonal mass. Every
+rule jumps with some probability, and then draws the new token from p restricted to tokens other
+than z:
 
     cumulative   P(jump) = 1 - exp(-h gbar(t,h) m)     FS-DFM, arXiv:2509.20624 eq. 4.3
     euler        P(jump) = 1 - exp(-h g(t) m)          plain discrete flow matching
-    mixture      P(jump) = beta(t,h) m                 exact kernel of the path for p held fixed:
-                                                       redrawn from the full p with probability
+    mixture      P(jump) = beta(t,h) m                 exact kernel of the path for fixed p:
+                                                       resample from the full p with probability
                                                        beta
-    dispersed    P(jump) = beta(t,h) m                 as mixture for each position, but those of a
-                                                       row that jump together are kept apart
+    dispersed    P(jump) = beta(t,h) m                 mixture, with the positions that jump in
+                                                       the same step spaced apart
 
-With `dispersed` one random number decides which positions of a row jump, so that neighbours rarely
-jump together (`categorical.dispersed`): tokens drawn in one step are independent of each other.
+Tokens drawn in one step are independent, so neighbours that jump together may not fit. `dispersed`
+decides all jumps of a row from one random number, and neighbours rarely jump together
+(`categorical.dispersed`).
 
     >>> import fsdfm_jax as fs
     >>> rules = (fs.CUMULATIVE, fs.EULER, fs.MIXTURE, fs.DISPERSED)
@@ -21,9 +22,9 @@ jump together (`categorical.dispersed`): tokens drawn in one step are independen
     >>> [round(float(rule.probability(fs.Polynomial(), t, h, m)), 3) for rule in rules]
     [0.293, 0.221, 0.25, 0.25]
 
-A rule is the function P(jump); `make_jump` turns it into the `jump(key, logits, x, t, h)` that
-sampler and teacher take. The official code's `mixture_euler` is left out: its rate (p - 1{z})/h
-ignores t and kappa, so that at most 63% of the positions can move in a step.
+A rule is the function P(jump). `make_jump` turns it into the `jump(key, logits, x, t, h)` that the
+sampler and the teacher call. The official code's `mixture_euler` is omitted: its rate (p - 1{z})/h
+ignores t and kappa, so at most 63% of the positions can move in a step.
 """
 
 from collections.abc import Callable
@@ -43,12 +44,12 @@ Finalize = Callable[[jax.Array, Logits, jax.Array], jax.Array]
 
 REVEALED = ("stay", "jump")
 
-# t + h of a step that reaches t=1 may miss it by the rounding of its grid.
+# Tolerance for t + h = 1: the times of a grid are rounded.
 _END = 1.0 - 1e-6
 
 
 class JumpRule(NamedTuple):
-    """P(jump) by the schedule, the step and the mass m off the diagonal; see the module's table.
+    """A jump rule: P(jump) as a function of schedule, step and off-diagonal mass m.
 
     >>> import fsdfm_jax as fs
     >>> never = fs.JumpRule("never", lambda schedule, t, h, m: 0.0 * m)
@@ -56,10 +57,10 @@ class JumpRule(NamedTuple):
     0.0
 
     Attributes:
-      name: in configs and messages.
-      probability: (schedule, t, h, m) -> P(jump), float32, of the shape of m.
-      dispersed: whether positions of a row that jump in the same step are kept apart; otherwise
-        they jump independently.
+      name: its name in configs and messages.
+      probability: (schedule, t, h, m) -> P(jump), float32, shape of m.
+      dispersed: whether positions that jump in the same step are spaced apart; otherwise positions
+        jump independently.
     """
 
     name: str
@@ -83,14 +84,14 @@ RULES = {rule.name: rule for rule in (CUMULATIVE, EULER, MIXTURE, DISPERSED)}
 
 
 def get_rule(name: str) -> JumpRule:
-    """The rule that a config names; ValueError for an unknown one."""
+    """Return the rule of this name; ValueError if unknown."""
     if name not in RULES:
         raise ValueError(f"Unknown jump rule {name!r}; expected one of {', '.join(RULES)}.")
     return RULES[name]
 
 
 def with_posterior_end(rule: JumpRule) -> JumpRule:
-    """The rule, except that a step reaching t=1 draws the position from the full posterior.
+    """Change a rule so that a step that reaches t=1 draws from the full posterior.
 
     >>> import fsdfm_jax as fs
     >>> rule = fs.with_posterior_end(fs.CUMULATIVE)
@@ -100,15 +101,15 @@ def with_posterior_end(rule: JumpRule) -> JumpRule:
     >>> round(float(fs.CUMULATIVE.probability(fs.Polynomial(), t, h, m)), 3)
     0.881
 
-    In closed form `cumulative` says "jump almost surely off the current token" at t=1, which evicts
-    a token held with p=0.9 with probability 0.83 although the path's exact kernel keeps it with
+    At t=1 the closed form of `cumulative` almost surely leaves the current token. It replaces a
+    token with p=0.9 with probability 0.83, although the exact kernel of the path keeps it with
     probability 0.9.
 
     Args:
-      rule: of the steps that end before t=1.
+      rule: for the steps that end before t=1.
 
     Returns:
-      A rule of the same name.
+      A rule with the same name.
     """
 
     def probability(schedule, t, h, m):
@@ -118,13 +119,13 @@ def with_posterior_end(rule: JumpRule) -> JumpRule:
 
 
 def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
-    """A rule on a schedule, as a jump.
+    """Make the jump of a rule on a schedule.
 
     Returns:
       `jump(key, logits, xt_BL, t_B, h_B) -> x_BL`: typed key; logits of the posterior over x1,
       float [B, L, V] or factored; current tokens, int; time and width of the step, float32 with
-      t + h <= 1. The result keeps xt's shape and dtype. The noise of a row depends on the key and
-      the row's index, not on the number of rows.
+      t + h <= 1. The result has the shape and dtype of xt. A row's noise depends on the key and the
+      row's index, not on the number of rows.
     """
 
     def jump(key, logits, xt_BL, t_B, h_B):
@@ -150,9 +151,9 @@ def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
 
 
 def keep_revealed(jump: Jump, mask_id: int) -> Jump:
-    """For a mask source: positions that show a token stay, as in masked diffusion.
+    """Keep revealed tokens fixed, as in masked diffusion (mask source only).
 
-    Without this wrapper, as in the official solver, revealed tokens may jump again.
+    Without this wrapper revealed tokens may jump again, as in the official solver.
     """
 
     def absorbing_jump(key, logits, xt_BL, t_B, h_B):
@@ -164,12 +165,13 @@ def keep_revealed(jump: Jump, mask_id: int) -> Jump:
 def make_process_jump(
     rule: JumpRule, schedule: Schedule, source: Source, revealed: str = "stay"
 ) -> Jump:
-    """A rule as a process moves by it.
+    """Make the jump of a rule for a given process.
 
     Args:
-      rule, schedule, source: of the process.
+      rule: the jump rule.
+      schedule, source: of the process.
       revealed: with a mask source, whether revealed tokens "stay" (`keep_revealed`) or may "jump"
-        again, as in the official solver; without effect on a uniform source.
+        again, as in the official solver. No effect with a uniform source.
 
     Raises:
       ValueError: for another value of `revealed`.
@@ -183,12 +185,12 @@ def make_process_jump(
 
 
 def make_finalize(source: Source) -> Finalize:
-    """The sampler's last step (arXiv:2509.20624 App. B.1).
+    """Make the last step of the sampler (arXiv:2509.20624 App. B.1).
 
     Returns:
-      `finalize(key, logits, xt_BL) -> x_BL`: one draw of every position from the full posterior
-      (uniform source), or of the positions still masked, with the mask token excluded (mask
-      source). Logits as in `make_jump`.
+      `finalize(key, logits, xt_BL) -> x_BL`. With a uniform source it draws every position from
+      the full posterior. With a mask source it draws the positions still masked, excluding the mask
+      token. Logits as in `make_jump`.
     """
 
     def draw(logits_BLV, xt_BL, u_BLU):
@@ -206,5 +208,5 @@ def make_finalize(source: Source) -> Finalize:
 
 
 def _column(t_B) -> jax.Array:
-    """A number per row as a float32 column [B, 1] (a scalar becomes [1, 1])."""
+    """Reshape one number per row to a float32 column [B, 1] (a scalar to [1, 1])."""
     return jnp.reshape(jnp.asarray(t_B, jnp.float32), (-1, 1))

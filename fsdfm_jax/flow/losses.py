@@ -1,4 +1,4 @@
-"""Losses per position, in float32; the mean over a batch is taken by the stages.
+"""Losses per position, in float32. The stages take the mean over a batch.
 
 Source: arXiv:2509.20624 eq. 3.8 and 4.4 (path loss), section 4.2 (distillation).
 """
@@ -19,8 +19,9 @@ def path_loss(
 
         l = -w [ p(xt) - 1{xt = x1} + 1{xt != x1} log p(x1) ]
 
-    with w = g(t) in eq. 3.8 and w = gbar(t, h) in the step-aware loss, eq. 4.4. It is at least 0
-    and its minimiser is the clean posterior p(x1 | xt); where xt = x1 the log term vanishes.
+    with w = g(t) in eq. 3.8 and w = gbar(t, h) in the step-aware loss, eq. 4.4. The loss is
+    non-negative and its minimiser is the clean posterior p(x1 | xt). Where xt = x1 the log term
+    vanishes.
 
     >>> import fsdfm_jax as fs, jax.numpy as jnp
     >>> logits_BLV = jnp.log(jnp.array([[[0.25, 0.75]]]))
@@ -32,10 +33,10 @@ def path_loss(
     Args:
       logits_BLV: float [B, L, V], p = softmax over V.
       xt_BL, x1_BL: current and data tokens, int [B, L].
-      weight_BL: rate of each position, that of its row, float32 [B, L] or [B, 1], 1/time.
+      weight_BL: rate of each position or row, float32 [B, L] or [B, 1], 1/time.
 
     Returns:
-      float32 [B, L], nats per position and unit of time.
+      float32 [B, L], nats per position and unit time.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
     log_z = _log_normaliser(logits_BLV)
@@ -54,7 +55,7 @@ def distillation_loss(
 ) -> jax.Array:
     """temp^2 D(softmax(teacher/temp), softmax(student/temp)); arXiv:2509.20624 section 4.2.
 
-    No gradient flows into the teacher. The square keeps the size of the gradient when the
+    No gradient flows into the teacher. The factor temp^2 keeps the scale of the gradient when the
     temperature changes.
 
     >>> import fsdfm_jax as fs, jax.numpy as jnp
@@ -79,15 +80,15 @@ def distillation_loss(
     return temperature**2 * divergence(teacher, student)
 
 
-# The gradients of both divergences are written out: those of their log_softmax cost several passes
-# over the vocabulary, one of which the CPU compiler turns into slow products of vectors.
+# Both divergences have hand-written gradients: differentiating log_softmax costs several passes
+# over the vocabulary, one of which XLA compiles to slow vector products on CPUs.
 
 
 @jax.custom_vjp
 def forward_kl(teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
-    """KL(teacher || student) over the last axis; the paper's choice (arXiv:2509.20624 section 4.2).
+    """KL(teacher || student) over the last axis, as in the paper (arXiv:2509.20624 section 4.2).
 
-    Differentiable in the student. Tokens that the teacher excludes (-inf) contribute 0.
+    Differentiable in the student. Tokens with teacher logit -inf contribute 0.
 
     >>> import fsdfm_jax as fs, jax.numpy as jnp
     >>> teacher = jnp.array([0.0, -jnp.inf])
@@ -120,7 +121,7 @@ forward_kl.defvjp(_forward_kl, _forward_kl_backward)
 
 @jax.custom_vjp
 def jensen_shannon(teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
-    """Jensen-Shannon divergence over the last axis: the mean KL of both to their midpoint.
+    """Jensen-Shannon divergence over the last axis: the mean KL of both to their mixture.
 
     Bounded by ln 2. Differentiable in the student.
 
@@ -130,7 +131,7 @@ def jensen_shannon(teacher_logits: jax.Array, student_logits: jax.Array) -> jax.
     0.6931
 
     Args:
-      teacher_logits, student_logits: float32 [.., V], may hold -inf.
+      teacher_logits, student_logits: float32 [.., V]; -inf is allowed.
 
     Returns:
       float32 [..], nats.
@@ -163,9 +164,9 @@ def _log_midpoint(log_p, log_q):
 
 
 def _log_normaliser(logits):
-    """(largest logit, log of the sum of exp(logit - it)), [..., 1] each.
+    """Return (max logit, log sum exp(logit - max)), each [..., 1].
 
-    Kept apart: their sum would round at the size of the logits.
+    They are kept separate: their sum would be rounded at the scale of the logits.
     """
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     return top, jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
@@ -177,7 +178,7 @@ def _log_p(logits, log_normaliser):
 
 
 def _mean_under(log_p, values):
-    """Sum of p * values over the last axis; what p excludes contributes 0, not nan."""
+    """Sum of p * values over the last axis; entries with p = 0 contribute 0, not nan."""
     return jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * values, 0.0), axis=-1)
 
 
@@ -185,7 +186,7 @@ DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl, "jsd": jensen_sh
 
 
 def get_divergence(name: str) -> Divergence:
-    """The divergence that a config names; ValueError for an unknown one."""
+    """Return the divergence of this name; ValueError if unknown."""
     if name not in DIVERGENCES:
         raise ValueError(f"Unknown divergence {name!r}; expected one of {', '.join(DIVERGENCES)}.")
     return DIVERGENCES[name]
@@ -222,7 +223,7 @@ def _take(size, values_BLV, index_BL):
 
 
 def _take_backward(size, index_BL, cotangent_BL):
-    # As a comparison it melts into the gradient around it; a scatter would be a pass of its own.
+    # A comparison fuses with the surrounding gradient; a scatter would be a separate pass.
     is_it_BLV = jnp.arange(size, dtype=index_BL.dtype)[None, None] == index_BL[..., None]
     return jnp.where(is_it_BLV, cotangent_BL[..., None], 0.0), None
 

@@ -13,7 +13,7 @@ from fsdfm_jax.ops import categorical
 def sample_path(
     key: jax.Array, schedule: Schedule, x0_BL: jax.Array, x1_BL: jax.Array, t_B: jax.Array
 ) -> jax.Array:
-    """Draws xt given both ends.
+    """Draw xt given both endpoints.
 
     Args:
       key: typed PRNG key.
@@ -25,6 +25,6 @@ def sample_path(
     Returns:
       xt, int [B, L].
     """
-    # uniform() lies in [0, 1): never below kappa=0, always below kappa=1.
+    # u is in [0, 1): never below kappa=0, always below kappa=1.
     u_BL = categorical.uniform(key, x1_BL.shape)
     return jnp.where(u_BL < schedule.kappa(t_B)[:, None], x1_BL, x0_BL)

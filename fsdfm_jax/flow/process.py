@@ -1,4 +1,4 @@
-"""The noising process of a run: schedule and source, and how positions move on them."""
+"""The noising process of a run: schedule, source, and the jumps defined on them."""
 
 from typing import NamedTuple
 
@@ -23,9 +23,9 @@ class Process(NamedTuple):
     Attributes:
       schedule: kappa, see `schedules`.
       source: distribution of the noise x0.
-      eos_id: the token between documents; an autoregressive network reads it first.
-      revealed: with a mask source, whether tokens once revealed "stay" or may "jump" again, as in
-        the official solver; without effect on a uniform source.
+      eos_id: the token between documents; also the first input of an autoregressive network.
+      revealed: with a mask source, whether revealed tokens "stay" or may "jump" again, as in the
+        official solver. No effect with a uniform source.
     """
 
     schedule: Schedule
@@ -36,11 +36,11 @@ class Process(NamedTuple):
     def sample_path(
         self, key: jax.Array, x0_BL: jax.Array, x1_BL: jax.Array, t_B: jax.Array
     ) -> jax.Array:
-        """Draws xt of the mixture path, see `paths.sample_path`."""
+        """Draw xt from the mixture path, see `paths.sample_path`."""
         return paths.sample_path(key, self.schedule, x0_BL, x1_BL, t_B)
 
     def make_jump(self, rule: JumpRule) -> Jump:
-        """The rule on this process, see `jumps.make_process_jump`."""
+        """Make the jump of a rule for this process, see `jumps.make_process_jump`."""
         return jumps.make_process_jump(rule, self.schedule, self.source, self.revealed)
 
     @property
@@ -52,17 +52,17 @@ class Process(NamedTuple):
 def make_process(
     *, schedule: str, power: float, source: str, revealed: str, num_tokens: int, eos_id: int
 ) -> Process:
-    """The process that a config's section `path` describes, over a tokenizer's ids.
+    """Make the process described by `config.path`, over the ids of a tokenizer.
 
     Args:
       schedule, power: see `schedules.make_schedule`.
       source: see `sources.make_source`.
       revealed: "stay" | "jump".
-      num_tokens: ids of text; a mask source has one more.
+      num_tokens: size of the text vocabulary; a mask source adds one id.
       eos_id: the token between documents.
 
     Raises:
-      ValueError: for an unknown name or a power that isn't positive.
+      ValueError: for an unknown name or a non-positive power.
     """
     process = Process(
         schedules.make_schedule(schedule, power=power),

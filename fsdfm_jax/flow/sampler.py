@@ -1,11 +1,11 @@
 """The few-step sampler: S network calls in one `lax.scan`.
 
 S-1 jumps along a grid 0 = t_0 < .. < t_S = 1, then one draw of every position from the posterior of
-the last interval. At S=1 nothing jumps. The grid is data: another grid of the same length does not
-recompile.
+the last interval. With S=1 there is no jump. The grid is data: another grid of the same length does
+not recompile.
 
-`sample` knows the network, the jump and the last draw only as functions. Temperature, annealing,
-nucleus and midpoint evaluation are wrappers around the network, see `sampling`.
+`sample` takes the network, the jump and the last draw as functions. Temperature, annealing, nucleus
+and midpoint evaluation are wrappers around the network, see `sampling`.
 
 Source: arXiv:2509.20624 App. B.1.
 """
@@ -28,12 +28,12 @@ StepFn = Callable[[jax.Array, "Step"], tuple[jax.Array, Any]]
 
 
 class Step(NamedTuple):
-    """The inputs of one step, or of all of them stacked along a leading axis S.
+    """The inputs of one step, or of all steps stacked along a leading axis S.
 
     Attributes:
       key: typed PRNG key.
-      t, h: time at which the step begins, and its width; float32.
-      is_last: whether the step ends the sample with a draw from the full posterior.
+      t, h: start time and width, float32.
+      is_last: whether this is the last step, which draws from the full posterior.
     """
 
     key: jax.Array
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 def make_steps(key: jax.Array, grid_S1: jax.Array) -> Step:
-    """The S steps along a grid of S+1 times, stacked."""
+    """Stack the S steps of a grid of S+1 times."""
     size = len(grid_S1) - 1
     is_last_S = jnp.arange(size) == size - 1
     return Step(jax.random.split(key, size), grid_S1[:-1], grid_S1[1:] - grid_S1[:-1], is_last_S)
@@ -58,11 +58,11 @@ def make_step_fn(
     *,
     observe: Observe = lambda logits, x_BL, new_BL: (),
 ) -> StepFn:
-    """One step of the sampler; arguments as in `sample` and `sample_trajectory`.
+    """Make one step of the sampler; arguments as in `sample` and `sample_trajectory`.
 
     Returns:
-      `step(x_BL, Step) -> (x_BL, observed)`: the body of the scan, and what a loop in Python calls
-      to show the text as it is refined.
+      `step(x_BL, Step) -> (x_BL, observed)`, the body of the scan. Streaming calls it from a Python
+      loop.
     """
 
     def step(x_BL, inputs: Step):
@@ -89,7 +89,7 @@ def sample(
     grid_S1: jax.Array | np.ndarray,
     frozen_BL: jax.Array | None = None,
 ) -> jax.Array:
-    """Draws samples in S steps.
+    """Draw samples in S steps.
 
     >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
     >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=5))
@@ -103,12 +103,12 @@ def sample(
     Args:
       key: typed PRNG key.
       denoise: (x_BL, t_B, h_B) -> logits [B, L, V] of the posterior over x1, as an array or
-        factored (see `ops.logits`); called S times, with the width h of each step.
+        factored (see `ops.logits`). Called S times, with the width h of each step.
       jump: (key, logits, x, t, h) -> x for the first S-1 steps, see `jumps.make_jump`.
-      finalize: (key, logits, x) -> x for the last one, see `jumps.make_finalize`.
-      x0_BL: noise from the source, int [B, L]; frozen positions hold the given tokens.
+      finalize: (key, logits, x) -> x for the last step, see `jumps.make_finalize`.
+      x0_BL: noise from the source, int [B, L], with the given tokens at frozen positions.
       grid_S1: S+1 cumulative times from 0 to 1; a traced array is not checked.
-      frozen_BL: bool [B, L], positions that never move, whatever their value; None freezes nothing.
+      frozen_BL: bool [B, L], positions that never change; None freezes nothing.
 
     Returns:
       int [B, L].
@@ -130,7 +130,7 @@ def sample_trajectory(
     *,
     observe: Observe = lambda logits, x_BL, new_BL: (),
 ) -> tuple[jax.Array, Any]:
-    """As `sample`; also returns what `observe` made of each step.
+    """As `sample`, and also return the output of `observe` for each step.
 
     >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
     >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=5))
@@ -144,11 +144,11 @@ def sample_trajectory(
 
     Args:
       key, denoise, jump, finalize, x0_BL, grid_S1, frozen_BL: as in `sample`.
-      observe: (logits, x_BL, new_BL) -> a tree of arrays, from the logits that a step drew from
-        and the tokens before and after it.
+      observe: (logits, x_BL, new_BL) -> a tree of arrays; gets the logits of a step and the tokens
+        before and after it.
 
     Returns:
-      (int [B, L], the tree with a leading axis of S).
+      (int [B, L], the tree with a leading axis S).
 
     Raises:
       ValueError: if a concrete grid doesn't increase from 0 to 1.

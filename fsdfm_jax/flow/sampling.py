@@ -1,11 +1,11 @@
-"""`Sampling`: how samples are drawn from a model, as one value from a config to the scan.
+"""`Sampling`: all settings of the sampler in one value.
 
-    denoise = sampling.wrap(denoise)                       what the network's posterior becomes
-    jump    = process.make_jump(sampling.rule)             how positions move
+    denoise = sampling.wrap(denoise)                       transforms the network's posterior
+    jump    = process.make_jump(sampling.rule)             moves positions
     x1      = sample(key, denoise, jump, process.finalize, x0, sampling.times())
 
-The defaults are the published sampler (arXiv:2509.20624 App. B.1): eq. 4.3 on a uniform grid. What
-else a `Sampling` can say are wrappers, denoise -> denoise: `annealed`, `midpoint`, `nucleus`.
+The defaults are the published sampler (arXiv:2509.20624 App. B.1): eq. 4.3 on a uniform grid. The
+other settings are wrappers denoise -> denoise: `annealed`, `midpoint`, `nucleus`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from fsdfm_jax.flow.jumps import JumpRule
 from fsdfm_jax.flow.teacher import Denoise
 from fsdfm_jax.ops import logits as logits_lib
 
-# At temperatures below this every draw takes the likeliest token.
+# Lowest temperature: dividing by it makes every draw the argmax.
 GREEDY = 1e-6
 MAX_STEPS = 2**20
 
@@ -35,10 +35,10 @@ MAX_STEPS = 2**20
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn from a few-step model.
+    """Settings of the sampler of a few-step model.
 
-    A pytree: steps, jump and grid are static under jit, the numbers are data and don't recompile.
-    An autoregressive model uses `temperature` and `top_p` alone.
+    A pytree: steps, jump and grid are static under jit; the numbers are data and don't recompile.
+    An autoregressive model uses only `temperature` and `top_p`.
 
     >>> import fsdfm_jax as fs
     >>> fs.Sampling(steps=4).times().tolist()
@@ -48,21 +48,20 @@ class Sampling:
     >>> fs.Sampling(cooling=2.0)
     Traceback (most recent call last):
     ...
-    ValueError: Sampling.cooling must lie in [0, 1), got 2.0.
+    ValueError: Sampling.cooling must be in [0, 1), got 2.0.
 
     Attributes:
-      steps: S, network calls of a sample.
-      jump: rule of the first S-1 steps, a name of `jumps.RULES`.
+      steps: S, network calls per sample.
+      jump: rule of the first S-1 steps, a key of `jumps.RULES`.
       grid: name of the time grid, see `grids.make_grid`.
-      temperature: divides the logits; 0 takes the likeliest token in every draw.
-      cooling: c in [0, 1), temperature annealing: a step that begins at time t draws at
+      temperature: divides the logits; 0 is greedy (argmax).
+      cooling: temperature annealing, c in [0, 1): a step that starts at time t uses
         temperature (1 - c t), see `annealed`.
-      top_p: share of the posterior's mass that is drawn from, in (0, 1], see `logits.nucleus`;
-        None, as 1, keeps all of it and costs nothing.
-      look_ahead: a in [0, 1], see `midpoint`.
+      top_p: nucleus mass in (0, 1], see `logits.nucleus`; None or 1 disables it at no cost.
+      look_ahead: midpoint evaluation, a in [0, 1], see `midpoint`.
 
     Raises:
-      ValueError: for a value of another type or outside its range.
+      ValueError: for a value of the wrong type or out of range.
     """
 
     steps: int = 8
@@ -92,19 +91,19 @@ class Sampling:
 
     @property
     def rule(self) -> JumpRule:
-        """The jump rule by its name."""
+        """The jump rule."""
         return jumps.get_rule(self.jump)
 
     def times(self) -> np.ndarray:
-        """The time grid, float32 [S+1]."""
+        """Return the time grid, float32 [S+1]."""
         return grids.make_grid(self.grid, self.steps)
 
     def wrap(self, denoise: Denoise, *, mask_id: int | None = None) -> Denoise:
-        """The network as the sampler asks it: at the midpoint, annealed, cut to the nucleus.
+        """Wrap the network for the sampler: midpoint, then annealing, then nucleus.
 
         Args:
           denoise: (x_BL, t_B, h_B) -> logits.
-          mask_id: of a mask source, which no step draws: it is excluded before the nucleus.
+          mask_id: of a mask source. No step draws it, so it is excluded before the nucleus.
         """
         denoise = annealed(midpoint(denoise, self.look_ahead), self.temperature, self.cooling)
         if self.top_p is None:
@@ -112,20 +111,20 @@ class Sampling:
         return nucleus(denoise, self.top_p, mask_id=mask_id)
 
     def replace(self, **changes: Any) -> "Sampling":
-        """A copy with other values."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values; `from_dict` reads them."""
+        """Return all fields as JSON values; the inverse of `from_dict`."""
         values = dataclasses.asdict(self)
         return values | {"top_p": 1.0 if self.top_p is None else self.top_p}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sampling":
-        """Reads fields by name; what is missing is as published.
+        """Read fields by name; missing ones take the published values.
 
         Raises:
-          ValueError: for an unknown name, with the nearest known one, or a bad value.
+          ValueError: for a bad value or an unknown name; suggests the nearest known one.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -137,16 +136,16 @@ class Sampling:
 
     @classmethod
     def published(cls, steps: int = 8) -> "Sampling":
-        """The sampler of arXiv:2509.20624: cumulative scalar, uniform grid, temperature 1."""
+        """Return the sampler of arXiv:2509.20624: cumulative, uniform grid, temperature 1."""
         return cls(steps=steps)
 
 
 def annealed(
     denoise: Denoise, temperature: jax.Array | float = 1.0, cooling: jax.Array | float = 0.0
 ) -> Denoise:
-    """Divides the logits by temperature (1 - cooling t), t the time at which the step begins.
+    """Divide the logits by temperature (1 - cooling t), with t the start time of the step.
 
-    Early draws decide what the text is about; late draws have to agree with what is there.
+    Early draws set the topic; late draws have to agree with the existing text.
 
     >>> import fsdfm_jax as fs, jax.numpy as jnp
     >>> ones = lambda x_BL, t_B, h_B: jnp.ones((*x_BL.shape, 3))
@@ -156,16 +155,16 @@ def annealed(
     [2.0, 8.0]
 
     Args:
-      denoise: (x_BL, t_B, h_B) -> logits; all rows are at one time.
-      temperature: at t=0; 0 takes the likeliest token.
-      cooling: in [0, 1): the temperature at t=1 is (1 - cooling) of that at t=0.
+      denoise: (x_BL, t_B, h_B) -> logits; all rows have the same time.
+      temperature: at t=0; 0 is greedy.
+      cooling: in [0, 1). The temperature at t=1 is (1 - cooling) times that at t=0.
 
     Returns:
       A function like `denoise`.
     """
 
     def divided(x_BL, t_B, h_B):
-        # All rows of a step share its time.
+        # All rows of a step have the same time.
         step_temperature = jnp.maximum(temperature * (1.0 - cooling * t_B[0]), GREEDY)
         return logits_lib.divide(denoise(x_BL, t_B, h_B), step_temperature)
 
@@ -173,7 +172,7 @@ def annealed(
 
 
 def midpoint(denoise: Denoise, look_ahead: jax.Array | float) -> Denoise:
-    """Evaluates a step from t to t+h at the time t + a h in place of t; 1/2 is the midpoint.
+    """Evaluate the network at time t + a h instead of t; a = 1/2 is the midpoint of the step.
 
     >>> import fsdfm_jax as fs, jax.numpy as jnp
     >>> shows_time = lambda x_BL, t_B, h_B: t_B
@@ -182,7 +181,7 @@ def midpoint(denoise: Denoise, look_ahead: jax.Array | float) -> Denoise:
 
     Args:
       denoise: (x_BL, t_B, h_B) -> logits.
-      look_ahead: a, in [0, 1]; 0 changes nothing.
+      look_ahead: a in [0, 1]; 0 disables it.
 
     Returns:
       A function like `denoise`.
@@ -191,7 +190,7 @@ def midpoint(denoise: Denoise, look_ahead: jax.Array | float) -> Denoise:
 
 
 def nucleus(denoise: Denoise, top_p: jax.Array | float, *, mask_id: int | None = None) -> Denoise:
-    """Keeps the likeliest tokens of each posterior (nucleus sampling, arXiv:1904.09751).
+    """Keep only the most likely tokens of each posterior (nucleus sampling, arXiv:1904.09751).
 
     >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
     >>> denoise = lambda x_BL, t_B, h_B: jnp.log(jnp.array([[[0.5, 0.25, 0.125, 0.125]]]))
@@ -201,8 +200,8 @@ def nucleus(denoise: Denoise, top_p: jax.Array | float, *, mask_id: int | None =
 
     Args:
       denoise: (x_BL, t_B, h_B) -> logits.
-      top_p: share of the mass to keep, in (0, 1].
-      mask_id: token of a mask source, excluded first: no step draws it.
+      top_p: probability mass to keep, in (0, 1].
+      mask_id: token of a mask source; excluded first because no step draws it.
 
     Returns:
       A function like `denoise`.
@@ -220,19 +219,17 @@ def nucleus(denoise: Denoise, top_p: jax.Array | float, *, mask_id: int | None =
 def _check_whole(name: str, value: Any) -> None:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not 1 <= value <= MAX_STEPS:
-        raise ValueError(
-            f"Sampling.{name} must be a whole number in [1, {MAX_STEPS}], got {value!r}."
-        )
+        raise ValueError(f"Sampling.{name} must be an integer in [1, {MAX_STEPS}], got {value!r}.")
 
 
 def _check_number(name: str, value: Any, interval: str, is_inside: Callable[[Any], bool]) -> None:
-    # Under jit a field is a tracer, and any object at all while a tree is rebuilt.
+    # Under jit a field is a tracer; while a pytree is rebuilt it can be any object.
     if value is not None and not isinstance(value, bool | int | float | str | np.generic):
         return
     inside = False
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         with np.errstate(over="ignore"):
-            # As it is computed with: float32 may round into the interval's open end.
+            # Check the float32 value too: rounding may reach the open end of the interval.
             inside = is_inside(float(value)) and is_inside(np.float32(value))
     if not inside:
-        raise ValueError(f"Sampling.{name} must lie in {interval}, got {value!r}.")
+        raise ValueError(f"Sampling.{name} must be in {interval}, got {value!r}.")

@@ -1,12 +1,13 @@
-"""Noise schedules kappa(t) of the mixture path and the rates that follow from them.
+"""Noise schedules kappa(t) of the mixture path, and their rates.
 
     g(t)       = kappa'(t) / (1 - kappa(t))                     instantaneous rate
     gbar(t, h) = (1/h) ln[(1 - kappa(t)) / (1 - kappa(t+h))]    cumulative scalar, eq. 4.3
-    beta(t, h) = (kappa(t+h) - kappa(t)) / (1 - kappa(t))       share redrawn by the exact kernel
+    beta(t, h) = (kappa(t+h) - kappa(t)) / (1 - kappa(t))       fraction resampled by the exact
+                                                                kernel
 
-gbar is the mean of g over [t, t+h]: h gbar is additive over adjoining steps and gbar -> g as h ->
-0. All arithmetic is float32; 1 - kappa is floored (by default at 1e-8, as in the official code) so
-that a step that ends at t=1 has a finite rate.
+gbar is the mean of g over [t, t+h]: h gbar is additive over consecutive steps, and gbar -> g as
+h -> 0. All arithmetic is float32. 1 - kappa is floored (at 1e-8 by default, as in the official
+code) so that a step ending at t=1 has a finite rate.
 
 Source: arXiv:2509.20624 section 4 and eq. 4.3; arXiv:2407.15595 section 3.
 """
@@ -72,7 +73,7 @@ class Polynomial:
     def remaining(self, t):
         if self.power == 1:
             return 1.0 - _f32(t)
-        # 1 - t^n loses its digits near t=1.
+        # 1 - t^n cancels near t=1.
         return -jnp.expm1(self.power * jnp.log(_f32(t)))
 
     def derivative(self, t):
@@ -100,7 +101,7 @@ class Cosine:
         return 2.0 * jnp.sin(_f32(t) * (jnp.pi / 4)) ** 2
 
     def remaining(self, t):
-        # cos(pi t / 2) written about t=1, where the cosine itself would leave a negative residue.
+        # cos(pi t / 2) as a sine about t=1, where the rounded cosine would be negative.
         return jnp.sin((1.0 - _f32(t)) * (jnp.pi / 2))
 
     def derivative(self, t):
@@ -111,10 +112,10 @@ class Cosine:
 
 
 def make_schedule(name: str, *, power: float = 1.0) -> Schedule:
-    """The schedule that a config names: "polynomial" (kappa = t^power) or "cosine".
+    """Make a schedule by name: "polynomial" (kappa = t^power) or "cosine".
 
     Raises:
-      ValueError: for another name, or a power that isn't positive.
+      ValueError: for an unknown name or a non-positive power.
     """
     if name == "polynomial":
         return Polynomial(power)
@@ -133,10 +134,10 @@ def rate(schedule: Schedule, t: jax.Array, *, floor: float = FLOOR) -> jax.Array
     Args:
       schedule: kappa.
       t: times in [0, 1].
-      floor: least value of 1 - kappa, so that the rate at t=1 is finite.
+      floor: minimum of 1 - kappa, which keeps the rate finite at t=1.
 
     Returns:
-      float32, of the shape of t, 1/time.
+      float32, shape of t, 1/time.
     """
     return schedule.derivative(t) / jnp.maximum(schedule.remaining(t), floor)
 
@@ -154,7 +155,7 @@ def log_survival(
 def cumulative_rate(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """gbar(t,h), the mean rate of a step: the cumulative scalar of arXiv:2509.20624 eq. 4.3.
+    """gbar(t,h), the mean rate over a step: the cumulative scalar of arXiv:2509.20624 eq. 4.3.
 
     >>> import fsdfm_jax as fs
     >>> gbar = lambda t, h: round(float(fs.cumulative_rate(fs.Polynomial(), t, h)), 3)
@@ -164,7 +165,7 @@ def cumulative_rate(
     Args:
       schedule: kappa.
       t, h: times and widths that broadcast against each other, h > 0; t+h is capped at 1.
-      floor: least value of 1 - kappa, so that the rate of a step that reaches t=1 is finite.
+      floor: minimum of 1 - kappa, which keeps the rate finite when a step reaches t=1.
 
     Returns:
       float32, 1/time.
@@ -175,11 +176,11 @@ def cumulative_rate(
 def bounded_cumulative_rate(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float
 ) -> jax.Array:
-    """gbar(t,h) of the rate kappa' / max(1-kappa, floor), for loss weights that must not explode.
+    """gbar(t,h) of the rate kappa' / max(1-kappa, floor), for bounded loss weights.
 
-    The exact integral over the step divided by h, so that it is additive like gbar, never exceeds
-    kappa' / floor, and equals gbar where the step ends before 1-kappa falls to the floor. (Flooring
-    both ends of gbar's logarithm would give steps beyond that point no weight at all.)
+    This is the exact integral over the step, divided by h. It is additive like gbar, at most
+    kappa' / floor, and equals gbar if the step ends before 1-kappa reaches the floor. (Flooring
+    both terms of gbar's logarithm would give zero weight to steps beyond that point.)
     """
     end = jnp.minimum(_f32(t) + _f32(h), 1.0)
     start_left, end_left = schedule.remaining(t), schedule.remaining(end)
@@ -191,7 +192,7 @@ def bounded_cumulative_rate(
 def redraw_fraction(
     schedule: Schedule, t: jax.Array, h: jax.Array, *, floor: float = FLOOR
 ) -> jax.Array:
-    """beta(t,h), the probability that the path's exact kernel redraws a position.
+    """beta(t,h), the probability that the exact kernel of the path resamples a position.
 
     beta = (kappa(t+h) - kappa(t)) / (1 - kappa(t)), arXiv:2407.15595 section 3.
 
@@ -202,7 +203,7 @@ def redraw_fraction(
     Args:
       schedule: kappa.
       t, h: times and widths that broadcast against each other; t+h is capped at 1.
-      floor: least value of 1 - kappa(t).
+      floor: minimum of 1 - kappa(t).
 
     Returns:
       float32 in [0, 1].

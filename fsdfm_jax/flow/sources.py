@@ -1,4 +1,4 @@
-"""Noise at t=0: tokens drawn uniformly, or a block of [MASK]. One type serves both."""
+"""The noise at t=0: uniform tokens, or [MASK] everywhere."""
 
 import dataclasses
 
@@ -17,8 +17,9 @@ class Source:
     True
 
     Attributes:
-      vocab_size: V, ids the network knows, the mask id included where there is one.
-      mask_id: None for uniform noise; else the id of [MASK], which every position holds at t=0.
+      vocab_size: V, the size of the network's vocabulary, including the mask id if there is one.
+      mask_id: None for uniform noise; otherwise the id of [MASK], the token of every position at
+        t=0.
 
     Raises:
       ValueError: for fewer than two tokens, or a mask id outside the vocabulary.
@@ -32,22 +33,22 @@ class Source:
             raise ValueError(f"A source needs at least 2 tokens, got vocab_size={self.vocab_size}.")
         if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(
-                f"mask_id must lie in [0, {self.vocab_size}), got {self.mask_id}; "
-                "the vocabulary size counts the mask token."
+                f"mask_id must be in [0, {self.vocab_size}), got {self.mask_id}; "
+                "the vocabulary size includes the mask token."
             )
 
     def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Draws x0, int32 of `shape` ([B, L])."""
+        """Draw x0, int32 of `shape` ([B, L])."""
         if self.mask_id is None:
             return jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32)
         return jnp.full(shape, self.mask_id, jnp.int32)
 
 
 def make_source(name: str, *, num_tokens: int) -> Source:
-    """The source that a config names over real tokens: "uniform", or "mask" (one id more).
+    """Make a source by name over `num_tokens` text tokens: "uniform", or "mask" (adds one id).
 
     Raises:
-      ValueError: for another name.
+      ValueError: for an unknown name.
     """
     if name == "uniform":
         return Source(num_tokens)

@@ -1,9 +1,9 @@
-"""The shortcut teacher: small steps of the averaged student make the target of a big one.
+"""The shortcut teacher: small steps of the averaged student are the target of one large step.
 
-A rule is data, nodes and weights, so that RK-2 and RK-4 are one loop. Unlike classical Runge-Kutta
-the states chain: each evaluation sees the state that jumped from the *previous* state by h/2, and
-the weights average logits; of factored ones the features (see `logits`), so that the target costs
-one product with the vocabulary.
+A rule is data (nodes and weights), so RK-2 and RK-4 share one loop. Unlike classical Runge-Kutta,
+the states chain: each evaluation sees the *previous* state after a jump by h/2. The weights average
+logits, or the features of factored logits (see `logits`), so the target costs one vocabulary
+product.
 
     >>> import fsdfm_jax as fs
     >>> fs.HEUN
@@ -28,7 +28,7 @@ Denoise = Callable[[jax.Array, jax.Array, jax.Array], Logits]
 
 
 class Quadrature(NamedTuple):
-    """Where the teacher evaluates, and how it averages.
+    """Evaluation times of the teacher, and their weights.
 
     >>> import fsdfm_jax as fs
     >>> euler = fs.Quadrature(nodes=(0.0,), weights=(1.0,))
@@ -36,8 +36,8 @@ class Quadrature(NamedTuple):
     True
 
     Attributes:
-      nodes: in units of h from t.
-      weights: one a node; they add up to 1.
+      nodes: offsets from t, in units of h.
+      weights: one per node; they sum to 1.
     """
 
     nodes: tuple[float, ...]
@@ -51,7 +51,7 @@ RULES = {"heun": HEUN, "rk4": RK4}
 
 
 def get_rule(name: str) -> Quadrature:
-    """The quadrature that a config names; ValueError for an unknown one."""
+    """Return the quadrature of this name; ValueError if unknown."""
     if name not in RULES:
         raise ValueError(f"Unknown teacher rule {name!r}; expected one of {', '.join(RULES)}.")
     return RULES[name]
@@ -66,7 +66,7 @@ def teacher_logits(
     t_B: jax.Array,
     h_B: jax.Array,
 ) -> Logits:
-    """Averaged logits for the step from t to t+h, without gradient.
+    """Average the teacher's logits over the step from t to t+h, without gradient.
 
     >>> import fsdfm_jax as fs, jax, jax.numpy as jnp
     >>> process = fs.Process(fs.Polynomial(), fs.Source(vocab_size=3))
@@ -76,25 +76,24 @@ def teacher_logits(
     >>> fs.teacher_logits(jax.random.key(0), fs.HEUN, denoise, jump, xt_BL, t_B, h_B)[0, 0].tolist()
     [0.375, 0.375, 0.375]
 
-    Every evaluation is conditioned on the width h/2 and takes place at min(t + node h, 1). Between
-    two evaluations the state jumps by h/2 at the rates of the time just evaluated; nothing is drawn
-    after the last one.
+    Every evaluation has width h/2 and time min(t + node h, 1). Between two evaluations the state
+    jumps by h/2 at the rates of the last evaluation; there is no jump after the final one.
 
     Args:
       key: typed PRNG key for the jumps.
-      rule: `HEUN` or `RK4`, or any other nodes and weights.
+      rule: `HEUN`, `RK4` or any other nodes and weights.
       denoise: (x_BL, t_B, h_B) -> logits [B, L, V], as an array or factored: the averaged student
         in evaluation mode.
-      jump: see `jumps.make_jump`. To draw from the full posterior where a jump reaches t=1, build
+      jump: see `jumps.make_jump`. To draw from the full posterior when a jump reaches t=1, build
         it from `jumps.with_posterior_end(rule)`; the bare rule is the paper's literal form.
       xt_BL: current tokens, int [B, L].
       t_B, h_B: float32 [B], t + h <= 1.
 
     Returns:
-      [B, L, V]: a float32 array, or factored where `denoise` gives factored ones.
+      [B, L, V]: a float32 array, or factored if `denoise` returns factored logits.
 
     Raises:
-      ValueError: if the weights of the rule don't add up to 1.
+      ValueError: if the weights of the rule don't sum to 1.
     """
     half_B = h_B / 2
     keys = jax.random.split(key, len(rule.nodes))

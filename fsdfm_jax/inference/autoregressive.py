@@ -1,4 +1,4 @@
-"""Text from left to right: the baseline that few-step models are compared with."""
+"""Left-to-right sampling: the baseline for few-step models."""
 
 import functools
 from collections.abc import Callable
@@ -26,19 +26,19 @@ def sample_autoregressive(
     temperature: jax.Array | float = 1.0,
     top_p: jax.Array | float | None = None,
 ) -> jax.Array:
-    """The baseline: one token after the other, `length` network calls on a key-value cache.
+    """Sample token by token, with `length` network calls and a key-value cache.
 
     Args:
       key: typed PRNG key.
       decode: (token_B, position, cache) -> (logits_BV, cache).
       cache: the empty cache.
-      first_B: int [B], the token that stands before the first one; not part of the result.
-      length: L, tokens of the result.
-      given_BL, frozen_BL: int and bool [B, length]; frozen positions hold the given token instead
-        of a draw, and the network reads it from there on. What comes before a given token is drawn
-        without knowing it: only frozen heads are conditional samples. None forces nothing.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: share of the mass that is kept, see `logits.nucleus`; None keeps all of it.
+      first_B: int [B], the token before the first one; not part of the result.
+      length: L, tokens in the result.
+      given_BL, frozen_BL: int and bool [B, length]. Frozen positions get the given token instead of
+        a draw. Tokens before a given one are drawn without knowledge of it, so only a frozen prefix
+        gives conditional samples. None freezes nothing.
+      temperature: divides the logits; 0 is greedy.
+      top_p: nucleus mass, see `logits.nucleus`; None keeps everything.
 
     Returns:
       int [B, length].
@@ -67,19 +67,19 @@ def sample_autoregressive(
 def make_autoregressive_sampler(
     model: ModelConfig, length: int, mask_id: int | None = None, *, memory: str = "cache"
 ) -> Callable[..., jax.Array]:
-    """A jitted left-to-right sampler.
+    """Make a jitted left-to-right sampler.
 
     Args:
       model: causal network.
       length: L.
-      mask_id: a token that is never drawn, that of a mask source's vocabulary.
-      memory: "cache", keys and values of the tokens so far are kept, one token is computed at a
-        time; or "none", the whole block is computed anew for each token, as a baseline of speed.
+      mask_id: the mask token of the vocabulary, which is never drawn; None if there is none.
+      memory: "cache" keeps keys and values and computes one token at a time; "none" recomputes the
+        whole block for each token, as a baseline for speed.
 
     Returns:
       `(params, key, first_B, temperature, given_BL=None, frozen_BL=None, top_p=None) -> int
-      [B, length]`; `first_B` is the token before the text, the end-of-document token to start a
-      block as the network was trained to; the others as in `sample_autoregressive`.
+      [B, length]`. `first_B` is the token before the text; in training it is the end-of-document
+      token. The others are as in `sample_autoregressive`.
 
     Raises:
       ValueError: for another `memory`.
@@ -127,6 +127,6 @@ def _decode_anew(params, model, batch, length):
     return decode, jnp.zeros((batch, length), jnp.int32)
 
 
-# (params, model, batch, length) -> the arguments `decode` and `cache` of
-# `sample_autoregressive`, by what is kept of the tokens so far.
+# memory -> a function (params, model, batch, length) -> the arguments `decode` and `cache` of
+# `sample_autoregressive`.
 MEMORIES = {"cache": _decode_with_cache, "none": _decode_anew}

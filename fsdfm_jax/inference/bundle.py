@@ -1,8 +1,8 @@
-"""A model at rest, whatever file it lies in: the common form of all formats of this package.
+"""`Bundle`: a stored model, the common representation of all file formats.
 
-Readers make a `Bundle`, writers take one. Its parameters are read leaf by leaf, so that converting
-a large model holds one stacked parameter in memory; a shard where the target is safetensors, and
-all of them, once, where it is Orbax.
+Readers make a `Bundle` and writers take one. Parameters are read leaf by leaf: converting a large
+model needs memory for one stacked parameter, for one shard if the target is safetensors, and for
+one copy of all parameters if it is Orbax.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
 
-# Of weights in files; parameters in memory are float32.
+# Dtypes of weights in files; parameters in memory are float32.
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 DEFAULT_PATH = {"schedule": "polynomial", "power": 1.0, "source": "uniform", "revealed": "stay"}
 
 
-class BadFile(ValueError):  # noqa: N818 - named after what it says
-    """A file that is damaged, hostile or not of the format it claims; the message says which."""
+class BadFile(ValueError):  # noqa: N818 - a state, not an error name
+    """A file that is damaged, malicious or not in the format it claims; the message says which."""
 
 
 class Leaf(NamedTuple):
-    """One parameter that is still in its file.
+    """A parameter that hasn't been read from its file yet.
 
     Attributes:
       shape: of the parameter in our layout.
@@ -49,7 +49,7 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A model at rest: what `load` and `train` give, and `save`, `export` and `generate` take.
+    """A stored model: returned by `load` and `train`; taken by `save`, `export` and `generate`.
 
     >>> import fsdfm_jax as fs
     >>> model = fs.load()
@@ -60,13 +60,13 @@ class Bundle:
 
     Attributes:
       model: its network.
-      leaves: path ("blocks/q_proj/kernel") -> parameter, all that `models.apply` needs.
-      path: the noising process, the keys of `config.path`.
-      tokenizer: None where the file holds none and none was named.
-      block_length: tokens of the blocks it was trained on, None if unknown.
+      leaves: path ("blocks/q_proj/kernel") -> parameter, for all parameters of the network.
+      path: the noising process, with the keys of `config.path`.
+      tokenizer: None if the file has none and none was given.
+      block_length: tokens of a training block, None if unknown.
       provenance: JSON dict: "stage", "weights" (which of the file's), "step", "ema_decay", "data"
         and "tokenizer" (fingerprints), "code_version", "config", "recipe", "source" (file and
-        format); None for what the file doesn't say.
+        format); None where unknown.
     """
 
     model: ModelConfig
@@ -77,43 +77,43 @@ class Bundle:
     provenance: Mapping[str, Any]
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, float32 array) of each parameter, read as the iterator goes on.
+        """Yield (path, float32 array) of each parameter, read one at a time.
 
         Raises:
-          BadFile: naming the first one with a value that isn't finite.
+          BadFile: naming the first one with a non-finite value.
         """
         file = (self.provenance.get("source") or {}).get("file", "the model")
         for path, leaf in self.leaves.items():
             yield path, check_finite(path, leaf.read(), file)
 
     def params(self) -> Params:
-        """All parameters, as nested dicts of float32 numpy arrays."""
+        """Read all parameters as nested dicts of float32 numpy arrays."""
         return unflatten(dict(self.arrays()))
 
     def device_params(self, put: Callable[[str, np.ndarray], jax.Array] | None = None) -> Params:
-        """As `params`, on devices; never more than one of them twice in memory.
+        """As `params`, on devices; at most one parameter at a time is also in host memory.
 
         Args:
-          put: (path, array) -> the array where it is to be; on the default device if left out.
+          put: (path, array) -> array on its device; by default the default device.
         """
         put = put or (lambda path, array: jax.device_put(array))
         return unflatten({path: put(path, array) for path, array in self.arrays()})
 
     def num_params(self) -> int:
-        """Number of scalars."""
+        """Total number of scalars."""
         return sum(int(np.prod(leaf.shape)) for leaf in self.leaves.values())
 
     @property
     def num_tokens(self) -> int:
-        """Ids of text that the network knows: its vocabulary without a mask token."""
+        """Number of text ids: the vocabulary without a mask token."""
         return self.model.vocab_size - (self.path["source"] == "mask")
 
     def sampling(self) -> Sampling:
-        """How it is sampled unless told otherwise: as its config says, or as published."""
+        """Default sampling settings: those of its config, or the published ones."""
         return read_sampling((self.provenance.get("config") or {}).get("eval") or {})
 
     def process(self) -> Process:
-        """Its noising process, over the network's vocabulary."""
+        """Its noising process over the network's vocabulary."""
         return process_lib.make_process(
             **self.path,
             num_tokens=self.num_tokens,
@@ -122,19 +122,19 @@ class Bundle:
 
 
 def check_finite(path: str, array: np.ndarray, name: str) -> np.ndarray:
-    """The array; BadFile, naming file and parameter, where a value is NaN or infinite."""
-    # One pass without a copy: neither of them is lost in a sum, and float64 has room for the rest.
+    """Return the array; BadFile, naming file and parameter, if a value is NaN or infinite."""
+    # One pass without a copy: NaN and infinity propagate, and finite values can't overflow float64.
     if not np.isfinite(np.sum(array, dtype=np.float64)):
         bad = int(np.sum(~np.isfinite(array)))
         raise BadFile(
             f"The weights of {name} are damaged: {bad} of the {array.size} values of {path} are "
-            "NaN or infinite. Take an earlier checkpoint, or train again."
+            "NaN or infinite. Use an earlier checkpoint, or train again."
         )
     return array
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {"a/b": leaf}, in their order."""
+    """Flatten nested dicts to {"a/b": leaf}, keeping the order."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}/{name}" if prefix else name
@@ -155,7 +155,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of a network, by its path."""
+    """Shape of each parameter of a network, by path."""
     return dict(_expected_shapes(model))
 
 
@@ -166,7 +166,7 @@ def _expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def from_params(params: Params, model: ModelConfig, **fields: Any) -> Bundle:
-    """A bundle of parameters in memory; `fields` are those of `Bundle`, defaults where left out."""
+    """Make a bundle of parameters in memory; `fields` are fields of `Bundle`, with defaults."""
     leaves = {
         path: Leaf(tuple(np.shape(array)), functools.partial(np.asarray, array, np.float32))
         for path, array in flatten(params).items()
@@ -181,19 +181,19 @@ def from_params(params: Params, model: ModelConfig, **fields: Any) -> Bundle:
 
 
 def checksum(array: np.ndarray) -> str:
-    """sha256 of an array's bytes in row-major order, first 16 hex digits."""
+    """First 16 hex digits of the sha256 of an array's bytes in row-major order."""
     contiguous = np.ascontiguousarray(array)
-    # An array is a buffer, which numpy's stubs only say from Python 3.12 on.
+    # Arrays are buffers, but numpy's stubs declare it only from Python 3.12 on.
     return hashlib.sha256(contiguous).hexdigest()[:16]  # type: ignore[arg-type]
 
 
 def content_hash(params: Params) -> str:
-    """sha256 of all parameters with their paths, in their order, first 16 hex digits."""
+    """First 16 hex digits of the sha256 of all parameters with their paths, in order."""
     return combined((path, checksum(array)) for path, array in flatten(params).items())
 
 
 def combined(checksums: Iterable[tuple[str, str]]) -> str:
-    """`content_hash` out of (path, checksum) of each parameter."""
+    """Compute `content_hash` from the (path, checksum) of each parameter."""
     content = hashlib.sha256()
     for path, each in checksums:
         content.update(f"{path} {each}\n".encode())
@@ -202,12 +202,12 @@ def combined(checksums: Iterable[tuple[str, str]]) -> str:
 
 # ---------------------------------------------------------------------------------- descriptions
 
-_MOST_JSON = 2**26  # bytes; tokenizers of large vocabularies take a few MB
+_MOST_JSON = 2**26  # bytes; tokenizers with large vocabularies take a few MB
 FORMAT = 1
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """All that a bundle knows besides its parameters and tokenizer, as JSON; see `from_parts`."""
+    """Describe a bundle, except parameters and tokenizer, as JSON; see `from_parts`."""
     return {
         "fsdfm_jax": FORMAT,
         "model": dataclasses.asdict(bundle.model),
@@ -223,16 +223,16 @@ def from_parts(
     tokenizer: Tokenizer | None,
     name: str,
 ) -> Bundle:
-    """A bundle of parameters and what `describe` said of them; `name` is the file, for errors.
+    """Make a bundle from parameters and the output of `describe`; `name` is the file, for errors.
 
     Raises:
-      BadFile: the description isn't one, or the parameters aren't its network's: each missing,
-        unexpected or misshapen one is named.
+      BadFile: the description is invalid, or the parameters don't match its network; names each
+        missing, unexpected or misshapen one.
     """
     try:
         if description["fsdfm_jax"] != FORMAT:
             raise BadFile(
-                f"{name} has format {str(description['fsdfm_jax'])[:40]}, this version reads "
+                f"{name} has format {str(description['fsdfm_jax'])[:40]}, but this version reads "
                 f"{FORMAT}; convert it with the version that wrote it."
             )
         model = make_model(description["model"])
@@ -253,14 +253,14 @@ def from_parts(
     trained_with = provenance.get("tokenizer")
     if tokenizer is not None and trained_with not in (None, tokenizer.fingerprint):
         raise BadFile(
-            f"{name} was trained with tokenizer {str(trained_with)[:40]}, the one beside it is "
+            f"{name} was trained with tokenizer {str(trained_with)[:40]}, but the one beside it is "
             f"{tokenizer.fingerprint}: their token ids mean different text."
         )
     return bundle
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:
-    """ValueError unless what programs read of it has its type."""
+    """Raise ValueError unless the entries that programs read have the right types."""
     step, config = provenance.get("step"), provenance.get("config")
     if step is not None and (type(step) is not int or not 0 <= step < 2**53):
         raise ValueError(f"provenance.step is {str(step)[:40]!r}")
@@ -269,11 +269,11 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
             raise ValueError(f"provenance.{name} is {str(provenance[name])[:40]!r}")
     sections = [config.get(key) for key in ("data", "eval")] if isinstance(config, dict) else []
     if not all(isinstance(section, dict | None) for section in (config, *sections)):
-        raise ValueError("provenance.config is no configuration")
+        raise ValueError("provenance.config isn't a configuration")
     read_sampling((config or {}).get("eval") or {})
 
 
-# Keys of `eval` that said how to sample before `eval.sampling` did.
+# Keys of `eval` for sampling, before `eval.sampling` existed.
 _FORMER_SAMPLING = {
     "few_step_jump": "jump",
     **{name: name for name in ("grid", "temperature", "cooling", "top_p", "look_ahead")},
@@ -281,10 +281,10 @@ _FORMER_SAMPLING = {
 
 
 def read_sampling(evaluation: Mapping[str, Any]) -> Sampling:
-    """How a model is sampled by the section `eval` of its config; as published where it is silent.
+    """Read sampling settings from the section `eval` of a config; the default is the published one.
 
     Raises:
-      ValueError: for a value that `Sampling` refuses.
+      ValueError: for a value that is invalid in `Sampling`.
     """
     said = evaluation.get("sampling")
     if said is None:
@@ -297,7 +297,7 @@ def read_sampling(evaluation: Mapping[str, Any]) -> Sampling:
 
 
 def sampled_by(bundle: Bundle, sampling: Sampling) -> Bundle:
-    """The same model, whose config says that it is sampled so."""
+    """Return the same model with other default sampling settings in its config."""
     config = dict(bundle.provenance.get("config") or {})
     config["eval"] = dict(config.get("eval") or {}) | {"sampling": sampling.to_dict()}
     return dataclasses.replace(bundle, provenance=dict(bundle.provenance) | {"config": config})
@@ -312,7 +312,7 @@ _LATER: dict[str, Any] = {
 
 
 def make_model(fields: Mapping[str, Any]) -> ModelConfig:
-    """A network out of JSON, every field of the type it must have.
+    """Make a network configuration from JSON, checking the type of every field.
 
     Raises:
       ValueError, TypeError: it is none.
@@ -329,13 +329,13 @@ def make_model(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_leaves(leaves: Mapping[str, Leaf], model: ModelConfig, name: str) -> None:
-    """BadFile naming each parameter that the network lacks, doesn't have or has otherwise."""
+    """Raise BadFile naming each missing, unexpected or misshapen parameter."""
     if model.num_blocks > 10_000:
-        raise BadFile(f"{name}: a network of {model.num_blocks} blocks can't be meant.")
+        raise BadFile(f"{name}: {model.num_blocks} blocks are too many for a network.")
     try:
         expected = expected_shapes(model)
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise BadFile(f"{name}: no such network can be made: {str(error)[:200]}") from error
+        raise BadFile(f"{name}: such a network can't be made: {str(error)[:200]}") from error
     problems = [f"{path}: missing" for path in expected if path not in leaves]
     problems += [f"{path[:80]}: unexpected" for path in leaves if path not in expected]
     problems += [
@@ -344,43 +344,43 @@ def check_leaves(leaves: Mapping[str, Leaf], model: ModelConfig, name: str) -> N
         if path in leaves and tuple(leaves[path].shape) != shape
     ]
     if problems:
-        raise BadFile(f"{name} doesn't fit its network: " + listed(problems))
+        raise BadFile(f"{name} doesn't match its network: " + listed(problems))
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as part of a message of ours."""
+    """First line of an error's message, truncated, for use in another message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
 
 def listed(problems: list[str]) -> str:
-    """Problems in one line, the first sixty of many."""
+    """Join problems in one line, at most sixty."""
     return "; ".join(problems[:60] + [f"and {len(problems) - 60} more"] * (len(problems) > 60))
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """A JSON object; BadFile, naming `name`, for anything else."""
+    """Parse a JSON object; BadFile, naming `name`, for anything else."""
     try:
         value = io.parse_json(text, name)
     except (ValueError, TypeError) as error:
         raise BadFile(str(error)) from error
     if not isinstance(value, dict):
-        raise BadFile(f"{name} is a JSON {type(value).__name__}, expected an object.")
+        raise BadFile(f"{name} is a JSON {type(value).__name__}; expected an object.")
     return value
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Content of a small text file; BadFile if it is too large or not UTF-8."""
+    """Read a small text file; BadFile if it is too large or not UTF-8."""
     if path.stat().st_size > _MOST_JSON:
-        raise BadFile(f"{path} has {path.stat().st_size} bytes, at most {_MOST_JSON} are read.")
+        raise BadFile(f"{path} has {path.stat().st_size} bytes; the limit is {_MOST_JSON}.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BadFile(f"{path} is no UTF-8 text: {error}") from error
+        raise BadFile(f"{path} isn't UTF-8 text: {error}") from error
 
 
 def read_tokenizer(text: str, name: str) -> Tokenizer | None:
-    """The tokenizer of a tokenizer.json's content, None for an empty one; BadFile on damage."""
+    """Make a tokenizer from the content of a tokenizer.json; None if empty, BadFile if damaged."""
     if not text:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Trained weights to samples: jitted samplers for any stage, compiled once per shape."""
+"""Sampling with trained weights: jitted samplers for any stage, compiled once per shape."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from fsdfm_jax.ops import logits as logits_lib
 def sampler_parts(
     params: Params, model: ModelConfig, process: Process, sampling: Sampling
 ) -> tuple[Denoise, Jump, Finalize]:
-    """(denoise, jump, finalize) of a network, as `flow.sampler.sample` takes them."""
+    """Return (denoise, jump, finalize) of a network, the arguments of `flow.sampler.sample`."""
     denoise = functools.partial(model_lib.predict, params, model)
     wrapped = sampling.wrap(denoise, mask_id=process.source.mask_id)
     return wrapped, process.make_jump(sampling.rule), process.finalize
@@ -33,15 +33,14 @@ def sampler_parts(
 
 @functools.lru_cache(maxsize=64)
 def make_sampler(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
-    """A jitted few-step sampler.
+    """Make a jitted few-step sampler.
 
     Args:
-      model, process: of the run; equal arguments return the same function, with what it has
-        compiled.
+      model, process: of the run. Equal arguments return the same function, with its compiled code.
 
     Returns:
       `(params, key, x0_BL, frozen_BL, sampling) -> x_BL`. The numbers of a `Sampling` are data:
-      only another shape, number of steps, jump rule or grid compiles again.
+      only a new shape, number of steps, jump rule or grid recompiles.
     """
 
     def run(params: Params, key, x0_BL, frozen_BL, sampling: Sampling):
@@ -52,15 +51,14 @@ def make_sampler(model: ModelConfig, process: Process) -> Callable[..., jax.Arra
 
 
 class Observed(NamedTuple):
-    """What happened at each step of a sampler.
+    """Observations at each step of a sampler.
 
     Attributes:
       tokens_SBL: int, the tokens after the step.
-      entropy_SB: float32, nats: entropy of the distribution that the step draws a token from
-        (temperature and nucleus included, a mask token excluded), mean over the positions that
-        aren't frozen; of those still masked only where revealed tokens stay. NaN where there are
-        none.
-      changed_SB: float32 in [0, 1], share of those positions that moved.
+      entropy_SB: float32, nats: mean entropy of the distributions that the step draws from, with
+        temperature and nucleus and without the mask token. The mean is over open positions: those
+        not frozen and, if revealed tokens stay, still masked. NaN if there are none.
+      changed_SB: float32 in [0, 1], fraction of the open positions that changed.
     """
 
     tokens_SBL: jax.Array
@@ -70,9 +68,9 @@ class Observed(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def make_observer(model: ModelConfig, process: Process) -> Callable[..., Any]:
-    """A jitted sampler that is watched: as `make_sampler`, but it returns (x_BL, `Observed`).
+    """As `make_sampler`, but the sampler returns (x_BL, `Observed`).
 
-    It multiplies by the vocabulary twice in each step, so it is no measure of speed.
+    It computes the vocabulary product twice per step, so don't measure speed with it.
     """
     mask_id = process.source.mask_id
 
@@ -99,12 +97,12 @@ def make_observer(model: ModelConfig, process: Process) -> Callable[..., Any]:
 
 
 def draw_noise(process: Process, seed, given_BL, frozen_BL) -> tuple[jax.Array, jax.Array]:
-    """Noise around given tokens, and the key of the steps.
+    """Draw noise around given tokens, and a key for the steps.
 
     Args:
-      process: whose source is drawn from.
-      seed: uint32 scalar, of everything random.
-      given_BL: int [B, L], of no meaning where nothing is frozen.
+      process: its source gives the noise.
+      seed: uint32 scalar, for all randomness.
+      given_BL: int [B, L], used only at frozen positions.
       frozen_BL: bool [B, L].
 
     Returns:
@@ -116,7 +114,7 @@ def draw_noise(process: Process, seed, given_BL, frozen_BL) -> tuple[jax.Array, 
 
 
 def make_generator(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
-    """All of few-step generation, noise included, as one pure function to jit or to export.
+    """Make few-step generation, including the noise, as one pure function to jit or export.
 
     Returns:
       `(params, seed, given_BL, frozen_BL, sampling) -> x_BL`; arguments as in `draw_noise` and
@@ -155,21 +153,21 @@ def generate(
     frozen_BL: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Samples token ids from any network, around given tokens.
+    """Sample token ids from any network, around given tokens.
 
     Args:
-      params, model: of any stage; an autoregressive network draws left to right.
+      params, model: of any stage; an autoregressive network samples left to right.
       process: the noising process it was trained on.
-      sampling: how; an autoregressive network reads temperature and top_p alone.
-      given_BL: int [B, L], of no meaning where nothing is frozen.
-      frozen_BL: bool [B, L], positions that hold the given token and never move.
-      seed: of everything random, in [0, 2^32); see `batch_seed` for more than one batch.
+      sampling: settings; an autoregressive network uses only temperature and top_p.
+      given_BL: int [B, L], used only at frozen positions.
+      frozen_BL: bool [B, L], positions fixed to the given token.
+      seed: for all randomness, in [0, 2^32); see `batch_seed` for more than one batch.
 
     Returns:
       int32 [B, L].
 
     Raises:
-      ValueError: for a seed outside its range, or tokens that can't be given (`check_given`).
+      ValueError: for a seed out of range or invalid given tokens (`check_given`).
     """
     check_seed(seed)
     check_given(model, process, given_BL, frozen_BL)
@@ -198,21 +196,21 @@ def stream(
     frozen_BL: np.ndarray,
     seed: int,
 ) -> Iterator[np.ndarray]:
-    """`generate` step by step: the noise, then the tokens after each step, the last ones its own.
+    """As `generate`, step by step: yield the noise, then the tokens after each step.
 
-    Arguments and errors as in `generate`.
+    Arguments and errors as in `generate`; the last tokens are its result.
 
     Yields:
       int32 [B, L], S+1 times.
 
     Raises:
-      ValueError: also for an autoregressive network, which writes each token once.
+      ValueError: also for an autoregressive network.
     """
     check_seed(seed)
     check_given(model, process, given_BL, frozen_BL)
     if model.causal:
         raise ValueError(
-            "Only a block that is refined can be streamed; an autoregressive network writes each "
+            "Streaming needs a network that refines a block; an autoregressive network writes each "
             "token once."
         )
     held_BL = jnp.asarray(frozen_BL)
@@ -229,20 +227,20 @@ def stream(
 
 
 def bucket(num_rows: int) -> int:
-    """The batch size that `generate` computes for so many rows: 1, 2, 3, 4, 6, 8, 12, 16 ..
+    """Round a batch size up to 1, 2, 3, 4, 6, 8, 12, 16 ..
 
-    So that a handful of programs serve all batches, at most a third of each thrown away. The noise
-    of a row doesn't depend on how many stand below it.
+    A few compiled programs then serve all batch sizes, and at most a third of a batch is discarded.
+    A row's noise doesn't depend on the number of rows.
     """
     power = 1 << (num_rows - 1).bit_length()
     return power * 3 // 4 if power >= 4 and num_rows <= power * 3 // 4 else power
 
 
 def batch_seed(seed: int, index: int) -> int:
-    """Seed of a job's batch `index` = 0, 1, ..: the job's own for the first, then derived from it.
+    """Seed of a job's batch `index` = 0, 1, ..: the job's seed for the first, then derived from it.
 
-    So the first batch is what one call with `seed` gives, and a job's tokens depend on its seed and
-    its batch size, not on where it was interrupted.
+    The first batch thus equals one call with `seed`. A job's tokens depend on its seed and batch
+    size, not on interruptions.
     """
     if index == 0:
         return seed
@@ -250,9 +248,9 @@ def batch_seed(seed: int, index: int) -> int:
 
 
 def portable(model: ModelConfig) -> ModelConfig:
-    """The same network without a kernel that this process's devices lack.
+    """Replace an attention kernel that this process's devices don't have.
 
-    So that a model trained on one kind of device can be sampled on any.
+    A model trained on one kind of device can thus be sampled on any.
     """
     if model.attention == "cudnn" and not attention.has_cudnn():
         return dataclasses.replace(model, attention="auto")
@@ -260,31 +258,31 @@ def portable(model: ModelConfig) -> ModelConfig:
 
 
 def check_seed(seed: int) -> None:
-    """ValueError unless a seed is a whole number in [0, 2^32)."""
+    """Raise ValueError unless the seed is an integer in [0, 2^32)."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number in [0, 2^32), got {seed!r}.")
+        raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}.")
 
 
 def check_given(
     model: ModelConfig, process: Process, given_BL: np.ndarray, frozen_BL: np.ndarray
 ) -> None:
-    """Refuses given tokens that the network can't be conditioned on.
+    """Check that the network can be conditioned on the given tokens.
 
     Raises:
-      ValueError: for arrays that aren't [B, L] of one shape with B, L >= 1, more positions than the
-        network has, an id that is no text token, or a causal network and frozen positions that are
-        not the head of their row.
+      ValueError: if the arrays don't have the same shape [B, L] with B, L >= 1, exceed the learned
+        positions of the network, or have an id that isn't a text token; for a causal network, also
+        if the frozen positions aren't a prefix of their row.
     """
     given_BL, frozen_BL = np.asarray(given_BL), np.asarray(frozen_BL)
     if given_BL.ndim != 2 or given_BL.shape != frozen_BL.shape or not given_BL.size:
         raise ValueError(
-            "given_BL and frozen_BL must have one shape [B, L] with at least one row and one "
+            "given_BL and frozen_BL must have the same shape [B, L] with at least one row and one "
             f"position, got {given_BL.shape} and {frozen_BL.shape}."
         )
     model.check_length(given_BL.shape[1])
     if frozen_BL.dtype != bool or not np.issubdtype(given_BL.dtype, np.integer):
         raise ValueError(
-            f"given_BL must hold integers and frozen_BL bools, got {given_BL.dtype} and "
+            f"given_BL must be integer and frozen_BL bool, got {given_BL.dtype} and "
             f"{frozen_BL.dtype}."
         )
     vocab_size, mask_id = process.source.vocab_size, process.source.mask_id
@@ -295,7 +293,6 @@ def check_given(
         raise ValueError(f"Given tokens must be in [0, {vocab_size}){masked}, got {wrong[0]}.")
     if model.causal and (frozen_BL[:, 1:] & ~frozen_BL[:, :-1]).any():
         raise ValueError(
-            "An autoregressive network writes from left to right and can't see text that stands "
-            "after a gap: give it a prompt that the text begins with, or fill gaps with a "
-            "few-step or base model."
+            "An autoregressive network writes from left to right and can't see text after a gap: "
+            "give it a prompt at the start of the text, or fill gaps with a few-step or base model."
         )

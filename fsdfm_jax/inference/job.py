@@ -1,4 +1,4 @@
-"""All the samples that are to be drawn from a model, and drawing them batch by batch."""
+"""`Job`: all samples to draw from a model, drawn batch by batch."""
 
 import contextlib
 import dataclasses
@@ -40,16 +40,16 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A model and all the samples to draw from it.
+    """A model and all samples to draw from it.
 
     Attributes:
-      name: of the model, to show.
+      name: of the model, for display.
       rows: in the order they are drawn.
-      length: tokens of a row.
-      batch_size: rows drawn at once.
-      sampling: how; of an autoregressive model `steps` is the length.
-      seed: of everything random.
-      stamp: JSON dict of everything that a row's tokens depend on, besides the rows.
+      length: tokens per row.
+      batch_size: rows per batch.
+      sampling: settings; for an autoregressive model `steps` is the length.
+      seed: for all randomness.
+      stamp: JSON dict of everything that a row's tokens depend on, except the rows.
     """
 
     name: str
@@ -66,17 +66,17 @@ class Job:
 
     @functools.cached_property
     def sudoku(self) -> Sudoku | None:
-        """The size of its grids if the model is one of Sudoku."""
+        """The grid size if this is a Sudoku model, otherwise None."""
         return sudoku.recognise(self.tokenizer.vocabulary, self.length)
 
     def text(self, row: Row, tokens_L: np.ndarray) -> str:
-        """A sample for people."""
+        """Format a sample for display."""
         if self.sudoku is not None:
             return puzzles.format_sample(self.sudoku, tokens_L)
         return self.tokenizer.decode(tokens_L[: row.request.template.shown].tolist())
 
     def line(self, row: Row, tokens_L: np.ndarray) -> dict[str, Any]:
-        """What an output file has of a sample."""
+        """Return the entry of a sample in an output file."""
         tokens = tokens_L[: row.request.template.shown].tolist()
         text = {"text": self.tokenizer.decode(tokens), "tokens": tokens}
         return _line_head(row) | text | self.stamp
@@ -93,22 +93,21 @@ def make_job(
     seed: int = 0,
     stamped: bool = False,
 ) -> Job:
-    """All that is to be drawn; every prompt is checked here.
+    """Make a job, checking every prompt.
 
     Args:
       bundle: the model, with its tokenizer.
-      requests: (length, check) -> the prompts, see `prompts`; `check` refuses a template that the
-        network can't be conditioned on.
-      sampling: how; None is the model's own.
-      num_samples: of each request.
-      length: tokens of a block; None is the model's, else 1,024.
-      batch_size: rows drawn at once; None is all of them, at most 32.
+      requests: (length, check) -> the prompts, see `prompts`. `check` raises ValueError for a
+        template that the network can't be conditioned on.
+      sampling: settings; None for the model's default.
+      num_samples: per request.
+      length: tokens of a block; None for the model's, or 1,024 if unknown.
+      batch_size: rows per batch; None for all rows, at most 32.
       seed: in [0, 2^32).
       stamped: whether to compute the stamp, which reads all parameters.
 
     Raises:
-      ValueError: for a seed outside its range, a prompt that can't be used, or a model without
-        tokenizer.
+      ValueError: for a seed out of range, an invalid prompt, or a model without tokenizer.
     """
     generate_lib.check_seed(seed)
     tokenizer = tokenizer_of(bundle)
@@ -163,20 +162,20 @@ def _line_head(row: Row) -> dict[str, Any]:
 def draw(
     job: Job, *, start: int = 0, on_step: OnStep | None = None
 ) -> Iterator[list[tuple[int, Row, np.ndarray]]]:
-    """Draws the batches of a job.
+    """Draw the batches of a job.
 
     Args:
       job: what to draw.
-      start: index of the first row wanted; batches before its own are left out.
-      on_step: called with the tokens of each step; the samples are the same.
+      start: index of the first row to return; earlier batches are skipped.
+      on_step: called with the tokens of each step; doesn't change the samples.
 
     Yields:
-      (index, row, int32 [L]) of the rows of one batch, in order, from `start`.
+      (index, row, int32 [L]) for the rows of one batch, in order, from `start`.
     """
     for index in range(start // job.batch_size, -(-len(job.rows) // job.batch_size)):
         first = index * job.batch_size
         rows = job.rows[first : first + job.batch_size]
-        # The last batch is filled up with copies of its last row: another shape would recompile.
+        # Pad the last batch with copies of its last row: another shape would recompile.
         padded = rows + rows[-1:] * (job.batch_size - len(rows))
         frozen_BL = np.stack([row.request.template.frozen_L for row in padded])
         how: dict[str, Any] = {
@@ -204,7 +203,7 @@ def generate(
     length: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Texts from a model: from nothing, after a prompt, or in the gaps of a text.
+    """Generate texts: unconditionally, after a prompt, or in the gaps of a text.
 
     >>> import fsdfm_jax as fs
     >>> texts = fs.generate(fs.load(), prompt="My fellow citizens", sampling=fs.Sampling(steps=2))
@@ -213,24 +212,24 @@ def generate(
 
     Args:
       model: from `fsdfm_jax.load`.
-      prompt: text that each sample begins with.
-      infill: text with gaps of so many tokens, "The [8] of the Union"; for a model of Sudoku a
-        puzzle, digits with "." for a blank cell.
-      sampling: how; None is the model's own.
-      num_samples: texts.
-      length: tokens of a text; None is the block that the model was trained on.
-      seed: of everything random; the same arguments give the same texts.
+      prompt: text at the start of each sample.
+      infill: text with gaps of n tokens, "The [8] of the Union"; for a Sudoku model a puzzle,
+        digits with "." for a blank cell.
+      sampling: settings; None for the model's default.
+      num_samples: number of texts.
+      length: tokens of a text; None for the model's training block.
+      seed: for all randomness; the same arguments give the same texts.
 
     Returns:
-      num_samples texts; a model of Sudoku gives grids, a line a row, with a last line that says
-      whether the grid is valid.
+      num_samples texts. A Sudoku model returns grids with one line per row, and a last line that
+      tells whether the grid is valid.
 
     Raises:
-      ValueError: for a model without tokenizer, prompt and infill together, a puzzle that is none,
-        or a value outside its range.
+      ValueError: for a model without tokenizer, both prompt and infill, an invalid puzzle, or a
+        value out of range.
     """
     if prompt is not None and infill is not None:
-        raise ValueError("prompt and infill exclude each other; give one of them.")
+        raise ValueError("prompt and infill exclude each other; give only one of them.")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     requests = requests_of(tokenizer_of(model), prompt=prompt, infill=infill)
@@ -241,7 +240,7 @@ def generate(
 
 
 def tokenizer_of(model: Bundle) -> Tokenizer:
-    """The model's tokenizer; ValueError where it has none."""
+    """Return the model's tokenizer; ValueError if it has none."""
     if model.tokenizer is None:
         raise ValueError("The model has no tokenizer; load it with tokenizer='gpt2' or a path.")
     return model.tokenizer
@@ -254,7 +253,7 @@ def requests_of(
     infill: str | None = None,
     batch_file: str | None = None,
 ) -> Callable[[int, Callable], list[Request]]:
-    """The `requests` of `make_job` from a prompt, an infill text, a batch file or nothing."""
+    """Make the `requests` of `make_job` from a prompt, an infill text, a batch file or nothing."""
 
     def read(length: int, check) -> list[Request]:
         size, how = sudoku.recognise(tokenizer.vocabulary, length), dict[str, Any]()
@@ -273,10 +272,10 @@ def requests_of(
 
 # ------------------------------------------------------------------------------------ lines of JSON
 def rows_written(path: pathlib.Path, job: Job) -> int:
-    """How many of a job's rows an output holds, all of them checked to be of this job.
+    """Count the rows of a job in an output file, checking that all are of this job.
 
     Raises:
-      ValueError: if the file holds anything else; it is left as it is.
+      ValueError: if the file has anything else; it is not changed.
     """
     if not path.exists():
         return 0
@@ -288,13 +287,13 @@ def rows_written(path: pathlib.Path, job: Job) -> int:
     lines = io.read_jsonl(path)
     if len(lines) > len(job.rows):
         raise ValueError(
-            f"{path} has {len(lines)} samples, more than the {len(job.rows)} asked for; {remedy}."
+            f"{path} has {len(lines)} samples, more than the {len(job.rows)} requested; {remedy}."
         )
     for number, (line, row) in enumerate(zip(lines, job.rows, strict=False), start=1):
         wanted = _line_head(row) | job.stamp
         found = line if isinstance(line, dict) else {}
         different = [
-            f"{key}: {found.get(key, 'absent')!r} there, {value!r} now"
+            f"{key}: {found.get(key, 'absent')!r} before, {value!r} now"
             for key, value in wanted.items()
             if key not in found or found[key] != value
         ]
@@ -306,7 +305,7 @@ def rows_written(path: pathlib.Path, job: Job) -> int:
 
 
 def write_lines(job: Job, emit: Callable[[dict], None], *, start: int, progress: bool) -> None:
-    """Draws a job from row `start` on and hands each line to `emit` as its batch is done."""
+    """Draw a job from row `start` on and pass each line to `emit` after its batch."""
     total = len(job.rows) - start
     if not total:
         return

@@ -1,15 +1,15 @@
-"""What a sample is made around: templates of given tokens and gaps, and files of many of them.
+"""Prompts: templates of given tokens and gaps, and files of prompts.
 
-A template covers the head of a block; the rest of the block is free, because the networks have only
-ever seen full blocks. Infill texts write a gap of n tokens as [n]:
+A template covers the start of a block; the rest of the block is free, because the networks are
+trained only on full blocks. Infill texts write a gap of n tokens as [n]:
 
     The [8] of the Union            "The", 8 tokens, " of the Union"
     see note \\[8], [3]              the literal "see note [8],", 3 tokens
-    an array [i] or [1.5]           brackets that don't hold just a whole number are text
+    an array [i] or [1.5]           brackets around anything but an integer are text
 
-Each stretch of text is encoded on its own. The tokens of byte-level tokenizers carry the space
-before their word, so spaces just before a gap are dropped (its first token brings its own; line
-breaks stay), and the text after a gap keeps its leading space.
+Each stretch of text is encoded separately. Tokens of byte-level tokenizers include the space before
+their word. Spaces before a gap are therefore dropped (line breaks stay), and the text after a gap
+keeps its leading space.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:  # exported samplers take this file along without the package
+if TYPE_CHECKING:  # exported samplers include this file without the package
     from fsdfm_jax.data.tokenizer import Tokenizer
 
 _GAP = re.compile(r"(\\?)\[([0-9]+)\]")
@@ -34,9 +34,9 @@ class Template(NamedTuple):
     """Given tokens and gaps of one block.
 
     Attributes:
-      given_L: int32 [L], 0 where nothing is given.
+      given_L: int32 [L], 0 where no token is given.
       frozen_L: bool [L], the given positions.
-      shown: how many leading tokens are the answer; what follows only fills the block.
+      shown: number of leading tokens to show; the rest only fills the block.
     """
 
     given_L: np.ndarray
@@ -45,13 +45,13 @@ class Template(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One text asked for.
+    """One requested text.
 
     Attributes:
-      id: names it in the output; the line number where the file gives none.
-      kind: "prompt", "infill", or "" for text out of nothing.
-      text: as it was given.
-      template: made of it.
+      id: identifies it in the output; by default the line number.
+      kind: "prompt", "infill", or "" for unconditional text.
+      text: as given.
+      template: made from the text.
     """
 
     id: str | int
@@ -61,36 +61,36 @@ class Request(NamedTuple):
 
 
 def blank(length: int) -> Template:
-    """Nothing given, everything shown."""
+    """Template with no given tokens."""
     return Template(np.zeros(length, np.int32), np.zeros(length, bool), length)
 
 
 def prefix(text: str, tokenizer: Tokenizer, length: int) -> Template:
-    """Text that the block begins with; all of the block is shown.
+    """Template with text at the start of the block; the whole block is shown.
 
     Raises:
-      ValueError: for an empty text, or one that leaves nothing of `length` tokens to write.
+      ValueError: for an empty text, or one that fills all `length` tokens.
     """
     tokens = _encode(text, tokenizer)
     if not tokens:
-        raise ValueError("The prompt is empty; leave it out to write from nothing.")
+        raise ValueError("The prompt is empty; omit it for unconditional text.")
     if len(tokens) >= length:
         raise ValueError(
-            f"The prompt has {len(tokens)} tokens and leaves nothing to write in {length}; "
-            f"shorten it, or ask for a length of at least {len(tokens) + 1}."
+            f"The prompt has {len(tokens)} tokens and fills the length of {length}; shorten it, or "
+            f"use a length of at least {len(tokens) + 1}."
         )
     return _template(tokens, length, shown=length)
 
 
 def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
-    """Text with gaps [n], see the module; only the text and its gaps are shown.
+    """Template of a text with gaps [n], see the module; only the text and its gaps are shown.
 
     Raises:
-      ValueError: for an empty text, one without a gap, a gap of no tokens, or one that needs more
-        than `length` tokens.
+      ValueError: for a text that is empty, has no gap, has a gap of 0 tokens, or needs more than
+        `length` tokens.
     """
     if not text.strip():
-        raise ValueError('The infill text is empty; write a text with gaps, as "The [8] of".')
+        raise ValueError('The infill text is empty; write a text with gaps, like "The [8] of".')
     pieces: list[list[int] | int] = []  # tokens of a stretch of text, or the size of a gap
     literal, end = "", 0
     for match in _GAP.finditer(text):
@@ -101,21 +101,19 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
             literal += match.group()[1:]
             continue
         if len(digits) > 20:
-            raise ValueError(f"A gap of {digits[:20]}.. tokens is longer than any block.")
+            raise ValueError(f"A gap of {digits[:20]}.. tokens is too long for any block.")
         if int(digits) < 1:
             raise ValueError(f"A gap needs at least 1 token, got {match.group()} in {text!r}.")
         pieces += [_encode(literal.rstrip(" "), tokenizer), int(digits)]
         literal = ""
     if not pieces:
-        raise ValueError(
-            f"The infill text {text!r} has no gap; write [n] where n tokens shall be filled in."
-        )
+        raise ValueError(f"The infill text {text!r} has no gap; write [n] for n tokens to fill in.")
     pieces.append(_encode(literal + text[end:], tokenizer))
     needed = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
     if needed > length:
         raise ValueError(
-            f"The infill text needs {needed} tokens, but a block has {length}; shorten it, or ask "
-            "for a greater length."
+            f"The infill text needs {needed} tokens, but a block has {length}; shorten it or "
+            "increase the length."
         )
     tokens: list[int | None] = []
     for piece in pieces:
@@ -139,15 +137,15 @@ def make_request(
     request_id: str | int = 1,
     to_infill: Callable[[str], str] = _as_it_is,
 ) -> Request:
-    """One request of `kind` "prompt", "infill" or "".
+    """Make a request of `kind` "prompt", "infill" or "".
 
     Args:
       kind, text, request_id: of the request.
       tokenizer, length: of the template.
-      to_infill: text of an infill -> the text with gaps [n] that it stands for, as of a puzzle.
+      to_infill: converts an infill, such as a puzzle, to text with gaps [n].
 
     Raises:
-      ValueError: if the text makes no template.
+      ValueError: if the text is invalid.
     """
     wanted = to_infill(text) if kind == "infill" else text
     template = MAKERS[kind](wanted, tokenizer, length) if kind else blank(length)
@@ -162,17 +160,17 @@ def read_requests(
     *,
     to_infill: Callable[[str], str] = _as_it_is,
 ) -> list[Request]:
-    """All requests of a file, every one of them checked.
+    """Read and check all requests of a file.
 
     Args:
-      path: .jsonl with {"prompt": text} or {"infill": text} and optionally "id" (text or whole
-        number) in each line, or .txt with one prompt a line; blank lines are skipped.
+      path: .jsonl with {"prompt": text} or {"infill": text} and optionally "id" (string or integer)
+        on each line, or .txt with one prompt per line; blank lines are skipped.
       tokenizer, length: of the templates.
       check: raises ValueError for a template that can't be used.
       to_infill: see `make_request`.
 
     Raises:
-      ValueError: for another kind of file, one without lines, or the first bad line, by its number.
+      ValueError: for another kind of file, an empty file, or the first bad line, with its number.
       FileNotFoundError: no such file.
     """
     path = pathlib.Path(path).expanduser()
@@ -186,7 +184,7 @@ def read_requests(
             fields = readers[path.suffix](line.decode("utf-8"))
             request_id = fields.pop("id", number)
             if request_id in lines_of:
-                raise ValueError(f"its id {request_id!r} is that of line {lines_of[request_id]}")
+                raise ValueError(f"line {lines_of[request_id]} has the same id {request_id!r}")
             ((kind, text),) = fields.items()
             request = make_request(
                 kind, text, tokenizer, length, request_id=request_id, to_infill=to_infill
@@ -197,7 +195,7 @@ def read_requests(
         lines_of[request_id] = number
         requests.append(request)
     if not requests:
-        raise ValueError(f"{path} holds no prompts.")
+        raise ValueError(f"{path} has no prompts.")
     return requests
 
 
@@ -214,15 +212,15 @@ def _read_json_line(line: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is no JSON: {str(error)[:200]}") from error
+        raise ValueError(f"this isn't JSON: {str(error)[:200]}") from error
     if not isinstance(fields, dict) or len(fields.keys() & MAKERS.keys()) != 1:
-        raise ValueError('expected {"prompt": text} or {"infill": text}, either of the two')
+        raise ValueError('expected either {"prompt": text} or {"infill": text}')
     if unknown := fields.keys() - MAKERS.keys() - {"id"}:
         raise ValueError(f'unknown key {min(unknown)!r}; expected "prompt", "infill" or "id"')
     for key, value in fields.items():
-        # bool is an int to Python
+        # bool is a subclass of int
         if not isinstance(value, str) and (key != "id" or type(value) is not int):
-            raise ValueError(f"{key!r} must be a text, got {value!r}")
+            raise ValueError(f"{key!r} must be a string, got {value!r}")
     return fields
 
 
@@ -230,7 +228,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"The text {text!r} holds characters that are not Unicode.") from None
+        raise ValueError(f"The text {text!r} has characters that are not Unicode.") from None
     return tokenizer.encode(text)
 
 

@@ -1,7 +1,8 @@
-"""Sudoku models, recognised by their tokenizer and block: puzzles as infill texts, grids to read.
+"""Sudoku models: puzzles as infill texts, and samples as grids.
 
 A puzzle is written as digits with "." for a blank cell, with or without line breaks, see
-`exact.sudoku.parse_puzzle`. Its digits are given to the model, so that a valid grid solves it.
+`exact.sudoku.parse_puzzle`. The model gets its digits as given tokens, so a valid grid solves it.
+Sudoku models are recognised by their tokenizer and block length.
 """
 
 import numpy as np
@@ -11,22 +12,21 @@ from fsdfm_jax.exact.sudoku import Sudoku
 
 
 def to_infill(size: Sudoku, text: str) -> str:
-    """The infill text of a puzzle.
+    """Convert a puzzle to an infill text.
 
     Raises:
-      ValueError: for a wrong length, a digit out of range, contradictory givens or no blank cell.
+      ValueError: for a wrong length, a digit out of range, conflicting givens or no blank cell.
     """
     puzzle = sudoku.parse_puzzle(size, text)
     if (puzzle != sudoku.BLANK).all():
         raise ValueError(
-            f"the {size.name} puzzle has no blank cell, so there is nothing to solve; write '.' "
-            "for the cells to fill in"
+            f"the {size.name} puzzle has no blank cell to solve; write '.' for the cells to fill in"
         )
     return sudoku.to_infill(puzzle)
 
 
 def format_sample(size: Sudoku, tokens_L: np.ndarray) -> str:
-    """A sample for people: its grid, and whether it is valid.
+    """Format a sample for display: its grid, and whether it is valid.
 
     Args:
       size: of the grid.

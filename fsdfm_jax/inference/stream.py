@@ -1,6 +1,6 @@
-"""A block on its way from noise to text, cut into pieces that can be shown.
+"""Display of a block at each step from noise to text, split into marked pieces.
 
-A terminal (fsdfm_jax/generate.py), a log file (`text_lines`) and the evaluation's page
+The terminal (fsdfm_jax/generate.py), log files (`text_lines`) and the evaluation's page
 (fsdfm_jax/evaluate/report/page.py) show the same pieces.
 """
 
@@ -13,12 +13,12 @@ import numpy as np
 from fsdfm_jax.data.tokenizer import Tokenizer
 
 MASKED = "░"  # a masked token
-# As `git diff --word-diff` marks what is new: plain characters, so that every log keeps them.
+# The marks of `git diff --word-diff` for new text: plain characters that survive in any log.
 _MARKS = ("{+", "+}")
 
 
 class Piece(NamedTuple):
-    """A stretch of a text that is on its way; kind: "given", "masked", "changed" or "kept"."""
+    """A piece of intermediate text; `kind` is "given", "masked", "changed" or "kept"."""
 
     text: str
     kind: str
@@ -29,9 +29,9 @@ class Trajectory(NamedTuple):
 
     Attributes:
       tokens_TL: int [T, L]; the noise, then the tokens after each shown step.
-      steps: T numbers of steps, 0 for the noise and k after step k; the last is the sampler's S.
+      steps: T step numbers, 0 for the noise and k after step k; the last is the sampler's S.
       times: T times t in [0, 1].
-      frozen_L: bool [L], the tokens that were given.
+      frozen_L: bool [L], the given positions.
     """
 
     tokens_TL: np.ndarray
@@ -41,7 +41,7 @@ class Trajectory(NamedTuple):
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    r"""Text without characters that steer a terminal: "\x1b" becomes four harmless ones."""
+    r"""Escape control characters: "\x1b" becomes four harmless characters."""
     return "".join(
         char.encode("unicode_escape").decode()
         if unicodedata.category(char) in ("Cc", "Cs") and char not in keep
@@ -51,7 +51,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 def readable(text: str) -> str:
-    """Text with a dot for each character that is none to a reader: noise is full of them."""
+    """Replace unprintable characters, which noise is full of, with dots."""
     return "".join(
         "·"
         if char == "\ufffd" or (unicodedata.category(char) in ("Cc", "Cs") and char != "\n")
@@ -67,14 +67,14 @@ def pieces(
     mask_id: int | None,
     tokenizer: Tokenizer,
 ) -> list[Piece]:
-    """Text between two steps, cut where the state of its tokens changes.
+    """Split the text after a step into pieces of tokens with the same state.
 
-    A character whose bytes lie in two pieces shows as replacement characters.
+    A character whose bytes are in two pieces shows as replacement characters.
 
     Args:
-      tokens_L: int [L], may hold the mask id.
+      tokens_L: int [L], may contain the mask id.
       given_L, changed_L: bool [L].
-      mask_id: shown as a block a token.
+      mask_id: each mask token is shown as one block.
       tokenizer: of the other tokens.
     """
     kinds_L = np.select(
@@ -90,7 +90,7 @@ def pieces(
 
 
 def changes(trajectory: Trajectory) -> np.ndarray:
-    """bool [T, L]: the tokens that differ from those of the frame before; none of the noise."""
+    """bool [T, L]: tokens that differ from the previous frame; all False for the noise."""
     tokens_TL = np.asarray(trajectory.tokens_TL)
     changed_TL = np.zeros(tokens_TL.shape, bool)
     changed_TL[1:] = tokens_TL[1:] != tokens_TL[:-1]
@@ -98,17 +98,17 @@ def changes(trajectory: Trajectory) -> np.ndarray:
 
 
 def frames(trajectory: Trajectory, mask_id: int | None, tokenizer: Tokenizer) -> list[list[Piece]]:
-    """The pieces of each of the T frames; "changed" is against the frame before.
+    """Split each of the T frames into pieces; "changed" is relative to the previous frame.
 
     Raises:
-      ValueError: if the parts of the trajectory are not of one length.
+      ValueError: if the parts of the trajectory have different lengths.
     """
     tokens_TL, frozen_L = np.asarray(trajectory.tokens_TL), np.asarray(trajectory.frozen_L)
     lengths = (len(trajectory.steps), len(trajectory.times), *frozen_L.shape)
     if tokens_TL.ndim != 2 or lengths != (len(tokens_TL), *tokens_TL.shape):
         raise ValueError(
-            "A trajectory has tokens [T, L], T steps, T times and L flags of given tokens; got "
-            f"tokens {list(tokens_TL.shape)}, {lengths[0]} steps, {lengths[1]} times and flags "
+            "A trajectory must have tokens [T, L], T steps, T times and L flags of given tokens; "
+            f"got tokens {list(tokens_TL.shape)}, {lengths[0]} steps, {lengths[1]} times and flags "
             f"{list(frozen_L.shape)}."
         )
     return [
@@ -118,7 +118,7 @@ def frames(trajectory: Trajectory, mask_id: int | None, tokenizer: Tokenizer) ->
 
 
 def thin(trajectory: Trajectory, count: int) -> Trajectory:
-    """At most `count` >= 2 of the frames: the first, the last and others evenly between them."""
+    """Keep at most `count` >= 2 frames: the first, the last and evenly spaced ones between."""
     total = len(trajectory.steps)
     if total <= count:
         return trajectory
@@ -131,10 +131,10 @@ def thin(trajectory: Trajectory, count: int) -> Trajectory:
 
 
 def captions(trajectory: Trajectory) -> list[str]:
-    """A line for each frame: "step 3 of 8, t=0.375, 21 tokens changed".
+    """Return a caption for each frame: "step 3 of 8, t=0.375, 21 tokens changed".
 
-    Where steps are left out it says so: "step 8 of 8, t=1, 30 tokens differ from step 4" counts
-    a token once that changed twice in between, and one that changed back not at all.
+    If steps are skipped: "step 8 of 8, t=1, 30 tokens differ from step 4". This counts a token that
+    changed twice once, and one that changed back not at all.
     """
     total = trajectory.steps[-1] if trajectory.steps else 0
     counts = changes(trajectory).sum(axis=1).tolist()
@@ -158,9 +158,9 @@ def _difference(count: int, before: int) -> str:
 
 
 def text_lines(trajectory: Trajectory, mask_id: int | None, tokenizer: Tokenizer) -> list[str]:
-    """The trajectory as lines of plain text: a block for each frame, its caption first.
+    """Format the trajectory as plain text: for each frame, a caption and the indented text.
 
-    What has changed stands between {+ and +}; the lines of the text are indented.
+    Changed text is between {+ and +}.
     """
     lines = []
     shown = zip(captions(trajectory), frames(trajectory, mask_id, tokenizer), strict=True)

@@ -1,4 +1,4 @@
-"""Samples shown as they are refined: in place on a terminal, as plain lines elsewhere."""
+"""Show samples during refinement: in place on a terminal, as plain lines elsewhere."""
 
 import contextlib
 import time
@@ -10,17 +10,17 @@ import numpy as np
 from fsdfm_jax.inference.job import Job, Row
 from fsdfm_jax.inference.stream import Piece, pieces, printable, readable
 
-_LIVE_SAMPLES = 4  # rows that the live view shows
-_MIN_FRAME, _MAX_SLOWDOWN = 0.15, 3.0  # seconds: small models are done before anyone has looked
+_LIVE_SAMPLES = 4  # rows in the live view
+_MIN_FRAME, _MAX_SLOWDOWN = 0.15, 3.0  # seconds; without a delay small models finish unseen
 _STYLES = {"given": "bold", "masked": "dim", "changed": "black on green", "kept": ""}
 
 
 class View:
-    """Prints the text after each step of the first sample of a batch.
+    """Prints the text of a batch's first sample after each step.
 
     Args:
-      job: what is drawn.
-      out: where to write.
+      job: the job being drawn.
+      out: the output stream.
     """
 
     def __init__(self, job: Job, out: TextIO):
@@ -31,7 +31,7 @@ class View:
     def on_step(
         self, rows: list[Row], frozen_BL: np.ndarray, step: int, tokens_BL: np.ndarray
     ) -> None:
-        """`job.OnStep`."""
+        """Show a step; a `job.OnStep`."""
         changed_BL = np.zeros_like(frozen_BL) if step == 0 else tokens_BL != self._now_BL
         self._rows, self._frozen_BL, self._now_BL = rows, frozen_BL, tokens_BL
         if step == 0:
@@ -43,14 +43,14 @@ class View:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Around the drawing, so that the terminal is left as it was."""
+        """Context that restores the terminal at the end."""
         try:
             yield
         finally:
             self.end()
 
     def row_pieces(self, i: int, changed_BL: np.ndarray) -> list[Piece]:
-        """Row `i` of the batch as it is now."""
+        """Current pieces of row `i` of the batch."""
         shown = slice(self._rows[i].request.template.shown)
         return pieces(
             self._now_BL[i, shown],
@@ -61,7 +61,7 @@ class View:
         )
 
     def summary(self, step: int, changed_BL: np.ndarray, rows: int) -> str:
-        """The step and how many tokens it has changed in the first `rows` rows."""
+        """Return the step, and the number of tokens it changed in the first `rows` rows."""
         total = self._job.sampling.steps
         if not step:
             return f"step 0/{total}, noise"
@@ -70,14 +70,14 @@ class View:
         return f"step {step}/{total}, {changed} of {sum(lengths)} tokens changed"
 
     def begin(self) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def end(self) -> None:
-        """After the last one, whether it came or not."""
+        """Called after the last step, or when drawing stops early."""
 
     def show(self, step: int, changed_BL: np.ndarray) -> None:
-        """After step number `step` = 1 .. S."""
-        none_changed_BL = np.zeros_like(changed_BL)  # in fewer pieces
+        """Called after step `step` = 1 .. S."""
+        none_changed_BL = np.zeros_like(changed_BL)  # gives fewer pieces
         text = "".join(piece.text for piece in self.row_pieces(0, none_changed_BL))
         lines = [self.summary(step, changed_BL, 1)]
         lines += ["  " + line for line in readable(text).split("\n")]
@@ -90,7 +90,7 @@ class LiveView(View):
     _live = None
 
     def begin(self) -> None:
-        """Shows the noise."""
+        """Show the noise."""
         import rich.console
         import rich.live
 
@@ -102,14 +102,14 @@ class LiveView(View):
         self.show(0, np.zeros_like(self._frozen_BL))
 
     def end(self) -> None:
-        """Leaves the last step up for a moment."""
+        """Keep the last step on screen for a moment."""
         if self._live is not None:
             self._pause()
             self._live.stop()
             self._live = None
 
     def show(self, step: int, changed_BL: np.ndarray) -> None:
-        """Replaces the texts."""
+        """Replace the texts."""
         import rich.console
         import rich.panel
         import rich.text
@@ -118,7 +118,7 @@ class LiveView(View):
         rows = min(_LIVE_SAMPLES, len(self._rows))
         panels = []
         for i in range(rows):
-            text = rich.text.Text()  # takes no markup
+            text = rich.text.Text()  # doesn't interpret markup
             for piece in self.row_pieces(i, changed_BL):
                 text.append(printable(piece.text), _STYLES[piece.kind])
             panels.append(rich.panel.Panel(text, title=f"sample {self._rows[i].sample + 1}"))

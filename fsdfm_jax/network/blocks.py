@@ -1,9 +1,9 @@
-"""The layers of the network: the only file with Flax modules.
+"""The layers of the network. This is the only file with Flax modules.
 
-`Conditioner` turns time and step width into the modulations of all blocks at once, `Trunk` turns
-tokens and modulations into the features before the head. `network.model` puts them together.
+`Conditioner` maps time and step width to the modulations of all blocks. `Trunk` maps tokens and
+modulations to the features before the head. `network.model` combines them.
 
-Activations are `cfg.dtype`; parameters, residual stream, norms and softmax are float32.
+Activations have `cfg.dtype`; parameters, residual stream, norms and softmax are float32.
 """
 
 import functools
@@ -34,10 +34,10 @@ class KeyValueCache(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What time and step width do to the network, float32.
+    """adaLN modulations computed from time and step width, float32.
 
     Attributes:
-      blocks_NB6D: shift, scale, gate of attention, then of the MLP, of each block.
+      blocks_NB6D: shift, scale and gate of attention, then of the MLP, for each block.
       final_B2D: shift and scale before the head.
     """
 
@@ -51,7 +51,7 @@ def run(
     *inputs: Any,
     rngs: dict[str, jax.Array] | None = None,
 ) -> Any:
-    """What a module makes of its inputs with these parameters."""
+    """Apply a module with the given parameters."""
     return module.apply({"params": params}, *inputs, rngs=rngs)
 
 
@@ -75,7 +75,7 @@ def rotary_tables(positions_L: jax.Array, head_width: int) -> tuple[jax.Array, j
 
 
 def rotate(x_BHLK: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of queries or keys, [B, H, L, K], by the tables of `rotary_tables`."""
+    """Apply the rotary embedding from `rotary_tables` to queries or keys, [B, H, L, K]."""
     cos, sin = (table[None, None] for table in rotary)
     x = x_BHLK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
@@ -84,14 +84,14 @@ def rotate(x_BHLK: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift, the same at all positions of a row."""
+    """x (1 + scale) + shift, constant over the positions of a row."""
     return x_BLD * (1.0 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 class Linear(nn.Module):
-    """A dense layer, its weights sharded by `parallel.rules`.
+    """A dense layer with weights sharded by `parallel.rules`.
 
-    All rows are one matrix: the backward pass on a CPU takes half as long.
+    Inputs are flattened to one matrix, which halves the time of the backward pass on CPUs.
     """
 
     features: int
@@ -102,7 +102,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, inputs):
         def weight(name, init, shape):
-            # Rounded before it is gathered: half the bytes of an exchange.
+            # Cast before the all-gather to halve the traffic in bfloat16.
             rounded = self.param(name, init, shape, jnp.float32).astype(self.dtype)
             return rules.gather(rounded, "/".join((*self.path, name)))
 
@@ -115,7 +115,7 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A float32 vector of width D for each token, plus that of its place with learned positions.
+    """Token embedding, float32 of width D, plus learned positions if the config has them.
 
     `start` is the position of the first token.
     """
@@ -127,7 +127,7 @@ class Embed(nn.Module):
         shape = (self.cfg.vocab_size, self.cfg.width)
         table_VD = self.param("embedding", small_init, shape, jnp.float32)
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0)
-        # Each device looks up its channels of all rows: vectors are exchanged, not the table.
+        # Each device looks up its channels for all rows; communicates vectors, not the table.
         x_BLD = rules.constrain(x_BLD, "replicas", None, "spread")
         if self.cfg.positions == "learned":
             shape = (self.cfg.num_positions, self.cfg.width)
@@ -145,13 +145,13 @@ class Norm(nn.Module):
             epsilon=NORM_EPS,
             use_bias=False,
             dtype=jnp.float32,
-            # E[x^2] - E[x]^2 cancels where a token's mean is far from 0.
+            # E[x^2] - E[x]^2 cancels if a token's mean is far from 0.
             use_fast_variance=False,
         )(x_BLD)
 
 
 class Embedder(nn.Module):
-    """Sinusoids, linear, SiLU, linear: a number per row to C features."""
+    """Sinusoids, linear, SiLU, linear: maps one number per row to C features."""
 
     cfg: ModelConfig
 
@@ -165,7 +165,7 @@ class Embedder(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Linear from the conditioning to `parts` modulations of width D, zero at start."""
+    """Linear map from the conditioning to `parts` modulations of width D, zero at init."""
 
     cfg: ModelConfig
     parts: int
@@ -188,9 +188,9 @@ class AdaLN(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Sets a share `rate` of the entries to 0 in training and scales up the others.
+    """Dropout on random bits.
 
-    `nn.Dropout` turns the random bits into floats first, which on a CPU takes twice as long.
+    `nn.Dropout` converts the bits to floats first, which takes twice as long on a CPU.
     """
 
     rate: float
@@ -206,7 +206,7 @@ class Dropout(nn.Module):
 
 
 class BlockModulation(nn.Module):
-    """The adaLN of one block, named as the block is: their parameters share a group."""
+    """The adaLN of one block; it has the block's name so that they share a parameter group."""
 
     cfg: ModelConfig
 
@@ -216,7 +216,7 @@ class BlockModulation(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Time t_B and step width h_B, float32 [B], to a `Modulation`; h_B is None without one."""
+    """Maps time t_B and step width h_B (or None), float32 [B], to a `Modulation`."""
 
     cfg: ModelConfig
 
@@ -262,7 +262,7 @@ class Conditioner(nn.Module):
 
 
 class Block(nn.Module):
-    """x + gate * dropout(branch(LN(x) (1 + scale) + shift)), for attention and MLP in turn."""
+    """x + gate * dropout(branch(LN(x) (1 + scale) + shift)), for attention, then for the MLP."""
 
     cfg: ModelConfig
     train: bool
@@ -332,9 +332,9 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Tokens to the features before the head, float32 [B, L, D].
+    """Maps tokens to the features before the head, float32 [B, L, D].
 
-    `position` and `cache` are given only when a causal network decodes.
+    `position` and `cache` are used only in decoding with a causal network.
     """
 
     cfg: ModelConfig

@@ -1,4 +1,4 @@
-"""What is static about a network: `ModelConfig` and the constants of the published layout."""
+"""Static description of a network: `ModelConfig` and the constants of the published layout."""
 
 import dataclasses
 
@@ -22,37 +22,38 @@ DTYPES = ("float32", "bfloat16")
 NUM_FREQUENCIES = 128
 ROTARY_BASE = 10_000.0
 NORM_EPS = 1e-5
-# Widths below this are indistinguishable from an infinitesimal step; keeps log2 finite for h=0.
+# Minimum width: smaller ones count as infinitesimal. Keeps log2 finite for h=0.
 SMALLEST_WIDTH = 2.0**-20
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A network, all but its weights.
+    """Architecture of a network.
 
     >>> import fsdfm_jax as fs
     >>> fs.ModelConfig(vocab_size=8, width=16, num_blocks=1, num_heads=2, cond_width=8).head_width
     8
 
     Attributes:
-      vocab_size: V, the mask token included where there is one.
+      vocab_size: V, including the mask token if there is one.
       width, num_blocks, num_heads, cond_width: D, N, H, C.
       mlp_ratio: F = mlp_ratio * D.
       dropout: rate on the output of each branch, in training only.
       conditioning: "none" | "official" | "additive".
-      positions: "rotary" (the published layout) | "learned": rotary, and a vector for each position
-        is added to the embedding of its token. For data in which a position has a meaning.
-      num_positions: vectors of "learned", the longest input; 0 with "rotary", which has no limit.
+      positions: "rotary" (the published layout) | "learned" (rotary plus a learned vector per
+        position added to the token embedding, for data in which positions have a meaning).
+      num_positions: number of learned positions, the maximum input length; 0 with "rotary", which
+        has no limit.
       causal: autoregressive baseline; needs conditioning "none".
       dtype: of activations, "float32" | "bfloat16".
-      attention: see `attention`, one of its `IMPLEMENTATIONS`.
-      remat: what the backward pass recomputes, "none" | "full" | "dots" (what matrix products give
-        is kept, and what "blocked" and "cudnn" attention give, which recompute their scores).
-      logits_mib: MiB of a chunk of float32 logits, on each device. Changes no result but by
-        rounding. 0 writes all of them down, as arrays: the reference for the other values.
+      attention: one of `attention.IMPLEMENTATIONS`.
+      remat: what the backward pass recomputes, "none" | "full" | "dots" (saves the outputs of
+        matrix products and of "blocked" and "cudnn" attention, which recompute their scores).
+      logits_mib: MiB of a chunk of float32 logits on each device; affects only rounding. 0
+        materialises all logits, the reference for the other values.
 
     Raises:
-      ValueError: for sizes that make no network, or an unknown name.
+      ValueError: for inconsistent sizes or an unknown name.
     """
 
     vocab_size: int
@@ -78,12 +79,12 @@ class ModelConfig:
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"model.width={self.width} must split into num_heads={self.num_heads} heads of "
-                "even width (rotary attention turns pairs of channels)."
+                "even width (rotary attention rotates pairs of channels)."
             )
         if self.logits_mib < 0:
             raise ValueError(f"model.logits_mib must be at least 0, got {self.logits_mib}.")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}.")
+            raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}.")
         choices = {
             "conditioning": CONDITIONINGS,
             "positions": POSITIONS,
@@ -98,7 +99,7 @@ class ModelConfig:
                     f"{', '.join(allowed)}."
                 )
         if self.causal and self.conditioning != "none":
-            raise ValueError("A causal (autoregressive) network takes conditioning='none'.")
+            raise ValueError("A causal (autoregressive) network needs conditioning='none'.")
         if (self.positions == "learned") != (self.num_positions > 0) or self.num_positions < 0:
             raise ValueError(
                 "model.num_positions is the number of learned positions, at least 1 with "
@@ -111,7 +112,7 @@ class ModelConfig:
         return self.width // self.num_heads
 
     def check_length(self, length: int) -> None:
-        """ValueError for an input of more tokens than the network has positions."""
+        """Raise ValueError for an input longer than the learned positions of the network."""
         if self.num_positions and length > self.num_positions:
             raise ValueError(
                 f"The network has {self.num_positions} learned positions, got a block of {length} "

@@ -5,19 +5,19 @@
 
 Token embedding (untied from the head), N blocks of rotary bidirectional attention and a tanh-GELU
 MLP, each branch modulated by the time through adaLN, then a modulated linear head. The layout is
-that of the published FS-DFM weights (arXiv:2509.20624 App. A). `conditioning` says how the step
+that of the published FS-DFM weights (arXiv:2509.20624 App. A). `conditioning` selects how the step
 width h enters:
 
-    none       not at all: cond = SiLU(temb)                                     base models
-    official   a second embedder of raw h, fused once and again in each block    published weights
-    additive   cond = SiLU(temb + P hemb), of -log2 h, P zero at start           our default
+    none       not at all: cond = SiLU(temb)                                      base models
+    official   embedder of raw h, fused with the time, and again in each block    published weights
+    additive   cond = SiLU(temb + P hemb), hemb of -log2 h, P zero at init        our default
 
-With `additive`, a network that starts from base weights computes exactly what the base model
-computes. The sinusoids of a raw h barely separate 2^-10 from 2^-9; those of -log2 h, the number of
+With `additive`, a network initialised from base weights computes exactly the same function as the
+base model. Sinusoids of raw h barely separate 2^-10 from 2^-9; those of -log2 h, the number of
 halvings, separate all widths equally well.
 
-`positions="learned"` adds a vector for each position to the embedding of its token, for data in
-which a position has a meaning (a cell of a grid). The published layout has none.
+`positions="learned"` adds a learned vector per position to the token embedding, for data in which
+positions have a meaning (cells of a grid). The published layout doesn't have them.
 
 `causal=True` is the autoregressive baseline: the same blocks without time conditioning.
 """
@@ -37,7 +37,7 @@ Params = dict[str, Any]
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Fresh parameters of a network.
+    """Initialise the parameters of a network.
 
     >>> import fsdfm_jax as fs, jax
     >>> cfg = fs.ModelConfig(vocab_size=8, width=16, num_blocks=2, num_heads=2, cond_width=8)
@@ -50,7 +50,7 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
       cfg: the network.
 
     Returns:
-      Nested dicts of float32 arrays; those of the blocks are stacked along a leading axis of N.
+      Nested dicts of float32 arrays; parameters of the blocks are stacked along a leading axis N.
     """
     rngs, tokens_BL = {"params": key}, jnp.zeros((1, 1), jnp.int32)
     head = {
@@ -63,7 +63,7 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     modulation, variables = blocks.Conditioner(cfg).init_with_output(rngs, jnp.zeros((1,)), h_B)
     conditioner = variables["params"]
     trunk = blocks.Trunk(cfg).init(rngs, tokens_BL, modulation)["params"]
-    # The adaLN of a block belongs to the block's parameters.
+    # The adaLN of a block is stored with the block's parameters.
     stacked = trunk["blocks"] | conditioner["blocks"]
     return {"head": head} | conditioner | trunk | {"blocks": stacked}
 
@@ -88,19 +88,19 @@ def predict(
 
     Args:
       params: from `init_params` or a checkpoint.
-      cfg: the network those parameters belong to.
+      cfg: the network of these parameters.
       xt_BL: tokens, int [B, L].
       t_B: time of each row, float32 [B] in [0, 1]; None only for causal networks.
-      h_B: step width of each row, float32 [B]; needed by networks conditioned on it, ignored by
-        the others.
-      key: typed PRNG key that switches dropout on; None is evaluation mode.
+      h_B: step width of each row, float32 [B]; required by networks conditioned on it, ignored by
+        others.
+      key: typed PRNG key that enables dropout; None is evaluation mode.
 
     Returns:
       [B, L, V], factored into features and head unless cfg.logits_mib is 0, see `ops.logits`.
 
     Raises:
-      ValueError: if a time or width the network needs is missing, or isn't one per row; for more
-        tokens than the network has positions.
+      ValueError: if a required time or width is missing or isn't one per row, or if there are more
+        tokens than learned positions.
     """
     for name, value in (("t_B", t_B), ("h_B", h_B)):
         if value is not None and jnp.shape(value) != xt_BL.shape[:1]:
@@ -140,16 +140,16 @@ def apply(
       float32 [B, L, V].
 
     Raises:
-      ValueError: if a time or width the network needs is missing, or isn't one per row.
+      ValueError: if a required time or width is missing or isn't one per row.
     """
     return logits_lib.dense(predict(params, cfg, xt_BL, t_B, h_B, key=key))
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> KeyValueCache:
-    """The cache of a causal network before its first token.
+    """Return an empty cache for a causal network.
 
     Raises:
-      ValueError: for more positions than the network has.
+      ValueError: if `length` exceeds the learned positions of the network.
     """
     cfg.check_length(length)
     shape = (cfg.num_blocks, batch, cfg.num_heads, length, cfg.head_width)
@@ -163,7 +163,7 @@ def decode_step(
     position: jax.Array,
     cache: KeyValueCache,
 ) -> tuple[jax.Array, KeyValueCache]:
-    """One autoregressive step: logits after `token_B` at `position`, and the cache with it added.
+    """One autoregressive step: logits after `token_B` at `position`, and the updated cache.
 
     Args:
       token_B: int [B].
@@ -185,17 +185,17 @@ def decode_step(
 
 
 def add_conditioning(base: Params, fresh: Params) -> Params:
-    """Starts a few-step network from base weights: `fresh` with every parameter that `base` has.
+    """Initialise a few-step network from base weights; only step conditioning stays `fresh`.
 
     Raises:
       ValueError: naming parameters whose shapes differ, that only `base` has, or that `base` lacks
-        although they have nothing to do with the step width.
+        although they don't belong to the step conditioning.
     """
     problems = []
 
     def merge(base_node, fresh_node, path):
         if isinstance(fresh_node, dict) != isinstance(base_node, dict):
-            problems.append(f"{path}: a group of parameters in one, an array in the other")
+            problems.append(f"{path}: a group of parameters in one tree, an array in the other")
             return fresh_node
         if not isinstance(fresh_node, dict):
             if base_node.shape != fresh_node.shape:
@@ -224,7 +224,7 @@ def add_conditioning(base: Params, fresh: Params) -> Params:
     return merged
 
 
-# Groups of parameters that only networks conditioned on the step width have.
+# Parameter groups that exist only in networks conditioned on the step width.
 _STEP_CONDITIONING = frozenset(
     ("dt_embedding", "dt_proj", "time_condition_fuser", "condition_fuser")
 )
@@ -238,7 +238,7 @@ def count_params(params: Params) -> int:
 def _modulation(
     params: Params, cfg: ModelConfig, t_B: jax.Array | None, h_B: jax.Array | None
 ) -> Modulation | None:
-    """What times and widths do to the network; None for a causal one, which has neither."""
+    """Return the modulations for given times and widths; None for a causal network."""
     if cfg.causal:
         return None
     if t_B is None:

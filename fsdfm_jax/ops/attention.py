@@ -1,15 +1,13 @@
-"""Softmax attention, the fastest form that each kind of device has.
+"""Softmax attention, with one implementation per kind of device.
 
-    manual    two products and a softmax, all scores at once; the reference, and where a mask is
-              given
-    blocked   a few heads or a block of queries at a time, so that scores stay in the cache, and
-              nothing of size [L, M] is kept for the backward pass; for processors without an
-              attention kernel of their own
-    xla       `jax.nn.dot_product_attention`, as the compiler likes it
-    cudnn     the same, by NVIDIA's kernel (activations in bfloat16)
-    auto      blocked, cudnn or xla, by the devices of this process
+    manual    two products and a softmax, all scores at once; the reference, and used with a mask
+    blocked   a few heads or a block of queries at a time: scores stay in the cache and nothing of
+              size [L, M] is saved for the backward pass; for CPUs
+    xla       `jax.nn.dot_product_attention`, compiled by XLA
+    cudnn     the same with NVIDIA's kernel (bfloat16 activations)
+    auto      blocked, cudnn or xla, depending on the devices of this process
 
-Scores and sums are float32 whatever the activations are.
+Scores and sums are float32 for every dtype of the activations.
 """
 
 import functools
@@ -22,12 +20,11 @@ from fsdfm_jax.ops import loops
 
 IMPLEMENTATIONS = ("auto", "manual", "blocked", "xla", "cudnn")
 
-# What the backward pass needs of the forward pass: named where it is ours, else known by the
-# primitive that makes it.
+# What the backward pass reads from the forward pass: ours by name, JAX's by its primitive.
 _SAVED_NAME = "attention"
 _SAVED_PRIMITIVE = "dot_product_attention_fwd"
 
-# Scores held at once by `blocked`: 4 MiB, of which the backward pass has a few at a time.
+# Scores that `blocked` computes at once, 4 MiB; the backward pass holds a few such arrays.
 _BLOCK_SCORES = 2**20
 
 
@@ -45,7 +42,7 @@ def attend(
     Args:
       q_BHLK, k_BHMK, v_BHMK: queries, keys and values of one dtype.
       mask_LM: bool, True attends; None attends everywhere.
-      causal: position l attends to the positions up to l; needs L = M, and no mask.
+      causal: position l attends to positions up to l; requires L = M and no mask.
       implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
@@ -55,7 +52,7 @@ def attend(
     if causal and implementation in ("manual", "xla"):
         length = q_BHLK.shape[2]
         mask_LM = jnp.tril(jnp.ones((length, length), bool))
-    # Kernels are for whole blocks; a mask means that one token is decoded.
+    # The kernels take whole blocks; a mask is used only for decoding one token.
     if implementation == "manual" or (mask_LM is not None and implementation != "xla"):
         return _manual(q_BHLK, k_BHMK, v_BHMK, mask_LM)
     if implementation == "blocked":
@@ -75,17 +72,17 @@ def attend(
 
 
 def saved(primitive, *args, **params) -> bool:
-    """Rematerialisation policy that keeps what `blocked` and `cudnn` need of the way forward."""
+    """Rematerialisation policy that saves the residuals of `blocked` and `cudnn`."""
     named = jax.checkpoint_policies.save_only_these_names(_SAVED_NAME)
     return named(primitive, *args, **params) or primitive.name.startswith(_SAVED_PRIMITIVE)
 
 
 def resolve(implementation: str, q_BHLK: jax.Array) -> str:
-    """The implementation that "auto" stands for with these queries; other names stay."""
+    """Resolve "auto" for these queries; return other names unchanged."""
     if implementation != "auto":
         return implementation
     if jax.default_backend() == "cpu":
-        # Blocks run over rows and heads alike, which several devices could not share.
+        # A block spans rows and heads, which can't be sharded over devices.
         alone = jax.sharding.get_abstract_mesh().size <= 1
         return "blocked" if alone else "manual"
     head_width = q_BHLK.shape[-1]
@@ -94,7 +91,7 @@ def resolve(implementation: str, q_BHLK: jax.Array) -> str:
 
 
 def has_cudnn() -> bool:
-    """Whether the devices can run NVIDIA's kernel: those of compute capability 8 and later."""
+    """Return whether the devices can run NVIDIA's kernel (compute capability 8 or later)."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
     return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
@@ -117,7 +114,7 @@ def _blocked(causal, q_BHLK, k_BHMK, v_BHMK):
 
 
 def _blocked_forward(causal, q_BHLK, k_BHMK, v_BHMK):
-    """(output, residuals): the logarithm of each query's sum stands for its weights."""
+    """Return (output, residuals); each query's weights are stored as their log-sum-exp."""
     blocks = _Blocks(q_BHLK, k_BHMK)
 
     def group(inputs):
@@ -138,7 +135,7 @@ def _blocked_forward(causal, q_BHLK, k_BHMK, v_BHMK):
     mixed, lse = loops.map_over(
         group, (blocks.split(q_BHLK), blocks.group(k_BHMK), blocks.group(v_BHMK))
     )
-    # Only what carries the name survives a policy that rematerialises the rest.
+    # Named so that the remat policy saves them.
     mixed_BHLK = checkpoint_name(blocks.join(mixed), _SAVED_NAME)
     lse_BHL = checkpoint_name(blocks.join(lse), _SAVED_NAME)
     return mixed_BHLK, (q_BHLK, k_BHMK, v_BHMK, mixed_BHLK, lse_BHL)
@@ -160,7 +157,7 @@ def _blocked_backward(causal, residuals, dmixed_BHLK):
             weights = jnp.exp(_scores(causal, q_GLK, k_GKM, first) - lse_GL[..., None])
             dweights = _product(dmixed_GLK, v_GKM)
             dscores = (weights * (dweights - delta_GL[..., None]) * scale).astype(dtype)
-            # Transposing the narrow factors keeps the wide ones in the order they lie in.
+            # Transpose the narrow factors so that the wide ones keep their memory layout.
             dv_GKM += _product(jnp.swapaxes(dmixed_GLK, 1, 2), weights.astype(dtype))
             dk_GKM += _product(jnp.swapaxes(q_GLK, 1, 2), dscores)
             return (dk_GKM, dv_GKM), _product(dscores, k_GMK).astype(dtype)
@@ -183,7 +180,7 @@ def _product(a, b):
 
 
 def _scores(causal, q_GLK, k_GKM, first):
-    """Scaled scores of a block of queries that begins at position `first`, float32."""
+    """Scaled scores of a block of queries starting at position `first`, float32."""
     scores_GLM = _product(q_GLK, k_GKM) * (q_GLK.shape[-1] ** -0.5)
     if not causal:
         return scores_GLM
@@ -193,7 +190,7 @@ def _scores(causal, q_GLK, k_GKM, first):
 
 
 class _Blocks:
-    """Cuts the heads of all rows into groups, and the queries of long ones into blocks.
+    """Splits the heads of all rows into groups, and long sequences of queries into blocks.
 
     Arrays [B, H, M, ..] become [groups, G, M, ..], those of queries [groups, blocks, G, L, ..].
     """

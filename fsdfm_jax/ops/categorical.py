@@ -1,14 +1,14 @@
-"""Random draws that stay exact far into the tail, at a few random numbers a position.
+"""Categorical sampling that is exact far into the tail, with a few random numbers per position.
 
-`jax.random.categorical` adds float32 Gumbel noise whose largest value is about 15.94: tokens under
-roughly 1e-7 never win. With a large vocabulary their joint mass is not small, so truncating it
-lowers the effective temperature and flatters generative perplexity (arXiv:2409.02908). Its
-`mode="high"` mends that at twice the random bits for each of the V entries.
+`jax.random.categorical` adds float32 Gumbel noise with a maximum of about 15.94, so tokens with
+probability below roughly 1e-7 are never drawn. With a large vocabulary their total mass is not
+small: truncating it lowers the effective temperature and flatters generative perplexity
+(arXiv:2409.02908). Its `mode="high"` fixes this with twice the random bits per vocabulary entry.
 
-Here random bits don't grow with V: the inverse CDF is walked as a tree. A block of the vocabulary
-is drawn by its total weight, then a token inside the block by a fresh number; in both draws it is
-first settled whether the likeliest entry wins, whose weight would drown small ones in a float32
-sum. What rounding can move is below (blocks + block size) * 2^-23 of the mass, a few 1e-5 of it at
+Here the number of random bits doesn't depend on V. The inverse CDF is evaluated as a tree: draw a
+block of the vocabulary by its total weight, then a token in the block with another number. Each
+draw first decides whether the most likely entry wins, because its weight would swamp small ones in
+a float32 sum. Rounding affects less than (blocks + block size) * 2^-23 of the mass, a few 1e-5 at
 V=50,257.
 """
 
@@ -17,7 +17,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Uniform numbers that one draw takes.
+# Uniform numbers per draw.
 NUMBERS = 4
 
 GOLDEN = 2654435769  # 2^32 (sqrt(5) - 1) / 2, see `dispersed`
@@ -26,44 +26,43 @@ GOLDEN = 2654435769  # 2^32 (sqrt(5) - 1) / 2, see `dispersed`
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 numbers in [0, 1) with steps of 2^-32 near 0.
 
-    `jax.random.uniform` has steps of 2^-23 everywhere, so that u < 1e-9 happens once in 8 million.
+    `jax.random.uniform` has steps of 2^-23 everywhere, so u < 1e-9 occurs once in 8 million draws.
     """
     return _to_unit(jax.random.bits(key, shape, jnp.uint32))
 
 
 def _to_unit(bits: jax.Array) -> jax.Array:
-    # Rounding to float32 could reach 1.
+    # Rounding to float32 can give 1.
     return jnp.minimum(bits.astype(jnp.float32) * 2.0**-32, 1.0 - 2.0**-24)
 
 
 def dispersed(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Uniform numbers that are alike only at positions far from each other, float32 [B, L].
+    """Uniform numbers with similar values only at distant positions, float32 [B, L].
 
-    Each of them is uniform in [0, 1), and rows are independent; along a row they are the multiples
-    of the golden ratio, modulo 1, from a random start. Of the positions below any threshold no two
-    are neighbours unless it exceeds 0.38: they are as far apart as so many can be, up to a small
-    factor (three-distance theorem).
+    Each number is uniform in [0, 1), and rows are independent. Along a row they are multiples of
+    the golden ratio modulo 1, with a random offset. Positions below a threshold are spaced nearly
+    as far apart as possible (three-distance theorem); up to 0.38 no two are neighbours.
     """
     batch, length = shape
     start_B1 = jax.random.bits(key, (batch, 1), jnp.uint32)
-    # Wraps modulo 2^32: exact, and the same for however long a row.
+    # Integer arithmetic modulo 2^32 is exact and independent of the row length.
     steps_L = jax.lax.iota(jnp.uint32, length) * jnp.uint32(GOLDEN)
     return _to_unit(start_B1 + steps_L[None])
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """Logits of the likeliest tokens alone, the fewest whose probabilities add up to `top_p`.
+    """Keep the smallest set of most likely tokens with total probability >= `top_p`.
 
-    All others become -inf; tokens as likely as the last one kept are kept too. What is drawn from
-    is the rest renormalised (nucleus sampling, arXiv:1904.09751).
+    Other logits become -inf; ties with the last kept token are kept. Nucleus sampling,
+    arXiv:1904.09751.
 
     Args:
       logits: [..., V].
       top_p: scalar in (0, 1]; 1 keeps everything, up to rounding of the sum.
     """
     p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    # Numbers that aren't negative are ordered as their bits are: the bits of the threshold are
-    # found by halving, which reads the vocabulary 30 times but sorts nothing.
+    # Non-negative floats are ordered like their bits. Bisect the bits of the threshold: this reads
+    # the vocabulary 31 times but needs no sort.
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)
     above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
 
@@ -79,16 +78,16 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
 
 
 def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws ids from softmax(logits); logits float [..., V], may hold -inf; returns int32 [...]."""
+    """Draw ids from softmax(logits), int32 [...]; logits are float [..., V] and may have -inf."""
     return pick(uniform(key, (*logits.shape[:-1], NUMBERS)), logits)
 
 
 def pick(u: jax.Array, logits: jax.Array) -> jax.Array:
-    """The ids that given numbers draw from softmax(logits).
+    """Draw ids from softmax(logits) with given uniform numbers.
 
     Args:
       u: float32 [..., NUMBERS] from `uniform`.
-      logits: float [..., V], may hold -inf; a row of nothing else yields an arbitrary id.
+      logits: float [..., V]; -inf is allowed, and a row of only -inf yields an arbitrary id.
 
     Returns:
       int32 [...], ids in [0, V).
@@ -97,19 +96,18 @@ def pick(u: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def pick_other(u: jax.Array, logits: jax.Array, current: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `pick`, of all ids but the current one.
+    """As `pick`, excluding the current id.
 
-    The mass is a sum over the other ids, not 1 - p(current): where the network is nearly sure, the
-    difference would cancel.
+    The mass is a sum over the other ids rather than 1 - p(current), which cancels if p(current) is
+    near 1.
 
     Args:
       u: float32 [..., NUMBERS] from `uniform`.
       logits: float [..., V].
-      current: int [...], the ids left out.
+      current: int [...], the ids to exclude.
 
     Returns:
-      (ids int32 [...], mass float32 [...]): mass = 1 - p(current); where it is 0, the id is
-      arbitrary.
+      (ids int32 [...], mass float32 [...]): mass = 1 - p(current); if it is 0, the id is arbitrary.
     """
     logits = logits.astype(jnp.float32)
     ids, top, off = _descend(u, logits, current)
@@ -118,7 +116,7 @@ def pick_other(u: jax.Array, logits: jax.Array, current: jax.Array) -> tuple[jax
 
 
 def _descend(u, logits, left_out):
-    """(ids, the largest logit, sum of exp(logit - it) over all ids that are not left out)."""
+    """Return (ids, max logit, sum of exp(logit - max) over the ids that are not excluded)."""
     *rows, size = logits.shape
     block = max(1, math.isqrt(size))
     top = jnp.max(logits, axis=-1)
@@ -131,7 +129,7 @@ def _descend(u, logits, left_out):
     padded = jnp.pad(weights, [(0, 0)] * len(rows) + [(0, -size % block)])
     totals = jnp.sum(padded.reshape(*rows, -1, block), axis=-1)
     outer = _pick(u[..., 0], u[..., 1], totals)
-    # Weighed anew: reading one block again is cheaper than keeping the weights of all.
+    # Recompute the weights of the block: cheaper than keeping those of the whole vocabulary.
     ids = outer[..., None] * block + _ids((*rows, block))
     inside = weigh(jnp.take_along_axis(logits, jnp.minimum(ids, size - 1), axis=-1), ids)
     inner = _pick(u[..., 2], u[..., 3], jnp.where(ids < size, inside, 0.0))
@@ -143,18 +141,18 @@ def _ids(shape):
 
 
 def _pick(u: jax.Array, v: jax.Array, weights: jax.Array) -> jax.Array:
-    """Index drawn in proportion to `weights` [..., n] by u and v [...] in [0, 1).
+    """Draw an index in proportion to `weights` [..., n] with u and v [...] in [0, 1).
 
-    u settles whether it is the likeliest entry, v which of the others.
+    u decides whether it is the most likely entry, v which of the others.
     """
     size = weights.shape[-1]
     likeliest = jnp.argmax(weights, axis=-1).astype(jnp.int32)
     others = jnp.where(jax.nn.one_hot(likeliest, size, dtype=bool), 0.0, weights)
     cumulative = jnp.cumsum(others, axis=-1)
     rest = cumulative[..., -1]
-    # Entries of weight zero have cumulative == that of their left neighbour: <= steps over them.
+    # An entry with zero weight has the cumulative sum of its left neighbour: <= skips it.
     index = jnp.sum(cumulative <= (v * rest)[..., None], axis=-1, dtype=jnp.int32)
-    # v * rest may round up to rest: fall back to the last entry that has weight.
+    # v * rest may round up to rest: fall back to the last entry with positive weight.
     last = jnp.argmax(cumulative >= rest[..., None], axis=-1).astype(jnp.int32)
     is_other = u * (jnp.max(weights, axis=-1) + rest) < rest
     return jnp.where(is_other, jnp.minimum(index, last), likeliest)

@@ -1,16 +1,16 @@
-"""Logits that are never written down.
+"""Factored logits, which are never materialised.
 
-The float32 logits of 1,024 tokens over a vocabulary of 50,257 take 196 MiB, and their gradient as
-much again or more. The vocabulary head is affine, so they are kept as factors,
+Float32 logits of 1,024 tokens over a vocabulary of 50,257 take 196 MiB, and their gradient at least
+as much. The vocabulary head is affine, so logits are stored as factors,
 
     logits_BLV = features_BLD kernel_DV + bias_V,
 
-and everything that is done with them happens position by position: `map_positions` (jumps, draws)
-and `mean_loss` (losses, with their gradients) multiply out a chunk of positions, use it and drop
-it. An average of logits with weights that add up to 1 is the average of the features, so that the
-teacher's target takes one product and no sum of arrays of that size.
+and processed position by position: `map_positions` (jumps, draws) and `mean_loss` (losses with
+their gradients) compute the logits of a chunk of positions, use them and discard them. An average
+of logits with weights that sum to 1 is the average of the features, so the teacher's target costs
+one product and no sum of large arrays.
 
-Both functions also take an array [B, L, V], all at once: the reference.
+Both functions also accept a dense array [B, L, V], the reference.
 """
 
 import dataclasses
@@ -34,17 +34,16 @@ from fsdfm_jax.parallel import rules
 )
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """Logits as their factors, divided by a temperature and cut to a nucleus.
+    """Logits as factors, with an optional temperature and nucleus.
 
     Attributes:
       features_BLD: float [B, L, D].
       kernel_DV, bias_V: the head, float32.
       temperature: scalar, or None for 1.
       top_p: scalar, or None for 1, see `nucleus`.
-      dtype: factors of the product are rounded to; it is accumulated in float32.
-      chunk_size: entries that a device's share of an array [B, chunk, V] may have; 0 for one
-        chunk. A loss with its gradient holds some three such arrays at once, a distillation loss
-        five.
+      dtype: of the factors in the product, which accumulates in float32.
+      chunk_size: maximum entries per device of an array [B, chunk, V]; 0 for a single chunk. A loss
+        with its gradient holds about three such arrays at once, a distillation loss five.
     """
 
     features_BLD: jax.Array
@@ -64,34 +63,34 @@ class Factored:
 Logits: TypeAlias = jax.Array | Factored
 AnyLogits = TypeVar("AnyLogits")
 
-# `map_positions` holds this fraction of what `mean_loss` holds: its chunks needn't be large, since
-# it adds up no gradient of the head over them, and small ones are nearer to the caches.
+# Chunks of `map_positions` are smaller than those of `mean_loss` by this factor: it accumulates no
+# gradient of the head over chunks, and small chunks fit the caches better.
 _MAP_FRACTION = 4
 
 
 def dense(logits: Logits) -> jax.Array:
-    """The logits written down, float32 [B, L, V]."""
+    """Materialise logits as float32 [B, L, V]."""
     if not isinstance(logits, Factored):
         return logits.astype(jnp.float32)
     return _multiply(gathered(logits), logits.features_BLD)
 
 
 def rows(logits: Logits, start: int, stop: int) -> Logits:
-    """The rows [start, stop) of the batch."""
+    """Return the rows [start, stop) of the batch."""
     if not isinstance(logits, Factored):
         return logits[start:stop]
     return dataclasses.replace(logits, features_BLD=logits.features_BLD[start:stop])
 
 
 def pad_rows(logits: Logits) -> Logits:
-    """See `layout.pad_rows`."""
+    """See `rules.pad_rows`."""
     if not isinstance(logits, Factored):
         return rules.pad_rows(logits)
     return dataclasses.replace(logits, features_BLD=rules.pad_rows(logits.features_BLD))
 
 
 def position(logits: Logits, index: jax.Array | int) -> Logits:
-    """The logits at one position of each row, [B, 1, V]; the index is data."""
+    """Return the logits at one position of each row, [B, 1, V]; the index is data."""
     if not isinstance(logits, Factored):
         return jax.lax.dynamic_slice_in_dim(logits, index, 1, axis=1)
     features_B1D = jax.lax.dynamic_slice_in_dim(logits.features_BLD, index, 1, axis=1)
@@ -99,7 +98,7 @@ def position(logits: Logits, index: jax.Array | int) -> Logits:
 
 
 def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
-    """The logits divided by a temperature, which comes before a `nucleus`."""
+    """Divide logits by a temperature; applied before any `nucleus`."""
     if not isinstance(logits, Factored):
         return logits.astype(jnp.float32) / temperature
     if logits.temperature is not None:
@@ -108,7 +107,7 @@ def divide(logits: Logits, temperature: jax.Array | float) -> Logits:
 
 
 def exclude(logits: Logits, token: int) -> Logits:
-    """The logits with a token that can't be: its own is -inf."""
+    """Set the logit of one token to -inf."""
     if isinstance(logits, Factored):
         bias_V = logits.bias_V.at[token].set(-jnp.inf)
         return dataclasses.replace(logits, bias_V=bias_V)
@@ -116,30 +115,30 @@ def exclude(logits: Logits, token: int) -> Logits:
 
 
 def nucleus(logits: Logits, top_p: jax.Array | float) -> Logits:
-    """`categorical.nucleus` of logits that may be factored."""
+    """`categorical.nucleus` for dense or factored logits."""
     if isinstance(logits, Factored):
         return dataclasses.replace(logits, top_p=top_p)
     return categorical.nucleus(logits, top_p)
 
 
 def entropy(logits_BLV: jax.Array) -> jax.Array:
-    """Entropy of softmax(logits), nats, float32 [B, L]; logits may hold -inf."""
+    """Entropy of softmax(logits), nats, float32 [B, L]; -inf logits are allowed."""
     logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
     return -jnp.sum(jnp.where(logp_BLV > -jnp.inf, jnp.exp(logp_BLV) * logp_BLV, 0.0), axis=-1)
 
 
 def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
-    """The weighted average of logits, in float32.
+    """Return the weighted average of logits, in float32.
 
     Args:
-      logits: all arrays, or all factored with one and the same head and temperature.
-      weights: add up to 1, as the average of affine functions needs it.
+      logits: all arrays, or all factored with the same head and temperature.
+      weights: must sum to 1, as averaging affine functions requires.
 
     Raises:
-      ValueError: for weights that don't add up to 1.
+      ValueError: if the weights don't sum to 1.
     """
     if abs(sum(weights) - 1.0) > 1e-6:
-        raise ValueError(f"The weights of an average must add up to 1, got {tuple(weights)}.")
+        raise ValueError(f"The weights of an average must sum to 1, got {tuple(weights)}.")
     first = logits[0]
     parts = [each.features_BLD if isinstance(each, Factored) else each for each in logits]
     terms = [w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True)]
@@ -148,9 +147,9 @@ def average(logits: Sequence[Logits], weights: Sequence[float]) -> Logits:
 
 
 def gathered(x: AnyLogits) -> AnyLogits:
-    """Logits, if that is what it is, with the head where it is used: in front of a loop, not in it.
+    """All-gather the head of factored logits once, before a loop; return anything else unchanged.
 
-    Rounded before it is gathered: half the bytes of an exchange.
+    The head is cast before the all-gather to halve the traffic in bfloat16.
     """
     if not isinstance(x, Factored):
         return x
@@ -159,11 +158,11 @@ def gathered(x: AnyLogits) -> AnyLogits:
 
 
 def map_positions(fn: Callable[..., jax.Array], logits: Logits, *args: jax.Array) -> jax.Array:
-    """fn(logits_BLV, *args), a chunk of positions at a time.
+    """Compute fn(logits_BLV, *args) in chunks of positions.
 
     Args:
-      fn: takes float32 logits [B, c, V] and the same positions [B, c, ..] of each argument, and
-        gives an array [B, c, ..]; one position must not depend on another.
+      fn: maps float32 logits [B, c, V] and the same positions [B, c, ..] of each argument to an
+        array [B, c, ..]; positions must be independent of each other.
       logits: [B, L, V].
       *args: arrays [B, L, ..].
 
@@ -190,19 +189,18 @@ def mean_loss(
     *args: jax.Array | Factored,
     num_rows: int | None = None,
 ) -> jax.Array:
-    """The mean of position_loss(logits_BLV, *args) over rows and positions.
+    """Return the mean of position_loss(logits_BLV, *args) over rows and positions.
 
-    Differentiable in factored logits through features and head: the gradient is computed in the
-    forward pass, while a chunk of logits is at hand, so that nothing is multiplied twice and what
-    is kept has the size of the features and of the head. No gradient flows into `args` or into the
-    temperature.
+    Differentiable in the features and head of factored logits. The gradient is computed in the
+    forward pass, chunk by chunk: no product is repeated, and residuals have the size of the
+    features and the head. No gradient flows into `args` or the temperature.
 
     Args:
-      position_loss: takes float32 logits [B, c, V] and the same positions of each argument,
-        factored ones written down; gives float32 [B, c]. It must not close over traced values.
+      position_loss: maps float32 logits [B, c, V] and the same positions of each argument (factored
+        ones materialised) to float32 [B, c]. It must not close over traced values.
       logits: [B, L, V].
       *args: arrays [B, L, ..] or logits.
-      num_rows: the first rows that count, where the others are padding; all of them by default.
+      num_rows: number of leading rows that count, the others being padding; all rows by default.
 
     Returns:
       float32 scalar.
@@ -245,13 +243,13 @@ def _fused_mean_forward(position_loss, num_rows, logits, args):
         dlogits_BcV, values_P = jax.grad(summed, has_aux=True)(logits_BcV)
         if logits.temperature is not None:
             dlogits_BcV = dlogits_BcV / logits.temperature
-        # A sum over positions as a product: the CPU compiler's own sum takes thirty times as long.
+        # Sum over positions as a matrix product: on CPUs, XLA's own reduction is 30 times slower.
         dlogits_PRV = shards.split(dlogits_BcV)
         ones_P1R = jnp.ones((shards.count, 1, dlogits_PRV.shape[1]))
         dbias_P1V = jnp.matmul(ones_P1R, dlogits_PRV, precision=jax.lax.Precision.HIGHEST)
         dlogits_BcV = dlogits_BcV.astype(logits.dtype)
         dfeatures_BcD = _contract(dlogits_BcV, kernel_DV, (2,), (1,))
-        # Transposing the narrow factor lets the product read the wide one in order.
+        # Transpose the narrow factor so that the product reads the wide one in memory order.
         features_PDR = jnp.swapaxes(shards.split(features_BcD), 1, 2)
         dkernel_PDV += jnp.matmul(
             features_PDR, shards.split(dlogits_BcV), preferred_element_type=jnp.float32
@@ -262,7 +260,7 @@ def _fused_mean_forward(position_loss, num_rows, logits, args):
     zeros = [jnp.zeros((shards.count, *x.shape)) for x in (jnp.zeros(()), kernel_DV, logits.bias_V)]
     sums, dfeatures = _scan_chunks(chunk, shards.constrain(tuple(zeros)), num_rows, logits, args)
     total_P, dkernel_PDV, dbias_PV = sums
-    # Spread over D first: an exchange of the size of one part, where a sum would have two.
+    # Reduce-scatter over D: communicates the size of one part; an all-reduce would take two.
     dkernel_PDV = rules.constrain(dkernel_PDV, "replicas", "spread", None)
     total, dkernel_DV, dbias_V = (jnp.sum(x, axis=0) for x in (total_P, dkernel_PDV, dbias_PV))
     gradients = (_Chunks(logits).join(dfeatures), rules.stored(dkernel_DV, _HEAD), dbias_V)
@@ -270,9 +268,9 @@ def _fused_mean_forward(position_loss, num_rows, logits, args):
 
 
 class _Shards:
-    """Parts of a chunk, of rows and of positions, that are summed apart until the last chunk.
+    """Partial sums per shard of rows and positions, combined after the last chunk.
 
-    Spread over the devices of a mesh, a single sum would have to be exchanged at each chunk.
+    On a mesh, a single sum would need communication for every chunk.
     """
 
     def __init__(self, num_rows: int):
@@ -289,7 +287,7 @@ class _Shards:
         return jnp.swapaxes(x, 1, 2).reshape(self.count, -1, width)
 
     def constrain(self, sums_P):
-        """Each part's sums where the part is."""
+        """Shard the sums like their parts."""
         return jax.tree.map(lambda x: rules.constrain(x, "parts"), sums_P)
 
 
@@ -315,15 +313,15 @@ _fused_mean.defvjp(_fused_mean_forward, _fused_mean_backward)
 
 
 class _Chunks:
-    """Cuts [B, L, ..] into chunks of positions [chunks, B, L/chunks, ..].
+    """Splits [B, L, ..] into chunks of positions [chunks, B, L/chunks, ..].
 
-    Along the length, not the rows: where these are spread over devices, each holds its share of
-    every chunk.
+    Chunks are along the length because rows may be sharded: each device has its share of every
+    chunk.
     """
 
     def __init__(self, logits: Factored):
         self._batch, self.length, vocab_size = logits.shape
-        # The batch of an exported program is a symbol; its chunks are cut as for one row.
+        # An exported program has a symbolic batch size; use the chunks for one row.
         num_rows = self._batch if isinstance(self._batch, int) else 1
         held = self.length
         if logits.chunk_size:
@@ -346,7 +344,7 @@ class _Chunks:
 
 
 def _scan_chunks(step, carry, num_rows, logits, args):
-    """Scans step(carry, (features, whether a position counts, parts of args)) over the chunks."""
+    """Scan step(carry, (features, mask of positions that count, parts of args)) over chunks."""
     chunks = _Chunks(logits)
     rows_B1 = (jnp.arange(logits.shape[0]) < num_rows)[:, None]
     counts_NBc = chunks.split(jnp.broadcast_to(rows_B1, logits.shape[:2]))
@@ -355,7 +353,7 @@ def _scan_chunks(step, carry, num_rows, logits, args):
 
 
 def _written_down(args, parts):
-    """The chunk `parts` of the arguments, logits instead of features where they are factored."""
+    """Return the chunk `parts` of the arguments, with factored logits materialised."""
     return [
         _multiply(x, part) if isinstance(x, Factored) else part
         for x, part in zip(args, parts, strict=True)
@@ -366,7 +364,7 @@ _HEAD = "head/kernel"
 
 
 def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
-    """The logits of some features, float32 [B, c, V]; the head is that of `gathered`."""
+    """Return the logits of some features, float32 [B, c, V]; `logits` comes from `gathered`."""
     features_BcD = rules.constrain(features_BcD.astype(logits.dtype), "rows", "positions", None)
     logits_BcV = _contract(features_BcD, logits.kernel_DV, (2,), (0,))
     logits_BcV = logits_BcV + logits.bias_V.astype(jnp.float32)[None, None]
@@ -378,7 +376,7 @@ def _multiply(logits: Factored, features_BcD: jax.Array) -> jax.Array:
 def _contract(
     a: jax.Array, b: jax.Array, axes_a: Sequence[int], axes_b: Sequence[int]
 ) -> jax.Array:
-    """Sums over the named axes, as one matrix product, accumulated in float32."""
+    """Contract the given axes in one matrix product, accumulated in float32."""
     return jax.lax.dot_general(
         a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=jnp.float32
     )

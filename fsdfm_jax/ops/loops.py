@@ -1,10 +1,10 @@
-"""Loops of the compiler that are none where there is one step."""
+"""`lax.scan` and `lax.map` that skip the loop for length 1."""
 
 import jax
 
 
 def scan(step, carry, inputs):
-    """`lax.scan`; a single step is taken in place, with no loop around it."""
+    """`lax.scan`; a single step is inlined."""
     if len(jax.tree.leaves(inputs)[0]) > 1:
         return jax.lax.scan(step, carry, inputs)
     carry, out = step(carry, jax.tree.map(lambda x: x[0], inputs))
@@ -12,5 +12,5 @@ def scan(step, carry, inputs):
 
 
 def map_over(fn, inputs):
-    """`lax.map` of the same kind."""
+    """`lax.map`; a single element is inlined."""
     return scan(lambda _, x: (None, fn(x)), None, inputs)[1]

@@ -1,7 +1,7 @@
-"""Meshes, and the shardings that the tables of `layout` give on them.
+"""Meshes, and the shardings that `rules` defines on them.
 
-The same tables serve the parameters, their average and the optimiser's moments, at initialisation,
-in the step, in sampling and when a checkpoint is restored.
+The same rules apply to parameters, their EMA and the optimiser's moments, at initialisation, in
+the training step, in sampling and when a checkpoint is restored.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from fsdfm_jax.parallel import rules
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the axes of `layout.AXES`, laid out by how the devices are connected.
+    """Make a mesh with the axes `rules.AXES` that follows the topology of the devices.
 
     Args:
-      config: `config.mesh`: sizes of the axes, of which one may be -1 ("what is left"), and the
-        number of `slices`, over which only rows of the batch are spread (the outermost part of
-        `data`), since the network between slices is slow.
-      devices: all of the job by default.
+      config: `config.mesh`: sizes of the axes, one of which may be -1 (inferred), and the number of
+        `slices`. Only batch rows are sharded over slices (the outermost part of `data`), since the
+        network between slices is slow.
+      devices: by default, all devices of the job.
 
     Raises:
-      ValueError: if the sizes don't multiply to the number of devices, or the slices are others.
+      ValueError: if the product of the sizes isn't the number of devices, or `slices` is wrong.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes, count, slices = [config[axis] for axis in rules.AXES], len(devices), config.slices
@@ -44,21 +44,21 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     if wrong:
         asked = ", ".join(f"mesh.{a}={s}" for a, s in zip(rules.AXES, sizes, strict=True))
         raise ValueError(
-            f"The mesh sizes ({asked}) must multiply to the {count} device(s) present, "
-            "with at most one axis given as -1."
+            f"The mesh sizes ({asked}) must multiply to the number of devices, {count}; at most "
+            "one of them may be -1."
         )
     shape = [count // known if size == -1 else size for size in sizes]
-    # Auto: Linen's modules predate explicit sharding types.
+    # Auto: Linen modules predate explicit sharding types.
     types = (AxisType.Auto,) * len(shape)
     there = {getattr(device, "slice_index", None) for device in devices}
-    # Without coordinates in a torus, slices are but hosts: their network may be as fast.
+    # Without torus coordinates, slices are just hosts, with a network that may be fast.
     if slices == 1 and len(there) > 1 and getattr(devices[0], "coords", None):
         raise ValueError(
-            f"The devices are in {len(there)} slices, with a slow network between them, and "
+            f"The devices form {len(there)} slices, with a slow network between them, but "
             f"mesh.slices=1; set mesh.slices={len(there)}."
         )
     if slices == 1:
-        # An axis may take a part of an axis of the torus, which `jax.make_mesh` refuses.
+        # A mesh axis may use a part of a torus axis, which `jax.make_mesh` doesn't allow.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         placed = _over_slices(shape, slices, devices)
@@ -66,15 +66,15 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
-    """The devices in the shape of the mesh, each slice a contiguous part of the `data` axis."""
-    # Where there are no slices, or all is one, hosts take their place.
+    """Arrange the devices so that each slice is a contiguous part of the `data` axis."""
+    # With no slices or only one, use the hosts instead.
     by_process = len({getattr(device, "slice_index", None) for device in devices}) == 1
     found = {d.process_index if by_process else d.slice_index for d in devices}
     if slices < 1 or len(found) != slices or shape[0] % slices:
         what = "processes" if by_process else "slices"
         raise ValueError(
             f"mesh.slices={slices} must be the number of {what} ({len(found)}) and divide "
-            f"mesh.data={shape[0]}; only rows of a batch are spread over slices."
+            f"mesh.data={shape[0]}; only batch rows are sharded over slices."
         )
     return mesh_utils.create_hybrid_device_mesh(
         (shape[0] // slices, *shape[1:]),
@@ -86,14 +86,14 @@ def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np
 
 
 def use(mesh: Mesh):
-    """A context in which arrays are spread over the mesh, if it has more than one device."""
+    """Return a context that shards arrays over the mesh if it has more than one device."""
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def local_mesh() -> Mesh:
-    """A mesh of this process's devices for sampling: rows spread, parameters as well.
+    """Return a mesh of this process's devices for sampling, with rows and parameters sharded.
 
-    Tokens are those of one device, so that samples stored by any number of them may be used.
+    The tokens don't depend on the number of devices, so stored samples can be reused.
     """
     devices = jax.local_devices()
     sizes = {axis: 1 for axis in rules.AXES} | {"fsdp": len(devices)}
@@ -101,15 +101,15 @@ def local_mesh() -> Mesh:
 
 
 def leaf_sharding(mesh: Mesh, path: str, leaf) -> NamedSharding:
-    """The sharding of one array or shape of the state, as `state_shardings`."""
+    """Return the sharding of one leaf of the state, as in `state_shardings`."""
     return NamedSharding(mesh, _checked_spec(mesh, path, leaf.shape))
 
 
 def state_shardings(mesh: Mesh, abstract_state):
-    """A sharding for each leaf of a tree of shapes (state, parameters), by `layout.RULES`.
+    """Return the sharding of each leaf of a tree of shapes (state, parameters), from `rules.RULES`.
 
     Raises:
-      ValueError: naming the first leaf whose shape a rule doesn't fit, the axis and the remedy.
+      ValueError: naming the first leaf whose shape doesn't fit its rule, the axis and the remedy.
     """
 
     def one(path, leaf):
@@ -123,37 +123,37 @@ def _checked_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     spec = rules.spec_for(name)
     if len(spec) > len(shape):
         raise ValueError(
-            f"The sharding rule {spec} doesn't fit {name}, which has the shape {shape}: it names "
-            "more dimensions than there are; mend layout.RULES."
+            f"The sharding rule {spec} doesn't fit {name} of shape {shape}: it has too many "
+            "dimensions; correct rules.RULES."
         )
     named = [axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes is not None]
     flat = [axis for axes in named for axis in axes]
     if len(set(flat)) < len(flat) or not set(flat) <= set(mesh.shape):
         raise ValueError(
             f"The sharding rule {spec} of {name} names an axis twice, or one that the mesh "
-            f"{dict(mesh.shape)} lacks; mend layout.RULES."
+            f"{dict(mesh.shape)} doesn't have; correct rules.RULES."
         )
     for dimension, axes in enumerate(spec):
         if shape[dimension] % _parts(mesh, axes):
             axes = axes if isinstance(axes, tuple) else (axes,)
             sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
             raise ValueError(
-                f"{name} can't be spread: dimension {dimension} of its shape {shape} doesn't "
-                f"divide by {sizes}. Choose a smaller {' or '.join(f'mesh.{a}' for a in axes)} "
+                f"{name} can't be sharded: dimension {dimension} of its shape {shape} isn't "
+                f"divisible by {sizes}. Choose a smaller {' or '.join(f'mesh.{a}' for a in axes)} "
                 "and a larger mesh.data, or another model.width."
             )
     return spec
 
 
 def put(path: str, leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-    """A parameter where sampling wants it, on the mesh of `jax.set_mesh` or the default device.
+    """Place a parameter for sampling, on the mesh of `jax.set_mesh` or the default device.
 
     Args:
-      path: of the parameter, which the rules go by.
-      leaf: its values, which are put there, or its shape, which gets that sharding.
+      path: of the parameter; selects the rule.
+      leaf: its values, or its shape, which gets the sharding.
 
-    A dimension that doesn't divide is whole on each device, where `state_shardings` refuses it: any
-    model can be sampled on any number of devices.
+    A dimension that isn't divisible is replicated (`state_shardings` raises instead), so any model
+    can be sampled on any number of devices.
     """
     mesh, place = jax.sharding.get_mesh(), None
     if not mesh.empty:
@@ -167,40 +167,40 @@ def put(path: str, leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct):
 
 
 def spread(params):
-    """`put` of all parameters in a tree."""
+    """Apply `put` to all parameters of a tree."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     return jax.tree_util.tree_map_with_path(lambda path, leaf: put(name(path), leaf), params)
 
 
 def _parts(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """How many parts a dimension over these axes is in."""
+    """Number of shards of a dimension over these axes."""
     axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch spread over the axes that share them."""
+    """Return the sharding of batch rows."""
     return NamedSharding(mesh, rules.activation_spec("rows"))
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """All of an array on each device."""
+    """Return the replicated sharding."""
     return NamedSharding(mesh, P())
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are in."""
+    """Number of shards of the batch rows."""
     return math.prod(mesh.shape[axis] for axis in rules.ACTIVATIONS["rows"])
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that this process's devices hold, in order."""
+    """Indices of the batch rows on this process's devices, in order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return sorted({row for (part,) in places.values() for row in range(batch_size)[part]})
 
 
 def place_rows(mesh: Mesh, batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The whole batch as arrays spread over the mesh, from this process's `local_rows` of it."""
+    """Make the global batch arrays from this process's `local_rows`."""
     spread, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
     at = {row: i for i, row in enumerate(rows)}
 
@@ -215,7 +215,7 @@ def place_rows(mesh: Mesh, batch_size: int, batch: dict[str, np.ndarray]) -> dic
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
-    """ValueError naming the config `key` unless rows spread evenly over the mesh."""
+    """Raise ValueError naming the config `key` unless rows shard evenly over the mesh."""
     shards = row_shards(mesh)
     if batch_size < 1 or batch_size % shards:
         sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in rules.ACTIVATIONS["rows"])
@@ -226,11 +226,11 @@ def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
 
 
 def check_heads(mesh: Mesh, num_heads: int) -> None:
-    """ValueError unless the heads of attention spread evenly over the `tensor` axis."""
+    """Raise ValueError unless the attention heads shard evenly over the `tensor` axis."""
     if num_heads % mesh.shape["tensor"]:
         raise ValueError(
             f"model.num_heads={num_heads} must be a multiple of mesh.tensor="
-            f"{mesh.shape['tensor']}: each device of that axis computes some of the heads."
+            f"{mesh.shape['tensor']}: the heads are sharded over that axis."
         )
 
 
@@ -238,8 +238,7 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
 
 
 class Placed(NamedTuple):
-    """Where a leaf of the state lies: its path, shape, dtype, spec, and bytes in all and on each
-    device."""
+    """Sharding of a leaf of the state: path, shape, dtype, spec, total bytes, bytes per device."""
 
     path: str
     shape: tuple[int, ...]
@@ -250,7 +249,7 @@ class Placed(NamedTuple):
 
 
 def describe(mesh: Mesh, abstract_state) -> list[Placed]:
-    """Where each leaf of a tree of shapes lies on a mesh, by `state_shardings`."""
+    """Describe the sharding of each leaf of a tree of shapes, from `state_shardings`."""
     shardings = jax.tree.leaves(state_shardings(mesh, abstract_state))
     leaves = jax.tree_util.tree_leaves_with_path(abstract_state)
     return [
@@ -267,7 +266,7 @@ def describe(mesh: Mesh, abstract_state) -> list[Placed]:
 
 
 def report(mesh: Mesh, abstract_state: Any) -> str:
-    """A table of where each leaf lies, with bytes on each device, and what is held by all."""
+    """Return a table of the sharding of each leaf, with bytes per device and replicated bytes."""
     placed = describe(mesh, abstract_state)
     width = max(len(leaf.path) for leaf in placed)
     lines = [f"mesh {dict(mesh.shape)}, {mesh.size} device(s)"]

@@ -1,8 +1,8 @@
-"""Several processes as one job: how they find each other, wait for each other and stop together.
+"""Multi-process jobs: joining, waiting for each other and stopping together.
 
-Every process runs the same program on the devices of its host. The working directory is one folder
-that all of them see; only the first process writes files there, checkpoints aside, of which each
-process writes its part.
+Every process runs the same program on the devices of its host. The working directory is shared.
+Only the first process writes files there, except for checkpoints, of which each process writes its
+part.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from jax.sharding import PartitionSpec as P
 
 T = TypeVar("T")
 
-# Of a program that was asked to end (SIGTERM), as shells count: 128 + 15.
+# Exit code of a program that was stopped by SIGTERM: 128 + 15, as in a shell.
 STOPPED = 143
 
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
-# Longer than anything that one process does alone, as preparing text or evaluating.
+# Longer than any work of a single process, such as preparing text or evaluating.
 _BARRIER_SECONDS = 30 * 24 * 3600
 
 
 class Stopped(SystemExit):
-    """The job was asked to end and has saved what it had."""
+    """The job received a request to stop and has saved its state."""
 
     def __init__(self, message: str):
         super().__init__(STOPPED)
@@ -45,37 +45,37 @@ class Stopped(SystemExit):
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of a job; to be called before anything asks for a device.
+    """Join the processes of a job. Call this before using any device.
 
     Args:
-      coordinator: "HOST:PORT" of the first process; None where JAX knows the cluster (TPU pods,
+      coordinator: "HOST:PORT" of the first process; None if JAX detects the cluster (TPU pods,
         SLURM, Open MPI, GKE).
-      num_processes, process_id: how many there are, and which one this is; as above.
+      num_processes, process_id: their number, and the index of this one; None as above.
 
     Raises:
-      ValueError: if they can't find each other, with JAX's reason.
+      ValueError: if they can't connect, with JAX's reason.
     """
-    # JAX's own notifier would swallow SIGTERM outside of training loops too.
+    # JAX's own notifier would also swallow SIGTERM outside training loops.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The processes of the job can't be joined ({error}). Where the cluster isn't known to "
-            "JAX, give --coordinator=HOST:PORT --num_processes=N --process_id=I; on a lone host "
-            "leave --distributed out."
+            f"The processes of the job can't connect ({error}). If JAX doesn't detect the cluster, "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=I; on a single host, "
+            "omit --distributed."
         ) from error
 
 
 def is_joined() -> bool:
-    """Whether this process is one of a job, see `initialize`."""
+    """Return whether this process has joined a job, see `initialize`."""
     return jax.distributed.is_initialized()
 
 
 def leave(code: int) -> None:
-    """Ends this process of a job at once: the others, which can't go on alone, see it gone.
+    """Exit immediately in a multi-process job, so that the other processes notice.
 
-    An ordinary exit waits minutes for them. Nothing in a lone process.
+    A normal exit would wait minutes for them. Does nothing in a single process.
     """
     if is_joined():
         sys.stdout.flush()
@@ -84,16 +84,16 @@ def leave(code: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes the files that are written once."""
+    """Return whether this is the process that writes shared files."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the job is here, be it days; nothing in a lone process."""
+    """Wait, for days if needed, until every process of the job gets here."""
     if jax.process_count() == 1:
         return
-    # JAX has no public wait on hosts: `sync_global_devices` waits on the devices, whose
-    # collectives give up after seconds (CPU) or block the accelerator. Orbax has one.
+    # JAX has no public barrier for hosts: `sync_global_devices` waits on devices, whose
+    # collectives time out after seconds (CPU) or block the accelerator. Orbax has one.
     from orbax.checkpoint import v1 as ocp
 
     wait = ocp.multihost.sync_global_processes
@@ -101,7 +101,7 @@ def barrier(name: str) -> None:
 
 
 def everyone_says(text: str) -> list[str]:
-    """The `text` of each process, cut to 2000 bytes; all of them call."""
+    """Gather the `text` of each process, truncated to 2000 bytes; all processes must call."""
     if jax.process_count() == 1:
         return [text]
     said = np.zeros(2000, np.uint8)
@@ -112,16 +112,17 @@ def everyone_says(text: str) -> list[str]:
 
 
 def together(action: Callable[[], T], *kinds: type[Exception]) -> T:
-    """`action()` in every process; where it raises in one, all of them raise.
+    """Run `action()` in every process; if it raises in one, raise in all.
 
     Args:
-      action: what each process does alone.
-      kinds: what the others raise as the kind it is, the mildest first; else they raise OSError.
+      action: must not communicate with other processes.
+      kinds: exception types that the other processes raise as such, mildest first; for any other
+        type they raise OSError.
     """
     value, error, rank = None, None, ""
     try:
         value = action()
-    except jax.errors.JaxRuntimeError:  # another process is gone: nobody is there to be told
+    except jax.errors.JaxRuntimeError:  # another process is gone: no communication possible
         raise
     except Exception as raised:
         error = raised
@@ -138,10 +139,10 @@ def together(action: Callable[[], T], *kinds: type[Exception]) -> T:
 
 
 def from_first(action: Callable[[], Iterable[int]]) -> list[int]:
-    """The integers (int32) that `action()` gives in the first process, in all of them.
+    """Return the int32 values of the first process's `action()` in all processes.
 
-    What decides how all go on is looked up by one: a folder that several hosts share need not look
-    the same to all at one moment. Where it raises, all raise: OSError in the other processes.
+    Decisions are made by one process because hosts may see different states of a shared folder at
+    the same moment. If `action` raises, all processes raise, the others OSError.
     """
     values = together(lambda: list(action()) if is_first() else [])
     if jax.process_count() > 1:
@@ -152,10 +153,10 @@ def from_first(action: Callable[[], Iterable[int]]) -> list[int]:
 
 
 def _everyones(row: np.ndarray) -> np.ndarray:
-    """The arrays [..] of all processes [processes, ..], of one shape and type in each.
+    """Gather an array [..] of equal shape and dtype from each process, [processes, ..].
 
-    Unlike `multihost_utils.process_allgather` it waits for every device of this process, not for
-    its first: who ends while a collective is on its way leaves the others waiting for ever.
+    Unlike `multihost_utils.process_allgather`, it waits for every device of this process, not just
+    the first: exiting during a collective leaves the others waiting for ever.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.reshape(devices, (jax.process_count(), -1)), ("process", "device"))
@@ -171,7 +172,7 @@ def _same(rows: jax.Array) -> jax.Array:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C as a wish that a loop grants between two steps; a second ends at once.
+    """Turns SIGTERM or Ctrl-C into a stop between two steps; a second signal exits immediately.
 
         with StopRequest(mesh) as request:
             for ...:
@@ -180,11 +181,11 @@ class StopRequest:
                 if request.granted(agreed):   # a step later, the same in all processes
                     save; raise Stopped
 
-    Outside of such a loop both end a program as they always do.
+    Outside such a loop both signals have their usual effect.
     """
 
     def __init__(self, mesh: Mesh):
-        self._asked = 0  # the signal that asked for it
+        self._asked = 0  # the signal received, if any
         self._undo = lambda: None
         self._mesh = mesh
         spread = NamedSharding(mesh, P(mesh.axis_names))
@@ -196,10 +197,10 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         try:
             handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        except ValueError:  # not the main thread: whoever runs us handles signals
+        except ValueError:  # not the main thread: the caller handles signals
             return self
-        # Python calls a handler between two instructions of the main thread, which may be waiting
-        # for a device that a lost host keeps busy. The number of a signal is written at once.
+        # Python runs a handler between two instructions of the main thread, which may be blocked on
+        # a device that waits for a lost host. The wakeup fd gets the signal number immediately.
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         wakeup = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
@@ -219,7 +220,7 @@ class StopRequest:
     def __exit__(self, exc_type, *exc_info) -> None:
         self._undo()
         if self._asked and exc_type is None:
-            # It came after the last `ask`: all is saved, what follows need not begin.
+            # It came after the last `ask`: everything is saved, so don't start anything else.
             signal.raise_signal(self._asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -228,33 +229,33 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """What asked for it, for messages."""
+        """Name of the signal, for messages."""
         return _SIGNALS.get(self._asked, _SIGNALS[signal.SIGTERM])
 
     def ask(self) -> bool | jax.Array:
-        """Whether any process was told to stop; over several processes computed on the devices."""
+        """Return whether any process got a signal; several processes compute it on devices."""
         if jax.process_count() == 1:
             return bool(self._asked)
-        # What each process knows, in the places of its devices; the others' aren't looked at.
+        # Each process fills in the entries of its own devices; the other entries are ignored.
         return self._any(self._place(np.full(self._mesh.size, bool(self._asked), np.int32)))
 
     def granted(self, agreed: bool | jax.Array) -> bool:
-        """The answer to an `ask`, waited for on all devices, see `_everyones`."""
+        """Wait for the result of an `ask` on all devices, see `_everyones`."""
         return bool(jax.block_until_ready(agreed))
 
 
 def _listen(receiver: int) -> None:
-    """Answers the signals whose numbers come out of a pipe, until it is closed."""
+    """Respond to signal numbers from a pipe until it is closed."""
     asked = 0
     while numbers := os.read(receiver, 64):
         for name in (_SIGNALS[number] for number in numbers if number in _SIGNALS):
             asked += 1
             if asked == 1:
-                # Without a lock: the signal may have come while a line was being logged.
-                said = f"{name}: saves after this step, then ends; again to end at once.\n"
+                # os.write takes no lock: the signal may have interrupted logging.
+                said = f"{name}: saving after this step, then exiting; repeat to exit at once.\n"
                 os.write(2, said.encode())
             else:
-                # No clean-up: the one who asks twice wants it gone, and a kill is survived.
-                os.write(2, f"Second {name}: ends at once.\n".encode())
+                # No clean-up: a second signal means now, and training survives a kill.
+                os.write(2, f"Second {name}: exiting at once.\n".encode())
                 os._exit(STOPPED)
     os.close(receiver)

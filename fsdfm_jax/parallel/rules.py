@@ -1,17 +1,17 @@
-"""Where arrays lie on a mesh: one table for parameters, one for activations.
+"""Sharding rules: one table for parameters, one for activations.
 
 Axes of the mesh, outermost first:
 
-    data     rows of a batch; parameters are held by each
-    fsdp     rows of a batch as well; parameters are spread, and gathered where they are used
-    tensor   heads of attention, hidden channels of the MLP, positions before the vocabulary head
+    data     batch rows; parameters are replicated
+    fsdp     batch rows; parameters are sharded, and all-gathered for use
+    tensor   attention heads, hidden channels of the MLP, positions at the vocabulary head
 
-`RULES` goes by a parameter's path and so covers whatever mirrors the parameters: their average, the
-optimiser's moments, frozen weights. The network names what it computes by `ACTIVATIONS`. Without a
-mesh (`jax.set_mesh`) all of this is nothing.
+`RULES` matches parameter paths, so it also covers everything that mirrors the parameters: their
+EMA, the optimiser's moments, frozen weights. The network refers to activations by the names in
+`ACTIVATIONS`. Without a mesh (`jax.set_mesh`) the rules have no effect.
 
-The vocabulary is never split: the sizes of published ones have no small divisors, and the head
-works position by position, so that positions are what the `tensor` axis shares there.
+The vocabulary is never sharded, since published vocabulary sizes have no small divisors. The head
+works position by position, so the `tensor` axis shards positions there.
 """
 
 import functools
@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
-# (pattern searched in the leaf's path, spec); the first match counts. Stacked parameters of blocks
-# have a leading axis of N. What no rule names is small (norms, biases, embedders) and held by each.
+# (pattern searched in the leaf's path, spec); the first match applies. Stacked block parameters
+# have a leading axis N. Everything else is small (norms, biases, embedders) and replicated.
 _SPREAD = ("tensor", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
     (r"vocab_embed/(embedding|positions)$", P(None, _SPREAD)),
@@ -40,40 +40,40 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*", P()),
 )
 
-# Names of the dimensions of activations, and the axes they are spread over.
+# Names of activation dimensions, and the mesh axes they are sharded over.
 ACTIVATIONS: dict[str | None, str | tuple[str, ...] | None] = {
     "rows": ("data", "fsdp"),
     "heads": "tensor",
     "hidden": "tensor",
     "positions": "tensor",
-    "parts": AXES,  # of sums over rows and positions
-    "replicas": "data",  # rows, or such parts, where the other axes spread another dimension
+    "parts": AXES,  # partial sums over rows and positions
+    "replicas": "data",  # rows or partial sums, when the other axes shard another dimension
     "spread": _SPREAD,
     None: None,
 }
 
 
 def spec_for(path: str) -> P:
-    """The partition spec of the leaf at `path` ("params/blocks/q_proj/kernel")."""
+    """Return the partition spec of the leaf at `path` ("params/blocks/q_proj/kernel")."""
     return next(spec for pattern, spec in RULES if re.search(pattern, path))
 
 
 def activation_spec(*names: str | None) -> P:
-    """The partition spec of an activation whose dimensions have these names."""
+    """Return the partition spec of an activation with these dimension names."""
     return P(*(ACTIVATIONS[name] for name in names))
 
 
 def shards(name: str) -> int:
-    """How many parts a dimension of activations is in, on the mesh of this trace; 1 without one."""
+    """Number of shards of an activation dimension on the current mesh; 1 without a mesh."""
     mesh, axes = jax.sharding.get_abstract_mesh(), ACTIVATIONS[name] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out by the names of its first dimensions; values don't change.
+    """Constrain the sharding of `x` by the names of its leading dimensions.
 
-    A dimension that doesn't divide (a single row) is left to the compiler.
+    A dimension that isn't divisible (a single row) is left to the compiler.
     """
     if not _is_spread():
         return x
@@ -85,7 +85,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def pad_rows(x: jax.Array) -> jax.Array:
-    """A part of a batch with its last row repeated until the rows spread evenly over the mesh."""
+    """Pad a part of a batch by repeating its last row until rows shard evenly over the mesh."""
     missing = -x.shape[0] % shards("rows")
     if missing:
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge")
@@ -93,14 +93,13 @@ def pad_rows(x: jax.Array) -> jax.Array:
 
 
 def gather(weight: jax.Array, path: str) -> jax.Array:
-    """A parameter as it is used: whole, but for what the `tensor` axis splits.
+    """All-gather a parameter for use; only the `tensor` axis stays sharded.
 
-    Its gradient goes back to where the parameter lies, so that it is summed over rows and spread in
-    one exchange.
+    The gradient gets the sharding of the stored parameter: one reduce-scatter over rows.
 
     Args:
-      weight: the parameter, or that of one block out of a stack.
-      path: of the parameter, which the rules go by.
+      weight: the parameter, or one block's part of a stacked one.
+      path: of the parameter; selects the rule.
     """
     if not _is_spread():
         return weight
@@ -111,12 +110,12 @@ def gather(weight: jax.Array, path: str) -> jax.Array:
 
 
 def stored(gradient: jax.Array, path: str) -> jax.Array:
-    """The gradient of a whole parameter, summed and spread as the parameter lies."""
+    """Shard the gradient of a whole parameter like the parameter."""
     return _constrain(gradient, spec_for(path)) if _is_spread() else gradient
 
 
 def like_parameters(tree):
-    """A tree that mirrors the parameters, as a gradient does, spread as they lie."""
+    """Shard a tree that mirrors the parameters, such as a gradient, like the parameters."""
 
     def one(path, leaf):
         return stored(leaf, jax.tree_util.keystr(path, simple=True, separator="/"))

@@ -1,7 +1,7 @@
-"""The autoregressive baseline of the same blocks, also the in-house judge.
+"""The autoregressive baseline: same blocks as the diffusion network, also the in-house judge.
 
-Blocks of text have no BOS; the end-of-document token stands before the first position instead, so
-that every token of a block is predicted and counted.
+Blocks of text have no BOS. The end-of-document token is the first input instead, so that every
+token of a block is predicted and counted.
 """
 
 import jax
@@ -19,7 +19,7 @@ from fsdfm_jax.stages.base import Stage, start_fresh
 
 
 def shift_right(x1_BL: jax.Array, eos_id: int) -> jax.Array:
-    """The network's input: x1 moved by one position, `eos_id` first; int [B, L]."""
+    """Shift x1 right by one position, with `eos_id` first: the network's input, int [B, L]."""
     first_B1 = jnp.full_like(x1_BL[:, :1], eos_id)
     return jnp.concatenate([first_B1, x1_BL[:, :-1]], axis=1)
 
@@ -27,7 +27,7 @@ def shift_right(x1_BL: jax.Array, eos_id: int) -> jax.Array:
 def predict_next(
     params: Params, model: ModelConfig, eos_id: int, x1_BL: jax.Array, *, key=None
 ) -> Logits:
-    """Logits of each token given those before it, [B, L, V]; `key` switches dropout on."""
+    """Logits of each token given the preceding ones, [B, L, V]; `key` enables dropout."""
     return model_lib.predict(params, model, shift_right(x1_BL, eos_id), key=key)
 
 
@@ -39,13 +39,13 @@ def token_losses(
     *,
     num_tokens: int | None = None,
 ) -> jax.Array:
-    """-log p(token | tokens before it), float32 [B, L], nats.
+    """-log p(token | preceding tokens), float32 [B, L], nats.
 
     Args:
       params, model: of a causal network.
-      eos_id: stands before the first position.
+      eos_id: input of the first position.
       x1_BL: int [B, L].
-      num_tokens: ids of text, where the vocabulary has a mask token after them, which is no text.
+      num_tokens: number of text ids; excludes a mask token at the end of the vocabulary.
     """
 
     def loss(logits_BLV, x1_BL):
@@ -55,7 +55,7 @@ def token_losses(
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; `config` holds only the optimiser's keys."""
+    """Make the stage; `config` has only the keys of the optimiser."""
     del config
 
     def loss(params, frozen, key, batch):

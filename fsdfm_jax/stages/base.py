@@ -1,12 +1,12 @@
-"""The training stages: what each of them learns, as pure functions behind one signature.
+"""The training stages, as pure functions with one signature.
 
-    pretrain        data, all times            eq. 3.8         the base model
-    step_aware      data, all step budgets     eq. 4.4         learns to work with any budget
-    distill         data and shortcut teacher  eq. 4.5         makes each step larger
-    refine          its own steps, the base    flow/matching   tunes how each step moves
-    autoregressive  data, left to right        cross-entropy   baseline and judge
+    pretrain        data, all times               eq. 3.8         trains the base model
+    step_aware      data, all step budgets        eq. 4.4         conditions on the step width
+    distill         data and shortcut teacher     eq. 4.5         makes steps larger
+    refine          own samples and base model    flow/matching   tunes how each step moves
+    autoregressive  data, left to right           cross-entropy   baseline and judge
 
-Equations of arXiv:2509.20624. `make_stage` is the way in; the training loop is shared
+Equations of arXiv:2509.20624. The entry point is `make_stage`; all stages share one training loop
 (fsdfm_jax/training/loop.py).
 """
 
@@ -31,12 +31,12 @@ Batch = dict[str, jax.Array]
 
 
 class Frozen(NamedTuple):
-    """Weights that a loss reads and doesn't train.
+    """Weights that a loss reads but doesn't train.
 
     Attributes:
-      average: the running average of the weights in training: the teacher of `distill`.
-      needed: `Stage.needs` with weights in place of names.
-      partner: where two networks are trained in turns, the one whose turn it isn't.
+      average: the EMA of the weights in training, the teacher of `distill`.
+      needed: `Stage.needs` with weights instead of names.
+      partner: when two networks are trained alternately, the other one.
     """
 
     average: Params
@@ -44,7 +44,7 @@ class Frozen(NamedTuple):
     partner: Params | None = None
 
 
-# In `Stage.needs`: the run that the stage starts from.
+# In `Stage.needs`: the run that the stage is initialised from.
 BASE = "base"
 
 
@@ -52,14 +52,14 @@ Loss = Callable[[Params, Frozen, jax.Array, Batch], tuple[jax.Array, dict[str, j
 
 
 class Auxiliary(NamedTuple):
-    """A second network, trained in turns with the first, that only the training uses.
+    """A second network, trained alternately with the first and used only in training.
 
     It has the shape of the first and starts from the same weights.
 
     Attributes:
-      loss: as `Stage.loss`; each of the two losses reads the other network, `Frozen.partner`.
-      updates: of it before each update of the first.
-      learning_rate: in units of the stage's.
+      loss: as `Stage.loss`; each of the two losses reads the other network as `Frozen.partner`.
+      updates: its number of updates per update of the first network.
+      learning_rate: as a multiple of the stage's learning rate.
     """
 
     loss: Loss
@@ -73,13 +73,11 @@ class Stage(NamedTuple):
     Attributes:
       name: one of `NAMES`.
       model: its network.
-      init_params: (key, base) -> params; `base` are the weights of the stage it starts from, or
-        None.
-      loss: (params, frozen, key, batch) -> (scalar, metrics); `frozen` is a `Frozen`, never
-        differentiated; metrics are scalars and hold "loss".
-      needs: runs of base models whose weights the loss reads, by the key of the config that names
-        them: names, folders or `BASE`.
-      auxiliary: a second network that is trained along; None for none.
+      init_params: (key, base) -> params; `base` is the weights that the stage starts from, or None.
+      loss: (params, frozen, key, batch) -> (scalar, metrics). `frozen` is a `Frozen` and gets no
+        gradient; metrics are scalars and include "loss".
+      needs: base models whose weights the loss reads: config key -> run name, folder or `BASE`.
+      auxiliary: a second network trained alongside, or None.
     """
 
     name: str
@@ -93,13 +91,13 @@ class Stage(NamedTuple):
 def model_config(
     name: str, model: ConfigDict, *, vocab_size: int, block_length: int = 0
 ) -> ModelConfig:
-    """The network of a stage from `config.model`.
+    """Return the network of a stage, from `config.model`.
 
     Args:
       name: of the stage.
       model: `config.model`.
-      vocab_size: V, the mask token included where there is one.
-      block_length: L, which only learned positions need.
+      vocab_size: V, including the mask token if there is one.
+      block_length: L, needed only for learned positions.
     """
     return ModelConfig(
         vocab_size=vocab_size,
@@ -121,7 +119,7 @@ def model_config(
 
 
 def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
-    """The stage that a pipeline names.
+    """Make a stage by name.
 
     Args:
       name: one of `NAMES`.
@@ -130,7 +128,7 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
       process: from `make_process`.
 
     Raises:
-      ValueError: for an unknown name or values the stage can't use.
+      ValueError: for an unknown name or invalid values.
     """
     if name not in NAMES:
         raise ValueError(f"Unknown stage {name!r}; expected one of {', '.join(NAMES)}.")
@@ -151,7 +149,7 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
 
 
 def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
-    """`init_params` of a stage that starts from random weights, or goes on from given ones."""
+    """`init_params` of a stage that starts from random weights or from given ones."""
 
     def init_params(key, base):
         fresh = model_lib.init_params(key, model)
@@ -161,18 +159,17 @@ def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Para
 
 
 def start_from_base(name: str, model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:
-    """`init_params` of a few-step stage: base weights plus a fresh step conditioning.
+    """`init_params` of a few-step stage: base weights plus fresh step conditioning.
 
-    The returned function raises ValueError without base weights: few steps distilled from random
-    weights are random text, however well the loss goes down.
+    The returned function raises ValueError without base weights: distilling random weights gives
+    random text, even if the loss decreases.
     """
 
     def init_params(key, base):
         if base is None:
             raise ValueError(
-                f"Stage {name!r} starts from trained base weights and none were given; put "
-                f"'pretrain' before it in the pipeline, or set {name}.init_from to a stage "
-                "that has been trained."
+                f"Stage {name!r} needs trained base weights, got none; put 'pretrain' before it "
+                f"in the pipeline, or set {name}.init_from to a trained stage."
             )
         return model_lib.add_conditioning(base, model_lib.init_params(key, model))
 

@@ -1,11 +1,10 @@
-"""Second few-step stage: big steps learn from a shortcut teacher.
+"""Second few-step stage: large steps learn from a shortcut teacher.
 
 Source: arXiv:2509.20624 eq. 4.5 and Algorithm 1.
 
-The teacher is the running average of the student itself, taking two (Heun) or four (RK-4)
-evaluations at half the width. Only widths below tau see data; every other width is anchored to them
-through the chain of halvings. With guidance the fine widths learn from two base models in place of
-data, see `few_step.guided`.
+The teacher is the EMA of the student, evaluated two (Heun) or four (RK-4) times at half the width.
+Only widths below tau are trained on data; larger widths depend on them through repeated halving.
+With guidance, the fine widths learn from two base models instead of data, see `few_step.guided`.
 """
 
 from ml_collections import ConfigDict
@@ -17,16 +16,15 @@ from fsdfm_jax.stages.base import BASE, Stage, start_from_base
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads the budget, teacher and guidance keys of its config.
+    """Make the stage; read the budget, teacher and guidance keys of its config.
 
     Raises:
-      ValueError: for a guidance without a weaker model, or the other way round.
+      ValueError: if only one of `guidance` and `guide` is set.
     """
     if bool(config.guidance) != bool(config.guide):
         raise ValueError(
-            f"distill.guidance={config.guidance} and distill.guide={config.guide!r} go together: "
-            "the weight of the guidance, and the weaker base model that it leads away from; 0 and "
-            "'' for none."
+            f"Set both distill.guidance={config.guidance} (the weight) and "
+            f"distill.guide={config.guide!r} (the weaker base model), or neither (0 and '')."
         )
     below, above = few_step.split_budgets(config, "distill")
     few_step.rows_of_path(config.batch_size // config.accumulate, below, above)

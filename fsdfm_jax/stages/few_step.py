@@ -1,13 +1,13 @@
-"""The loss that the few-step stages share: path loss on fine steps, distillation on coarse.
+"""The loss of the few-step stages: path loss for fine steps, distillation for coarse ones.
 
     loss = E_h [ 1{h < tau} path(h) + 1{h >= tau} distillation(h) ]          eq. 4.5
 
-On data, path(h) is the path loss of eq. 4.4, or the cross-entropy at all positions, which has the
-same minimiser (see fsdfm_jax/stages/pretrain.py).
+path(h) is the path loss of eq. 4.4, or the cross-entropy at all positions, which has the same
+minimiser (see fsdfm_jax/stages/pretrain.py).
 
-The two parts are strata of the batch with a fixed number of rows each, weighted by their exact
-probabilities: unbiased, of lower variance than drawing each row's part, and no row pays for a
-network call whose result it wouldn't use.
+The two parts are strata of the batch with fixed numbers of rows, weighted by their exact
+probabilities. This is unbiased, has lower variance than drawing the part of each row, and wastes no
+network call.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from fsdfm_jax.stages.base import Frozen
 
 
 class PathTerm(NamedTuple):
-    """The part trained on data: its budgets, its loss, and the weight of the path loss.
+    """The part trained on data: budgets, loss, and rate of the path loss.
 
-    With `guidance` above 0 it is trained on the posterior of `guided` instead.
+    With `guidance` > 0 its target is the posterior of `guided` instead.
     """
 
     budgets: Budgets
@@ -47,7 +47,7 @@ class PathTerm(NamedTuple):
 
 
 class TeacherTerm(NamedTuple):
-    """The part trained on the shortcut teacher: its budgets, how it moves and is compared."""
+    """The part trained on the shortcut teacher: budgets, quadrature, jump and divergence."""
 
     budgets: Budgets
     rule: Quadrature
@@ -57,7 +57,7 @@ class TeacherTerm(NamedTuple):
 
 
 def read_budgets(config: ConfigDict) -> Budgets:
-    """The step budgets of a stage's config."""
+    """Return the step budgets of a stage's config."""
     return make_budgets(
         max_log2_steps=config.max_log2_steps,
         weights=config.width_weights,
@@ -66,22 +66,22 @@ def read_budgets(config: ConfigDict) -> Budgets:
 
 
 def read_path_term(config: ConfigDict, budgets: Budgets) -> PathTerm:
-    """The path term of a config on (a part of) its budgets."""
+    """Return the path term of a config on (a part of) its budgets."""
     return PathTerm(budgets, config.loss, config.rate, config.rate_floor)
 
 
 def guided(strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float) -> jax.Array:
-    """A base model's posterior, pushed away from that of a weaker one, as logits [B, L, V]:
+    """Autoguidance (arXiv:2406.02507): logits [B, L, V] extrapolated away from a weaker model.
 
         log p = strong + w (strong - weak) + const
 
-    of log-probabilities (autoguidance, arXiv:2406.02507). What both models get wrong, the weaker
-    one gets wrong worse: samples improve at the same entropy. A student of this posterior needs no
-    further network call when it samples (guidance distillation, arXiv:2210.03142).
+    in log-probabilities. The weaker model makes the same errors, but larger, so samples improve at
+    equal entropy. A student distilled from this posterior needs no extra network call at sampling
+    time (guidance distillation, arXiv:2210.03142).
 
     Args:
       strong_BLV, weak_BLV: logits, float [B, L, V].
-      guidance: w.
+      guidance: w; 0 disables it.
     """
     strong_BLV = jax.nn.log_softmax(strong_BLV, axis=-1)
     push_BLV = strong_BLV - jax.nn.log_softmax(weak_BLV, axis=-1)
@@ -89,23 +89,23 @@ def guided(strong_BLV: jax.Array, weak_BLV: jax.Array, *, guidance: float) -> ja
 
 
 def split_budgets(config: ConfigDict, name: str) -> tuple[Budgets, Budgets]:
-    """The budgets trained on data (h < tau) and those trained on the teacher (eq. 4.5).
+    """Split the budgets into those trained on data (h < tau) and on the teacher (eq. 4.5).
 
     Raises:
-      ValueError: if no width is trained on data: nothing would tie the teacher to the text.
+      ValueError: if no width is trained on data, which would leave the teacher without a target.
     """
     budgets = read_budgets(config)
     below, above = budgets.split(config.tau)
     if not below.log2_steps:
         raise ValueError(
-            f"{name}.tau={config.tau} leaves no step width to be trained on data; the finest is "
-            f"2^-{budgets.finest} = {2.0**-budgets.finest} and must be below tau."
+            f"{name}.tau={config.tau} leaves no step width for training on data; the finest, "
+            f"2^-{budgets.finest} = {2.0**-budgets.finest}, must be below tau."
         )
     return below, above
 
 
 def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) -> TeacherTerm:
-    """The teacher term of a config on (a part of) its budgets; ValueError for unknown values."""
+    """Return the teacher term of a config on its budgets; ValueError for unknown values."""
     rule = jumps.get_rule(config.teacher_jump)
     if config.teacher_end == "posterior_draw":
         rule = jumps.with_posterior_end(rule)
@@ -125,7 +125,7 @@ def read_teacher_term(config: ConfigDict, budgets: Budgets, process: Process) ->
 
 
 def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
-    """Rows of a batch that get the path loss: in proportion, at least one a part.
+    """Number of rows with the path loss: proportional to its share, at least one per part.
 
     Raises:
       ValueError: if the batch has fewer rows than parts.
@@ -133,8 +133,8 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
     parts = bool(path.log2_steps) + bool(taught.log2_steps)
     if batch_size < parts:
         raise ValueError(
-            f"A batch of {batch_size} row(s) can't hold {parts} parts of the loss; raise the "
-            "stage's batch_size, or lower its accumulate."
+            f"A batch of {batch_size} row(s) is too small for {parts} parts of the loss; raise the "
+            "stage's batch_size or lower its accumulate."
         )
     if parts == 2:
         return min(max(round(batch_size * path.share), 1), batch_size - 1)
@@ -144,10 +144,10 @@ def rows_of_path(batch_size: int, path: Budgets, taught: Budgets) -> int:
 def make_loss(
     model: ModelConfig, process: Process, path: PathTerm, taught: TeacherTerm | None
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """The blended loss as a `Stage.loss`; without `taught`, all rows are trained on data.
+    """Make the combined loss, a `Stage.loss`; without `taught`, all rows are trained on data.
 
-    Metrics: `loss`, and the mean of each part, `path_loss` (with guidance `guidance_loss`) and
-      `distillation_loss` (before weighting).
+    Metrics: `loss`, and the unweighted mean of each part, `path_loss` (`guidance_loss` with
+      guidance) and `distillation_loss`.
     """
     no_budgets = path.budgets._replace(log2_steps=(), probabilities=())
     taught_budgets = taught.budgets if taught else no_budgets
@@ -181,7 +181,7 @@ def make_loss(
 
 
 class _Rows(NamedTuple):
-    """Rows of a batch, and what the student says of them."""
+    """Rows of a batch, with the student's logits."""
 
     student: Logits
     x1_BL: jax.Array
@@ -195,7 +195,7 @@ class _Rows(NamedTuple):
 
 
 def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array, jax.Array]:
-    """Times and widths of all rows, float32 [B] each, from the budgets of each part."""
+    """Draw times and widths of all rows, float32 [B] each, from the budgets of each part."""
     drawn = [
         sample_budgets(jax.random.fold_in(key, i), budgets, rows)
         for i, (budgets, rows) in enumerate(parts)
@@ -206,13 +206,13 @@ def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array,
 
 
 def _mean(loss, rows: _Rows, *targets) -> jax.Array:
-    """Mean over the rows of loss(student, *targets); `targets` are padded as `rules` wants it."""
+    """Mean of loss(student, *targets) over the rows; `targets` are padded by `rules.pad_rows`."""
     student = logits_lib.pad_rows(rows.student)
     return logits_lib.mean_loss(loss, student, *targets, num_rows=len(rows.t_B))
 
 
 def _data_loss(model, process: Process, path: PathTerm, frozen: Frozen, rows: _Rows) -> jax.Array:
-    """Eq. 4.4, or the cross-entropy with the same minimiser."""
+    """Eq. 4.4, or the cross-entropy, which has the same minimiser."""
     del model, frozen
     if path.loss == "cross_entropy":
         return _mean(losses.cross_entropy, rows, rules.pad_rows(rows.x1_BL))
@@ -230,10 +230,10 @@ def _data_loss(model, process: Process, path: PathTerm, frozen: Frozen, rows: _R
 def _guidance_loss(
     model: ModelConfig, process: Process, path: PathTerm, frozen: Frozen, rows: _Rows
 ) -> jax.Array:
-    """Forward KL from the posterior of `guided`."""
+    """Forward KL to the posterior of `guided`."""
     del process
     if not frozen.needed:
-        raise ValueError("Guidance compares two base models; give their weights, Frozen.needed.")
+        raise ValueError("Guidance needs the weights of two base models in Frozen.needed.")
 
     def loss(student_BLV, strong_BLV, weak_BLV):
         target_BLV = guided(strong_BLV, weak_BLV, guidance=path.guidance)
@@ -258,7 +258,7 @@ def _teacher_loss(
         )
 
     denoise = functools.partial(model_lib.predict, frozen.average, model)
-    # The noise of a row doesn't depend on how many there are: padding changes nothing.
+    # A row's noise doesn't depend on the number of rows, so padding is harmless.
     inputs = map(rules.pad_rows, (rows.xt_BL, rows.t_B, rows.h_B))
     target = teacher.teacher_logits(key, taught.rule, denoise, taught.jump, *inputs)
     return _mean(loss, rows, target)

@@ -1,19 +1,18 @@
-"""Base model: the posterior over data tokens, learnt from noised text, t ~ U[0, 1 - eps).
+"""Base model: the posterior over data tokens, trained on noised text with t ~ U[0, 1 - eps).
 
 Three losses with the same minimiser, the clean posterior:
 
-    path                 generalised KL at the rate g(t), eq. 3.8 of arXiv:2509.20624
+    path                 generalised KL with rate g(t), eq. 3.8 of arXiv:2509.20624
     cross_entropy        -log p(x1 | xt) at all positions, arXiv:2407.15595 section 3
-    rate_cross_entropy   the same at the rate g(t): weights of times as in the path loss
+    rate_cross_entropy   the same, weighted by g(t) as in the path loss
 
-Where xt already shows the data, the path loss is g(t) (1 - p(xt)), whose gradient vanishes with
-p(xt): a fresh network sits on a plateau until it finds out that shown tokens can be copied. The
-logarithm of the cross-entropy has no plateau, which is what a run of minutes needs. As few tokens
-are noise late, its plain mean has little of them, where most of a sampler's steps are made right;
-the rate makes up for that, and each noised token counts alike.
+Where xt already equals the data, the path loss is g(t) (1 - p(xt)), whose gradient vanishes with
+p(xt). A fresh network stays on a plateau until it learns to copy correct tokens. The cross-entropy
+has no plateau, which matters for runs of minutes. But few tokens are noise at late times, so its
+plain mean gives them little weight. The rate compensates: every noised token has equal weight.
 
-Rows late in time weigh much and hold few noised tokens. With `time_power` above 1 there are more of
-them, at a smaller weight: the same expectation, at less variance.
+Rows at late times have large weights and few noised tokens. `time_power` above 1 draws more of them
+at smaller weights: same expectation, lower variance.
 """
 
 import jax
@@ -31,10 +30,11 @@ from fsdfm_jax.stages.base import Stage, start_fresh
 def stratified_times(
     key: jax.Array, rows: int, *, time_eps: float, power: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """A time in each of `rows` strata of [0, 1 - time_eps), in random order, and its weight.
+    """Draw one time in each of `rows` strata of [0, 1 - time_eps), in random order, and weights.
 
-    Each row's time has a density that goes as (1 - t)^(1/power - 1), as with independent draws;
-    their mean loss varies less. A weight is the uniform density over that one, its mean is 1.
+    The marginal density of each time is proportional to (1 - t)^(1/power - 1), but the mean loss
+    has lower variance than with independent draws. A weight is the ratio of the uniform density to
+    this one; its mean is 1.
 
     Returns:
       (t_B, weight_B), float32.
@@ -51,7 +51,7 @@ def stratified_times(
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads `loss`, `time_eps`, `time_power` and `rate_floor`."""
+    """Make the stage; read `loss`, `time_eps`, `time_power` and `rate_floor`."""
     time_eps, time_power, rate_floor = config.time_eps, config.time_power, config.rate_floor
     position_loss, has_rate = _LOSSES[config.loss]
 
@@ -79,7 +79,7 @@ def _weighted_cross_entropy(logits_BLV, xt_BL, x1_BL, weight_BL):
     return weight_BL * losses.cross_entropy(logits_BLV, x1_BL)
 
 
-# Loss of a position, and whether its weight has the rate g(t).
+# Loss per position, and whether it is weighted by the rate g(t).
 _LOSSES = {
     "path": (losses.path_loss, True),
     "cross_entropy": (_weighted_cross_entropy, False),

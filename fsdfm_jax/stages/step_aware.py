@@ -1,10 +1,10 @@
-"""First few-step stage: the step budget becomes an input.
+"""First few-step stage: the step budget becomes an input of the network.
 
 Source: arXiv:2509.20624 eq. 4.4, over all budgets.
 
-All rows learn from data, with the path loss at the cumulative rate of their step. Its minimiser is
-the clean posterior at every width, so that the stage leaves the base model's predictions in place
-and gives the widths a meaning to build on.
+All rows are trained on data, with the path loss at the cumulative rate of their step. Its minimiser
+is the clean posterior at every width. The stage therefore keeps the predictions of the base model
+and prepares the width conditioning for `distill`.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from fsdfm_jax.stages.base import Stage, start_from_base
 
 
 def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
-    """The stage; reads the budget keys of its config."""
+    """Make the stage; read the budget keys of its config."""
     path = few_step.read_path_term(config, few_step.read_budgets(config))
     loss = few_step.make_loss(model, process, path, None)
     return Stage("step_aware", model, start_from_base("step_aware", model), loss)

@@ -1,19 +1,20 @@
 """Training checkpoints: saved in the background, restored bit for bit or not at all.
 
-The only file that knows Orbax's checkpoints, through its public API. One is a folder
-`directory/<step>`: the leaves of a pytree under their path names ("opt_state/1/0/mu/block/kernel")
-and one JSON record of step, metadata, metrics, the shape, dtype and checksum of each leaf, and a
-digest of all that. Containers (NamedTuples, tuples, None) come from the abstract state given to
-`restore`; a part can be read without them.
+This is the only file that uses Orbax, through its public API. A checkpoint is a folder
+`directory/<step>` with the leaves of a pytree under their path names
+("opt_state/1/0/mu/block/kernel") and a JSON record: step, metadata, metrics, the shape, dtype and
+checksum of each leaf, and a digest of the record. Containers (NamedTuples, tuples, None) come from
+the abstract state given to `restore`; parts can be read without them.
 
     with Checkpoints(directory, retention=Retention(keep=2)) as checkpoints:
         found = checkpoints.restore_latest(abstract_state)  # (step, state) or None
         checkpoints.save(step, state, {"stage": "pretrain"})  # returns once the state is copied
 
-Reading raises `DamagedCheckpoint` for anything but what was saved, `NotACheckpoint` where there is
-none or one of another state, OSError where rights or memory are missing. Checkpoints from before
-the checksums are read unchecked. All processes of a job call each method of a `Checkpoints`, on a
-folder that they share, with the same result or the same kind of error; the functions read alone.
+Reading raises `DamagedCheckpoint` if the content isn't what was saved, `NotACheckpoint` if there is
+no checkpoint or it is of another state, and OSError if permissions or memory are missing.
+Checkpoints from before the checksums are read unchecked. All processes of a job call each method of
+a `Checkpoints` on a shared folder, and get the same result or kind of error. The module's functions
+read in one process.
 """
 
 import asyncio
@@ -44,37 +45,40 @@ PathLike = str | os.PathLike
 Leaves = dict[str, jax.ShapeDtypeStruct]
 Sharding = jax.sharding.Sharding
 
-_READ_BACK = 256 * 2**20  # bytes of arrays that are read back after the first save
-_MOST_IN_FLIGHT = 256 * 2**20  # bytes that `save_once` writes at once
-_RUNNING, _BETWEEN_LOOKS = "running", 1.0  # seconds between looks at the saves of others
-# Names of the part of a checkpoint that has the arrays: with checksums, and from before them.
+_READ_BACK = 256 * 2**20  # bytes of arrays to read back after the first save
+_MOST_IN_FLIGHT = 256 * 2**20  # bytes that `save_once` writes concurrently
+_RUNNING, _BETWEEN_LOOKS = "running", 1.0  # seconds between polls of the other processes' saves
+# Names of the arrays' part of a checkpoint, with and without checksums (older checkpoints).
 _CHECKED, _UNCHECKED = "checked_state", "state"
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are being written or removed
-_REMEDY = "; run the training command again: it goes back to the checkpoint before"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders being written or removed
+_REMEDY = "; run the training command again: it resumes from the previous checkpoint"
 _log = logging.getLogger("absl")
 
 
 class NotACheckpoint(ValueError):  # noqa: N818
-    """There is no such checkpoint, or it is one of another state; the message says which."""
+    """The checkpoint doesn't exist or is of another state; the message says which."""
 
 
 class DamagedCheckpoint(NotACheckpoint):
-    """A checkpoint is not what was saved: files missing, cut or changed, or the folder renamed."""
+    """The content isn't what was saved: files missing, truncated or changed, or folder renamed."""
 
 
 class SaveFailed(OSError):  # noqa: N818
-    """A checkpoint could not be written or read back; the message names the complete ones."""
+    """A checkpoint could not be written or read back; the message lists the complete ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints survive a save; any one reason is enough. ValueError for other numbers.
+    """Which checkpoints to keep after a save; any one criterion is enough.
 
     Attributes:
-      keep: The newest so many; at least 1.
-      keep_every: Those whose step is a multiple of this; 0: none.
-      keep_best: So many with the lowest finite `metric`, the newer of two equal ones; 0: none.
-      metric: Name of an entry of the `metrics` of a save.
+      keep: Number of newest checkpoints, at least 1.
+      keep_every: Keep steps that are a multiple of this; 0: none.
+      keep_best: Number of checkpoints with the lowest finite `metric`, newer first; 0: none.
+      metric: Key of the `metrics` of a save.
+
+    Raises:
+      ValueError: for other numbers.
     """
 
     keep: int = 2
@@ -86,12 +90,12 @@ class Retention:
         for name, least in (("keep", 1), ("keep_every", 0), ("keep_best", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be at least {least} and an integer, got {value!r}")
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if not isinstance(self.metric, str) or not self.metric:
             raise ValueError(f"metric must be the name of a metric, got {self.metric!r}")
 
     def survivors(self, metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """The steps that stay, of {step: its metrics}."""
+        """Return the steps to keep, given {step: metrics}."""
         steps = sorted(metrics)
         rank = lambda step: (metrics[step].get(self.metric, math.nan), -step)
         best = sorted((step for step in steps if math.isfinite(rank(step)[0])), key=rank)
@@ -102,13 +106,17 @@ class Retention:
 class Checkpoints:
     """The checkpoints of one training run: `directory/<step>`, written in the background.
 
-    Opening makes the directory and removes what a killed save left there, so only the job that
-    trains opens it. ValueError if it is no place for one, OSError if it can't be made or cleaned.
+    Opening makes the directory and removes the remains of a killed save, so only the training job
+    opens it.
 
     Args:
       directory: Folder of the checkpoints.
-      retention: Which of them survive a save.
-      in_place: Save numpy arrays without a copy, and nothing compressed.
+      retention: Which checkpoints to keep after a save.
+      in_place: Save numpy arrays without copying or compressing them.
+
+    Raises:
+      ValueError: if the directory can't hold checkpoints.
+      OSError: if it can't be made or cleaned up.
     """
 
     def __init__(self, directory: PathLike, *, retention: Retention, in_place: bool = False):
@@ -118,7 +126,7 @@ class Checkpoints:
             self._context.memory.deepcopy_host_arrays = False
             self._context.memory.write_concurrent_bytes = _MOST_IN_FLIGHT
             self._context.array.saving.use_compression = False
-        # {step: metrics} of the intact ones, in the first process, which removes old ones.
+        # {step: metrics} of the intact ones; only in the first process, which removes old ones.
         self._metrics: dict[int, dict[str, float]] = {}
         self._newest = max(processes.from_first(self._open), default=None)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
@@ -136,21 +144,21 @@ class Checkpoints:
                 folder.rmtree()
         except OSError as error:
             raise OSError(
-                f"the folder of checkpoints {self._directory} cannot be made or cleaned up: "
+                f"the checkpoint folder {self._directory} cannot be made or cleaned up: "
                 f"{_short(error)}; make it writable and run the same command"
             ) from error
         steps = _steps(self._directory)
-        for step in steps:  # a damaged one is never removed; `restore_latest` names it
+        for step in steps:  # damaged ones are never removed; `restore_latest` reports them
             with contextlib.suppress(DamagedCheckpoint):
                 self._metrics[step] = _read_record(self._directory, step).metrics
         return steps
 
     def _check_place(self) -> None:
-        """Before Orbax begins: what one process can't write, others would await for minutes."""
+        """Check the folder before Orbax starts: processes wait minutes for one that can't write."""
         probe = lambda owner: self._directory / f"probe-{owner}{_TEMPORARY}"
 
         def put() -> list[int]:
-            if not self._directory.is_dir():  # it would be made, perhaps below an unmounted volume
+            if not self._directory.is_dir():  # don't recreate it, perhaps on an unmounted volume
                 raise FileNotFoundError(f"the folder {self._directory} has vanished")
             probe(os.getpid()).mkdir(exist_ok=True)
             return [os.getpid()]
@@ -175,9 +183,9 @@ class Checkpoints:
     def __exit__(self, exc_type, *exc_info) -> None:
         if exc_type is None:
             self.wait()
-        elif self._saving is not None:  # alone: the other processes may not come here
+        elif self._saving is not None:  # no collectives: other processes may not get here
             error = self._saving[1].exception()
-            if error is not None:  # what went wrong first is what must be told
+            if error is not None:  # report it; the first exception propagates
                 _log.warning("%s", error)
 
     def save(
@@ -187,27 +195,27 @@ class Checkpoints:
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies `state` and writes it in the background; the caller may donate it right after.
+        """Copy `state` and write it in the background; the caller may donate it right after.
 
-        A checkpoint appears under its name once it is complete. Then it is read back: its record
-        and the list of its arrays, after the first save also the arrays, the smallest up to
-        `_READ_BACK`. Then those that `retention` doesn't keep are removed.
+        A checkpoint appears under its name once it is complete. It is then read back: its record
+        and the list of its arrays, and after the first save also the smallest arrays, up to
+        `_READ_BACK` bytes. Finally, checkpoints that `retention` doesn't keep are removed.
 
         Args:
-          step: Optimiser steps completed; larger than that of every checkpoint in the directory.
-          state: Arrays of JAX or NumPy, none of them empty, in nested containers.
-          metadata: JSON dict to store with it.
-          metrics: Has `Retention.metric` where that is used; None: never among the best.
+          step: Optimiser steps completed; larger than any step in the directory.
+          state: Non-empty JAX or NumPy arrays in nested containers.
+          metadata: JSON dict to store.
+          metrics: Must have `Retention.metric` if that is used; None: never among the best.
 
         Raises:
-          ValueError: One of these is not as described.
-          SaveFailed: It can't be written, or the save before could not be.
+          ValueError: for an invalid argument.
+          SaveFailed: if this save can't start or the previous one failed.
         """
         metric = self._retention.metric
         if self._retention.keep_best and metrics is not None and metric not in metrics:
             raise ValueError(
-                f"the best checkpoints go by {metric!r}, but the metrics are {sorted(metrics)}; "
-                "give it, or None for a checkpoint that is never among the best"
+                f"the best checkpoints are chosen by {metric!r}, but the metrics are "
+                f"{sorted(metrics)}; add it, or give None to exclude this checkpoint from the best"
             )
         leaves = _checked_leaves(state)
         self.wait()
@@ -226,14 +234,14 @@ class Checkpoints:
                     checkpointable_name=_CHECKED,
                     custom_metadata=record,
                 )
-        except jax.errors.JaxRuntimeError:  # another process is gone: nothing to mend here
+        except jax.errors.JaxRuntimeError:  # another process is gone
             raise
-        except Exception as error:  # whatever the layers below raise
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise self._failed(int(step), "could not be written to", error) from error
         self._saving = int(step), self._thread.submit(self._complete, response, record)
 
     def _complete(self, response: ocp.AsyncResponse, record: dict[str, Any]) -> str:
-        """In the background: waits until all is written, reads it back, removes old ones."""
+        """In the background: wait for the write, read it back, remove old checkpoints."""
         step, what = record["step"], "could not be written to"
         try:
             response.result()
@@ -243,12 +251,12 @@ class Checkpoints:
             read = _read_back(self._directory, record, self._unread)
         except jax.errors.JaxRuntimeError:
             raise
-        except Exception as error:  # whatever the layers below raise
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise self._failed(step, what, error) from error
         self._unread = 0
         self._metrics[step] = read.metrics
         for old in sorted(self._metrics.keys() - self._retention.survivors(self._metrics)):
-            try:  # renamed first: killed half-way, it is not taken for a checkpoint
+            try:  # rename first: if killed half-way, the rest doesn't look like a checkpoint
                 going = self._directory / f"{old}.old{_TEMPORARY}"
                 (self._directory / str(old)).rename(going).rmtree()
             except OSError as error:
@@ -260,18 +268,18 @@ class Checkpoints:
         try:
             complete = [str(other) for other in _steps(self._directory) if other != step]
         except OSError:
-            complete = ["unknown, it can't be listed"]
+            complete = ["unknown, the folder can't be listed"]
         return SaveFailed(
             f"the checkpoint of step {step} {what} {self._directory}: {_short(error)}. Complete "
             f"checkpoints there: {', '.join(complete) or 'none'}. Free space or make it writable, "
-            "and run the same command: it resumes from the newest"
+            "then run the same command: it resumes from the newest"
         )
 
     def wait(self) -> None:
-        """Waits until a running save is complete; SaveFailed if that failed in any process.
+        """Wait for a running save; raise SaveFailed if it failed in any process.
 
-        Orbax's threads of the other processes then wait for that one for minutes: end the program
-        without joining them.
+        After a failure, Orbax's threads in the other processes wait for minutes: exit without
+        joining them.
         """
         if self._saving is None:
             return
@@ -284,11 +292,11 @@ class Checkpoints:
         self._newest = step
 
     def restore_latest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
-        """(step, state) of the newest checkpoint that is intact, or None if there is none.
+        """Restore (step, state) from the newest intact checkpoint; None if there are none at all.
 
-        Damaged ones that are newer are each named in a warning and moved to the folder "damaged"
-        beside `directory`. Nothing is moved where it raises, as `restore` does for the newest
-        intact one, or DamagedCheckpoint where none is.
+        Newer, damaged checkpoints are reported in a warning and moved to the folder "damaged"
+        beside `directory`. Raises, without moving anything, as `restore` does, or DamagedCheckpoint
+        if no checkpoint is intact.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -303,7 +311,7 @@ class Checkpoints:
         if damaged:
             raise DamagedCheckpoint(
                 f"no checkpoint in {self._directory} is intact: {'; '.join(damaged.values())}. "
-                "Bring one back from a backup, or move the folder away to begin anew"
+                "Restore one from a backup, or move the folder away to start over"
             )
         return None
 
@@ -317,19 +325,19 @@ class Checkpoints:
                 new = folder / f"{bad}-{number}"
             (self._directory / str(bad)).rename(new)
             self._metrics.pop(bad, None)
-            _log.warning("%s; it was moved to %s, going back to step %d", what, new, step)
+            _log.warning("%s; moved to %s, resuming from step %d", what, new, step)
         return []
 
     def restore(self, abstract_state: PyTree, step: int | None = None) -> PyTree:
-        """Reads a state onto the shardings of `abstract_state`, whatever it was saved from.
+        """Read a state with the shardings of `abstract_state`; the saved shardings don't matter.
 
         Args:
-          abstract_state: Pytree of `jax.ShapeDtypeStruct` with shardings (arrays do as well).
+          abstract_state: Pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays.
           step: Which checkpoint; None is the newest.
 
         Returns:
-          The state, bit for bit as it was saved, in the containers of `abstract_state`. Leaves of
-          64-bit dtypes that JAX is not configured for are numpy arrays.
+          The state, bit for bit as saved, in the containers of `abstract_state`. Leaves with 64-bit
+          dtypes are numpy arrays unless JAX has x64 enabled.
         """
         self.wait()
         wanted = _named_leaves(abstract_state)
@@ -351,7 +359,7 @@ class Checkpoints:
         return processes.from_first(lambda: _steps(self._directory))
 
     def latest_step(self) -> int | None:
-        """As the function, in all processes; waits for a running save."""
+        """As the function `latest_step`, in all processes; waits for a running save."""
         self.wait()
         latest = lambda: [step for step in [latest_step(self._directory)] if step is not None]
         return next(iter(processes.from_first(latest)), None)
@@ -365,14 +373,14 @@ class Checkpoints:
 
 
 def save_once(directory: PathLike, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
-    """Writes one checkpoint into a new directory, with next to no memory besides `state` itself.
+    """Write one checkpoint into a new directory, using almost no memory besides `state`.
 
-    For conversion: it returns when all is on the disk, copies nothing and doesn't compress (float
-    weights hardly shrink). Where it raises, as `Checkpoints.save` does, it leaves nothing.
+    For conversion: it returns when everything is on disk, and neither copies nor compresses (float
+    weights barely shrink). If it raises, as `Checkpoints.save` does, it leaves nothing behind.
 
     Args:
-      directory: Folder of the checkpoints, made here.
-      step, state, metadata: As in `Checkpoints.save`; numpy arrays, not changed meanwhile.
+      directory: Folder of the checkpoints; must not exist.
+      step, state, metadata: As in `Checkpoints.save`; numpy arrays, not to be changed meanwhile.
     """
     directory = absolute(directory)
     if directory.exists():
@@ -387,13 +395,13 @@ def save_once(directory: PathLike, step: int, state: PyTree, metadata: Mapping[s
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is known of a checkpoint before its arrays are read.
+    """The description of a checkpoint, without its arrays.
 
     Attributes:
       step, metadata, metrics: As given to `Checkpoints.save`.
       leaves: Name -> abstract leaf.
-      checksums: Name -> checksum; None in checkpoints from before the checksums.
-      digest: Of all this, "" where there are no checksums.
+      checksums: Name -> checksum; None for checkpoints from before the checksums.
+      digest: Digest of the above; "" without checksums.
     """
 
     step: int
@@ -412,25 +420,25 @@ def restore_part(
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
     together: bool = False,
 ) -> dict[str, Any]:
-    """Reads only the named subtrees of a checkpoint, without knowing the tree it was saved from.
+    """Read only the named subtrees of a checkpoint, without an abstract state.
 
     Args:
       directory: Folder that a `Checkpoints` wrote.
       names: Subtrees or leaves: "ema", "step", "params/embed".
-      step: Which checkpoint; None is the newest. Its record saves reading that once more, which
+      step: Which checkpoint; None is the newest. Passing a `Record` avoids reading it again, which
         takes longer than a small leaf.
-      sharding: Of all leaves, or a function (leaf name, abstract leaf) -> sharding; None puts all
+      sharding: For all leaves, or a function (leaf name, abstract leaf) -> sharding; None puts them
         on this process's first device.
-      together: All processes of a job call, with the same step, as they must where the sharding has
-        devices of several; they come to the same result or the same kind of error.
+      together: All processes of a job call with the same step, and get the same result or kind of
+        error. Required if the sharding spans processes.
 
     Returns:
-      {name: subtree}: nested dicts of arrays, a tuple as a dict with keys "0", "1", ...; for a leaf
-      the array. Leaves of 64-bit dtypes that JAX is not configured for are numpy arrays.
+      {name: subtree}: nested dicts of arrays (a tuple is a dict with keys "0", "1", ...), or the
+      array of a leaf. Leaves with 64-bit dtypes are numpy arrays unless JAX has x64 enabled.
     """
     directory = absolute(directory)
     if isinstance(names, str):
-        raise ValueError(f"names is a tuple of subtree names, got the string {names!r}")
+        raise ValueError(f"names must be a tuple of subtree names, got the string {names!r}")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     record = _find(directory, step, together=together)
@@ -440,13 +448,13 @@ def restore_part(
             place = sharding(name, leaf) if callable(sharding) else sharding
             wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     if not (together or all(leaf.sharding.is_fully_addressable for leaf in wanted.values())):
-        raise ValueError("the sharding has devices of other processes; all of them read together")
+        raise ValueError("the sharding has devices of other processes; use together=True in all")
     tree = _nest(_load(directory, record, wanted, together=together))
     return {part: functools.reduce(operator.getitem, part.split("/"), tree) for part in names}
 
 
 def read_record(directory: PathLike, step: int | Record | None = None) -> Record:
-    """The record of a checkpoint, None: of the newest; one that is given is given back."""
+    """Read the record of a checkpoint (None: the newest); return a given record unchanged."""
     return _find(absolute(directory), step)
 
 
@@ -457,20 +465,20 @@ def leaf_shapes(directory: PathLike, part: str, step: int | Record | None = None
 
 
 def read_metadata(directory: PathLike, step: int | None = None) -> dict[str, Any]:
-    """The JSON dict saved with a checkpoint, None: with the newest."""
+    """Read the JSON dict saved with a checkpoint (None: the newest)."""
     return read_record(directory, step).metadata
 
 
 def newest_step(directory: PathLike) -> int | None:
     """Step of the newest checkpoint, damaged or not; the directory may be missing or empty.
 
-    What reads weights takes this one, so that a damaged checkpoint is refused and not passed over.
+    Used for reading weights, so that a damaged checkpoint is an error and isn't skipped.
     """
     return max(_steps(absolute(directory)), default=None)
 
 
 def latest_step(directory: PathLike) -> int | None:
-    """As `newest_step`, but passes over damaged records with a warning, as training does."""
+    """As `newest_step`, but skips damaged records with a warning, as training does."""
     directory = absolute(directory)
     for step in reversed(_steps(directory)):
         try:
@@ -481,15 +489,15 @@ def latest_step(directory: PathLike) -> int | None:
 
 
 def absolute(directory: PathLike) -> epath.Path:
-    """The path of a folder of checkpoints; ValueError where the storage layer can't keep any."""
+    """Absolute path of a checkpoint folder; ValueError if the storage layer can't handle it."""
     path = _Path(os.fspath(directory)).expanduser()
     if "://" not in os.fspath(directory):
         path = path.absolute()
     is_text = str(path) == str(path).encode(errors="replace").decode()
     if "\\" in str(path) or not is_text:
-        backslash = "has a backslash, which the storage layer takes for a separator"
+        backslash = "has a backslash, which the storage layer treats as a separator"
         raise ValueError(
-            f"checkpoints cannot be kept below {str(path)!r}: the path "
+            f"checkpoints cannot be stored in {str(path)!r}: the path "
             f"{backslash if is_text else 'is not valid UTF-8'}; choose another folder"
         )
     return path
@@ -499,7 +507,7 @@ def absolute(directory: PathLike) -> epath.Path:
 
 
 def _record(step: int, leaves, metadata, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The JSON dict stored with a checkpoint; `_parsed` is the way back."""
+    """Return the JSON dict stored with a checkpoint; the inverse of `_parsed`."""
     sums = checksums(leaves)
     try:
         metadata = json.loads(json.dumps(dict(metadata), allow_nan=False))
@@ -522,10 +530,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _parsed(record: Mapping[str, Any]) -> Record:
-    """Raises anything unless this is what `_record` made."""
+    """Parse the output of `_record`; raise some exception for anything else."""
     content = {key: value for key, value in record.items() if key != "sha256"}
     if record["sha256"] != _digest(content):
-        raise ValueError("it is not what was saved")
+        raise ValueError("its digest is wrong")
     leaves, sums = {}, {}
     for name, (dtype, shape, checksum) in content["leaves"].items():
         leaves[name] = jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
@@ -535,10 +543,10 @@ def _parsed(record: Mapping[str, Any]) -> Record:
 
 
 def _read_record(directory: epath.Path, step: int, *, arrays: bool = False) -> Record:
-    """With `arrays` also looks whether the storage layer lists all of them."""
+    """Read a record; with `arrays`, also check that the storage layer lists all arrays."""
     folder = directory / str(step)
-    # Which of the two it is stands in the name of a folder, so that a change within a file cannot
-    # turn a checkpoint with checksums into one without.
+    # The name of a folder tells the two kinds apart, so that no change inside a file can turn a
+    # checkpoint with checksums into one without.
     checked = (folder / _CHECKED).is_dir()
     with _reading(directory, step, "its metadata"), _context():
         found = ocp.metadata(folder, _CHECKED if checked else _UNCHECKED)
@@ -557,16 +565,16 @@ def _read_record(directory: epath.Path, step: int, *, arrays: bool = False) -> R
 
 
 def _find(directory: epath.Path, step: int | Record | None, *, together: bool = False) -> Record:
-    """The record of a checkpoint, None: of the newest; `together`: the same in all processes."""
+    """Return the record of a checkpoint (None: the newest); `together`: in all processes."""
 
     def find() -> Record:
         if not directory.is_dir():
-            raise NotACheckpoint(f"there is no directory {directory}; give one a run saved into")
+            raise NotACheckpoint(f"there is no directory {directory}; give the one of a run")
         number, steps = step.step if isinstance(step, Record) else step, _steps(directory)
         if not steps:
             raise NotACheckpoint(
-                f"there is no complete checkpoint in {directory}; give the directory that a run "
-                "saved into, the one whose folders are step numbers"
+                f"there is no complete checkpoint in {directory}; give the directory of a run "
+                "whose subfolders are step numbers"
             )
         if number not in (None, *steps):
             raise NotACheckpoint(f"there is no step {number} in {directory}; it has {steps}")
@@ -578,8 +586,8 @@ def _find(directory: epath.Path, step: int | Record | None, *, together: bool = 
     record = processes.together(find, DamagedCheckpoint)
     if len(set(processes.everyone_says(f"{record.step} {record.digest}"))) > 1:
         raise OSError(
-            f"the processes read different checkpoints in {directory}; give a folder that all of "
-            "them share"
+            f"the processes read different checkpoints in {directory}; give a folder that they "
+            "all share"
         )
     return record
 
@@ -588,7 +596,7 @@ def _find(directory: epath.Path, step: int | Record | None, *, together: bool = 
 
 
 def _read_back(directory: epath.Path, record: Mapping[str, Any], limit: int) -> Record:
-    """Raises unless what was written can be read; the smallest arrays up to `limit` bytes."""
+    """Raise unless the checkpoint can be read; checks the smallest arrays, up to `limit` bytes."""
     found = _read_record(directory, record["step"], arrays=True)
     if found.digest != record["sha256"]:
         raise _damaged(directory, found.step, "its metadata is that of another save")
@@ -604,16 +612,16 @@ def _read_back(directory: epath.Path, record: Mapping[str, Any], limit: int) -> 
 
 
 def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> dict[str, Any]:
-    """Checked leaves, in the order of `wanted`; those without a sharding as numpy arrays.
+    """Read and check leaves, in the order of `wanted`; those without a sharding as numpy arrays.
 
-    By Orbax's handler of pytrees: `ocp.load` numbers its calls and names the barriers of the next
-    save by that number, so processes that have read a different number of times would never meet.
+    Uses Orbax's pytree handler: `ocp.load` counts its calls and derives the barrier names of the
+    next save from the count, so processes with different numbers of reads would deadlock.
     """
     agree = lambda act: processes.together(act, DamagedCheckpoint) if together else act()
     kinds = lambda leaves: {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     folder = directory / str(record.step) / (_UNCHECKED if record.checksums is None else _CHECKED)
     abstract = {}
-    for name, leaf in wanted.items():  # an array of JAX would silently lose half of 64 bits
+    for name, leaf in wanted.items():  # a JAX array would silently lose half of 64 bits
         as_jax = leaf.sharding and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
         abstract[name] = leaf if as_jax else np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
@@ -624,14 +632,14 @@ def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> d
         with _context():
             return asyncio.run(load())
 
-    def read() -> dict[str, Any]:  # in a thread: a notebook's has a loop already
+    def read() -> dict[str, Any]:  # in a thread: a notebook's main thread already has a loop
         with (
             _reading(directory, record.step, "it"),
             concurrent.futures.ThreadPoolExecutor(1) as thread,
         ):
             leaves = jax.block_until_ready(_named_leaves(thread.submit(run).result()))
             if kinds(leaves) != kinds(wanted):
-                raise ValueError("it has other arrays than were saved")
+                raise ValueError("its arrays are not those that were saved")
             return leaves
 
     leaves = agree(read)
@@ -648,7 +656,7 @@ def _load(directory: epath.Path, record: Record, wanted, *, together=False) -> d
 
 
 def _context(*, everyone: bool = False) -> ocp.Context:
-    """Orbax's settings: without `everyone` this process waits for no other one."""
+    """Orbax's settings; without `everyone` this process doesn't wait for others."""
     context = ocp.Context()
     context.file.path_class = _Path
     context.asynchronous.create_directories_asynchronously = False  # so that `save` raises
@@ -664,9 +672,9 @@ def _context(*, everyone: bool = False) -> ocp.Context:
 
 @contextlib.contextmanager
 def _reading(directory: epath.Path, step: int, what: str) -> Iterator[None]:
-    """Makes a DamagedCheckpoint of anything that a damaged file can raise.
+    """Convert any exception from a damaged file to DamagedCheckpoint.
 
-    Lack of rights or memory is no damage, nor is a folder that was removed: these are OSErrors.
+    Missing permissions or memory, or a removed folder, are not damage: they raise OSError.
     """
     try:
         yield
@@ -676,7 +684,7 @@ def _reading(directory: epath.Path, step: int, what: str) -> Iterator[None]:
         gone = not (directory / str(step)).is_dir()
         if gone or lacking or isinstance(error, MemoryError | PermissionError):
             reason = (
-                "its folder is not there (any more) for this process" if gone else _short(error)
+                "its folder doesn't exist (any more) for this process" if gone else _short(error)
             )
             raise OSError(
                 f"the checkpoint of step {step} in {directory} cannot be read now: {reason}"
@@ -691,7 +699,7 @@ def _damaged(directory: epath.Path, step: int, what: str) -> DamagedCheckpoint:
 
 
 def _short(error: BaseException) -> str:
-    """What was at the bottom of an error, in one line; some texts are pages."""
+    """Return the root cause of an error in one line, truncated: some messages are pages long."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).removesuffix(_REMEDY).split()) or type(error).__name__
@@ -701,7 +709,7 @@ def _short(error: BaseException) -> str:
 
 
 def _check_same(saved: Leaves, wanted: Mapping[str, Any], directory: epath.Path) -> None:
-    """Raises NotACheckpoint with every leaf that differs (the first of many)."""
+    """Raise NotACheckpoint listing the leaves that differ (at most 20)."""
     problems = [f"missing in the checkpoint: {name}" for name in wanted if name not in saved]
     problems += [f"only in the checkpoint: {name}" for name in saved if name not in wanted]
     for name, new in wanted.items():
@@ -713,13 +721,13 @@ def _check_same(saved: Leaves, wanted: Mapping[str, Any], directory: epath.Path)
     if problems:
         more = [f"... and {len(problems) - 20} more"] if problems[20:] else []
         raise NotACheckpoint(
-            f"the checkpoint in {directory} is not one of this state (another configuration?):\n  "
+            f"the checkpoint in {directory} doesn't match this state (another configuration?):\n  "
             + "\n  ".join(problems[:20] + more)
         )
 
 
 def _keep_message(record: logging.LogRecord) -> bool:
-    """False for Orbax's progress reports and the tracebacks of its threads, raised here anyway."""
+    """Drop Orbax's progress reports and its threads' tracebacks, which are raised here anyway."""
     if os.path.join("orbax", "checkpoint", "") not in record.pathname:
         return True
     return record.levelno > logging.INFO and "_SignalingThread" not in str(record.msg)
@@ -732,10 +740,10 @@ _log.addFilter(_keep_message)
 
 
 class _Path(type(epath.Path())):
-    """A path that is no pattern itself: Orbax globs below the folder of a step."""
+    """A path that isn't itself a glob pattern: Orbax globs below the folder of a step."""
 
     def glob(self, pattern: str) -> Iterator["_Path"]:
-        """What lies under this folder and matches."""
+        """Yield the paths in this folder that match."""
         first, _, rest = pattern.partition("/")
         for path in self.iterdir() if self.is_dir() else ():
             if fnmatch.fnmatchcase(path.name, first):
@@ -743,7 +751,7 @@ class _Path(type(epath.Path())):
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    """Steps that have a folder, in order; none where there is no directory."""
+    """Steps that have a folder, in order; empty if there is no directory."""
     folders = directory.iterdir() if directory.is_dir() else ()
     names = [folder.name for folder in folders if folder.is_dir()]
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
@@ -754,14 +762,14 @@ def _checked_leaves(state: PyTree) -> dict[str, Any]:
     for name, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             raise ValueError(
-                f"a state holds arrays only, but {name!r} is {type(leaf).__name__}; "
+                f"a state must have only arrays, but {name!r} is {type(leaf).__name__}; "
                 "put numbers into arrays and everything else into the metadata"
             )
         if not leaf.size:
             raise ValueError(
                 f"leaf {name!r} has no elements (shape {list(leaf.shape)}); leave it out"
             )
-        if isinstance(leaf, np.generic):  # which Orbax refuses
+        if isinstance(leaf, np.generic):  # Orbax doesn't accept these
             leaves[name] = np.asarray(leaf)
     return leaves
 
@@ -769,23 +777,23 @@ def _checked_leaves(state: PyTree) -> dict[str, Any]:
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """{"params/block/kernel": leaf}, in the order of `jax.tree.leaves`.
 
-    "/" and "." are kept out of keys: the first separates names here, the second inside Orbax, where
-    {"a.b": x, "a": {"b": y}} silently are one name.
+    "/" and "." are not allowed in keys. "/" separates names here. "." separates them inside Orbax,
+    where {"a.b": x, "a": {"b": y}} would silently be one name.
     """
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "." in name or "" in name.split("/") or name.count("/") != len(path) - 1:
             raise ValueError(
-                f"leaf {jax.tree_util.keystr(path)!r} cannot be named in a checkpoint: a state is "
-                'a container whose keys are not empty and have no "/" and no "."'
+                f"leaf {jax.tree_util.keystr(path)!r} cannot be named in a checkpoint: a state "
+                'must be a container with non-empty keys without "/" and "."'
             )
         leaves[name] = leaf
     return leaves
 
 
 def _part(saved: Leaves, part: str, directory: PathLike) -> Leaves:
-    """The leaves of one subtree, or the one leaf of that name; NotACheckpoint if there is none."""
+    """Return the leaves of a subtree, or a single leaf; NotACheckpoint if there is none."""
     inside = {name: leaf for name, leaf in saved.items() if f"{name}/".startswith(f"{part}/")}
     if not inside:
         tops = sorted({name.split("/")[0] for name in saved})

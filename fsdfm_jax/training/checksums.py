@@ -1,14 +1,14 @@
-"""Checksums of arrays, the same on every sharding, computed without gathering anything.
+"""Checksums of arrays, independent of sharding and computed without gathering.
 
 A checksum is two sums over all elements of a hash of (position, bits), modulo 2^32. The order of
-the sum and the place of an element don't matter, so devices hash what they hold and exchange two
-words. Arrays of NumPy are hashed on the host, a piece at a time.
+summation doesn't matter, so devices hash their own elements and exchange two words. NumPy arrays
+are hashed on the host, in pieces.
 
     checksums({"w": w})  ->  {"w": "1f0c5a9e77d2b340"}
 
-A change of one element of up to 32 bits always changes the first sum. Any other change is missed
-with probability about 2^-64. They detect accidents, not forgery. The mixing function is the
-finaliser of MurmurHash3 (Appleby 2011, public domain).
+A change of one element of up to 32 bits always changes the first sum. Any other change goes
+undetected with probability about 2^-64. Checksums detect accidents, not tampering. The mixing
+function is the finaliser of MurmurHash3 (Appleby 2011, public domain).
 """
 
 import math
@@ -23,13 +23,13 @@ Array = jax.Array | np.ndarray
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """{name: 16 hexadecimal digits} of arrays; equal bits of equal shapes give equal checksums.
+    """Compute {name: 16 hexadecimal digits}; equal bits and shapes give equal checksums.
 
     Args:
-      leaves: {name: array} of any shape and dtype. Global JAX arrays of several processes are
-        hashed together: every process calls. NumPy arrays are hashed by this process alone.
+      leaves: {name: array} of any shape and dtype. JAX arrays that span processes need a call in
+        every process. NumPy arrays are hashed by this process alone.
     """
-    # One leaf after the other: simulated devices can deadlock on several collectives at once.
+    # One leaf at a time: simulated devices can deadlock on concurrent collectives.
     return {name: "{:08x}{:08x}".format(*_sums_of(leaf)) for name, leaf in leaves.items()}
 
 
@@ -39,7 +39,7 @@ def _sums_of(leaf: Any) -> tuple[int, int]:
     mesh = getattr(leaf.sharding, "mesh", None)
     if mesh is None:
         mesh = jax.sharding.Mesh(np.array(list(leaf.sharding.device_set)), ("devices",))
-    with jax.set_mesh(mesh):  # the caller's mesh may be another one than this leaf's
+    with jax.set_mesh(mesh):  # the caller's mesh may differ from this leaf's
         sums = _sums(leaf)
     first, second = np.asarray(sums.addressable_data(0)).tolist()  # every device has both
     return first, second
@@ -47,9 +47,9 @@ def _sums_of(leaf: Any) -> tuple[int, int]:
 
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
-    """Both sums, uint32[2]."""
+    """Return both sums, uint32[2]."""
     pair = _hashes(_words(leaf), *_position(leaf.shape))
-    # One reduction of both: with two of them the compiler keeps a hash, as large as the leaf.
+    # One joint reduction: with two, XLA materialises a hash array as large as the leaf.
     zero, add = np.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
     return jnp.stack(jax.lax.reduce(pair, (zero, zero), add, range(leaf.ndim)))
 
@@ -72,7 +72,7 @@ def _host_sums(array: np.ndarray) -> tuple[int, int]:
 
 
 def _hashes(words: list[Array], inner: Array, outer: Array) -> tuple[Array, Array]:
-    """Two hashes of each element: its words, the lowest first, at position (outer, inner)."""
+    """Two hashes of each element from its words (lowest first) and position (outer, inner)."""
     first = _mix(inner * _ODD + _mix(outer + _ODD))
     second = _mix(first ^ _SALT)
     for word in words:
@@ -82,7 +82,7 @@ def _hashes(words: list[Array], inner: Array, outer: Array) -> tuple[Array, Arra
 
 
 def _words(leaf: jax.Array) -> list[jax.Array]:
-    """The bits of each element as one or more uint32, the lowest first."""
+    """Return the bits of each element as one or more uint32 words, lowest first."""
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         return _words(leaf.real) + _words(leaf.imag)
     if leaf.dtype == jnp.bool_:
@@ -96,17 +96,17 @@ def _words(leaf: jax.Array) -> list[jax.Array]:
 
 
 def _position(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 per element, (inner, outer), that together differ for all elements.
+    """Two uint32 per element, (inner, outer), that identify its position.
 
-    The flat index within the last axes, as many as one word can count, and that of the axes before:
-    one flat index would wrap round in arrays of more than 2^32 elements.
+    `inner` is the flat index within the last axes, as many as one word can count; `outer` is that
+    of the axes before. A single index would overflow for more than 2^32 elements.
     """
     first = _counted_axes(shape)
     return _flat_index(shape, range(first, len(shape))), _flat_index(shape, range(first))
 
 
 def _counted_axes(shape: tuple[int, ...]) -> int:
-    """The first of the last axes whose positions one word can count."""
+    """Index of the first axis of `inner`, see `_position`."""
     first, size = len(shape), 1
     while first and size * shape[first - 1] <= _COUNTED:
         first -= 1
@@ -123,13 +123,13 @@ def _flat_index(shape: tuple[int, ...], axes: range) -> jax.Array:
 
 
 def _mix(x: Array) -> Array:
-    """A bijection of 32-bit words in which each bit of the input reaches each of the output."""
+    """Apply a bijection of 32-bit words in which each input bit affects every output bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
-_COUNTED = 2**32  # positions that one word tells apart
-_PIECE = 2**15  # elements hashed at once on the host: what its cache holds
+_COUNTED = 2**32  # positions that one word can index
+_PIECE = 2**15  # elements per piece on the host, sized for the cache
 _ODD = np.uint32(0x9E3779B9)
 _SALT = np.uint32(0x5BD1E995)

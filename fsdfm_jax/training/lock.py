@@ -1,8 +1,8 @@
-"""One writer for a working directory: a second job is refused while the first one runs.
+"""Lock a working directory: a second job fails while the first one is running.
 
-The lock is a file with host, process and start of its owner, touched every few seconds. Where the
-owner is of this machine, whether it runs is known at once; of another one, the lock is watched for
-as long as it takes to tell a job from what a killed one has left.
+The lock is a file with the host, process id and start time of its owner, touched every few seconds.
+On the same machine, a stale lock is detected immediately. For a lock from another machine, this
+process watches for a touch for `_WATCH` seconds.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from typing import Any
 from fsdfm_jax import io
 
 NAME = "writer.json"
-_BEAT = 5.0  # seconds between two touches
-_WATCH = 4 * _BEAT  # without a touch, after which a lock is stale
+_BEAT = 5.0  # seconds between touches
+_WATCH = 4 * _BEAT  # a lock without a touch for this long is stale
 
 
 @contextlib.contextmanager
 def only_writer(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made.
+    """Hold the lock of a folder; make the folder if needed.
 
     Raises:
-      ValueError: if another job holds it; names host, process and age.
+      ValueError: if another job holds the lock; names host, process and age.
       OSError: if the folder can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _owner() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: this boot of this machine, and this container of it."""
+    """Scope in which process ids are unique: this boot of this machine, and this container."""
     try:
         boot = pathlib.Path("/", "proc", "sys", "kernel", "random", "boot_id").read_text().strip()
         return f"{boot} {os.readlink(pathlib.Path('/', 'proc', 'self', 'ns', 'pid'))}"
@@ -65,9 +65,9 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """When a process began, in ticks since the boot: numbers of processes come again.
+    """Start time of a process in ticks since boot, because process ids are reused.
 
-    "" where it has ended, "unknown" where this system doesn't say.
+    Returns "" if it has ended, "unknown" if the system doesn't report it.
     """
     try:
         fields = pathlib.Path("/", "proc", str(pid), "stat").read_text().rpartition(")")[2].split()
@@ -82,14 +82,14 @@ def _start_of(pid: int) -> str:
 
 
 def _create(path: pathlib.Path, owner: dict[str, Any]) -> bool:
-    """Makes the lock; False if there is one. It is never seen half-written."""
+    """Create the lock atomically; return False if it exists."""
     own = path.with_name(f".{NAME}.{owner['pid']}.{socket.gethostname()}.tmp")
     io.write_json(own, owner)
     try:
         os.link(own, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         try:
             with open(path, "x", encoding="utf-8") as file:
                 file.write(own.read_text(encoding="utf-8"))
@@ -119,10 +119,10 @@ def _remove_if_stale(path: pathlib.Path) -> None:
     if owner is not None and _runs(path, owner):
         age = max(time.time() - float(owner.get("since") or 0), 0) / 60
         raise ValueError(
-            f"Another job writes into {path.parent}: process {owner.get('pid')} on "
-            f"{owner.get('host')}, for {age:.0f} minutes. End it, or choose another --workdir."
+            f"Another job is writing to {path.parent}: process {owner.get('pid')} on "
+            f"{owner.get('host')}, for {age:.0f} minutes. Stop it, or choose another --workdir."
         )
-    # Two jobs may come here at once: the second one must not remove what the first has made.
+    # Two jobs may get here at once: the second must not remove the first one's new lock.
     aside = path.with_name(f".{NAME}.{os.getpid()}.{socket.gethostname()}.old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
@@ -135,10 +135,10 @@ def _remove_if_stale(path: pathlib.Path) -> None:
 def _runs(path: pathlib.Path, owner: dict[str, Any]) -> bool:
     if owner.get("machine") == _machine():
         return owner.get("began") == _start_of(int(owner.get("pid", 0))) != ""
-    # Of another machine: its process can't be asked.
+    # On another machine: watch the lock.
     try:
         before = path.stat().st_mtime_ns
-        if time.time() - path.stat().st_mtime > 3600:  # whatever the clocks say of each other
+        if time.time() - path.stat().st_mtime > 3600:  # more than any clock skew
             return False
         end = time.monotonic() + _WATCH
         while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""The training loop, shared by all stages: straight-line, resumable, metrics one step late."""
+"""The training loop, shared by all stages; resumable, with metrics read one step late."""
 
 import contextlib
 import faulthandler
@@ -26,25 +26,25 @@ from fsdfm_jax.training.metrics import MetricWriter
 from fsdfm_jax.training.optim import Turns
 
 
-class Diverged(FloatingPointError):  # noqa: N818 - named after what happened
-    """A loss or gradient is not finite; the message names stage and step."""
+class Diverged(FloatingPointError):  # noqa: N818 - a state, not an error name
+    """A loss or gradient is not finite; the message names the stage and step."""
 
 
 class Settings(NamedTuple):
-    """Static numbers of a run.
+    """Static settings of a run.
 
     Attributes:
-      num_steps: optimiser steps in all.
-      batch_size: rows of a batch, over all processes.
-      log_every, checkpoint_every: steps between lines of metrics and between checkpoints.
-      retention: which checkpoints are kept.
-      ema_decay: weight of the old average, 0 for none.
-      accumulate: parts that a batch is computed in, one after the other.
-      max_skipped: steps in a row that may be skipped where something isn't finite.
-      watchdog_minutes: without a finished step, after which the process dumps the stacks of its
-        threads to stderr and exits with code 1; until the first step has ended, which is compiled,
-        three times as many and at least 30; 0 for never.
-      wandb: project of Weights & Biases that gets the metrics too; "" for none.
+      num_steps: total optimiser steps.
+      batch_size: rows per batch, over all processes.
+      log_every, checkpoint_every: steps between metrics lines and between checkpoints.
+      retention: which checkpoints to keep.
+      ema_decay: weight of the old average; 0 disables the EMA.
+      accumulate: number of micro-batches per batch.
+      max_skipped: maximum consecutive steps to skip because of non-finite values.
+      watchdog_minutes: time without a finished step after which the process dumps its threads'
+        stacks to stderr and exits with code 1. Before the first step, which includes compilation,
+        it is three times as long and at least 30 minutes. 0 disables it.
+      wandb: Weights & Biases project that also gets the metrics; "" for none.
     """
 
     num_steps: int
@@ -60,16 +60,16 @@ class Settings(NamedTuple):
 
 
 def check_settings(settings: Settings) -> None:
-    """ValueError naming the first value that no run can have."""
+    """Raise ValueError naming the first invalid value."""
     for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
         if getattr(settings, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(settings, field)}.")
     if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}.")
+        raise ValueError(f"ema_decay must be in [0, 1), got {settings.ema_decay}.")
     if settings.batch_size % settings.accumulate:
         raise ValueError(
             f"batch_size={settings.batch_size} must be a multiple of "
-            f"accumulate={settings.accumulate}: its parts have the same number of rows."
+            f"accumulate={settings.accumulate}: micro-batches have equal numbers of rows."
         )
     for field in ("max_skipped", "watchdog_minutes"):
         if getattr(settings, field) < 0:
@@ -82,7 +82,7 @@ def make_init(
     settings: Settings,
     turns: Turns | None = None,
 ):
-    """A function (key, base weights or None) -> `state.TrainState`, to be jitted."""
+    """Make a function (key, base weights or None) -> `state.TrainState`, to be jitted."""
 
     def init(key, base):
         params = stage.init_params(key, base)
@@ -99,10 +99,9 @@ def make_step(
     shardings: state.TrainState,
     turns: Turns | None = None,
 ):
-    """The jitted (state, batch, key, needed) -> (state, metrics) of a stage; it donates the state.
+    """Make a stage's jitted (state, batch, key, needed) -> (state, metrics); donates the state.
 
-    Trace it within `jax.set_mesh(mesh)`. `needed`, see `state.train_step`, is taken as it is
-    sharded.
+    Trace it within `jax.set_mesh(mesh)`. `needed`, see `state.train_step`, keeps its sharding.
 
     Args:
       shardings: of the state, from `mesh.state_shardings`.
@@ -140,41 +139,40 @@ def train(
     metadata: dict[str, Any],
     turns: Turns | None = None,
 ) -> None:
-    """Trains a stage up to `settings.num_steps`, from its newest checkpoint if there is one.
+    """Train a stage up to `settings.num_steps`, resuming from its newest checkpoint.
 
-    The state after a step depends on nothing but the arguments and the step, so that a run killed
-    at any moment and started again ends with the same parameters bit for bit; on another mesh, or
-    with another number of processes, up to rounding. A line of metrics is the mean since the line
-    before, or since the start of the process.
+    The state after a step depends only on the arguments and the step. A run that is killed at any
+    moment and restarted ends with the same parameters, bit for bit; on another mesh or number of
+    processes, up to rounding. A metrics line is the mean since the previous line, or since the
+    start of the process.
 
     Args:
       stage: what to train.
-      settings: how long, how often.
+      settings: static settings.
       name: of the run, for progress.
       optimizer: from `optim.make_optimizer`.
-      batches: start_step -> iterator over batches from that step on, of which a process gives the
-        rows `mesh.local_rows`.
-      base: weights of the run this one starts from, or None; shapes suffice where it resumes from
-        a checkpoint of its own.
-      needed: weights of the runs that `stage.needs` names, on the mesh.
-      key: root of the run's randomness.
-      mesh: where to run, of the devices of all processes.
-      directory: gets checkpoints/, metrics.jsonl and tensorboard/; one for all processes.
+      batches: start_step -> iterator over batches from that step on; each process yields its rows
+        `mesh.local_rows`.
+      base: weights of the run this one starts from, or None; shapes suffice when resuming.
+      needed: weights of the runs in `stage.needs`, on the mesh.
+      key: root key of the run's randomness.
+      mesh: of the devices of all processes.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/; shared by all processes.
       metadata: stored inside each checkpoint.
       turns: from `optim.make_turns`.
 
-    A finished run is restored once more before this returns: here a damaged last checkpoint can
-    still be made again, while whoever reads it later can only refuse it.
+    A finished run is restored once more before this returns: a damaged last checkpoint can still be
+    replaced here, whereas later readers can only fail.
 
     Raises:
-      Diverged: at the first loss or gradient that isn't finite, or the first beyond
-        `settings.max_skipped` in a row; no checkpoint of that step is written.
-      processes.Stopped: after SIGTERM while steps are taken, once the step at hand is in a
-        checkpoint. Before, when there is nothing new to save, SIGTERM ends the process as usual.
-      checkpoint.SaveFailed: where one can't be written.
-      checkpoint.DamagedCheckpoint: where there are checkpoints and none is whole.
-      ValueError: if the stage can't start from `base`, has no metric to choose checkpoints by, or
-        the checkpoint that it would go on from is of another recipe.
+      Diverged: at the first non-finite loss or gradient, or after more than `settings.max_skipped`
+        in a row; that step is not saved.
+      processes.Stopped: after SIGTERM during training, once the current step is saved. Before
+        training, SIGTERM ends the process as usual.
+      checkpoint.SaveFailed: if a checkpoint can't be written.
+      checkpoint.DamagedCheckpoint: if there are checkpoints but none is intact.
+      ValueError: if the stage can't start from `base`, lacks the metric for choosing checkpoints,
+        or would resume from a checkpoint of another recipe.
     """
     check_settings(settings)
     init_key, step_key = jax.random.split(key)
@@ -188,9 +186,9 @@ def train(
         shardings = mesh_lib.state_shardings(mesh, shapes)
         found = checkpoints.restore_latest(_sharded(shapes, shardings))
         if found is not None:
-            if "recipe" in metadata:  # the newest intact one may be older than what was checked
+            if "recipe" in metadata:  # the newest intact one may be older than the one checked
                 recipe.check_recipe(directory, metadata["recipe"])
-            logging.info("%s goes on from the checkpoint of step %d.", name, found[0])
+            logging.info("%s resumes from the checkpoint of step %d.", name, found[0])
         elif _is_abstract(base):
             raise ValueError(
                 f"The checkpoints of {name} in {directory} are gone; run the same command "
@@ -200,7 +198,7 @@ def train(
             base = jax.device_put(base, mesh_lib.state_shardings(mesh, base))
             found = 0, jax.jit(init, out_shardings=shardings)(init_key, base)
         start, train_state = found
-        del base, found  # not to be kept beside the state
+        del base, found  # free the memory
         if start >= settings.num_steps:
             return
         step_fn = make_step(stage, optimizer, settings, mesh, shardings, turns)
@@ -233,7 +231,7 @@ def _take_steps(
     metadata: dict[str, Any],
     watchdog: "_Watchdog",
 ) -> None:
-    """The steps from `start` on; metrics of a step are read while the next one runs."""
+    """Take the steps after `start`; the metrics of a step are read while the next one runs."""
     batch = next(stream)
     with (
         _open_writer(
@@ -251,7 +249,7 @@ def _take_steps(
         for step in range(start + 1, settings.num_steps + 1):
             rows = mesh_lib.place_rows(mesh, settings.batch_size, batch)
             train_state, metrics = step_fn(train_state, rows)
-            report.finish()  # of the step before, while this one runs
+            report.finish()  # the previous step, while this one runs
             watchdog.pat(step - start)
             report.begin(step, metrics)
             stopping = stop.granted(agreed)
@@ -271,18 +269,18 @@ def _take_steps(
 
 
 def _end_if_asked(stop: processes.StopRequest, name: str, step: int, settings: Settings) -> None:
-    """Raises Stopped, in all processes, if one of them was told to end."""
+    """Raise Stopped in all processes if one of them got a signal."""
     if not stop.granted(stop.ask()):
         return
     processes.barrier(f"{name} stopped")
     raise processes.Stopped(
         f"{name}: stopped by {stop.name} at step {step} of {settings.num_steps}, which is saved; "
-        "the same command goes on from there."
+        "run the same command to resume."
     )
 
 
 def _sharded(shapes, shardings):
-    """The shapes of a tree with the shardings of another, for what restores into them."""
+    """Combine the shapes of a tree with the shardings of another, for restoring."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -295,41 +293,41 @@ def _is_abstract(tree) -> bool:
 
 
 def _open_writer(directory: pathlib.Path, **options):
-    """The writer of metrics in the first process, one that does nothing in the others."""
+    """Open the metrics writer in the first process, and a silent one in the others."""
     return MetricWriter(directory, **options) if processes.is_first() else _Silent()
 
 
 class _Silent(contextlib.nullcontext):
-    """As a `MetricWriter`, without a file or a line."""
+    """A `MetricWriter` that writes nothing."""
 
     def __enter__(self) -> "_Silent":
         return self
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def tick(self, step: int) -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
 
 class _Watchdog:
-    """Ends a process that hangs: no step for so long, as when another host is gone."""
+    """Ends a process that hangs, for example because another host is gone."""
 
     def __init__(self, minutes: float):
         self._seconds = 60.0 * minutes
 
     def __enter__(self) -> "_Watchdog":
-        if self._seconds:  # a checkpoint is to be read, and a step compiled
+        if self._seconds:  # allow for restoring a checkpoint and compiling
             self._wait(max(3 * self._seconds, 1800.0))
         return self
 
     def pat(self, steps: int) -> None:
-        """So many steps have been started, all but the last have ended."""
+        """Reset the timer: `steps` steps have started, and all but the last have ended."""
         if self._seconds and steps > 1:
             self._wait(self._seconds)
 
     def _wait(self, seconds: float) -> None:
-        # By a thread of C, which runs even where Python can't.
+        # Uses a C thread, which runs even if Python is blocked.
         faulthandler.dump_traceback_later(seconds, exit=True)
 
     def __exit__(self, *exc_info) -> None:
@@ -351,7 +349,7 @@ class _Reporter:
         self._pending = (step, metrics)
 
     def waited(self, seconds: float) -> None:
-        """Time spent waiting for text."""
+        """Add time spent waiting for input."""
         self._waited += seconds
 
     def since_checkpoint(self) -> dict[str, float]:
@@ -360,7 +358,7 @@ class _Reporter:
         return means
 
     def finish(self) -> None:
-        """Waits for the pending step; raises Diverged unless it is finite or may be skipped."""
+        """Wait for the pending step; raise Diverged if it is non-finite and can't be skipped."""
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -370,8 +368,8 @@ class _Reporter:
         retention = self._settings.retention
         if retention.keep_best and retention.metric not in values:
             raise ValueError(
-                f"train.best_metric={retention.metric!r} is no metric of {self._name}, which has "
-                f"{', '.join(sorted(values))}."
+                f"train.best_metric={retention.metric!r} is not a metric of {self._name}; "
+                f"it has {', '.join(sorted(values))}."
             )
         bad = {key: value for key, value in values.items() if not math.isfinite(value)}
         if bad:
@@ -385,7 +383,7 @@ class _Reporter:
             line = self._line.values()
             if self._settings.max_skipped:
                 line["skipped"] = self._skipped
-            # A bound on what reading costs: devices work meanwhile.
+            # An upper bound on the cost of reading: devices work meanwhile.
             share = self._waited / max(now - self._since, 1e-9)
             self._writer.write(step, line, timing={"input_wait": round(share, 4)})
             self._line, self._skipped, self._waited, self._since = _Means(), 0, 0.0, now
@@ -404,8 +402,8 @@ class _Reporter:
         after = f" ({int(in_a_row)} steps in a row, optim.max_skipped={allowed})" if allowed else ""
         raise Diverged(
             f"{self._name}: {what} at step {step}{after}. Checkpoints up to step {kept} are kept; "
-            f"look at the text of that batch, let optim.max_skipped pass over such steps, or start "
-            f"anew in another folder with a lower learning_rate or longer warmup_steps of "
+            f"look at the text of that batch, skip such steps with optim.max_skipped, or start "
+            f"over in another folder with a lower learning_rate or longer warmup_steps for "
             f"{self._name}."
         )
 

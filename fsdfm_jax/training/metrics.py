@@ -1,8 +1,7 @@
-"""Metrics of a training run and the progress of long work.
+"""Metrics of a training run, and progress of long work.
 
-A run's metrics are `metrics.jsonl` (one JSON object a line, each step once) and TensorBoard events;
-on request Weights & Biases has them too.
-With several processes only one of them writes; callers choose it.
+Metrics go to `metrics.jsonl` (one JSON object per line and step), to TensorBoard events and,
+optionally, to Weights & Biases. With several processes the caller chooses the one that writes.
 """
 
 import contextlib
@@ -19,29 +18,29 @@ from typing import Any
 
 from fsdfm_jax import extras, io
 
-_LOG_SECONDS = 5.0  # shortest time between two lines of a Progress that is not on a terminal
+_LOG_SECONDS = 5.0  # minimum time between lines of a Progress that isn't on a terminal
 
 
 class MetricWriter:
-    """Metrics of one training stage, to files and as progress on stderr.
+    """Writes metrics of one training stage to files, and progress to stderr.
 
     A step is the number of optimiser steps completed, so `start_step` is the step of the restored
-    checkpoint and the next line is later than it. Lines that a killed run wrote after `start_step`
-    are removed from metrics.jsonl and hidden in TensorBoard; with 0 the file starts anew.
+    checkpoint and the next line is later. Lines that a killed run wrote after `start_step` are
+    removed from metrics.jsonl and hidden in TensorBoard; with 0 the file is emptied.
 
-    On a terminal progress is a live bar, elsewhere one line for each `write`. Rates count from the
-    first `write` or `tick`, which leaves compilation out.
+    Progress is a live bar on a terminal, otherwise one line per `write`. Rates count from the first
+    `write` or `tick`, which excludes compilation.
 
     Args:
-      directory: Gets `metrics.jsonl` and the folder `tensorboard`; made where needed.
-      name: Of the stage, in front of the progress.
-      total_steps: Steps of the finished stage, those before `start_step` included.
-      tokens_per_step: Tokens of one step, over all devices.
+      directory: Gets `metrics.jsonl` and the folder `tensorboard`; made if needed.
+      name: Of the stage; starts each line of progress.
+      total_steps: Total steps of the stage, including those before `start_step`.
+      tokens_per_step: Tokens per step, over all devices.
       start_step: Steps completed before this process.
-      wandb: Project of Weights & Biases that gets the metrics too; "" for none.
+      wandb: Weights & Biases project that also gets the metrics; "" for none.
 
     Raises:
-      ValueError: `start_step` is not within 0 .. total_steps, or Weights & Biases can't be used.
+      ValueError: `start_step` is not in 0 .. total_steps, or Weights & Biases can't be used.
     """
 
     def __init__(
@@ -74,37 +73,36 @@ class MetricWriter:
         return self
 
     def __exit__(self, exc_type, *exc_info) -> None:
-        # On a full disk this fails too; what went wrong first is what must be told.
+        # On a full disk this fails too; let the first exception propagate.
         with contextlib.suppress(OSError) if exc_type else contextlib.nullcontext():
             self.close()
 
     @property
     def steps_per_second(self) -> float:
-        """Mean since the first `write` or `tick`; NaN before there is a second one."""
+        """Mean since the first `write` or `tick`; NaN before the second one."""
         return self._rate.per_second
 
     def write(
         self, step: int, metrics: Mapping[str, Any], *, timing: Mapping[str, float] | None = None
     ) -> None:
-        """Writes one line {"step", "time" (Unix seconds), name: value, ...} and shows progress.
+        """Write one line {"step", "time" (Unix seconds), name: value, ...} and show progress.
 
         Args:
-          step: Steps completed, larger than in any line before.
-          metrics: Name -> number (anything `float` takes; a jax array is waited for). "loss" is
-            shown.
-          timing: Name -> number of what differs from run to run, under the key "timing".
+          step: Steps completed; must increase from line to line.
+          metrics: Name -> number (anything `float` accepts, including jax arrays). "loss" is shown.
+          timing: Name -> number, for values that differ between runs; under the key "timing".
 
         Raises:
-          ValueError: The step is not larger, or a metric is called "step", "time" or "timing".
+          ValueError: The step doesn't increase, or a metric is called "step", "time" or "timing".
         """
         step = int(step)
         if step <= self._last_written:
             raise ValueError(
-                f"metrics are written once a step, in order: got step {step} after "
+                f"metrics must be written once per step, in order: got step {step} after "
                 f"{self._last_written}; put all metrics of a step into one call"
             )
         if taken := {"step", "time", "timing"} & set(metrics):
-            raise ValueError(f"metrics may not be called {sorted(taken)}: the line has these keys")
+            raise ValueError(f"metrics can't be named {sorted(taken)}: these keys are reserved")
         values = {key: float(value) for key, value in metrics.items()}
         now = time.time()
         io.append_jsonl(
@@ -124,13 +122,13 @@ class MetricWriter:
             _log(f"{self._name} step {step}/{self._total} {self._speed()}")
 
     def tick(self, step: int) -> None:
-        """Moves the live bar and counts towards the rates; cheap, for every step."""
+        """Update the live bar and the rates; cheap enough for every step."""
         self._rate.update(step)
         if self._bar is not None:
             self._bar.update(completed=step, speed=self._speed())
 
     def close(self) -> None:
-        """Flushes the events and takes the bar off the terminal's last line."""
+        """Flush the events and remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -146,14 +144,14 @@ class MetricWriter:
 
 
 class _Events:
-    """Scalars for TensorBoard, on the disk when `add` returns.
+    """TensorBoard scalars, on disk when `add` returns.
 
-    `tensorboardX.SummaryWriter` has a thread for that, which ends on a full disk: after a few more
-    lines training would wait for it for ever.
+    `tensorboardX.SummaryWriter` uses a thread that dies on a full disk; training would soon block
+    on it for ever.
     """
 
     def __init__(self, directory: pathlib.Path, start_step: int):
-        # imported late: not every user of this file writes events
+        # imported here: not every user of this module writes events
         with extras.needed("train", "Writing TensorBoard's events"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
@@ -161,11 +159,11 @@ class _Events:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._directory = directory
         directory.mkdir(exist_ok=True)
-        # From this step on, older events are hidden.
+        # Hides older events from this step on.
         first = start_step + 1 if start_step else 0
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         with io.naming(directory):
-            # Names have only seconds: quick restarts collided.
+            # File names have a resolution of a second; the suffix avoids collisions.
             self._file = EventsWriter(f"{directory}/events", filename_suffix=f".{start_step}")
             self._write(step=first, wall_time=time.time(), session_log=start)
 
@@ -185,10 +183,10 @@ class _Events:
 
 
 class _Wandb:
-    """A run of Weights & Biases, which a resumed training continues.
+    """A Weights & Biases run that a resumed training continues.
 
-    Its id is kept in `directory`. Steps that a killed run logged and that are done again are
-    dropped by the service; they are the same, since a resumed training repeats them bit by bit.
+    Its id is stored in `directory`. The service drops steps that a killed run logged already; they
+    are identical, since resuming repeats them bit for bit.
     """
 
     def __init__(self, directory: pathlib.Path, project: str, name: str, *, anew: bool):
@@ -201,7 +199,7 @@ class _Wandb:
             self._run = wandb.init(
                 project=project, name=name, id=path.read_text(), resume="allow", dir=directory
             )
-        except Exception as error:  # the library raises all kinds
+        except Exception as error:  # the library raises many types
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
                 f"Weights & Biases can't be used ({said[0][:200]}); run `wandb login`, set "
@@ -216,14 +214,14 @@ class _Wandb:
 
 
 class Progress:
-    """Counter of a long evaluation: a live bar on a terminal, else a line every five seconds.
+    """Progress of a long evaluation: a live bar on a terminal, otherwise a line every 5 seconds.
 
         with Progress("sampling base 1024 steps", total=64) as progress:
             progress.advance(32)
 
     Args:
-      name: What is counted, in front of the numbers.
-      total: Count of the finished work.
+      name: What is counted; starts each line.
+      total: The final count.
     """
 
     def __init__(self, name: str, *, total: int):
@@ -245,7 +243,7 @@ class Progress:
             _log(f"{self._name} {self._done}/{self._total} {end} {elapsed}")
 
     def advance(self, count: int = 1) -> None:
-        """Counts `count` more as done."""
+        """Add `count` to the work done."""
         self._done += count
         self._rate.update(self._done)
         speed = f"{_short(self._rate.per_second)}/s ETA {_duration(self._rate.remaining)}"
@@ -258,7 +256,7 @@ class Progress:
 
 
 class _Rate:
-    """Mean speed since the first update: what came before it is compilation, not speed."""
+    """Mean speed since the first update, which excludes compilation."""
 
     def __init__(self, total: int):
         self._total = total
@@ -282,7 +280,7 @@ class _Rate:
 
 
 class _Bar:
-    """One rich bar on stderr, with one text of speeds; bars inside others share one display."""
+    """A rich progress bar on stderr with a speed column; nested bars share one display."""
 
     def __init__(self, display, task):
         self._display, self._task = display, task
@@ -294,11 +292,11 @@ class _Bar:
         _bars.remove(self)
         if not _bars:
             self._display.stop()
-        else:  # the bars around it stay on the terminal
+        else:  # outer bars stay on the terminal
             self._display.remove_task(self._task)
 
 
-_bars: list[_Bar] = []  # those on the terminal, the outermost first
+_bars: list[_Bar] = []  # bars on the terminal, outermost first
 
 
 def _bar(name: str, total: int, completed: int) -> _Bar:
@@ -326,7 +324,7 @@ def _display():
 
 
 def _log(line: str) -> None:
-    # not absl: its default level hides this outside of absl programs
+    # not absl.logging, whose default level hides this outside absl programs
     print(line, file=sys.stderr, flush=True)
 
 
@@ -342,12 +340,12 @@ def _short(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """0:01:20, or "-" where unknown."""
+    """0:01:20, or "-" if unknown."""
     return str(datetime.timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "-"
 
 
 def _keep_steps(path: pathlib.Path, start_step: int) -> None:
-    """Removes the lines of steps after `start_step` (all for 0) and a torn one, atomically."""
+    """Atomically remove lines after `start_step` (all for 0) and any incomplete line."""
     if not path.exists():
         return
     lines = [

@@ -1,10 +1,10 @@
-"""The optimiser as an optax chain: clipping, then AdamW or Muon on a schedule with warm-up.
+"""The optimiser as an optax chain: clipping, then AdamW or Muon with a warm-up schedule.
 
-Muon (Jordan et al. 2024, arXiv:2502.16982) moves a matrix by its momentum made orthogonal, so that
-all directions move alike. It is for the matrices of the blocks; embeddings, head, adaLN, norms and
-biases keep AdamW, in its Nesterov form. `optim.muon_rms` is the size of Muon's update at learning
-rate 1: at 0.2, about Adam's (arXiv:2502.16982 section 2.2), both take one learning rate, and those
-found for AdamW carry over; small networks on small data want more.
+Muon (Jordan et al. 2024, arXiv:2502.16982) updates a matrix by its orthogonalised momentum, so all
+directions get equal updates. It is used for the matrices of the blocks; embeddings, head, adaLN,
+norms and biases use AdamW in its Nesterov form. `optim.muon_rms` is the RMS of Muon's update at
+learning rate 1. At 0.2, about that of Adam (arXiv:2502.16982 section 2.2), both use the same
+learning rate and values tuned for AdamW carry over. Small networks on small data need more.
 """
 
 import re
@@ -17,35 +17,35 @@ from optax import contrib
 
 from fsdfm_jax.stages.base import Auxiliary, Stage
 
-# Of the matrices that Muon moves, [N, in, out] each: a stack of one matrix a block.
+# Paths of the matrices that Muon updates, each [N, in, out] with one matrix per block.
 _MUON = re.compile(r"(^|/)blocks/(q_proj|k_proj|v_proj|out_proj|mlp_in|mlp_out)/kernel$")
 _MUON_MOMENTUM = 0.95
 
 
 def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with the values of arXiv:2509.20624 App. B where the config keeps them, or Muon.
+    """Make AdamW (default values from arXiv:2509.20624 App. B) or Muon.
 
     Args:
       optim: `config.optim` (name, betas, eps, weight decay, clipping, dtype of the first moment).
-        The second moment stays float32: at a decay near 1 its changes are below what bfloat16
-        holds. Muon has none, and a momentum of its own in place of the betas.
+        The second moment stays float32: with a decay near 1 its changes are below the precision of
+        bfloat16. Muon has no second moment, and a fixed momentum instead of the betas.
       stage: the stage's config (`num_steps`, `learning_rate`, `warmup_steps`, `decay_steps`,
         `final_lr_fraction`).
 
     Raises:
-      ValueError: if warm-up and decay don't fit into the stage.
+      ValueError: if warm-up and decay are longer than the stage.
     """
     if not 0 <= stage.warmup_steps <= stage.num_steps:
         raise ValueError(
-            f"warmup_steps must lie between 0 and num_steps={stage.num_steps}, "
+            f"warmup_steps must be between 0 and num_steps={stage.num_steps}, "
             f"got {stage.warmup_steps}."
         )
     if not 0 <= stage.decay_steps <= stage.num_steps - stage.warmup_steps:
         raise ValueError(
-            f"decay_steps must lie between 0 and num_steps - warmup_steps = {stage.num_steps} - "
+            f"decay_steps must be between 0 and num_steps - warmup_steps = {stage.num_steps} - "
             f"{stage.warmup_steps}, got {stage.decay_steps}."
         )
-    # Without clipping the state is the same tree, so that it can be switched while a run resumes.
+    # The state tree is the same without clipping, so clipping can be changed on resuming.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     return optax.chain(
         clip,
@@ -54,7 +54,7 @@ def make_optimizer(optim: ConfigDict, stage: ConfigDict) -> optax.GradientTransf
 
 
 class Turns(NamedTuple):
-    """How the second network of a stage is trained.
+    """Training of the second network of a stage.
 
     Attributes:
       auxiliary: from the stage.
@@ -66,9 +66,9 @@ class Turns(NamedTuple):
 
 
 def make_turns(optim: ConfigDict, config: ConfigDict, stage: Stage) -> Turns | None:
-    """The turns of a stage's second network; None where the stage has none.
+    """Make the `Turns` of a stage's second network; None if the stage has none.
 
-    Its learning rate is that of the stage, scaled, at the same share of the training.
+    Its learning rate is that of the stage at the same fraction of the training, scaled.
 
     Args:
       optim: `config.optim`.
@@ -85,9 +85,9 @@ def make_turns(optim: ConfigDict, config: ConfigDict, stage: Stage) -> Turns | N
 
 
 def _learning_rate(stage: ConfigDict) -> optax.Schedule:
-    """Linear warm-up; then half a cosine to the end, or constant and linear over `decay_steps`."""
+    """Linear warm-up, then cosine decay, or constant with a linear decay over `decay_steps`."""
     peak, final, warmup = stage.learning_rate, stage.final_lr_fraction, stage.warmup_steps
-    # Pieces of no length are left out: optax warns of them.
+    # Omit pieces of length 0, for which optax logs a warning.
     starts, pieces = [], []
     if warmup:
         pieces.append(optax.schedules.linear_schedule(0.0, peak, warmup))
@@ -132,7 +132,7 @@ _BY_NAME = {"adamw": _adamw, "muon": _muon}
 
 
 def _matrices(params):
-    """Which axes of a parameter are those of a matrix, or None where AdamW moves it."""
+    """Return the matrix axes of each parameter; None for those that AdamW updates."""
 
     def one(path, leaf):
         del leaf

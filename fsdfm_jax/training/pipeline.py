@@ -1,6 +1,6 @@
-"""The runs of `config.pipeline`: which starts from which, what each is refused for, its training.
+"""The runs of `config.pipeline`: dependencies, checks before training, and training.
 
-The one module of the training that reads a whole configuration.
+The only training module that reads a whole configuration.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     """One training run of a pipeline.
 
     Attributes:
-      run: its name and folder, "refine_2" for the second time the pipeline names "refine".
+      run: name of the run and its folder; "refine_2" for the second "refine" of the pipeline.
       stage: one of `stages.NAMES`.
       base: folder of the run it starts from, or None for random weights.
     """
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A pipeline that was checked.
+    """A checked pipeline.
 
     Attributes:
       entries: its runs, in order.
@@ -66,21 +66,21 @@ class Plan(NamedTuple):
 
 # --------------------------------------------------------------------------- a working directory
 def data_directory(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
-    """Folder of the prepared data: `data.directory`, or WORKDIR/data where that is empty."""
+    """Folder of the prepared data: `data.directory`, or WORKDIR/data if that is empty."""
     return pathlib.Path(config.data.directory or workdir / "data").expanduser()
 
 
 def save_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes config.json."""
+    """Write config.json."""
     said = {"format": recipe_lib.FORMAT, "code_version": recipe_lib.code_version()}
     io.write_json(workdir / "config.json", said | {"config": config.to_dict()})
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration of a working directory.
+    """Read the configuration of a working directory.
 
     Raises:
-      ValueError: if the directory holds none, or that of another version.
+      ValueError: if there is none, or it is of another version.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -97,15 +97,15 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     whole = isinstance(config, dict) and {"pipeline", "data", "model", "eval"} <= config.keys()
     if not whole:
         raise ValueError(
-            f"{path} is damaged: it holds no configuration. Run the training command again, which "
-            "writes it anew."
+            f"{path} is damaged: it has no configuration. Run the training command again to "
+            "rewrite it."
         )
     return ConfigDict(config)
 
 
-# ------------------------------------------------------------------------- which run follows which
+# ----------------------------------------------------------------------- dependencies between runs
 def runs(config: ConfigDict) -> list[tuple[str, str]]:
-    """(run, stage) of each entry of `config.pipeline`, in order.
+    """Return (run, stage) of each entry of `config.pipeline`, in order.
 
     Raises:
       ValueError: for an empty pipeline or an unknown stage.
@@ -113,14 +113,14 @@ def runs(config: ConfigDict) -> list[tuple[str, str]]:
     names = [name.strip() for name in config.pipeline.split(",") if name.strip()]
     if not names:
         raise ValueError(
-            f"config.pipeline names no stage, got {config.pipeline!r}; expected a comma-separated "
-            f"choice of {', '.join(stages.NAMES)}."
+            f"config.pipeline is empty, got {config.pipeline!r}; expected a comma-separated "
+            f"list of {', '.join(stages.NAMES)}."
         )
     result = []
     for i, name in enumerate(names):
         if name not in stages.NAMES:
             raise ValueError(
-                f"config.pipeline names the unknown stage {name!r}; expected "
+                f"config.pipeline has the unknown stage {name!r}; expected "
                 f"{', '.join(stages.NAMES)}."
             )
         earlier = names[:i].count(name)
@@ -129,7 +129,7 @@ def runs(config: ConfigDict) -> list[tuple[str, str]]:
 
 
 def entries(config: ConfigDict, workdir: pathlib.Path) -> list[Entry]:
-    """The training runs of `config.pipeline` in order, each with the run it starts from.
+    """Return the training runs of `config.pipeline` in order, each with the run it starts from.
 
     Raises:
       ValueError: for an empty pipeline, an unknown stage, or a few-step stage without base weights.
@@ -149,8 +149,8 @@ def _base(
     flow = [entry for entry in earlier if entry.stage != "autoregressive"]
     if name in stages.FEW_STEP and not flow:
         raise ValueError(
-            f"Stage {run!r} starts from trained base weights, but nothing stands before it in "
-            f"the pipeline ({config.pipeline!r}); put 'pretrain' first, or set {name}.init_from."
+            f"Stage {run!r} needs trained base weights, but no stage comes before it in the "
+            f"pipeline ({config.pipeline!r}); put 'pretrain' first, or set {name}.init_from."
         )
     if name in stages.FEW_STEP:
         return stage_directory(workdir, flow[-1].run)
@@ -159,24 +159,23 @@ def _base(
 
 
 def find_run(given: str, key: str, workdir: pathlib.Path, earlier: Sequence[Entry]) -> pathlib.Path:
-    """Folder of a run that a configuration names.
+    """Find the folder of a run named in a configuration.
 
     Args:
-      given: a run of this working directory by its name, or the folder of any run.
-      key: that gives it, for errors.
+      given: name of a run in this working directory, or the folder of any run.
+      key: its config key, for errors.
       workdir: the working directory.
-      earlier: entries of the pipeline that will have been trained.
+      earlier: earlier entries of the pipeline.
 
     Raises:
-      ValueError: if it is neither trained nor among `earlier`.
+      ValueError: if the run is neither trained nor among `earlier`.
     """
     folder = pathlib.Path(given).expanduser() if "/" in given else stage_directory(workdir, given)
     trained_before = any(stage_directory(workdir, entry.run) == folder for entry in earlier)
     if not trained_before and not workdir_lib.is_trained(folder):
         raise ValueError(
-            f"{key}={given!r} names no trained run: there is no checkpoint in {folder}. Give a "
-            "stage that stands earlier in the pipeline, or the folder WORKDIR/stages/RUN of "
-            "another run."
+            f"{key}={given!r} is not a trained run: there is no checkpoint in {folder}. Give an "
+            "earlier stage of the pipeline, or the folder WORKDIR/stages/RUN of another run."
         )
     return folder
 
@@ -184,10 +183,10 @@ def find_run(given: str, key: str, workdir: pathlib.Path, earlier: Sequence[Entr
 def needed_runs(
     stage: Stage, entry: Entry, workdir: pathlib.Path, earlier: Sequence[Entry]
 ) -> dict[str, pathlib.Path]:
-    """`stage.needs` with the folders of the runs in place of their names.
+    """`stage.needs` with folders instead of names.
 
     Raises:
-      ValueError: if one is neither trained nor among `earlier`.
+      ValueError: if a run is neither trained nor among `earlier`.
     """
     folders = {}
     for key, run in stage.needs.items():
@@ -198,21 +197,21 @@ def needed_runs(
     return folders
 
 
-# ------------------------------------------------------------------------ refused before any work
-# Token ids don't matter to what is checked, nor to what is sharded; the tokenizer is only known
-# once the text is prepared.
+# ------------------------------------------------------------------------ checks before any work
+# The vocabulary doesn't affect the checks or the sharding; it is known only once the text is
+# prepared.
 _ANY_VOCABULARY = 2
 
 
 def check(config: ConfigDict, workdir: pathlib.Path) -> Plan:
-    """Everything about the training that can be refused before any work is done.
+    """Check everything about the training that can be checked before any work.
 
     Raises:
-      ValueError: for a pipeline that can't be trained, or can't be resumed in this folder.
+      ValueError: if the pipeline can't be trained, or can't resume in this folder.
     """
     if config.model.attention == "cudnn" and not attention.has_cudnn():
         raise ValueError(
-            "config.model.attention='cudnn' needs a device with that kernel (NVIDIA's, of compute "
+            "config.model.attention='cudnn' needs a device with that kernel (NVIDIA, compute "
             "capability 8 or later), and this process has none; set 'auto'."
         )
     pipeline = entries(config, workdir)
@@ -256,53 +255,53 @@ def check_needed(
     stage: Stage,
     config: ConfigDict,
 ) -> None:
-    """Refuses what `stage.needs` names unless it is a base model of the same network and process.
+    """Check that a run in `stage.needs` is a base model with the same network and process.
 
     Args:
-      folder: of the run that is needed.
-      model: its network where this pipeline trains it; None where it is trained.
-      key: that names it, for errors.
+      folder: of the needed run.
+      model: its network if this pipeline trains it; None if it is already trained.
+      key: its config key, for errors.
       stage, config: of the run that needs it.
 
     Raises:
-      ValueError: saying what it is.
+      ValueError: naming the mismatch.
     """
     model = model or ModelConfig(**workdir_lib.saved_metadata(folder)["model"])
     if model.causal or model.conditioning != "none":
         kind = "an autoregressive" if model.causal else "a few-step"
         raise ValueError(
-            f"{key} must name a base model, a run of 'pretrain'; {folder} holds {kind} model."
+            f"{key} must be a base model, a run of 'pretrain'; {folder} has {kind} model."
         )
     base_model = dataclasses.replace(stage.model, conditioning="none")
     recipe_lib.check_base(folder, base_model, config.path.to_dict())
 
 
 def check_batch(mesh: Mesh, config: ConfigDict, stage: str) -> None:
-    """ValueError unless the parts of a stage's batch spread evenly over the mesh."""
+    """Raise ValueError unless the micro-batches of a stage shard evenly over the mesh."""
     own = config[stage]
     if own.accumulate < 1 or own.batch_size % own.accumulate:
         raise ValueError(
             f"{stage}.batch_size={own.batch_size} must be a multiple of "
-            f"{stage}.accumulate={own.accumulate}: its parts have the same number of rows."
+            f"{stage}.accumulate={own.accumulate}: micro-batches have equal numbers of rows."
         )
     part = "" if own.accumulate == 1 else f" / {stage}.accumulate ({own.accumulate})"
     rows = own.batch_size // own.accumulate
     mesh_lib.check_batch_size(mesh, rows, f"{stage}.batch_size{part}")
 
 
-# -------------------------------------------------------------------------------- what a run is of
+# -------------------------------------------------------------------------------- parts of a run
 def run_seed(config: ConfigDict, run: str) -> int:
-    """Seed of everything random in a run, in [0, 2^32)."""
+    """Seed of all randomness in a run, in [0, 2^32)."""
     return zlib.crc32(f"{config.seed}/{run}".encode())
 
 
 def make_process(config: ConfigDict, num_tokens: int, eos_id: int = 0) -> Process:
-    """The noising process over the tokens of a text."""
+    """Make the noising process over the tokens of a text."""
     return process_lib.make_process(**config.path, num_tokens=num_tokens, eos_id=eos_id)
 
 
 def train_settings(config: ConfigDict, stage: str) -> Settings:
-    """The static numbers of a stage's training."""
+    """Return the static settings of a stage's training."""
     retention = Retention(
         keep=config.train.keep_checkpoints,
         keep_every=config.train.keep_every,
@@ -324,7 +323,7 @@ def train_settings(config: ConfigDict, stage: str) -> Settings:
 
 
 def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainState:
-    """Shapes of the training state of a stage."""
+    """Return the shapes of the training state of a stage."""
     made = stages.make_stage(stage, config, make_process(config, num_tokens))
     optimizer = optim.make_optimizer(config.optim, config[stage])
     turns = optim.make_turns(config.optim, config[stage], made)
@@ -334,7 +333,7 @@ def abstract_state(config: ConfigDict, stage: str, num_tokens: int) -> TrainStat
 
 
 def sharding_report(config: ConfigDict, plan: Plan) -> Iterator[str]:
-    """Where the state of each run would be on the mesh, as text."""
+    """Yield a report of how the state of each run is sharded over the mesh."""
     num_tokens = prepared_lib.vocab_size(prepared_lib.DataSpec.from_config(config.data))
     for entry in plan.entries:
         state = abstract_state(config, entry.stage, num_tokens)
@@ -343,7 +342,7 @@ def sharding_report(config: ConfigDict, plan: Plan) -> Iterator[str]:
 
 # ----------------------------------------------------------------------------------------- training
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> PreparedData:
-    """The prepared text, made by the first process and read by all."""
+    """Prepare the text in the first process and open it in all."""
     place = data_directory(workdir, config)
     if processes.is_first():
         prepared = prepared_lib.prepare(prepared_lib.DataSpec.from_config(config.data), place)
@@ -356,7 +355,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> PreparedData:
 def train_all(
     config: ConfigDict, plan: Plan, prepared: PreparedData, workdir: pathlib.Path
 ) -> None:
-    """Trains the runs of a pipeline, each up to its end; those that are finished take a moment."""
+    """Train the runs of a pipeline to completion; finished ones take a moment."""
     tokenizer = prepared.tokenizer
     process = make_process(config, tokenizer.vocab_size, tokenizer.eos_id)
     for i, entry in enumerate(plan.entries):
@@ -385,13 +384,13 @@ def train_run(
     mesh: Mesh,
     directory: pathlib.Path,
 ) -> None:
-    """Trains one run of a pipeline up to its end, from its newest checkpoint if there is one.
+    """Train one run of a pipeline to completion, resuming from its newest checkpoint.
 
-    `needs` are the folders of `needed_runs`; their weights are only read where steps are left.
+    `needs` are the folders from `needed_runs`; their weights are read only if steps remain.
     """
     own = config[entry.stage]
     if not config.optim.clip_norm:
-        logging.info("%s: gradients aren't clipped (config.optim.clip_norm is off).", entry.run)
+        logging.info("%s: no gradient clipping (config.optim.clip_norm=0).", entry.run)
     tokenizer = prepared.tokenizer.fingerprint
     recipe_lib.check_data(directory, tokenizer=tokenizer, data=prepared.fingerprint)
     checkpoints = directory / "checkpoints"
@@ -404,7 +403,7 @@ def train_run(
     def load_base() -> model_lib.Params | None:
         if entry.base is None:
             return None
-        # A saved state has all that mattered of the base: then its shapes are enough.
+        # When resuming, the base isn't used: its shapes are enough.
         return workdir_lib.weight_shapes(entry.base) if saved else load(entry.base)
 
     needed = {} if finished else {key: load(folder) for key, folder in needs.items()}
@@ -435,7 +434,7 @@ def train_run(
 def _text_batches(
     config: ConfigDict, entry: Entry, prepared: PreparedData, mesh: Mesh, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of a run from step `start` on, this process's rows of them."""
+    """Yield this process's rows of a run's batches from step `start` on."""
     batch_size = config[entry.stage].batch_size
     batches = prepared_lib.Batches(
         prepared.source("train"),

@@ -1,7 +1,8 @@
-"""May a run resume? Only under the recipe and on the text that it was started with.
+"""Checks before resuming: a run must have the recipe and text that it was started with.
 
-A recipe is all that determines a run's weights up to rounding, as JSON; it is stored inside each
-checkpoint. The mesh isn't part of it, nor the number of processes, nor where the prepared text is.
+A recipe is everything that determines a run's weights up to rounding, as JSON. It is stored inside
+each checkpoint. The mesh, the number of processes and the location of the prepared text are not
+part of it.
 """
 
 import dataclasses
@@ -18,18 +19,18 @@ from fsdfm_jax.data.prepared import DataSpec
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.training import checkpoint, workdir
 
-# Of a training state, a recipe and a configuration.
+# Format version of training state, recipe and configuration.
 FORMAT = 3
 
-# Keys of a model that change results by rounding only: another device may need other values.
+# Model keys that affect only rounding; other devices may need other values.
 _ROUNDING_KEYS = ("attention", "remat", "logits_mib")
-# Keys that are left out of recipes at these values, those of runs from before there was the key.
+# Keys omitted from recipes at these values, which are implied for runs older than the key.
 _FORMER_MODEL = {"positions": "rotary"}
-# When a run is given up, which doesn't change the steps before.
+# Keys that decide when a run fails; they don't change the steps before.
 _PATIENCE_KEYS = ("max_skipped",)
-# Which runs a stage starts from or reads: their recipes are part of the recipe, not their names.
+# Keys that name runs which a stage starts from or reads; their recipes count, not their names.
 _RUN_KEYS = ("init_from", "guide", "teacher")
-# What may differ between a network and the one it starts from.
+# Keys that may differ between a network and the one it starts from.
 _FREE_MODEL_KEYS = {"vocab_size", "conditioning", "dropout", "dtype", *_ROUNDING_KEYS}
 
 
@@ -39,13 +40,13 @@ def make_recipe(
     base: Mapping[str, Any] | None,
     needs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The recipe of a run.
+    """Make the recipe of a run.
 
     Args:
       config: the whole configuration, as JSON.
       stage: of the run.
       base: recipe of the run it starts from; None for random weights.
-      needs: recipes of the runs that `Stage.needs` names.
+      needs: recipes of the runs in `Stage.needs`.
     """
     return _plain(
         {
@@ -71,7 +72,7 @@ def make_metadata(
     tokenizer: str,
     data: str,
 ) -> dict[str, Any]:
-    """What a run stores inside its checkpoints, as JSON.
+    """Make the metadata that a run stores in its checkpoints, as JSON.
 
     Args:
       config: the whole configuration, as JSON.
@@ -97,26 +98,26 @@ def make_metadata(
 
 
 def check_format(place: pathlib.Path, stored: Mapping[str, Any]) -> None:
-    """Refuses what another version of this code has written.
+    """Refuse files written by an incompatible version of this code.
 
     Args:
-      place: where it is.
-      stored: with "format", and "code_version" where it is known.
+      place: their path, for the message.
+      stored: with "format", and "code_version" if known.
 
     Raises:
-      ValueError: naming that version, and what to do.
+      ValueError: naming that version and the remedy.
     """
     if stored.get("format") != FORMAT:
         version = stored.get("code_version", "unknown")
         raise ValueError(
             f"{place} was written by another version of this code ({version}): finish it with that "
-            "version or choose another --workdir; its weights can be read from WORKDIR/stages/RUN "
-            "by python -m fsdfm_jax.convert, and named in STAGE.init_from."
+            "version or choose another --workdir. python -m fsdfm_jax.convert can read its weights "
+            "from WORKDIR/stages/RUN, and STAGE.init_from can name them."
         )
 
 
 def check_recipe(directory: pathlib.Path, wanted: Mapping[str, Any]) -> None:
-    """Refuses to resume the run in `directory` under another recipe.
+    """Refuse to resume the run in `directory` under another recipe.
 
     Raises:
       ValueError: naming each key that differs.
@@ -130,7 +131,7 @@ def check_recipe(directory: pathlib.Path, wanted: Mapping[str, Any]) -> None:
     free = _free_lengths(wanted, saved_recipe, saved.get("stage"), step)
     ours, theirs = _flat(wanted), _flat(saved_recipe)
     different = [
-        f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
+        f"{key}: {theirs.get(key, 'absent')!r} before, {ours.get(key, 'absent')!r} now"
         for key in sorted((ours.keys() | theirs.keys()) - free)
         if ours.get(key) != theirs.get(key)
     ]
@@ -143,9 +144,9 @@ def check_recipe(directory: pathlib.Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _free_lengths(ours: dict, theirs: dict, stage: str | None, step: int) -> set[str]:
-    """Keys of a run's length that made no difference to its weights up to `step`.
+    """Keys of the run's length that have not affected its weights up to `step`.
 
-    Those of both recipes, as long as the learning rate is constant under either.
+    They can change as long as the learning rate has been constant under both recipes.
     """
     for recipe in (ours, theirs):
         own = recipe.get(stage, {})
@@ -155,14 +156,14 @@ def _free_lengths(ours: dict, theirs: dict, stage: str | None, step: int) -> set
 
 
 def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
-    """Refuses to resume the run in `directory` on other text than it was trained on.
+    """Refuse to resume the run in `directory` on different text.
 
     Args:
-      directory: WORKDIR/stages/RUN; without a checkpoint there is nothing to refuse.
-      tokenizer, data: fingerprints of the text at hand.
+      directory: WORKDIR/stages/RUN; accepted if it has no checkpoint.
+      tokenizer, data: fingerprints of the current text.
 
     Raises:
-      ValueError: saying which of the two differs.
+      ValueError: naming the one that differs.
     """
     saved = workdir.saved_metadata(directory)
     if saved is None:
@@ -177,13 +178,12 @@ def check_data(directory: pathlib.Path, *, tokenizer: str, data: str) -> None:
 
 
 def check_base(directory: pathlib.Path, model: ModelConfig, path: Mapping[str, Any]) -> None:
-    """Refuses weights of another network or noising process than the run that reads them.
+    """Refuse weights whose network or noising process differs from that of the reading run.
 
-    Shapes alone don't show it: neither the number of heads nor the schedule changes any.
+    Shapes aren't enough: they don't depend on the number of heads or the schedule.
 
     Args:
-      directory: folder of the run with the weights; without a checkpoint there is nothing to
-        refuse yet.
+      directory: folder of the run with the weights; accepted if it has no checkpoint yet.
       model, path: network and `config.path` of the run that reads them.
 
     Raises:
@@ -207,7 +207,7 @@ def check_base(directory: pathlib.Path, model: ModelConfig, path: Mapping[str, A
 
 @functools.cache
 def code_version() -> str:
-    """Version of the package, with the commit where it runs from a git checkout."""
+    """Version of the package, with the commit when running from a git checkout."""
     package = pathlib.Path(fsdfm_jax.__file__).parent
     if not (package.parent / ".git").exists():  # installed, perhaps inside another checkout
         return fsdfm_jax.__version__
@@ -230,7 +230,7 @@ def _plain(obj: Any) -> Any:
 
 
 def _model_recipe(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.model` as part of a recipe; recipes of earlier versions say nothing of positions."""
+    """`config.model` as part of a recipe; recipes of earlier versions don't have `positions`."""
     silent = [key for key, value in _FORMER_MODEL.items() if model[key] == value]
     return _without(model, (*_ROUNDING_KEYS, *silent))
 

@@ -1,4 +1,4 @@
-"""The training state and one optimiser step, pure functions."""
+"""The training state and one optimiser step, as pure functions."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ from fsdfm_jax.training.optim import Turns
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds.
+    """The training state, as stored in checkpoints.
 
     Attributes:
-      step: int32 scalar, optimiser steps taken, skipped ones included.
+      step: int32 scalar, optimiser steps taken, including skipped ones.
       params: weights being trained.
-      ema: their exponential average, or None where the stage keeps none.
+      ema: their exponential moving average, or None.
       opt_state: optax state.
-      skipped: int32 scalar, steps in a row that were skipped up to now.
-      auxiliary: the second network of the stage, or None where it has none.
+      skipped: int32 scalar, number of steps skipped in a row up to now.
+      auxiliary: the second network of the stage, or None.
     """
 
     step: jax.Array
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 class AuxiliaryState(NamedTuple):
-    """The weights of a second network and its optimiser's state, see `stages.Auxiliary`."""
+    """Weights and optimiser state of a second network, see `stages.Auxiliary`."""
 
     params: Params
     opt_state: Any
@@ -48,7 +48,7 @@ def init_state(
     ema_decay: float,
     turns: Turns | None = None,
 ) -> TrainState:
-    """The state before the first step. Build it under jit: every copy needs its own buffers."""
+    """Make the initial state. Call it under jit, so that every copy gets separate buffers."""
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     zero = jnp.zeros((), jnp.int32)
     auxiliary = None
@@ -58,7 +58,7 @@ def init_state(
 
 
 def averaged(state: TrainState) -> Params:
-    """The weights to sample with and to teach with: the average where there is one."""
+    """Return the weights for sampling and for the teacher: the EMA if there is one."""
     return state.params if state.ema is None else state.ema
 
 
@@ -80,27 +80,27 @@ def train_step(
     Args:
       state: donated by the caller.
       batch: dict of arrays with B rows, see `stages.Stage`.
-      root_key: the stage's key; the step's own key is `fold_in(root_key, step)`, so that a resumed
-        run draws the same noise.
-      needed: weights of other runs that the loss reads, `Frozen.needed`; None where it reads none.
+      root_key: key of the run. The key of a step is `fold_in(root_key, step)`, so a resumed run
+        draws the same noise.
+      needed: weights of other runs that the loss reads, `Frozen.needed`; None if there are none.
       loss: `Stage.loss`.
       optimizer: optax transformation.
-      ema_decay: weight of the old average, 0 for none.
-      accumulate: parts that the batch is computed in, one after the other; the gradient is their
-        mean. Each part has a key of its own.
-      max_skipped: if above 0, a step whose loss or gradient isn't finite leaves weights, average
-        and optimiser as they were; the caller stops where `skipped` exceeds it.
-      turns: how the second network of the stage is trained, before the first; None without one.
+      ema_decay: weight of the old average; 0 disables the EMA.
+      accumulate: number of micro-batches, processed in sequence with separate keys; the gradient is
+        their mean.
+      max_skipped: if above 0, a step with a non-finite loss or gradient leaves weights, EMA and
+        optimiser unchanged. The caller stops when `skipped` exceeds it.
+      turns: training of the stage's second network, which is updated first; None without one.
 
     Returns:
-      (state, metrics): metrics are float32 scalars, among them `loss` and `grad_norm`, and
-      `skipped` where steps may be.
+      (state, metrics): metrics are float32 scalars, including `loss`, `grad_norm` and, if
+      `max_skipped` is set, `skipped`.
     """
     key = jax.random.fold_in(root_key, state.step)
     frozen = jax.lax.stop_gradient(Frozen(averaged(state), needed or {}))
     auxiliary, auxiliary_metrics = state.auxiliary, {}
     if turns is not None:
-        # Apart from the student's: `split` and `fold_in` of one key give the same keys.
+        # Separate from the student's key: `split` and `fold_in` of one key give the same keys.
         key, turns_key = jax.random.split(key)
         partner = jax.lax.stop_gradient(state.params)
         auxiliary, auxiliary_metrics = _train_auxiliary(
@@ -127,7 +127,7 @@ def train_step(
 
 
 def _update(params, opt_state, frozen, key, batch, loss, optimizer, accumulate: int):
-    """(params, opt_state, metrics) after one update of a network."""
+    """Update a network once; return (params, opt_state, metrics)."""
     gradient = functools.partial(jax.grad(loss, has_aux=True), params, frozen)
     if accumulate == 1:
         grads, metrics = gradient(key, batch)
@@ -142,7 +142,7 @@ def _update(params, opt_state, frozen, key, batch, loss, optimizer, accumulate: 
 def _train_auxiliary(
     auxiliary: AuxiliaryState, frozen: Frozen, key, batch, turns: Turns, accumulate: int
 ):
-    """The second network after its turn, and the mean of its metrics as `auxiliary_..`."""
+    """Train the second network; return it and the means of its metrics as `auxiliary_..`."""
 
     def step(auxiliary: AuxiliaryState, turn):
         params, opt_state, metrics = _update(
@@ -162,9 +162,9 @@ def _train_auxiliary(
 
 
 def _accumulate(gradient, key, batch, parts: int):
-    """The mean gradient and metrics of the parts of a batch.
+    """Return the mean gradient and metrics over the micro-batches.
 
-    Part a has the rows a, a + parts, a + 2 parts ..: rows stay on the devices they are on.
+    Micro-batch a has the rows a, a + parts, a + 2 parts .., so that rows stay on their devices.
     """
 
     def split(x_B):

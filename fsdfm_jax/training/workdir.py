@@ -1,8 +1,8 @@
-"""The layout of a working directory, and the weights of the runs in it.
+"""The layout of a working directory, and the weights of its runs.
 
-WORKDIR/config.json                    the configuration last used
+WORKDIR/config.json                    the last configuration
 WORKDIR/data/                          tokenizer, blocks, manifest (or config.data.directory)
-WORKDIR/stages/NAME/checkpoints/       of each entry of the pipeline; repeated: NAME_2 ..
+WORKDIR/stages/NAME/checkpoints/       for each entry of the pipeline; repeated ones: NAME_2 ..
 WORKDIR/stages/NAME/metrics.jsonl, tensorboard/
 WORKDIR/report/                        table, pictures, samples
 """
@@ -24,7 +24,7 @@ from fsdfm_jax.training import checkpoint
 
 
 class Weights(NamedTuple):
-    """Weights as they are used: the average where the stage keeps one."""
+    """Weights for inference: the EMA if the stage has one."""
 
     params: Params
     model: ModelConfig
@@ -38,14 +38,14 @@ def stage_directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
 
 
 def is_trained(directory: pathlib.Path) -> bool:
-    """Whether the run in `directory` has a checkpoint, be it damaged."""
+    """Return whether the run in `directory` has a checkpoint, damaged or not."""
     return checkpoint.newest_step(directory / "checkpoints") is not None
 
 
 def saved_metadata(directory: pathlib.Path) -> dict[str, Any] | None:
-    """Metadata of the checkpoint that the run in `directory` resumes from; None without one.
+    """Metadata of the checkpoint that the run in `directory` resumes from, or None.
 
-    A checkpoint whose metadata is damaged is passed over, as the run does.
+    A checkpoint with damaged metadata is skipped, as the run does.
     """
     folder = directory / "checkpoints"
     step = checkpoint.latest_step(folder)
@@ -57,7 +57,7 @@ def weights_metadata(
 ) -> tuple[int, dict[str, Any]]:
     """Step and metadata of a run's checkpoint, the newest by default.
 
-    With `together` all processes of a job call, and get those of the same one.
+    With `together` all processes of a job call and get the same checkpoint.
 
     Raises:
       ValueError: if there is no checkpoint, or it is damaged.
@@ -80,26 +80,26 @@ def load_weights(
     mesh: Mesh | None = None,
     step: int | None = None,
 ) -> Weights:
-    """Weights of a run.
+    """Load the weights of a run.
 
     Args:
       directory: WORKDIR/stages/RUN.
-      tokenizer: fingerprint the weights must have been trained with; None skips the check.
-      mesh: where to put them, by the rules of `parallel.rules`, in which case all processes of a
-        job call; this process's first device by default.
+      tokenizer: required fingerprint of the tokenizer; None skips the check.
+      mesh: shard them over this mesh by `parallel.rules`; all processes of a job must call. By
+        default they go to this process's first device.
       step: of the checkpoint, by default the newest.
 
     Raises:
-      ValueError: if there is no checkpoint, it is damaged or belongs to another tokenizer, or a
-        parameter isn't finite.
+      ValueError: if there is no checkpoint, it is damaged or has another tokenizer, or a parameter
+        isn't finite.
     """
     together = mesh is not None and jax.process_count() > 1
     step, metadata = weights_metadata(directory, step, together=together)
     if tokenizer is not None and metadata["tokenizer"] != tokenizer:
         raise ValueError(
             f"The checkpoint in {directory} was trained with tokenizer "
-            f"{metadata['tokenizer']}, the data has {tokenizer}: their token ids mean different "
-            "text. Use the tokenizer.json the run was trained with."
+            f"{metadata['tokenizer']}, but the data has {tokenizer}: their token ids mean "
+            "different text. Use the tokenizer.json of the run."
         )
     part = metadata["weights"]
     place = None if mesh is None else functools.partial(mesh_lib.leaf_sharding, mesh)
@@ -111,19 +111,19 @@ def load_weights(
 
 
 def _check_finite(params: Params, folder: pathlib.Path, step: int) -> None:
-    """ValueError naming the first parameter with a value that isn't finite in this process."""
+    """Raise ValueError naming the first parameter with a non-finite value in this process."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         for shard in leaf.addressable_shards:
             if not np.isfinite(np.sum(np.asarray(shard.data), dtype=np.float64)):
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(
                     f"The weights of step {step} in {folder} are damaged: {name} has values that "
-                    "are NaN or infinite. Take an earlier checkpoint, or train that run again."
+                    "are NaN or infinite. Use an earlier checkpoint, or train that run again."
                 )
 
 
 def weight_shapes(directory: pathlib.Path) -> Params:
-    """Shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
+    """Return the shapes of a run's weights, as `jax.ShapeDtypeStruct`s, without reading them."""
     saved = saved_metadata(directory) or weights_metadata(directory)[1]
     model = ModelConfig(**saved["model"])
     return jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model))

@@ -1,4 +1,4 @@
-"""Language models that score samples: the in-house one, and all others by a name, `open_judge`."""
+"""Language models that score samples: the in-house judge, and `open_judge` for all others."""
 
 import dataclasses
 import pathlib
@@ -23,13 +23,13 @@ from fsdfm_jax.stages import autoregressive
 __all__ = ["SPECS", "AutoregressiveJudge", "Judge", "Scores", "Text", "check_spec", "open_judge"]
 
 SPECS = (
-    '"hf:FOLDER" (a causal language model as Hugging Face saves it), "gguf:FILE", '
-    '"package:NAME/PATH.gguf" (a file that an installed package ships), "ngram:pocketsphinx", '
+    '"hf:FOLDER" (a causal language model in Hugging Face\'s format), "gguf:FILE", '
+    '"package:NAME/PATH.gguf" (a file in an installed package), "ngram:pocketsphinx", '
     '"ngram:FILE" (.lm.bin, .lm or .arpa, also .gz) or "bundle:PATH", "bundle:PATH#RUN" (an '
     "autoregressive model of this project)"
 )
-# Widths of batches are rounded up to a multiple of this, and of a quarter of the power of two
-# below, so that few shapes are compiled and at most a fifth of a long row is padding.
+# Batch widths are rounded up to a multiple of this, and of a quarter of the next lower power of
+# two: few shapes are compiled, and at most a fifth of a long row is padding.
 _WIDTH = 64
 _LOGITS_MIB = ModelConfig.logits_mib
 
@@ -37,18 +37,18 @@ _LOGITS_MIB = ModelConfig.logits_mib
 class AutoregressiveJudge:
     """The in-house judge, a network of the stage `autoregressive`.
 
-    Every token is scored; the first is given the end of a document, as in training. A vocabulary
-    with a mask token loses it: no text has one, and its share of the probability is the others'.
+    Every token is scored; the context of the first is the end-of-document token, as in training. A
+    mask token is excluded and the probabilities renormalised.
 
     Args:
       params, model: of the network.
-      tokenizer: it was trained with.
+      tokenizer: of its training.
       name: see `Judge`.
-      metadata: JSON dict of where the parameters come from, for `describe`.
-      batch_size: texts scored at once.
+      metadata: JSON dict with the origin of the parameters, for `describe`.
+      batch_size: texts per batch.
 
     Raises:
-      ValueError: the network isn't causal, or has another vocabulary than the tokenizer.
+      ValueError: the network isn't causal, or its vocabulary doesn't match the tokenizer.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class AutoregressiveJudge:
     ):
         if not model.causal:
             raise ValueError(
-                "The in-house judge is an autoregressive model; the weights given belong to stage "
+                "The in-house judge must be an autoregressive model; these weights are of stage "
                 f"{metadata.get('stage')!r}."
             )
         if not tokenizer.vocab_size <= model.vocab_size:
             raise ValueError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens, the judge {model.vocab_size}; "
-                "give the tokenizer it was trained with."
+                f"The tokenizer has {tokenizer.vocab_size} tokens, but the judge has "
+                f"{model.vocab_size}; give the tokenizer of its training."
             )
         self.name, self.tokenizer = name, tokenizer.fingerprint
         self._params, self._tokenizer, self._batch_size = params, tokenizer, batch_size
-        # Features are to be had where the logits aren't written down.
+        # Features are available only for factored logits.
         self._model = dataclasses.replace(model, logits_mib=model.logits_mib or _LOGITS_MIB)
         self._sha256 = bundle_lib.content_hash(params)
         self._metadata = metadata
@@ -90,7 +90,7 @@ class AutoregressiveJudge:
             "first_token": "given end of document",
             "context": None,  # the whole text
             "dtype": self._model.dtype,
-            # Neither leaves a trace in the weights.
+            # These can't be inferred from the weights.
             "network": {"num_heads": self._model.num_heads, "attention": self._model.attention},
             "tokens": self._tokenizer.vocab_size,
             "source": self._metadata,
@@ -112,10 +112,10 @@ class AutoregressiveJudge:
         return self._score([ids for ids, _ in encoded], counted, sizes)
 
     def features(self, texts: Sequence[Text]) -> np.ndarray:
-        """See `Judge`: what the head takes, once the network has read the last token."""
+        """See `Judge`: the input of the head after the last token."""
         sequences = self._tokenizer.encode_batch([text.text for text in texts])
         features_ND = np.zeros((len(texts), self._model.width), np.float32)
-        # The network reads its input a place late: after the last token stands one more place.
+        # Inputs are shifted right, so the last token is read at one more position.
         lengths = [len(ids) + 1 for ids in sequences]
         for indices in scoring.batches(lengths, self._batch_size):
             tokens_BL = self._padded([sequences[i] for i in indices], lengths[indices[0]])
@@ -127,7 +127,7 @@ class AutoregressiveJudge:
 
     def _score(self, sequences, counted, sizes) -> Scores:
         nll_N = np.zeros(len(sequences))
-        # What follows the last token that counts needs no network.
+        # Nothing after the last token that counts needs the network.
         ends = [int(np.flatnonzero(part)[-1]) + 1 if part.any() else 0 for part in counted]
         for indices in scoring.batches(ends, self._batch_size):
             tokens_BL = self._padded([sequences[i][: ends[i]] for i in indices], ends[indices[0]])
@@ -139,7 +139,7 @@ class AutoregressiveJudge:
         return Scores(nll_N, tokens_N, num_bytes_N, np.zeros_like(tokens_N))
 
     def _padded(self, sequences, longest: int) -> np.ndarray:
-        # The last batch is filled up with empty rows: no remainder is dropped, no shape is new.
+        # Pad the last batch with empty rows to avoid a new shape.
         unit = max(_WIDTH, 2 ** (longest.bit_length() - 3))
         tokens_BL = np.zeros((self._batch_size, -(-longest // unit) * unit), np.int32)
         for row, ids in enumerate(sequences):
@@ -161,11 +161,11 @@ class AutoregressiveJudge:
 
 
 class _Located(NamedTuple):
-    """A judge that was found and not opened.
+    """A judge that has been located but not opened.
 
     Attributes:
       open: (place, batch_size, ids_tokenizer) -> the judge.
-      place: what its kind needs to open it.
+      place: argument of `open`, depending on the kind.
     """
 
     open: Callable[[Any, int, Tokenizer | None], Judge]
@@ -173,26 +173,26 @@ class _Located(NamedTuple):
 
 
 def check_spec(spec: str) -> None:
-    """Refuses early what `open_judge` would refuse before it loads anything.
+    """Check a judge spec early, without loading anything.
 
     Raises:
-      ValueError: no such form, no file, folder or package there, or a library is missing. What is
-        inside of files is not looked at.
+      ValueError: the form is unknown, or a file, folder, package or library is missing. The content
+        of files isn't checked.
     """
     _locate(spec)
 
 
 def open_judge(spec: str, *, batch_size: int = 32, ids_tokenizer: Tokenizer | None = None) -> Judge:
-    """Opens a judge that isn't a run of the pipeline.
+    """Open a judge that isn't a run of the pipeline.
 
     Args:
       spec: one of `SPECS`.
-      batch_size: texts scored at once.
-      ids_tokenizer: of the samples; a Hugging Face model that has the same vocabulary then scores
-        their ids as well as their text.
+      batch_size: texts per batch.
+      ids_tokenizer: of the samples; a Hugging Face model with the same vocabulary scores their ids
+        as well as their text.
 
     Raises:
-      ValueError: no such form, nothing there, a library is missing, or it is no language model.
+      ValueError: the form is unknown, a file or library is missing, or it isn't a language model.
     """
     located = _locate(spec)
     return located.open(located.place, batch_size, ids_tokenizer)
@@ -245,7 +245,7 @@ def _locate_ngram(rest: str) -> _Located:
 def _open_ngram(
     path: pathlib.Path | None, batch_size: int, ids_tokenizer: Tokenizer | None
 ) -> Judge:
-    del batch_size, ids_tokenizer  # it reads word by word, and no ids
+    del batch_size, ids_tokenizer  # it reads words, not ids
     return ngram.open_pocketsphinx() if path is None else ngram.NGramJudge(path)
 
 
@@ -260,18 +260,18 @@ def _locate_bundle(rest: str) -> _Located:
 def _open_bundle(
     place: tuple[pathlib.Path, str], batch_size: int, ids_tokenizer: Tokenizer | None
 ) -> Judge:
-    del ids_tokenizer  # it brings its own
+    del ids_tokenizer  # it has its own tokenizer
     path, run = place
     bundle = formats.open_bundle(path, stage=run)
     if bundle.tokenizer is None:
         raise ValueError(
-            f"{path} holds no tokenizer, so it can't judge text; convert it with the one it was "
-            "trained with (python -m fsdfm_jax.convert --tokenizer=..)."
+            f"{path} has no tokenizer, so it can't judge text; convert it with the tokenizer of "
+            "its training (python -m fsdfm_jax.convert --tokenizer=..)."
         )
     if not bundle.model.causal:
         raise ValueError(
-            f"A judge is an autoregressive model; {path} holds a model of stage "
-            f"{bundle.provenance.get('stage')!r}. Name a run of a working directory as "
+            f"A judge must be an autoregressive model; {path} has a model of stage "
+            f"{bundle.provenance.get('stage')!r}. For a run of a working directory use "
             '"bundle:PATH#RUN".'
         )
     known = ("run", "stage", "weights", "step", "data", "code_version")
@@ -297,5 +297,5 @@ _KINDS = {
 def _existing(text: str, spec: str) -> pathlib.Path:
     path = pathlib.Path(text).expanduser()
     if not path.exists():
-        raise ValueError(f"There is nothing at {path} (judge {spec!r}); expected {SPECS}.")
+        raise ValueError(f"{path} (judge {spec!r}) doesn't exist; expected {SPECS}.")
     return path

@@ -1,8 +1,8 @@
-"""Judges that Hugging Face's transformers reads: a folder of a checkpoint, or a GGUF file.
+"""Judges loaded with Hugging Face transformers: a checkpoint folder or a GGUF file.
 
-Text is scored as in the literature of this field (SEDD, MDLM, FS-DFM with GPT-2 large): no
-beginning-of-text token is added, so the first token of a text is given nothing and not scored, nor
-are its bytes counted. Nothing is downloaded.
+Text is scored as in the literature (SEDD, MDLM, FS-DFM with GPT-2 large): no beginning-of-text
+token is added, so the first token of a text has no context and isn't scored, and its bytes aren't
+counted. Nothing is downloaded.
 """
 
 import hashlib
@@ -18,13 +18,12 @@ from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.evaluate.judges import scoring
 from fsdfm_jax.evaluate.judges.scoring import Scores, Text
 
-_LOGITS_MIB = 512  # of float32 logits at once, unless a single row has more
-_POSITIONS = 256  # of a row whose log-softmax is taken at once
+_LOGITS_MIB = 512  # float32 logits at once, unless a single row exceeds it
+_POSITIONS = 256  # positions per log-softmax
 
 
 class _Window(NamedTuple):
-    """A part of a text that the model reads at once: ids [start, stop), of which those from
-    `first` on are scored."""
+    """A part of a text for one model call: ids [start, stop); ids from `first` on are scored."""
 
     text: int
     start: int
@@ -33,21 +32,21 @@ class _Window(NamedTuple):
 
 
 class HuggingFaceJudge:
-    """A causal language model of transformers, on torch's accelerator if it has one.
+    """A causal language model of transformers, on torch's accelerator if there is one.
 
-    Texts longer than the model's context are read in windows that overlap by half; each token is
-    scored once, given at least half a context.
+    Texts longer than the model's context are read in windows that overlap by half. Each token is
+    scored once, with at least half a context.
 
     Args:
       model, tokenizer: of transformers; a fast tokenizer.
       name, sha256: see `Judge`.
-      batch_size: windows read at once, fewer where their logits would be large.
-      context: tokens of a window; None is the model's own limit.
-      ids_tokenizer: of the samples. Where each of its ids names the same token in the model's
-        tokenizer, ids are scored too.
+      batch_size: windows per batch; fewer if their logits are large.
+      context: tokens per window; None for the model's limit.
+      ids_tokenizer: of the samples. If all its ids have the same tokens in the model's tokenizer,
+        ids are scored too.
 
     Raises:
-      ValueError: the tokenizer isn't fast or doesn't fit the model, or the context is below 2.
+      ValueError: the tokenizer isn't fast or doesn't match the model, or the context is below 2.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class HuggingFaceJudge:
                 "with a fast one (a tokenizer.json)."
             )
         self._backend = tokenizer.backend_tokenizer
-        # Special tokens that stand in a text are text, and no text is cut or padded.
+        # Special tokens in a text are text; never truncate or pad.
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -76,14 +75,14 @@ class HuggingFaceJudge:
         own = self._backend.get_vocab(with_added_tokens=True)
         if max(own.values()) >= model.get_input_embeddings().num_embeddings:
             raise ValueError(
-                f"The tokenizer of the judge {name!r} has ids up to {max(own.values())}, the model "
-                f"embeds {model.get_input_embeddings().num_embeddings}; they aren't one "
-                "checkpoint's."
+                f"The tokenizer of the judge {name!r} has ids up to {max(own.values())}, but the "
+                f"model embeds {model.get_input_embeddings().num_embeddings}; they aren't of the "
+                "same checkpoint."
             )
         limit = getattr(model.config, "max_position_embeddings", None)
         self._context = min(filter(None, (context, limit)), default=None)
         if self._context is not None and self._context < 2:
-            raise ValueError(f"A context has at least 2 tokens, got {self._context}.")
+            raise ValueError(f"The context must be at least 2 tokens, got {self._context}.")
         same = ids_tokenizer is not None and ids_tokenizer.vocabulary.items() <= own.items()
         self._ids_tokenizer = ids_tokenizer if same else None
         self.name, self.tokenizer = name, ids_tokenizer.fingerprint if same else None
@@ -99,7 +98,7 @@ class HuggingFaceJudge:
             "kind": "huggingface",
             "name": self.name,
             "sha256": self._sha256,
-            # Heads, rotary base and epsilons leave no trace in the weights.
+            # Heads, rotary base and epsilons can't be inferred from the weights.
             "config": _hash_config(self._model.config),
             "tokenizer": self.tokenizer,
             "own_tokenizer": self._own_tokenizer,
@@ -110,11 +109,11 @@ class HuggingFaceJudge:
         }
 
     def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
-        """See `Judge`. The first token, where it counts, is one of `skipped`."""
+        """See `Judge`. The first token, if it counts, is in `skipped`."""
         if self._ids_tokenizer is None:
             raise ValueError(
-                f"The judge {self.name!r} has another vocabulary than the samples; decode them and "
-                "score the text."
+                f"The judge {self.name!r} has a different vocabulary than the samples; decode them "
+                "and score the text."
             )
         tokens_NL, counted_NL = scoring.check_ids(
             tokens_NL, counted_NL, self._ids_tokenizer.vocab_size
@@ -123,7 +122,7 @@ class HuggingFaceJudge:
         return self._score(list(tokens_NL), list(counted_NL), list(sizes_NL))
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
-        """See `Judge`. The first token, where it counts, is one of `skipped`."""
+        """See `Judge`. The first token, if it counts, is in `skipped`."""
         encodings = self._encode(texts)
         counted, sizes = scoring.counted_tokens(
             texts, [[end for _, end in encoding.offsets] for encoding in encodings]
@@ -131,7 +130,7 @@ class HuggingFaceJudge:
         return self._score([np.asarray(e.ids, np.int64) for e in encodings], counted, sizes)
 
     def features(self, texts: Sequence[Text]) -> np.ndarray:
-        """See `Judge`: the last hidden layer, given the context before; 0 for an empty text."""
+        """See `Judge`: the last hidden state with at most one context; 0 for an empty text."""
         sequences = [np.asarray(e.ids, np.int64) for e in self._encode(texts)]
         if self._context is not None:
             sequences = [ids[-self._context :] for ids in sequences]
@@ -170,12 +169,12 @@ class HuggingFaceJudge:
         return Scores(nll_N, tokens, num_bytes, first)
 
     def _rows(self, longest: int) -> int:
-        """Windows of that length whose logits may be held at once."""
+        """Maximum number of windows of that length per batch, given the size of their logits."""
         bytes_each = longest * self._model.get_input_embeddings().num_embeddings * 4
         return max(1, min(self._batch_size, _LOGITS_MIB * 2**20 // bytes_each))
 
     def _losses(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
-        """-log p of each token but the first given those before it, float64 [length - 1], nats."""
+        """-log p of each token but the first given its context, float64 [length - 1], nats."""
         import torch
 
         logits_BLV = self._run(self._model, sequences).logits
@@ -194,7 +193,7 @@ class HuggingFaceJudge:
         return losses
 
     def _run(self, network: Any, sequences: list[np.ndarray]) -> Any:
-        """What a network says of sequences, padded on the right."""
+        """Run a network on sequences, padded on the right."""
         import torch
 
         shape = (len(sequences), max(map(len, sequences)))
@@ -212,42 +211,42 @@ class HuggingFaceJudge:
 
 
 def open_folder(path: pathlib.Path, **options: Any) -> HuggingFaceJudge:
-    """The model of a folder with config.json, tokenizer and weights, in float32.
+    """Open the model of a folder with config.json, tokenizer and weights, in float32.
 
     Args:
-      path: the folder; its name is the judge's.
+      path: the folder; its name is the name of the judge.
       **options: batch_size, context, ids_tokenizer; see `HuggingFaceJudge`.
 
     Raises:
-      ValueError: it holds no causal language model, or transformers or torch is missing.
+      ValueError: it has no causal language model, or transformers or torch is missing.
     """
     return _open(path, check_folder(path), path.resolve().name, {}, options)
 
 
 def check_folder(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files of weights of a folder; nothing is loaded.
+    """Find the weight files of a folder, without loading them.
 
     Raises:
-      ValueError: it is no folder of a model, or transformers or torch is missing.
+      ValueError: it isn't a model folder, or transformers or torch is missing.
     """
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if not (path / "config.json").is_file() or not files:
         raise ValueError(
-            f"{path} is no folder of a Hugging Face model: expected config.json, tokenizer.json "
-            "and .safetensors or .bin files, as save_pretrained writes them."
+            f"{path} is not a folder of a Hugging Face model: expected config.json, tokenizer.json "
+            "and .safetensors or .bin files, as written by save_pretrained."
         )
     _check_libraries(path.resolve().name, "torch", "transformers")
     return files
 
 
 def open_gguf(path: pathlib.Path, **options: Any) -> HuggingFaceJudge:
-    """The model of a GGUF file, its quantised weights multiplied out; the rest as `open_folder`."""
+    """Open the model of a GGUF file with dequantised weights; otherwise as `open_folder`."""
     check_gguf(path)
     return _open(path.parent, [path], path.stem, {"gguf_file": path.name}, options)
 
 
 def check_gguf(path: pathlib.Path) -> None:
-    """Raises a ValueError if a library is missing that reads GGUF files; nothing is loaded."""
+    """Raise ValueError if a library for reading GGUF files is missing; nothing is loaded."""
     _check_libraries(path.stem, "torch", "transformers", "gguf", "accelerate")
 
 
@@ -264,20 +263,20 @@ def _open(folder, files, name, source, options) -> HuggingFaceJudge:
     import torch
     import transformers
 
-    # Neither the network nor code that comes with a checkpoint is asked.
+    # Use neither the network nor code from the checkpoint.
     source = {"local_files_only": True, "trust_remote_code": False} | source
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **source
         )
-    except Exception as error:  # whatever a file that isn't one makes the readers raise
+    except Exception as error:  # the readers raise many types for bad files
         raise ValueError(
             f"{files[0]} can't be read as a causal language model: {type(error).__name__}: "
             f"{str(error)[:500]}"
         ) from error
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if absent:  # transformers makes them up
+    if absent:  # transformers would initialise them at random
         raise ValueError(
             f"{files[0]} lacks weights of its model: {', '.join(absent)[:500]}; save the model "
             "with its language modelling head."
@@ -288,9 +287,9 @@ def _open(folder, files, name, source, options) -> HuggingFaceJudge:
 
 
 def _hash_config(config: Any) -> str:
-    """sha256 of what a model's configuration says of the network, first 16 hex digits."""
+    """First 16 hex digits of the sha256 of the part of a configuration that affects the network."""
     facts = config.to_dict()
-    # Where it was read from, and with what; the dtype has its own place in the description.
+    # Origin and library version; the dtype is a separate entry of the description.
     for name in ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"):
         facts.pop(name, None)
     canonical = json.dumps(facts, sort_keys=True, default=str)
@@ -298,7 +297,7 @@ def _hash_config(config: Any) -> str:
 
 
 def _windows(text: int, length: int, context: int | None) -> list[_Window]:
-    """The windows in which a text is read; tokens 1 .. length - 1 are scored once each."""
+    """Divide a text into windows; tokens 1 .. length - 1 are scored once each."""
     size = length if context is None else context
     windows, start, first = [], 0, 1
     while first < length:
@@ -309,7 +308,7 @@ def _windows(text: int, length: int, context: int | None) -> list[_Window]:
 
 
 def _device() -> Any:
-    """Torch's accelerator, else where it computes by default."""
+    """Torch's accelerator, or its default device."""
     import torch
 
     return torch.accelerator.current_accelerator() or torch.get_default_device()

@@ -1,8 +1,7 @@
-"""A word n-gram model as judge: what pocketsphinx reads, among it the model it ships.
+"""Word n-gram models as judges, in formats of pocketsphinx, including its bundled model.
 
-That one is a trigram model of 72,544 lower-case English words, 27 MB. A word model knows nothing of
-punctuation, case and layout, and can't be talked into anything: a second opinion, apart from all
-networks.
+The bundled one is a trigram model of 72,544 lower-case English words, 27 MB. A word model ignores
+punctuation, case and layout. It is a second opinion, independent of all networks.
 """
 
 import importlib.metadata
@@ -17,7 +16,7 @@ from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.evaluate.judges import scoring
 from fsdfm_jax.evaluate.judges.scoring import Scores, Text
 
-# Letters and digits, with apostrophes inside; all else parts words and is no word.
+# Letters and digits, with apostrophes inside; everything else separates words.
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _REMEDY = "install what it needs with `pip install 'fsdfm_jax[ngram]'`"
 _SHIPPED = "model/en-us/en-us.lm.bin"
@@ -27,13 +26,13 @@ _SUFFIXES = (".gz", ".bin", ".lm", ".arpa", ".dmp")
 class NGramJudge:
     """An n-gram model over lower-case words.
 
-    A word is given the n - 1 words before it, fewer at the start of a text and after a word that
-    the model doesn't know. Such words are skipped and counted. The bytes of a text are those of its
-    scored words alone, without what parts them.
+    The context of a word is the n - 1 words before it, fewer at the start of a text and after an
+    unknown word. Unknown words are skipped and counted. The bytes of a text are those of its scored
+    words, without separators.
 
     Args:
       path: .lm.bin, .lm, .arpa or .dmp, also .gz.
-      name: see `Judge`; "" is the file's name without its suffixes.
+      name: see `Judge`; "" for the file name without suffixes.
 
     Raises:
       ValueError: pocketsphinx is missing, or can't read the file.
@@ -45,10 +44,10 @@ class NGramJudge:
         check_library()
         import pocketsphinx
 
-        pocketsphinx.set_loglevel("FATAL")  # it reports each format that a file isn't
-        # Its logarithms are integers, to a base b (1.0001 by default): ln p = i ln b.
+        pocketsphinx.set_loglevel("FATAL")  # it logs each format that doesn't match
+        # Its logarithms are integers to a base b (1.0001 by default): ln p = i ln b.
         self._math = pocketsphinx.LogMath()
-        self._zero = self._math.get_zero()  # log of 0, what it says of words that it doesn't know
+        self._zero = self._math.get_zero()  # log of 0, returned for unknown words
         try:
             self._model = pocketsphinx.NGramModel(pocketsphinx.Config(), self._math, str(path))
         except (ValueError, RuntimeError) as error:
@@ -76,13 +75,13 @@ class NGramJudge:
         }
 
     def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
-        """Raises a ValueError: a word model takes text."""
+        """Raise ValueError: a word model takes text."""
         raise ValueError(
             f"The judge {self.name!r} scores words; decode the samples and score the text."
         )
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
-        """See `Judge`; `num_bytes` has neither skipped words nor what is no word."""
+        """See `Judge`; `num_bytes` includes neither skipped words nor separators."""
         results = [self._score(text) for text in texts]
         columns = zip(*results, strict=True) if results else ((),) * 4
         nll, *counts = columns
@@ -94,7 +93,7 @@ class NGramJudge:
         for match in WORD.finditer(text.text):
             word = match.group().lower().replace("’", "'")
             counts = counted_C[match.end() - 1]
-            log = self._model.prob([word, *before])  # the word first, then backwards
+            log = self._model.prob([word, *before])  # the word, then its context backwards
             if log <= self._zero:
                 before = []
                 skipped += counts
@@ -108,12 +107,12 @@ class NGramJudge:
 
 
 def check_library() -> None:
-    """Raises a ValueError if pocketsphinx is missing; it isn't imported."""
+    """Raise ValueError if pocketsphinx isn't installed, without importing it."""
     tokenizer_lib.package_folder("pocketsphinx", _REMEDY)
 
 
 def open_pocketsphinx() -> NGramJudge:
-    """The English model that the package pocketsphinx ships.
+    """Open the English model of the package pocketsphinx.
 
     Raises:
       ValueError: it is not installed.

@@ -1,7 +1,7 @@
-"""What all judges share: the interface, texts of which a part counts, ids, batches, hashes.
+"""Common parts of all judges: interface, texts with counted spans, ids, batches, hashes.
 
-A judge is a language model that scores samples. Its numbers depend on what it is given before the
-first token, on its tokenizer and on which tokens count; `Judge.describe` says each of them.
+A judge is a language model that scores samples. Its scores depend on the context of the first
+token, on its tokenizer and on which tokens count; `Judge.describe` records all of these.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ class Text(NamedTuple):
     """A text to score.
 
     Attributes:
-      text: all of it, what is given included.
-      spans: character ranges [start, end) that count; None: all of it.
+      text: the whole text, including given parts.
+      spans: character ranges [start, end) that count; None: everything.
     """
 
     text: str
@@ -25,13 +25,13 @@ class Text(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a judge says of N texts.
+    """A judge's scores of N texts.
 
     Attributes:
-      nll: negative log-likelihood of the tokens that count, float64 [N], nats.
-      tokens: how many those are, int64 [N]; tokens or words of the judge.
-      num_bytes: bytes of the text of just those tokens, int64 [N], so that nll over them is nats a
-        byte. What is skipped has none here.
+      nll: negative log-likelihood of the counted tokens, float64 [N], nats.
+      tokens: number of counted tokens (or words) of the judge, int64 [N].
+      num_bytes: bytes of the text of these tokens, int64 [N], so nll / num_bytes is nats per byte.
+        Excludes skipped ones.
       skipped: tokens or words that count but could not be scored, int64 [N].
     """
 
@@ -53,28 +53,28 @@ class Judge(Protocol):
     tokenizer: str | None
 
     def describe(self) -> dict[str, Any]:
-        """JSON: kind, name, sha256 of its weights (16 hex digits), tokenizer, what the first token
-        is given, context, dtype, versions of libraries."""
+        """Describe the judge as JSON: kind, name, sha256 of its weights (16 hex digits), tokenizer,
+        treatment of the first token, context, dtype, versions of libraries."""
 
     def score_ids(self, tokens_NL: np.ndarray, counted_NL: np.ndarray | None = None) -> Scores:
-        """Scores ids without a detour through text.
+        """Score token ids directly.
 
         Args:
           tokens_NL: int [N, L].
-          counted_NL: bool, which positions count; None: all. The others are given.
+          counted_NL: bool, the positions that count; None: all. The others are only context.
 
         Raises:
-          ValueError: the judge takes text only, or the ids are none of its tokenizer.
+          ValueError: the judge takes only text, or an id is out of range.
         """
 
     def score_text(self, texts: Sequence[Text]) -> Scores:
-        """Scores texts after tokenising them anew; a token counts if its last character does.
+        """Tokenise and score texts; a token counts if its last character does.
 
         A text in which nothing counts has 0 tokens and 0 nats.
         """
 
     def features(self, texts: Sequence[Text]) -> np.ndarray:
-        """What the network computes at the last token of each text, float32 [N, D]; see MAUVE.
+        """The network's features at the last token of each text, float32 [N, D]; for MAUVE.
 
         Raises:
           ValueError: the judge has no features.
@@ -82,10 +82,10 @@ class Judge(Protocol):
 
 
 def counted_characters(text: Text) -> np.ndarray:
-    """Which characters count, bool [characters].
+    """Mask of the characters that count, bool [characters].
 
     Raises:
-      ValueError: a span isn't one of the text.
+      ValueError: a span is outside the text.
     """
     length = len(text.text)
     if text.spans is None:
@@ -94,7 +94,7 @@ def counted_characters(text: Text) -> np.ndarray:
     for start, end in text.spans:
         if not 0 <= start <= end <= length:
             raise ValueError(
-                f"The span ({start}, {end}) isn't one of a text of {length} characters; expected "
+                f"The span ({start}, {end}) is outside a text of {length} characters; expected "
                 "0 <= start <= end <= length."
             )
         counted_C[start:end] = True
@@ -104,18 +104,17 @@ def counted_characters(text: Text) -> np.ndarray:
 def counted_tokens(
     texts: Sequence[Text], ends: Sequence[Sequence[int]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Which tokens of each text count, those whose last character does, and what they hold.
+    """Masks of the tokens that count (those whose last character counts), and their sizes.
 
-    A token holds the characters from the end of the one before it to its own end, so that nothing
-    is held twice; of several tokens that make up one character, the first one holds it.
+    A token owns the characters from the end of the previous token to its own end, so no character
+    is counted twice. If several tokens make up one character, the first one owns it.
 
     Args:
-      texts: N of them.
-      ends: of each text, the index after the last character of each token.
+      texts: N texts.
+      ends: for each text, the index after the last character of each token.
 
     Returns:
-      (bool [tokens], UTF-8 bytes of the characters that each token holds int64 [tokens]), each a
-      list of N.
+      (masks bool [tokens], UTF-8 bytes of the owned characters int64 [tokens]), each a list of N.
     """
     counted, sizes = [], []
     for text, each in zip(texts, ends, strict=True):
@@ -128,7 +127,7 @@ def counted_tokens(
 
 
 def sum_counted(sizes: Iterable[np.ndarray], counted: Iterable[np.ndarray]) -> np.ndarray:
-    """The sum over the tokens that count of each of N texts, int64 [N]."""
+    """Sum sizes over the counted tokens of each of N texts, int64 [N]."""
     pairs = zip(sizes, counted, strict=True)
     return np.asarray([part[counts].sum() for part, counts in pairs], np.int64)
 
@@ -136,10 +135,10 @@ def sum_counted(sizes: Iterable[np.ndarray], counted: Iterable[np.ndarray]) -> n
 def check_ids(
     tokens_NL: np.ndarray, counted_NL: np.ndarray | None, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int64 [N, L], which count bool [N, L]).
+    """Check and convert ids and mask; return (int64 [N, L], bool [N, L]).
 
     Raises:
-      ValueError: the shapes aren't those, or an id is outside [0, num_tokens).
+      ValueError: a shape is wrong, or an id is not in [0, num_tokens).
     """
     tokens_NL = np.asarray(tokens_NL)
     if tokens_NL.ndim != 2 or not np.issubdtype(tokens_NL.dtype, np.integer):
@@ -161,9 +160,10 @@ def check_ids(
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of all sequences, `batch_size` at a time, the longest first, 0 long ones left out.
+    """Yield batches of indices of the non-empty sequences, longest first.
 
-    Neighbours are of like length, so little is padding; and what doesn't fit fails at once.
+    Sequences in a batch have similar lengths, which limits padding. Out-of-memory errors occur at
+    the start.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     order = [i for i in order if lengths[i]]
@@ -172,7 +172,7 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def hash_files(paths: Iterable[pathlib.Path]) -> str:
-    """sha256 of the files' content, one after the other by name, first 16 hex digits."""
+    """First 16 hex digits of the sha256 of the files' contents, in order of name."""
     content = hashlib.sha256()
     for path in sorted(paths):
         with open(path, "rb") as file:

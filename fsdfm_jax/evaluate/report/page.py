@@ -1,9 +1,8 @@
-"""The report as one page: no other file, no network, readable without its script.
+"""The report as a self-contained page: no other files, no network, readable without its script.
 
-This module collects what the template report.html shows into plain dicts and lists. Everything that
-comes from a run (names, texts, numbers) is data, which the template escapes; control characters are
-made visible. The page forbids itself everything but its own styles and the one script with the
-right hash.
+This module collects the data of the template report.html in plain dicts and lists. Everything from
+a run (names, texts, numbers) is escaped by the template; control characters are made visible. The
+page's security policy allows only its own styles and the script with the right hash.
 """
 
 import base64
@@ -19,7 +18,7 @@ from fsdfm_jax.evaluate.report import reading
 from fsdfm_jax.evaluate.report.reading import Finding, Row
 from fsdfm_jax.inference.stream import Piece, printable
 
-# Of the main table, between the model and its flags; the rest stands behind "all columns".
+# Columns of the main table, between model and flags; the others are under "all columns".
 COLUMNS = ("steps", "sampler", "perplexity", "entropy", "distinct-2", "ms/sample")
 _FIGURES = {
     "entropy_nats": "entropy, nats",
@@ -31,7 +30,7 @@ _FIGURES = {
     "bound_nats_per_token": "bound, nats/token",
 }
 _SCORES = dict(zip(reading.AGGREGATIONS, ("A", "B", "C", "nats/byte"), strict=True))
-_NAMED_ROWS = 4  # rows that a note lists by name
+_NAMED_ROWS = 4  # rows that a note names
 
 
 def page(
@@ -43,14 +42,14 @@ def page(
     pictures: Mapping[str, str],
     header: Mapping[str, Any],
 ) -> str:
-    """The whole page; equal arguments give equal text.
+    """Render the whole page, deterministically.
 
     Args:
-      rows: each setting once.
-      findings: row's slug -> what speaks against it.
-      texts: row's slug -> its first samples, cut where given stretches begin and end.
-      paths: trajectories, the one shown first at first: "title" and "frames" of a "caption" and
-        "pieces" each.
+      rows: one per setting.
+      findings: slug of a row -> its findings.
+      texts: slug of a row -> its first samples, split at the boundaries of given parts.
+      paths: trajectories in order: dicts with "title" and "frames", each with "caption" and
+        "pieces".
       pictures: name in `pictures.PICTURES` -> <svg> element.
       header: facts about the run, see `write.write`.
     """
@@ -84,7 +83,7 @@ def collect(
     texts: Mapping[str, list[list[Piece]]],
     header: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the template shows but for pictures and trajectories; `page` has the arguments."""
+    """Collect the template's data, except pictures and trajectories; arguments as in `page`."""
     judges, best = reading.judges(rows), reading.best_few_step(rows, findings)
     notes: dict[str, list[str]] = {}
     for row in rows:
@@ -123,7 +122,7 @@ _FACTS = ("device", "code_version", "parameters", "run", "date")  # at the top o
 
 
 def headings(header: Mapping[str, Any]) -> list[str]:
-    """Name of the run, its corpus and the date, as far as a header has them."""
+    """Name of the run, its corpus and the date, if the header has them."""
     spec = (header.get("data") or {}).get("spec") or {}
     names = (header.get("run"), spec.get("mixture") or spec.get("corpus"), header.get("date"))
     return [str(name) for name in names if name]
@@ -146,7 +145,7 @@ def _facts(rows: Sequence[Row], header: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _parameters(counts: Any) -> str:
-    """Counts of parameters, those of equal models together: "1.32 M (distill, refine)"."""
+    """Format parameter counts, grouping equal ones: "1.32 M (distill, refine)"."""
     models: dict[str, list[str]] = {}
     for run, count in (counts or {}).items():
         models.setdefault(f"{count / 1e6:.3g} M", []).append(str(run))
@@ -154,13 +153,15 @@ def _parameters(counts: Any) -> str:
 
 
 def _devices(rows: Sequence[Row]) -> str:
-    """Whose times are shown."""
+    """Return the devices of the times."""
     common, varied = reading.settings(rows)
-    return "several: compare times of one only" if "device" in varied else common.get("device", "")
+    if "device" in varied:
+        return "several: compare times only within one"
+    return common.get("device", "")
 
 
 def _judge(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    """A judge's check, and whether it fails it."""
+    """Return the check of a judge, and whether it failed."""
     blind = reading.tells_text(rows, name) is False
     return {"name": name, "check": reading.judge_check(rows, name), "blind": blind}
 
@@ -168,7 +169,7 @@ def _judge(rows: Sequence[Row], name: str) -> dict[str, Any]:
 def _cards(
     rows: Sequence[Row], findings: Mapping[str, list[Finding]], best: Row | None
 ) -> list[dict[str, Any]]:
-    """The rows to look at first, as far as a judge can say something of them."""
+    """Return the key rows, if the main judge is usable."""
     main, many, sighted = reading.judges(rows)[:1], reading.many_steps(rows), _sighted(rows)
     if main != sighted[:1]:
         return []
@@ -186,7 +187,7 @@ def _cards(
         judged, real = (reading.perplexity(each or {}, judge) for each in (row, heads["Real text"]))
         ratio = reading.value(judged) / reading.value(real) if real else math.nan
         compared = head != "Real text" and math.isfinite(ratio)
-        # By another judge, what is said of the main judge's perplexity isn't said of this one.
+        # A finding about the main judge's perplexity doesn't apply to another judge.
         found = [f for f in findings[row["slug"]] if judge in main or f.word != "own judge"]
         cards.append(
             {
@@ -211,12 +212,12 @@ def _left_to_right(rows: Sequence[Row]) -> Row | None:
 
 
 def _sighted(rows: Sequence[Row]) -> list[str]:
-    """The judges but for those that can't tell text from shuffled text."""
+    """Return the judges, except those that can't tell text from shuffled text."""
     return [name for name in reading.judges(rows) if reading.tells_text(rows, name) is not False]
 
 
 def _claims(rows: Sequence[Row], best: Row | None) -> list[dict[str, str]]:
-    """What few steps save and cost against other rows, in words from their measured figures."""
+    """Describe the cost and quality of few steps relative to other rows, from measured figures."""
     if best is None:
         return []
     others = [row for row in (reading.many_steps(rows), _left_to_right(rows)) if row]
@@ -242,7 +243,7 @@ def _price(best: Row, other: Row) -> str:
         return calls
     if ratio >= 1.05:
         return f"{calls}: {_times(ratio)} the speed"
-    return f"{calls}, but no faster: {times[0]:.3g} against {times[1]:.3g} ms a sample"
+    return f"{calls}, but no faster: {times[0]:.3g} against {times[1]:.3g} ms per sample"
 
 
 def _quality(rows: Sequence[Row], best: Row, other: Row) -> str:
@@ -250,7 +251,7 @@ def _quality(rows: Sequence[Row], best: Row, other: Row) -> str:
     finite = lambda row, name: math.isfinite(reading.value(reading.perplexity(row, name)))
     fair = [n for n in names if n not in own and finite(best, n) and finite(other, n)]
     if not fair:
-        because = "the latter's perplexity is not compared, because it is its own judge"
+        because = "the latter's perplexity is not compared because it is its own judge"
         return because if own else ""
     numbers = [reading.show(reading.value(reading.perplexity(r, fair[0]))) for r in (best, other)]
     by = "" if fair[0] == reading.judges(rows)[0] else f" by {fair[0]}"
@@ -277,9 +278,9 @@ def _json(data: Any) -> str:
 
 # ------------------------------------------------------------------------------------------- table
 def _table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> dict[str, Any]:
-    """Columns, each a head and whether it is one of many and of numbers, and rows of cells.
+    """Return the main table: columns (head, whether secondary, whether numeric) and rows of cells.
 
-    Columns in which no row has anything are left out.
+    Empty columns are omitted.
     """
     samplers = reading.samplers(rows)
     values = [_values(row, rows, findings[row["slug"]], samplers[row["slug"]]) for row in rows]
@@ -305,7 +306,7 @@ def _table(rows: Sequence[Row], findings: Mapping[str, list[Finding]]) -> dict[s
 def _values(
     row: Row, rows: Sequence[Row], found: Sequence[Finding], sampler: str
 ) -> dict[str, dict[str, Any]]:
-    """Head of a column -> cell of a row."""
+    """Return the cells of a row, by column head."""
     judges = reading.judges(rows)
     main = judges[0] if judges else None
     bad = {key for finding in found for key in finding.columns}
@@ -336,7 +337,7 @@ _EMPTY = {"text": "", "sort": "", "interval": "", "count": "", "bad": False}
 
 
 def _cell(shown: Any, row: Row, bad: bool = False) -> dict[str, Any]:
-    """A number or estimate as it is shown, with its interval and what it sorts by."""
+    """Return a cell for a number or estimate, with its interval and sort key."""
     if shown is None:
         return _EMPTY
     if not isinstance(shown, Mapping):
@@ -353,7 +354,7 @@ def _cell(shown: Any, row: Row, bad: bool = False) -> dict[str, Any]:
 
 
 def _sort_key(number: float) -> str:
-    """A number as JavaScript's Number reads it; "", which sorts last, for nan."""
+    """Format a number for JavaScript's Number; "" for nan, which sorts last."""
     if math.isnan(number):
         return ""
     return repr(float(number)).replace("inf", "Infinity")
@@ -366,7 +367,7 @@ def _samples(
     texts: Mapping[str, list[list[Piece]]],
     best: Row | None,
 ) -> list[dict[str, Any]]:
-    """Samples row by row; open are real text, the best of few steps and a control that repeats."""
+    """Samples by row; initially open: real text, best of few steps and a repeating control."""
     known = [row for row in rows if texts.get(row["slug"])]
     models = [row for row in known if row["kind"] == "model"]
     controls = [row for row in known if row["kind"] == "control"]

@@ -1,9 +1,9 @@
-"""The three pictures of a report, each drawn once, for a PNG file and as SVG for the page.
+"""The three pictures of a report, as PNG files and as SVG for the page.
 
-They show the rows of the report's main task, perplexity A of its main judge. A group has one colour
-in all of them; hollow crosses are rows that reading.py speaks against. Letters are large
-enough to be read when a picture is as wide as a phone. In the page the colours are variables of its
-style (report.css), light or dark as the reader has it. Equal rows give equal bytes.
+They show the rows of the report's main task, with perplexity A of its main judge. A group has the
+same colour in all pictures; hollow crosses are rows flagged by reading.py. Text is readable at the
+width of a phone. In the page, colours are variables of its style (report.css), light or dark. Equal
+rows give equal bytes.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from fsdfm_jax.inference.stream import printable
 
 _WIDTH, _HEIGHT = 6.4, 4.7  # inches of the picture without its legend
 _FONT = 13  # points
-_LINE = 0.27  # inches of a line of the legend
+_LINE = 0.27  # inches per line of the legend
 _DPI = 130
-_NAME_WIDTH = 46  # letters of a name in a legend
-_LABEL_WIDTH = 20  # letters of a name beside a point
-_TWO_COLUMNS = 25  # names up to so many letters share a line of the legend
-# Okabe and Ito's colours, told apart by colour-blind eyes; the pale yellow is left out.
+_NAME_WIDTH = 46  # maximum characters of a name in a legend
+_LABEL_WIDTH = 20  # maximum characters of a name beside a point
+_TWO_COLUMNS = 25  # maximum characters of names for two columns in the legend
+# The colour-blind safe palette of Okabe and Ito, without its pale yellow.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _INK, _SOFT, _LINE_COLOR, _PAPER = "#1B1F24", "#6A7280", "#E4E4E4", "#FFFFFF"
-# What a colour is in the page.
+# Colours -> style variables of the page.
 _VARIABLES = {_INK: "currentColor", _SOFT: "var(--soft)", _LINE_COLOR: "var(--line)"}
 _VARIABLES |= {_PAPER: "var(--card)"} | {c: f"var(--curve{i})" for i, c in enumerate(_PALETTE)}
 _FLAGGED = "flagged, see the table"
 _MARKERS, _LINES = "os^Dv", ("-", "--", ":", "-.")
 _AUTOREGRESSIVE, _REAL, _CONTROL = _INK, _INK, _SOFT
-_IN_SIGHT_BITS = 1.5  # rows with so much less entropy than real text are drawn at the edge
-_OUTSIDE_NAMED = 4  # of those, the lowest perplexities
+_IN_SIGHT_BITS = 1.5  # rows with entropy further below real text are drawn at the edge
+_OUTSIDE_NAMED = 4  # number of those drawn, lowest perplexities first
 _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
@@ -65,7 +65,7 @@ class _Style(NamedTuple):
 
 
 class _Label(NamedTuple):
-    """A text that stands beside a point if there is room."""
+    """A text to show beside a point if there is room."""
 
     x: float
     y: float
@@ -75,7 +75,7 @@ class _Label(NamedTuple):
 
 # --------------------------------------------------------------------------------------- to a file
 def png(figure: Any) -> bytes:
-    """The content of a PNG file."""
+    """Return the content of a PNG file."""
     buffer = io.BytesIO()
     with _style():
         figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
@@ -83,18 +83,18 @@ def png(figure: Any) -> bytes:
 
 
 def svg(figure: Any, name: str) -> str:
-    """An <svg> element, to stand in a page that sets the variables `_VARIABLES`.
+    """Make an <svg> element for a page that defines the variables in `_VARIABLES`.
 
     Args:
       figure: of this module.
-      name: unique in the page; keeps the picture's ids apart from those of others.
+      name: unique in the page; makes the picture's ids unique.
     """
     buffer = io.StringIO()
     with _style(name):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     text = buffer.getvalue()
-    for part in ("metadata", "style"):  # a style of all elements would be one of the whole page
+    for part in ("metadata", "style"):  # a global style would apply to the whole page
         text = re.sub(rf"\s*<{part}\b.*?</{part}>", "", text, count=1, flags=re.DOTALL)
     # Nothing refers to the ids of groups, and several pictures would share them.
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
@@ -106,7 +106,7 @@ def svg(figure: Any, name: str) -> str:
 
 @contextlib.contextmanager
 def _style(salt: str = "fsdfm_jax") -> Iterator[None]:
-    """Our own settings over the library's defaults, whatever the user's are."""
+    """Our settings on top of the library's defaults, ignoring the user's."""
     with extras.needed("train", "A picture"):
         import matplotlib.style
 
@@ -116,14 +116,14 @@ def _style(salt: str = "fsdfm_jax") -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------ the pictures
 def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Perplexity against unigram entropy: only points of equal entropy can be compared.
+    """Plot perplexity against unigram entropy: only points of equal entropy can be compared.
 
-    A curve is a group at one number of steps over temperatures, where those vary, else a group over
-    its steps.
+    If temperatures vary, a curve is a group with fixed steps over temperatures; otherwise a group
+    over its steps.
 
     Args:
-      rows: of the report, each setting once.
-      exposed: slugs of the rows that something speaks against.
+      rows: of the report, one per setting.
+      exposed: slugs of the flagged rows.
     """
     with _canvas() as (figure, axis, legend, labels):
         x_of, y_of = _value_of(_entropy_bits), _value_of(_perplexity(rows))
@@ -165,7 +165,7 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
 
 
 def steps(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Perplexity against network calls per sample, with intervals; `frontier` has the arguments."""
+    """Plot perplexity against network calls per sample, with intervals; see `frontier`."""
     with _canvas() as (figure, axis, legend, _):
         estimate = _perplexity(rows)
         rows = reading.at_usual_temperature(_finite(rows, _value_of(estimate)))
@@ -176,7 +176,7 @@ def steps(rows: Sequence[Row], exposed: Collection[str]) -> Any:
 
 
 def time(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Perplexity against milliseconds per sample; `frontier` has the arguments."""
+    """Plot perplexity against milliseconds per sample; see `frontier`."""
     with _canvas() as (figure, axis, legend, labels):
         y_of, x_of = _value_of(_perplexity(rows)), lambda row: row["milliseconds_per_sample"]
         rows = reading.at_usual_temperature(_finite(rows, y_of))
@@ -206,7 +206,7 @@ PICTURES: dict[str, Callable[[Sequence[Row], Collection[str]], Any]] = {
 # ------------------------------------------------------------------------------------------- parts
 @contextlib.contextmanager
 def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
-    """(figure, its axis, legend to fill, labels to fill); makes room for both at the end."""
+    """Yield (figure, axis, legend to fill, labels to fill); lay out both at the end."""
     with _style():
         from matplotlib.figure import Figure  # without pyplot: no state, no window
 
@@ -236,7 +236,7 @@ def _canvas() -> Iterator[tuple[Any, Any, dict[str, Any], list[_Label]]]:
             )
             lines = sum(name.count("\n") + 1 for name in names)
             figure.set_figheight(_HEIGHT + _LINE * math.ceil(lines / per_line))
-        figure.draw_without_rendering()  # now the axes are where they stay
+        figure.draw_without_rendering()  # fixes the position of the axes
         figure.set_layout_engine("none")
         _write_labels(axis, labels)
 
@@ -247,7 +247,7 @@ def _main(rows: Sequence[Row]) -> list[Row]:
 
 
 def _finite(rows: Sequence[Row], *readers: Callable[[Row], float]) -> list[Row]:
-    """Rows of the main task with all the figures; a logarithm needs them above zero."""
+    """Rows of the main task with finite, positive figures (for logarithmic axes)."""
     fits = lambda number: math.isfinite(number) and number > 0
     return [row for row in _main(rows) if all(fits(read(row)) for read in readers)]
 
@@ -273,7 +273,7 @@ def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
-    """A group's look, by its place among the models' groups."""
+    """Return the style of each group, by its index among the models' groups."""
     styles, taken = {}, 0
     for row in rows:
         if row["group"] in styles or row["kind"] != "model":
@@ -290,7 +290,7 @@ def _styles(rows: Sequence[Row]) -> dict[str, _Style]:
 
 
 def _name(text: str, width: int = _NAME_WIDTH) -> str:
-    """A name from outside as a label: no formulas, no control characters, not hidden, not long."""
+    """Sanitise a name as a label: no formulas or control characters, not hidden, not long."""
     text = printable(text, keep="")
     text = text if len(text) <= width else text[: width - 1] + "…"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
@@ -328,7 +328,7 @@ def _points(axis, xs, ys, style: _Style, *, hollow: bool, gid: str | None = None
 def _curve(
     axis, rows, x_of, y_of, style: _Style, exposed: Collection[str], alpha: float = 1.0
 ) -> None:
-    """Rows joined in their order: full markers, and hollow crosses for those exposed."""
+    """Draw rows as a curve: full markers, and hollow crosses for flagged ones."""
     xs, ys = [x_of(row) for row in rows], [y_of(row) for row in rows]
     line = {"color": style.color, "linestyle": style.line, "alpha": alpha}
     axis.plot(xs, ys, linewidth=1.6, zorder=2, **line)
@@ -341,7 +341,7 @@ def _curve(
 
 
 def _row_labels(rows, x_of, y_of, color: str) -> list[_Label]:
-    """The numbers of steps; an autoregressive model has no choice of them and gets its name."""
+    """Label rows with their steps; an autoregressive model, which has none, with its name."""
     labels = []
     for row in rows:
         text = str(row.get("steps") or "")
@@ -352,7 +352,7 @@ def _row_labels(rows, x_of, y_of, color: str) -> list[_Label]:
 
 
 def _in_sight(rows: Sequence[Row], x_of: Callable[[Row], float]) -> tuple[list[Row], list[Row]]:
-    """Rows near real text in entropy, and those so far below that they would squeeze the rest."""
+    """Split rows into those near real text in entropy, and those far below."""
     reals = [x_of(row) for row in rows if row["kind"] == "real"]
     left = min(reals) - _IN_SIGHT_BITS if reals else -math.inf
     near = [row for row in rows if x_of(row) >= left]
@@ -360,7 +360,7 @@ def _in_sight(rows: Sequence[Row], x_of: Callable[[Row], float]) -> tuple[list[R
 
 
 def _points_outside(axis, rows, edge: float, x_of, y_of, labels: list[_Label]) -> None:
-    """Rows left of the picture, as arrows at its edge that say where they are."""
+    """Draw rows left of the picture as labelled arrows at its edge."""
     edge -= 0.15
     style = _Style(_CONTROL, "", "<")
     for row in sorted(rows, key=y_of)[:_OUTSIDE_NAMED]:
@@ -392,7 +392,7 @@ def _against_steps(axis, rows, exposed, estimate, legend) -> None:
 
 
 def _real_line(axis, rows, y_of) -> None:
-    """Real text as a line across, named in the axis itself."""
+    """Draw real text as a labelled horizontal line."""
     for row in rows:
         if row["kind"] == "real":
             y = y_of(row)
@@ -409,7 +409,7 @@ def _real_line(axis, rows, y_of) -> None:
 
 
 def _log_axis(axes, which: str, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers; few decades get ticks between their powers of ten."""
+    """Make an axis logarithmic with plain numbers, and extra ticks if it spans few decades."""
     from matplotlib import ticker
 
     axes.set(**{f"{which}scale": "log"})
@@ -422,7 +422,7 @@ def _log_axis(axes, which: str, values: Sequence[float]) -> None:
 
 
 def _write_labels(axis, labels: list[_Label]) -> None:
-    """Each label beside its point, on the first side where it covers nothing; else not at all."""
+    """Draw each label beside its point, on the first side without overlap, or not at all."""
     points_P2, room = _covered(axis), axis.get_window_extent()
     taken = [text.get_window_extent() for text in axis.texts]
     for label in labels:
@@ -446,7 +446,7 @@ def _write_labels(axis, labels: list[_Label]) -> None:
 
 
 def _covered(axis) -> np.ndarray:
-    """Pixels [P, 2] along all curves and on all points, close enough to meet every letter."""
+    """Pixels [P, 2] on all curves and points, dense enough to detect overlaps with text."""
     parts = [np.zeros((0, 2))]
     for line in axis.lines:
         count = len(line.get_xdata())

@@ -1,8 +1,8 @@
-"""How a row is read: its name, the figures that are shown of it, and what gives it away.
+"""Interpretation of rows: titles, displayed figures and findings against them.
 
-A low perplexity alone proves nothing: text that repeats itself gets one for free, and a judge that
-takes shuffled text for real text gives any. So the judge is checked first, then each row is held
-against the row of real text, and what a reader must not take for quality is said in words.
+A low perplexity alone proves nothing: repetitive text gets one for free, and a judge that can't
+tell shuffled text from real text is useless. So the judge is checked first, then each row is
+compared with real text, and anything that could be mistaken for quality is reported in words.
 """
 
 import math
@@ -13,35 +13,35 @@ Row = dict[str, Any]
 
 AGGREGATIONS = ("perplexity_a", "perplexity_b", "perplexity_c", "nats_per_byte")
 
-# When a difference from real text is more than taste. Rows of sound models lie within 0.2 bits and
-# a few percent of real text at temperature 1; sampling error, which grows when samples are few, is
-# kept apart: the intervals may not overlap either.
-# Half a bit less is a vocabulary used as if it had 30% fewer words (1 - 2**-0.5).
+# Thresholds for significant differences from real text. At temperature 1, good models are within
+# 0.2 bits and a few percent of real text. Sampling error, which grows with few samples, is handled
+# separately: the intervals must not overlap either.
+# Half a bit less is like a vocabulary with 30% fewer words (1 - 2**-0.5).
 ENTROPY_BITS = 0.5
-# Every fifth of the different n-grams is gone, a loop in each paragraph.
+# A fifth of the different n-grams is missing: a loop in each paragraph.
 DISTINCT_SHARE = 0.8
-# BLEU of samples against each other; real text of one kind differs by some 0.02 from draw to draw.
+# Self-BLEU; for real text it varies by about 0.02 between draws.
 SELF_BLEU = 0.15
-# A judge that gets nothing from the order of the tokens is left with how frequent each one is:
-# about 7 nats a token in English against 3 to 3.5 in context, and exp(3.5) is 33.
+# Without information from the token order, only token frequencies remain: about 7 nats per token in
+# English against 3 to 3.5 in context, and exp(3.5) is 33.
 UNORDERED_TIMES = 30.0
-# A tenth more of the words than of real text's went by a judge unread, whose perplexity is then one
-# of the words it knows: the easier ones.
+# A judge skipped 10 percentage points more words than in real text, so its perplexity is of the
+# words it knows, the easier ones.
 SKIPPED_SHARE = 0.1
 
-FEW_STEPS = 16  # up to so many network calls a sample are "few"
-MATCHED_BITS = 0.2  # rows whose entropies differ by no more are compared by their perplexity
+FEW_STEPS = 16  # maximum network calls per sample that count as "few"
+MATCHED_BITS = 0.2  # rows with entropies within this range can be compared by perplexity
 
 NO_BETTER, COLD = "n-grams", "T<1"  # words of a `Finding`
 
 
 class Finding(NamedTuple):
-    """What gives a row away.
+    """A finding against a row.
 
     Attributes:
       word: for a narrow column, "repeats".
-      sentence: the same with its numbers.
-      columns: the figures it rests on, by their keys in a row.
+      sentence: the same with numbers.
+      columns: keys of the figures it is based on.
     """
 
     word: str
@@ -51,12 +51,12 @@ class Finding(NamedTuple):
 
 # --------------------------------------------------------------------------------------- one figure
 def figure(row: Row, key: str) -> dict[str, float] | None:
-    """An estimate of `row["figures"]`, None where it was not computed."""
+    """Return an estimate of `row["figures"]`, None if not computed."""
     return (row.get("figures") or {}).get(key)
 
 
 def perplexity(row: Row, judge: str | None, key: str = "perplexity_a") -> dict[str, float] | None:
-    """An estimate by a judge as it is shown: B of texts, the others of ids where there are some."""
+    """Return a judge's estimate for display: B of texts, the others of ids if available."""
     scores = (row.get("judges") or {}).get(judge) or {}
     ids, text = scores.get("ids"), scores.get("text")
     chosen = text if key == "perplexity_b" else (ids or text)
@@ -64,23 +64,23 @@ def perplexity(row: Row, judge: str | None, key: str = "perplexity_a") -> dict[s
 
 
 def headline(row: Row, judge: str) -> dict[str, float] | None:
-    """The perplexity told first of a judge: A on ids where it reads them, else B of the text."""
+    """Return a judge's main perplexity: A of ids if it reads them, otherwise B of the text."""
     has_ids = bool(row["judges"][judge].get("ids"))
     return perplexity(row, judge, "perplexity_a" if has_ids else "perplexity_b")
 
 
 def value(estimate: dict[str, float] | None) -> float:
-    """The value of an estimate; nan if there is none."""
+    """Return the value of an estimate; nan if there is none."""
     return math.nan if estimate is None else float(estimate["value"])
 
 
 def bounds(estimate: dict[str, float]) -> tuple[float, float]:
-    """(low, high) of an estimate, which may be nan."""
+    """Return (low, high) of an estimate, which may be nan."""
     return float(estimate.get("low", math.nan)), float(estimate.get("high", math.nan))
 
 
 def show(number: float | None) -> str:
-    """A number for people: two decimals below 100, none above, "-" for None."""
+    """Format a number: two decimals below 100, none above, "-" for None."""
     if number is None:
         return "-"
     if isinstance(number, int):
@@ -89,7 +89,7 @@ def show(number: float | None) -> str:
 
 
 def show_interval(estimate: dict[str, float] | None) -> str:
-    """ "29.4–33.2", about three digits; "" where the interval is not known."""
+    """Format an interval, "29.4–33.2", with about three digits; "" if unknown."""
     low, high = bounds(estimate) if estimate else (math.nan, math.nan)
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
@@ -97,31 +97,31 @@ def show_interval(estimate: dict[str, float] | None) -> str:
     return f"{low:,.{digits[0]}f}–{high:,.{digits[1]}f}"
 
 
-# ------------------------------------------------------------------------------------ what rows are
+# ------------------------------------------------------------------------------------ kinds of rows
 def judges(rows: Iterable[Row]) -> list[str]:
-    """Names of all judges; the first one is the main judge."""
+    """Return the names of all judges; the first one is the main judge."""
     return list(dict.fromkeys(name for row in rows for name in row.get("judges") or {}))
 
 
 def main_task(rows: Sequence[Row]) -> str | None:
-    """The task of most rows of models, which the pictures show."""
+    """Return the most frequent task among the models' rows, shown in the pictures."""
     tasks = [row.get("task") for row in rows if row["kind"] == "model"]
     tasks = tasks or [row.get("task") for row in rows]
     return max(dict.fromkeys(tasks), key=tasks.count) if tasks else None
 
 
 def real_row(rows: Iterable[Row], task: str | None) -> Row | None:
-    """Real text under a task; figures of other tasks count other tokens and don't compare."""
+    """Return the row of real text for a task; figures of other tasks count other tokens."""
     return next((r for r in rows if r["kind"] == "real" and r.get("task") == task), None)
 
 
 def control_row(rows: Iterable[Row], name: str, task: str | None) -> Row | None:
-    """A control under a task, by its name in `eval.controls`; see `draw.control`."""
+    """Return the row of a control (a name in `eval.controls`, see `draw.control`) for a task."""
     return next((r for r in rows if _is_control(r, name) and r.get("task") == task), None)
 
 
 def is_ngrams(row: Row) -> bool:
-    """Whether a row is the n-gram control, of whatever task."""
+    """Return whether a row is the n-gram control, for any task."""
     return _is_control(row, "ngram")
 
 
@@ -130,7 +130,7 @@ def _is_control(row: Row, name: str) -> bool:
 
 
 def title(row: Row) -> str:
-    """What a row is called: "distill, 8 steps, T=0.9"."""
+    """Title of a row: "distill, 8 steps, T=0.9"."""
     parts = [row["group"]]
     if row.get("steps") is not None:
         parts.append(f"{row['steps']} step{'' if row['steps'] == 1 else 's'}")
@@ -140,7 +140,7 @@ def title(row: Row) -> str:
 
 
 def at_usual_temperature(rows: Iterable[Row]) -> list[Row]:
-    """Of the rows of each group and step count, the one whose temperature is nearest to 1."""
+    """Of each group and step count, keep the row with the temperature nearest to 1."""
 
     def distance(row):
         return abs(math.log(row.get("temperature") or 1.0))
@@ -154,7 +154,7 @@ def at_usual_temperature(rows: Iterable[Row]) -> list[Row]:
 
 
 def many_steps(rows: Sequence[Row]) -> Row | None:
-    """What few steps are compared with: the base model at its most steps, else any of that many."""
+    """Return the reference for few steps: the base model, else any model, with most steps."""
     task = main_task(rows)
     models = [row for row in rows if row["kind"] == "model" and row.get("task") == task]
     usual = at_usual_temperature(models)
@@ -163,7 +163,7 @@ def many_steps(rows: Sequence[Row]) -> Row | None:
     return max(base or stepped, key=lambda row: row["steps"], default=None)
 
 
-# What the rows of models may or may not have in common: what it is called, how to read and show it.
+# Settings that may be common to the models' rows: key -> (name, function that formats it).
 _SETTINGS = {
     "jump": ("jump", lambda row: row.get("jump")),
     "grid": ("grid", lambda row: row.get("grid")),
@@ -179,7 +179,7 @@ _SETTINGS = {
 }
 
 
-# What a setting is in the published sampler; it isn't repeated in every row.
+# Settings of the published sampler; they aren't repeated in every row.
 _USUAL = {
     "jump": "cumulative",
     "grid": "uniform",
@@ -198,10 +198,10 @@ def _plain(number: float | None) -> str | None:
 
 
 def settings(rows: Iterable[Row]) -> tuple[dict[str, str], dict[str, str]]:
-    """What the rows of models have in common, name -> value, and what differs, key -> name.
+    """Common settings of the models' rows, name -> value, and varying ones, key -> name.
 
-    A setting that no row has is in neither; rows without one, as an autoregressive model without a
-    grid, don't speak against the others.
+    Settings that no row has are in neither. Rows without a setting, such as the grid of an
+    autoregressive model, are ignored.
     """
     models = [row for row in rows if row["kind"] == "model"]
     common, varied = {}, {}
@@ -215,10 +215,10 @@ def settings(rows: Iterable[Row]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def samplers(rows: Sequence[Row]) -> dict[str, str]:
-    """Slug -> what tells a row's sampler from those of other rows: "euler, T=0.8".
+    """Slug -> the distinguishing sampler settings of a row: "euler, T=0.8".
 
-    Of the settings that differ between rows a row's own are named, but for those of the published
-    sampler; "" for texts, and everywhere where there is nothing to tell apart.
+    Lists the settings that vary between rows, except values of the published sampler. It is "" for
+    texts, and for all rows if their samplers are the same.
     """
     varied = settings(rows)[1]
     told = {row["slug"]: _sampler(row, varied) for row in rows}
@@ -237,30 +237,30 @@ def _sampler(row: Row, varied: Iterable[str]) -> str:
     if "jump" in own and ways and not set(named) & set(_USUAL):
         if all(own.get(key, usual) == usual for key, usual in _USUAL.items()):
             named = ["published", *named]
-        else:  # the others differ, and all of them from the published one
+        else:  # a common setting differs from the published one
             named = [*ways, *named]
     parts = [_SHORT.get(key, "{}").format(own.get(key, key)) for key in named]
     return ", ".join(parts + ["no cache"] * (row.get("memory") == "none"))
 
 
 def common_line(rows: Iterable[Row]) -> str:
-    """What all rows of models have in common, in a sentence; "" without models."""
+    """List the common settings of all models' rows in a sentence; "" without models."""
     common, _ = settings(rows)
     common = {k: v for k, v in common.items() if (k, v) != ("seeds", "1")}
     told = [f"{k} {v}" if k not in ("samples", "seeds") else f"{v} {k}" for k, v in common.items()]
-    return f"The same in all rows of models: {', '.join(told)}." if told else ""
+    return f"Common to all models: {', '.join(told)}." if told else ""
 
 
 def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
-    """The lowest perplexity at few steps that nothing speaks against; None if there is none.
+    """Return the unflagged row with few steps and the lowest perplexity; None if there is none.
 
-    None as well where the judge can't tell text from shuffled text: it ranks nothing. That n-grams
-    do as well only says that a row is weak. At the entropy of real text where a row has it: a lower
+    Also None if the judge can't tell text from shuffled text. The flag that n-grams are as good
+    doesn't exclude a row. Rows at the entropy of real text are preferred, because a lower
     temperature would always win.
 
     Args:
       rows: of one report.
-      findings_of: row's slug -> `findings`.
+      findings_of: slug of a row -> `findings`.
     """
     task, names = main_task(rows), judges(rows)
     if names and tells_text(rows, names[0]) is False:
@@ -285,7 +285,7 @@ def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]])
 
 
 def stamps(row: Row) -> list[dict[str, Any]]:
-    """The protocols of a row: its own, or that of each point that was pooled into it."""
+    """Return the protocols of a row: its own, or those of the points pooled into it."""
     protocol = row.get("protocol") or {}
     if "scoring" in protocol:
         return [protocol]
@@ -293,7 +293,7 @@ def stamps(row: Row) -> list[dict[str, Any]]:
 
 
 def own_judges(row: Row) -> set[str]:
-    """Names of the judges whose weights are those of the row's own model."""
+    """Return the names of the judges that have the same weights as the row's model."""
     names = set()
     for stamp in stamps(row):
         sha256 = ((stamp.get("samples") or {}).get("model") or {}).get("sha256")
@@ -303,21 +303,21 @@ def own_judges(row: Row) -> set[str]:
 
 
 def fair_judge(row: Row, names: Iterable[str]) -> str | None:
-    """The first of the judges that scored a row and isn't its own model; None if there is none."""
+    """Return the first judge that scored a row and isn't its own model, or None."""
     own, scored = own_judges(row), row.get("judges") or {}
     return next((name for name in names if scored.get(name) and name not in own), None)
 
 
 def sample_count(row: Row) -> int:
-    """Samples of a row, over all of its seeds."""
+    """Samples of a row over all its seeds."""
     return row["num_samples"] * row.get("num_seeds", 1)
 
 
 # --------------------------------------------------------------------------------------- the judge
 def tells_text(rows: Sequence[Row], judge: str) -> bool | None:
-    """Whether a judge tells held-out text from the same tokens shuffled, intervals apart.
+    """Return whether a judge tells held-out from shuffled text, with disjoint intervals.
 
-    None where one of the two isn't there or has no perplexity.
+    None if one of the two is missing or has no perplexity.
     """
     real, shuffled = _checked(rows, judge)
     if math.isnan(value(real)) or math.isnan(value(shuffled)):
@@ -326,11 +326,11 @@ def tells_text(rows: Sequence[Row], judge: str) -> bool | None:
 
 
 def judge_check(rows: Sequence[Row], judge: str) -> str:
-    """What `tells_text` found, in a sentence."""
+    """Describe the result of `tells_text` in a sentence."""
     told = tells_text(rows, judge)
     if told is None:
         return (
-            f"Whether {judge} can tell text from shuffled text was not checked: that takes "
+            f"Whether {judge} can tell text from shuffled text was not checked: this needs "
             "held-out text and the control 'shuffled'."
         )
     real, shuffled = (_with_interval(estimate) for estimate in _checked(rows, judge))
@@ -338,12 +338,12 @@ def judge_check(rows: Sequence[Row], judge: str) -> str:
         return f"{judge} tells held-out text ({real}) from shuffled text ({shuffled})."
     return (
         f"{judge} can't tell text from shuffled text: held-out text has perplexity {real}, "
-        f"shuffled text {shuffled}. Its perplexities mean nothing, and nothing is ranked or marked."
+        f"shuffled text {shuffled}. Its perplexities are meaningless; nothing is ranked or flagged."
     )
 
 
 def _checked(rows: Sequence[Row], judge: str) -> list[dict[str, float] | None]:
-    """The judge's perplexities of held-out and of shuffled text."""
+    """Return the judge's perplexities of held-out and shuffled text."""
     task = main_task(rows)
     found = (real_row(rows, task), control_row(rows, "shuffled", task))
     return [None if row is None else perplexity(row, judge) for row in found]
@@ -355,18 +355,18 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 
 
 def same_entropy(row: Row, other: Row) -> bool:
-    """Whether two rows may be compared by their perplexity: entropies close, intervals overlap."""
+    """Return whether perplexities are comparable: close entropies, overlapping intervals."""
     one, two = (figure(each, "entropy_bits") for each in (row, other))
     if not one or not two:
         return False
     (low, high), (lower, upper) = bounds(one), bounds(two)
-    overlap = low <= upper and lower <= high  # not where an interval is unknown
+    overlap = low <= upper and lower <= high  # False if an interval is unknown
     return overlap and abs(value(one) - value(two)) <= MATCHED_BITS
 
 
-# --------------------------------------------------------------------------------------- exposure
+# --------------------------------------------------------------------------------------- findings
 def all_findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
-    """Slug -> `findings` of the rows of a report; none at all if the main judge can't judge."""
+    """Slug -> `findings` of a report's rows; only exact findings if the main judge is unusable."""
     names = judges(rows)
     if names and tells_text(rows, names[0]) is False:
         return {row["slug"]: exposed(row) for row in rows}
@@ -376,7 +376,7 @@ def all_findings(rows: Sequence[Row]) -> dict[str, list[Finding]]:
 
 
 def exposed(row: Row) -> list[Finding]:
-    """What an exact judge found that a figure of its own doesn't show."""
+    """Findings of an exact judge, and of a temperature below 1."""
     verdict = row.get("exact") or {}
     found = [
         Finding(one["word"], one["sentence"], tuple(one["figures"]))
@@ -384,15 +384,15 @@ def exposed(row: Row) -> list[Finding]:
     ]
     temperature = row.get("temperature") or 1.0
     if verdict and temperature < 1:
-        sentence = f"drawn at temperature {temperature:g}: compare it with rows at their best one"
+        sentence = f"sampled at temperature {temperature:g}: compare it with rows at the best one"
         found.append(Finding(COLD, sentence, ()))
     return found
 
 
 def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Finding]:
-    """What must not be taken for quality in a row, against real text under the same task.
+    """Find everything in a row that could be mistaken for quality, relative to real text.
 
-    With the n-gram control of that task, also whether a model is no better than that.
+    With the n-gram control of the same task, also find whether a model is no better than it.
     """
     if row["kind"] == "real":
         return []
@@ -402,7 +402,7 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
     elif ngrams is not None:
         found += _no_better(row, ngrams)
     if math.isnan(value(figure(row, "entropy_bits"))):
-        found.append(Finding("no figures", "its samples gave no figures", ("entropy_bits",)))
+        found.append(Finding("no figures", "its samples have no figures", ("entropy_bits",)))
     main = next(iter(row.get("judges") or {}), None)
     if main in own_judges(row):
         found.append(own_judge())
@@ -415,7 +415,7 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
     times = value(own) / value(reals) if value(reals) else math.nan
     repetition = _repetition(row, real)
     if repetition:
-        bought = "perplexity bought with repetition" if times < UNORDERED_TIMES else "repetition"
+        bought = "low perplexity by repetition" if times < UNORDERED_TIMES else "repetition"
         sentence = f"{bought}: {', '.join(words for _, words in repetition if words)}"
         found.append(Finding("repeats", sentence, tuple(key for key, _ in repetition)))
     elif times > UNORDERED_TIMES:
@@ -426,48 +426,48 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
             found.append(Finding("noise", sentence, ("perplexity_a", "entropy_bits")))
         else:
             at = " at its entropy" if same_entropy(row, real) else ""
-            sentence = f"{how}{at}: like tokens of real text without their order"
+            sentence = f"{how}{at}: like real text with shuffled tokens"
             found.append(Finding("unordered", sentence, ("perplexity_a",)))
     if own and reals and _below(own, reals, 0.0):
         sentence = (
             f"perplexity {show(value(own))} below the {show(value(reals))} of real text: easier to "
-            "predict than what people write"
+            "predict than human text"
         )
         found.append(Finding("too easy", sentence, ("perplexity_a",)))
     return found
 
 
 def misleading(found: Iterable[Finding]) -> bool:
-    """Whether what was found says more than that a row is weak or cold."""
+    """Return whether a finding says more than that a row is weak or cold."""
     return any(finding.word not in (NO_BETTER, COLD) for finding in found)
 
 
 def flags(row: Row, real: Row | None) -> list[str]:
-    """The sentences of `findings`: [] for real text and for rows that nothing speaks against."""
+    """Return the sentences of `findings`."""
     return [finding.sentence for finding in findings(row, real)]
 
 
 def _no_better(row: Row, ngrams: Row) -> list[Finding]:
-    """Whether counts of the training text alone, without a network, write as well."""
+    """Find whether n-gram counts of the training text are as good as the model."""
     judge = next((name for name in ngrams.get("judges") or {} if name in row["judges"]), None)
     own, alone = perplexity(row, judge), perplexity(ngrams, judge)
     if not value(own) >= value(alone):  # better, if only by a little, or unknown
         return []
     sentence = (
-        f"perplexity {show(value(own))}, {show(value(alone))} of n-grams alone: counts of the "
-        "training text write as well without a network"
+        f"perplexity {show(value(own))}, n-grams {show(value(alone))}: no better than counts of "
+        "the training text without a network"
     )
     return [Finding(NO_BETTER, sentence, ("perplexity_a",))]
 
 
 def own_judge() -> Finding:
-    """What is said of a model that scores itself."""
-    sentence = "this model is its own judge: its perplexity says how sure it is, not how good it is"
+    """Return the finding for a model that scores itself."""
+    sentence = "this model is its own judge: its perplexity measures confidence, not quality"
     return Finding("own judge", sentence, ("perplexity_a", "perplexity_b"))
 
 
 def _left_out(row: Row, real: Row | None) -> list[Finding]:
-    """Samples that a figure is not taken over, where real text has all of its own in it."""
+    """Find samples excluded from a figure, beyond the fraction excluded for real text."""
     total = sample_count(row)
     missing = {}
     for key, estimate in _counted(row).items():
@@ -490,7 +490,7 @@ def _left_out(row: Row, real: Row | None) -> list[Finding]:
 
 
 def _counted(row: Row) -> dict[tuple[str, str], dict[str, float]]:
-    """(judge or "", key) -> estimate, of the figures that a sample may lack."""
+    """Return (judge or "", key) -> estimate, for figures that may be missing for a sample."""
     keys = ("entropy_bits", "distinct_1", "distinct_2", "distinct_3")
     found = {("", key): figure(row, key) for key in keys}
     for judge in row.get("judges") or {}:
@@ -499,7 +499,7 @@ def _counted(row: Row) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def _skipped(row: Row, real: Row) -> list[Finding]:
-    """Judges that could not read much more of a row than of real text."""
+    """Find judges that skipped much more of a row than of real text."""
     told, columns = [], ()
     for i, judge in enumerate(row.get("judges") or {}):
         own, reals = _skipped_share(row, judge), _skipped_share(real, judge)
@@ -514,16 +514,16 @@ def _skipped(row: Row, real: Row) -> list[Finding]:
 
 
 def _skipped_share(row: Row, judge: str) -> float:
-    """Share of the tokens or words of a row that a judge could not score; nan if it has none."""
+    """Fraction of a row's tokens or words that a judge could not score; nan without any."""
     scores = ((row.get("judges") or {}).get(judge) or {}).get("text") or {}
     total = scores.get("tokens", 0) + scores.get("skipped", 0)
     return scores["skipped"] / total if total else math.nan
 
 
 def _repetition(row: Row, real: Row) -> list[tuple[str, str]]:
-    """(figure, words) of all that tells of fewer different words, phrases or samples.
+    """Find signs of repeated words, phrases or samples: (figure, words).
 
-    Of the distinct n-grams only the most telling has words.
+    Only the strongest of the distinct-n figures has words.
     """
     told = []
     own, reals = figure(row, "entropy_bits"), figure(real, "entropy_bits")
@@ -544,6 +544,6 @@ def _repetition(row: Row, real: Row) -> list[tuple[str, str]]:
 
 
 def _below(lower: dict[str, float], upper: dict[str, float], gap: float) -> bool:
-    """Whether one estimate is below another by more than `gap`, their intervals apart as well."""
-    apart = not bounds(lower)[1] >= bounds(upper)[0]  # an unknown interval doesn't speak against it
+    """Return whether one estimate is below another by more than `gap`, with disjoint intervals."""
+    apart = not bounds(lower)[1] >= bounds(upper)[0]  # unknown intervals count as disjoint
     return value(lower) < value(upper) - gap and apart

@@ -1,6 +1,6 @@
 "use strict";
 
-// Tables: a click on a head sorts; what has no number stays at the end.
+// Tables: a click on a head sorts; cells without a number stay at the end.
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table")) {
   });
 }
 
-// A sample on its way from noise to text: a slider over its frames.
+// The trajectory of a sample: a slider over its frames.
 const player = document.getElementById("player");
 if (player) {
   const paths = [...player.querySelectorAll(".path")];

@@ -1,10 +1,10 @@
-"""The report of a run: tables, pictures, samples and a page that shows them all.
+"""The report of a run: tables, pictures, samples and a page with all of them.
 
-Every point is written as it is; the tables, the pictures and the page show repeats over seeds as
-one row. What gives a row away (report/reading.py) stands beside its figures everywhere.
+Data files have every point; tables, pictures and the page pool repeats over seeds into one row.
+Findings (report/reading.py) are shown with the figures everywhere.
 
-results.csv has a line for each point and judge, and always the same columns, but for those of an
-exact judge, which are there if it is; docs/concepts/evaluation.md describes them.
+results.csv has a line for each point and judge. Its columns are always the same, plus those of an
+exact judge if there is one; docs/concepts/evaluation.md documents them.
 """
 
 import csv
@@ -43,14 +43,14 @@ _ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count"}
 _SAMPLES_SHOWN = 3
 _FRAMES_SHOWN = 17  # of a trajectory
 _PATHS_SHOWN = 12  # trajectories in the page
-# Bytes of the page, so that one of many long rows still opens on a phone.
+# Size limits in bytes, so that a page with many long rows still opens on a phone.
 _PATHS_ROOM = 1_200_000
 _TEXTS_ROOM = 600_000
 _GIVEN = ("[[", "]]")
-_LINE_WIDTH = 100  # letters of the text table
+_LINE_WIDTH = 100  # characters per line of the text table
 
 
-# ------------------------------------------------------------------------------------ all the files
+# ---------------------------------------------------------------------------------------- all files
 def write(
     directory: pathlib.Path,
     rows: Sequence[Row],
@@ -62,27 +62,25 @@ def write(
     header: dict[str, Any],
     mask_id: int | None = None,
 ) -> None:
-    """Writes all files of the report; equal arguments give equal bytes.
+    """Write all files of the report, deterministically.
 
     results.json (header and rows), results.csv, samples.txt, trajectories.txt, the pictures
-    frontier.png, steps.png and time.png, and report.html, which needs no other file.
+    frontier.png, steps.png and time.png, and the self-contained report.html.
 
     Args:
-      directory: made where needed.
-      rows: figures and protocol of each point, as fsdfm_jax/evaluate/engine.py makes them.
-      pooled: the same with one row a setting, which is what tables, pictures and the page show.
-        Where it has several seeds, "num_seeds" and "seeds" say so, "protocol" has the stamp of each
-        point by its slug, and the row's own slug is that of one of them; "num_samples" stays the
-        count of one seed.
-      samples: slug of a point -> its first tokens, int [N, L], of which three are shown; may lack
-        points.
-      frozen: the same for the positions that were given, bool [N, L]; a point that isn't there was
-        given none.
-      trajectories: slug of a point -> some of its samples on their way; may lack points.
-      tokenizer: to print them.
-      header: JSON dict of facts about the run as a whole; the page shows "run" (its name), "data"
-        (the manifest of its text), "date", "device", "code_version" and "parameters" by model.
-      mask_id: token that the tokenizer doesn't know, shown as a block.
+      directory: made if needed.
+      rows: figures and protocol of each point, from fsdfm_jax/evaluate/engine.py.
+      pooled: the same with one row per setting, for tables, pictures and the page. With several
+        seeds, "num_seeds" and "seeds" list them, "protocol" maps the slug of each point to its
+        stamp, and the row's slug is that of one of them; "num_samples" is the count per seed.
+      samples: slug of a point -> its first tokens, int [N, L], of which three are shown; points may
+        be missing.
+      frozen: the same for given positions, bool [N, L]; missing points have none.
+      trajectories: slug of a point -> trajectories of some samples; points may be missing.
+      tokenizer: to decode them.
+      header: JSON dict of facts about the whole run; the page shows "run" (its name), "data" (the
+        manifest of its text), "date", "device", "code_version" and "parameters" by model.
+      mask_id: the mask token, shown as a block.
     """
     directory.mkdir(parents=True, exist_ok=True)
     known = reading.all_findings(pooled)
@@ -114,10 +112,10 @@ def write(
 
 # ------------------------------------------------------------------------------------------ tables
 def table(rows: Sequence[Row]) -> str:
-    """A plain text table of rows, one a setting, at most `_LINE_WIDTH` letters wide.
+    """Format a plain text table with one row per setting, at most `_LINE_WIDTH` wide.
 
-    Above it stand what the check of the main judge found and what all models have in common. What
-    gives a row away is marked "!" at its end; long cells take several lines.
+    Above it are the check of the main judge and the common settings of all models. Flags are at the
+    end of a row, after "!"; long cells are wrapped.
     """
     names, known = reading.judges(rows), reading.all_findings(rows)
     judge, samplers = names[0] if names else None, reading.samplers(rows)
@@ -137,8 +135,8 @@ def table(rows: Sequence[Row]) -> str:
     for key, column in exact.items():
         if column.main:
             found[column.head] = [exact_judges.show(exact_judges.figure(row, key)) for row in rows]
-    found["flags"] = found.pop("flags")  # the last column
-    if not any(found["sampler"]):  # nothing to tell apart
+    found["flags"] = found.pop("flags")  # move it to the end
+    if not any(found["sampler"]):  # all the same
         del found["sampler"]
     long = ("model", "sampler", "flags")
     columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
@@ -172,7 +170,7 @@ def _cell(estimate: dict[str, float] | None) -> str:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """A line for each row and judge: who it is, its figures, its scores, what gives it away."""
+    """Return a line for each row and judge: identity, figures, scores, notes and flags."""
     known, names = reading.all_findings(rows), reading.judges(rows)
     tells = {name: reading.tells_text(rows, name) for name in names}
     exact, lines = exact_judges.columns(rows), []
@@ -209,7 +207,7 @@ def _texts(
     mask_id: int | None,
     tokenizer: Tokenizer,
 ) -> list[list[Piece]]:
-    """The samples that are shown, cut where what was given begins and ends."""
+    """Return the samples to show, split at the boundaries of given parts."""
     tokens_NL = np.asarray(tokens_NL)[:_SAMPLES_SHOWN]
     none_NL = np.zeros(tokens_NL.shape, bool)
     given_NL = none_NL if frozen_NL is None else np.asarray(frozen_NL)[:_SAMPLES_SHOWN]
@@ -222,7 +220,7 @@ def _texts(
 def _within(
     texts: Mapping[str, list[list[Piece]]], rows: Sequence[Row], best: Row | None
 ) -> dict[str, list[list[Piece]]]:
-    """The texts of as many rows as the page has room for; one of each where there are many."""
+    """Limit the texts to the size of the page: fewer texts per row, then fewer rows."""
     order = sorted(rows, key=lambda row: row is not best and row["kind"] == "model")
     shown: dict[str, list[list[Piece]]] = {}
     for count in range(_SAMPLES_SHOWN, 0, -1):
@@ -238,14 +236,14 @@ def _within(
 
 
 def _bytes(text: Sequence[Piece]) -> int:
-    """About what a text takes in the page."""
+    """Approximate size of a text in the page."""
     return sum(len(piece.text.encode(errors="replace")) + 13 for piece in text)
 
 
 def _samples_text(rows: Sequence[Row], texts: Mapping[str, list[list[Piece]]]) -> str:
     first = "The first samples of each row, unselected."
     if any(piece.kind == "given" for some in texts.values() for text in some for piece in text):
-        first += f" What the model was given stands between {_GIVEN[0]} and {_GIVEN[1]}."
+        first += f" Given text is between {_GIVEN[0]} and {_GIVEN[1]}."
     parts = [first + "\n"]
     for row in rows:
         parts.append(_banner(row))
@@ -264,8 +262,8 @@ def _banner(row: Row) -> str:
 
 # ------------------------------------------------------------------------------------ trajectories
 def _trajectory_lines(rows, trajectories, tokenizer, mask_id) -> list[str]:
-    marks = "What differs from the frame before stands between {+ and +}; ░ is a masked token."
-    lines = [f"Samples on their way from noise to text. {marks}"]
+    marks = "Changes from the previous frame are between {+ and +}; ░ is a masked token."
+    lines = [f"Samples from noise to text, step by step. {marks}"]
     for row in rows:
         if trajectories.get(row["slug"]):
             lines += _banner(row).rstrip("\n").split("\n")
@@ -274,17 +272,17 @@ def _trajectory_lines(rows, trajectories, tokenizer, mask_id) -> list[str]:
             thinned = trajectory_lib.thin(one, _FRAMES_SHOWN)
             lines += trajectory_lib.text_lines(thinned, mask_id, tokenizer)
     if len(lines) == 1:
-        lines.append("None was recorded.")
+        lines.append("None were recorded.")
     return lines
 
 
 def _watched(
     rows: Sequence[Row], best: Row | None, trajectories: Mapping[str, Sequence[Trajectory]]
 ) -> list[tuple[Row, int, Trajectory]]:
-    """Trajectories for the page, (row, number of the sample, trajectory), the best row's first.
+    """Select trajectories for the page: (row, sample index, trajectory), the best row's first.
 
-    Besides rows at the usual temperature, spread over the numbers of steps; first one sample of
-    each, then further ones while there are too few.
+    The others are rows at the temperature nearest to 1, spread over the numbers of steps. One
+    sample of each row comes first, then further ones if there are too few.
     """
     known = [row for row in rows if trajectories.get(row["slug"])]
     usual = reading.at_usual_temperature(known)
@@ -307,7 +305,7 @@ def _watched(
 def _paths(
     watched: Sequence[tuple[Row, int, Trajectory]], tokenizer: Tokenizer, mask_id: int | None
 ) -> list[dict[str, Any]]:
-    """What the page shows of trajectories: title and frames, each a caption and pieces."""
+    """Convert trajectories for the page: title and frames, each with a caption and pieces."""
     paths, used = [], 0
     for row, i, whole in watched:
         entropies = (row.get("per_step") or {}).get("entropy_nats") or ()
@@ -318,8 +316,7 @@ def _paths(
         if paths and used > _PATHS_ROOM:
             break
         for step, caption, cut in zip(one.steps, trajectory_lib.captions(one), cuts, strict=True):
-            # Steps at which nothing was left to draw may be missing; then their places are not
-            # their numbers.
+            # Steps that draw nothing may be missing; then indices aren't step numbers.
             complete = len(entropies) == one.steps[-1]
             if step and complete and math.isfinite(entropies[step - 1]):
                 caption += f", predictive entropy {entropies[step - 1]:.2f} nats"
