@@ -7,8 +7,8 @@ and kept.
 import collections
 import dataclasses
 import json
-import re
 import math
+import re
 
 import jax
 import jax.numpy as jnp
