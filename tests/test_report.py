@@ -710,6 +710,57 @@ def test_the_best_of_few_steps_is_at_the_entropy_of_text():
     assert reading.best_few_step([REAL, long], known) is None
 
 
+def _exactly(row, findings=(), **figures):
+    """A row with the verdict of an exact judge."""
+    verdict = {"judge": "4x4 Sudoku", "expected": {}, "findings": list(findings)}
+    return row | {"exact": verdict | {"figures": {k: _estimate(v) for k, v in figures.items()}}}
+
+
+COPIES = {"word": "copies", "sentence": "samples repeat", "figures": ["distinct"]}
+
+
+@pytest.mark.parametrize(("key", "good", "bad"), [("valid", 0.8, 0.2), ("excess", -0.01, 0.3)])
+def test_an_exact_judge_ranks_by_what_it_says(key, good, bad):
+    """Whatever perplexity says, and though it would mark the row."""
+    worse = _exactly(_row("fluent", 8, perplexity=31.0), **{key: bad})
+    better = _exactly(_row("right", 8, perplexity=5000.0, bits=4.0), **{key: good})
+    copied = _exactly(_row("copied", 4), [COPIES], **{key: 2 * good})
+    many = _exactly(_row("many", 512), **{key: 3 * good})
+    rows = [_exactly(REAL, **{key: good}), worse, better, copied, many]
+    known = reading.all_findings(rows)
+    assert reading.misleading(known[better["slug"]])
+    assert reading.best_few_step(rows, known) is better
+    assert reading.best_few_step([copied, many], known) is None
+    ranked = reading.quality(rows)
+    assert (ranked.exact, ranked.name) == (True, key)
+    assert reading.quality([REAL, GOOD]).name == "perplexity"
+    assert reading.quality([_exactly(GOOD, valid=0.5, solved=0.4)]).name == "solved"
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_report_of_exact_figures_shows_them(tmp_path, judged):
+    rows = [
+        _exactly(REAL, valid=1.0, distinct=1.0),
+        _exactly(_row("base", 8, perplexity=20.0), valid=0.0, distinct=1.0),
+        _exactly(_row("refine", 8, perplexity=900.0), valid=0.83, distinct=1.0),
+        _exactly(_row("base", 1024, stage="pretrain"), valid=0.98, distinct=1.0),
+    ]
+    rows = rows if judged else [row | {"judges": {}} for row in rows]
+    page = _key(_page(tmp_path, rows))
+    assert "Judged exactly, by 4x4 Sudoku." in page
+    assert "no perplexity" not in page
+    assert 'best"><h3>Best of few steps</h3>\n<p><b>refine, 8 steps</b>' in page
+    assert '<p class="big">0.830 <span>valid</span></p>' in page
+    assert "valid 0.830 against 0.980" in page
+    assert "perplexity" not in re.sub("What speaks.*", "", page)
+    for draw in pictures.PICTURES.values():
+        axis = draw(rows, set()).axes[0]
+        assert axis.get_ylabel() == "share of valid grids"
+        assert axis.get_yscale() == "linear"
+        shown = [y for line in _joined(axis) for y in line.get_ydata()]
+        assert {0.0, 0.83, 0.98} <= set(shown)
+
+
 # ------------------------------------------------------------------------------------------- table
 def test_table_has_every_row_aligned():
     lines = _lines(ROWS)

@@ -96,7 +96,8 @@ def write(
     io.write_text(directory / "samples.txt", _samples_text(rows, texts))
     lines = _trajectory_lines(rows, trajectories, tokenizer, mask_id)
     io.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
-    exposed = {slug for slug, found in known.items() if found}
+    exact = reading.quality(pooled).exact
+    exposed = {row["slug"] for row in pooled if reading.against(row, known, exact=exact)}
     drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
     for name, figure in drawn.items():
         io.write_bytes(directory / f"{name}.png", pictures.png(figure))
