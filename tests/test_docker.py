@@ -53,7 +53,7 @@ def test_stages_and_images(path):
     assert names.index("USER") < names.index("ENTRYPOINT")
     entry = json.loads(next(rest for name, rest in final if name == "ENTRYPOINT"))
     assert f'"{entry[0]} = fsdfm_jax.' in (ROOT / "setup.py").read_text()
-    (place,) = re.findall(r"python -m venv (\S+)", str(build))
+    (place,) = (rest.split()[-1] for name, rest in build if rest.startswith("python -m venv "))
     assert ("COPY", f"--from=build {place} {place}") in final
     assert any(name == "ENV" and f"PATH={place}/bin:" in rest for name, rest in final)
 
