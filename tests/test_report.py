@@ -258,9 +258,8 @@ def test_csv_is_flat(tmp_path):
     assert "bought with repetition" in lines[2]["flags"]
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_csv_is_tidy_and_described(tmp_path):
-    """A line for each point and judge, told apart by its identity; each column is in the docs."""
+def _sweep(path):
+    """A report of seeds, temperatures, steps and two judges."""
     rows = [
         row | {"judges": row["judges"] | {"other": {"ids": None, "text": _scores(9.0)}}}
         for seed in (1, 2)
@@ -273,7 +272,33 @@ def test_csv_is_tidy_and_described(tmp_path):
         for seed in (1, 2)
     ]
     rows[1]["judges"]["other"] = {"ids": None, "text": _scores(9.0)}
-    folder = _write(tmp_path, rows, pooled=rows[:1] + rows[1::2])
+    return _write(path, rows, pooled=rows[:1] + rows[1::2]), rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_csv_is_what_pandas_pivots(tmp_path):
+    """By the line of the docs: each cell of the pivoted table has one value."""
+    folder, _ = _sweep(tmp_path)
+    document = (ROOT / "docs" / "concepts" / "evaluation.md").read_text()
+    (line,) = re.findall(r"`(pandas\.read_csv\(.*\))`", document)
+    index, columns, values = re.search(
+        r'index="(\w+)", columns=(\[.*?\]), values="(\w+)"', line
+    ).groups()
+    with open(folder / "results.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line[values]]
+    cells = {(one[index], *(one[key] for key in json.loads(columns))): one[values] for one in lines}
+    assert len(cells) == len(lines) > 16
+    pandas = pytest.importorskip("pandas")
+    place = repr(str(folder / "results.csv"))
+    table = eval(line.replace('"results.csv"', place), {"pandas": pandas})
+    assert table.loc[8, ("distill", 0.8, 2, "own")] == pytest.approx(50.0)
+    assert int(table.notna().sum().sum()) == len(lines)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_csv_is_tidy_and_described(tmp_path):
+    """A line for each point and judge, told apart by its identity; each column is in the docs."""
+    folder, rows = _sweep(tmp_path)
     with open(folder / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["judge"] for line in lines[:4]] == ["own", "other"] * 2
@@ -785,6 +810,26 @@ def test_table_fits_a_terminal():
     for part in ("dispersed,", "power:0.7,", "look-ahead 0.5", "T=0.8", "3 seeds", "! repeats"):
         assert part in text  # long cells take further lines; nothing is cut
     assert "…" not in text
+
+
+def test_a_few_samples_fit_a_terminal():
+    first = _row("distill", 8, temperature=1.2)
+    rows = [REAL, GOOD, AUTOREGRESSIVE, _row("refine", 1), first, _row("refine", 32)]
+    rows += [_row("refine", 8, seed=3), _row("refine", 8, temperature=0.7)]
+    long = TOKENIZER.encode("we the people \x1b[31m of the united states " * 20)
+    samples = {row["slug"]: _tokens("the people", 5) for row in rows}
+    samples[rows[6]["slug"]] = np.tile(long, (5, 1))
+    lines = report.few_samples(rows, samples, TOKENIZER, MASK).splitlines()
+    assert lines[0] == "The first samples of refine, 8 steps, seed 3, of samples.txt:"
+    heads = [line[:5].strip() for line in lines[1:]]
+    assert heads == ["[1]", "", "[2]", "", "[3]", ""]
+    assert max(map(len, lines)) <= 100
+    assert all(line.isprintable() for line in lines)
+    assert all(line.endswith(" ...") for line in lines[2::2])
+    assert report.few_samples(rows, {}, TOKENIZER, MASK) == ""
+    assert report.few_samples([REAL, AUTOREGRESSIVE], samples, TOKENIZER, MASK) == ""
+    empty = {first["slug"]: np.zeros((2, 0), np.int32)}
+    assert report.few_samples([first], empty, TOKENIZER, MASK).split("\n")[1:] == ["  [1]", "  [2]"]
 
 
 def test_names_are_no_markup():

@@ -378,7 +378,7 @@ class Evaluation:
     def report(
         self, directory: pathlib.Path, rows: Sequence[Row], header: Mapping[str, Any]
     ) -> str:
-        """Writes the report of stored rows; returns its table as text.
+        """Writes the report of stored rows; returns its table as text, with a few samples below.
 
         Args:
           directory: made where needed.
@@ -402,7 +402,8 @@ class Evaluation:
         report.write(
             directory, rows, merged, samples, frozen, paths, self._tokenizer, dict(header), mask_id
         )
-        return report.table(merged)
+        shown = report.few_samples(merged, samples, self._tokenizer, mask_id)
+        return "\n\n".join(filter(None, (report.table(merged), shown)))
 
     def _pool(self, rows: list[Row]) -> Row:
         """One row for repeats over seeds, with intervals over the samples of all of them.
