@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 
 SHELLS = ("bash", "zsh")
 
-_SCRIPT = r"""_fsdfm() {
+_SCRIPT = r"""# In zsh, compgen looks for the files that begin with PREFIX.
+_fsdfm_names() { PREFIX=$word; compgen -P "$prefix" "$@" -- "$word"; }
+_fsdfm() {
   local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} flag='' prefix='' flags=''
   COMPREPLY=()
   case ${COMP_WORDS[1]} in
@@ -29,11 +31,10 @@ _SCRIPT = r"""_fsdfm() {
   if ((COMP_CWORD == 1)); then COMPREPLY=($(compgen -W '@COMMANDS@' -- "$word"))
   elif [[ ${COMP_WORDS[1]} == completion ]]; then COMPREPLY=($(compgen -W 'bash zsh' -- "$word"))
   elif [[ $flag == --config ]]; then
-    COMPREPLY=($(compgen -P "$prefix" -W '@CONFIGS@' -- "$word")
-      $(compgen -P "$prefix" -f -X '!*.py' -- "$word") $(compgen -P "$prefix" -d -S / -- "$word"))
+    COMPREPLY=($(_fsdfm_names -W '@CONFIGS@') $(_fsdfm_names -f -X '!*.py') $(_fsdfm_names -d -S /))
     compopt -o nospace 2> /dev/null
   elif [[ -n $flag || $word != -* ]]; then
-    COMPREPLY=($(compgen -P "$prefix" -f -- "$word"))
+    COMPREPLY=($(_fsdfm_names -f))
     compopt -o filenames 2> /dev/null
   else
     COMPREPLY=($(compgen -W "$flags" -- "$word"))
