@@ -40,7 +40,7 @@ setuptools.setup(
         "fsdfm_jax.evaluate.report": ["report.html", "report.css", "report.js"],
         "fsdfm_jax.share.launch": ["*.sh", "*.yaml"],
     },
-    entry_points={"console_scripts": ["fsdfm = fsdfm_jax.cli:main"]},
+    entry_points={"console_scripts": ["fsdfm = fsdfm_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         # Needed to load, save and sample models.

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from fsdfm_jax import schema
+from fsdfm_jax import completion, schema
 from fsdfm_jax.parallel import processes
 
 # Errors that a user can fix; anything else is a bug and keeps its traceback.
@@ -44,11 +44,18 @@ COMMANDS = {
 }
 
 
+_COMPLETION = "completion"
+
+
 def main() -> None:
     """Run `fsdfm COMMAND ..`, the same as `python -m` with its module."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name == _COMPLETION:
+        _print_completion(sys.argv[2:])
+        return
     if name not in COMMANDS:
-        lines = [f"  {command:10}{what}" for command, (_, what) in COMMANDS.items()]
+        lines = [f"  {command:11}{what}" for command, (_, what) in COMMANDS.items()]
+        lines.append(f"  {_COMPLETION:11}a script of bash or zsh that completes all this")
         usage = "\n".join(["usage: fsdfm COMMAND [FLAGS]   (fsdfm COMMAND --help)", "", *lines])
         if name in ("", "-h", "--help", "help"):
             print(usage)
@@ -60,6 +67,15 @@ def main() -> None:
     del sys.argv[1]
     add_shared_to_path()
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+
+
+def _print_completion(arguments: list[str]) -> None:
+    configs = sorted(path.name for path in shared("configs").glob("[a-z]*.py"))
+    try:
+        print(completion.script(" ".join(arguments), COMMANDS, configs), end="")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 # ------------------------------------------------------------------------------- shared folders

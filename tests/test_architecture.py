@@ -11,7 +11,18 @@ PACKAGE = ROOT / "fsdfm_jax"
 
 # A folder, or a module at the top, imports from itself and from those before it.
 ORDER = (
-    *("extras", "io", "parallel", "schema", "cli", "ops", "flow", "network", "stages"),
+    *(
+        "extras",
+        "io",
+        "completion",
+        "parallel",
+        "schema",
+        "cli",
+        "ops",
+        "flow",
+        "network",
+        "stages",
+    ),
     *("data", "exact", "training", "inference", "convert", "evaluate"),
     *("library", "samples", "generate", "main", "__main__"),
 )

@@ -224,6 +224,39 @@ def test_validation_files_of_its_own(root, tmp_path):
 # Going on.
 
 
+def test_texts_in_both_splits_are_counted_as_in_the_ordinary_way(root, tmp_path, caplog):
+    (tmp_path / "texts").mkdir()
+    texts = [f"text number {i} of the corpus " * 9 for i in range(12)]
+    for i, text in enumerate([*texts, texts[3]]):  # one stands there twice
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text)
+    lines = [json.dumps({"text": text}) for text in [texts[3], texts[5], "another text " * 9]]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    spec = _spec(root, corpus=f"{tmp_path}/texts/*.txt", validation=f"{tmp_path}/own.jsonl")
+    caplog.set_level("WARNING")
+    for name, data in (
+        ("groups", _prepare(spec, tmp_path / "groups", backwards, group_bytes=600)),
+        ("ordinary", prepared_lib.prepare(spec, tmp_path / "ordinary")),
+    ):
+        assert data.manifest["read"]["documents_in_both"] == 3, name
+    assert data.manifest["splits"]["train"]["documents"] == 13
+    assert caplog.text.count("3 document(s) of data.corpus are in data.validation too") == 2
+    assert not list((tmp_path / "groups").rglob("*.npy"))
+
+
+def test_a_group_without_its_digests_is_made_again(root, tmp_path):
+    (tmp_path / "own.txt").write_text("held out by the makers of the corpus " * 9)
+    spec, folder, made = _spec(root, validation=f"{tmp_path}/own.txt"), tmp_path / "data", []
+
+    def lost(function, items):
+        in_turn(function, items)
+        (folder / "shards" / "00001.npy").unlink()
+
+    with pytest.raises(ValueError, match="1 group"):
+        _prepare(spec, folder, lost)
+    _prepare(spec, folder, lambda function, items: made.extend(items) or in_turn(function, items))
+    assert made == [1]
+
+
 def _inodes(folder):
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)

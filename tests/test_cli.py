@@ -3,14 +3,17 @@
 import errno
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
 from configs import base
-from fsdfm_jax import cli, schema
+from fsdfm_jax import __main__, cli, schema
+from fsdfm_jax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT}/configs/base.py"
@@ -124,6 +127,47 @@ def test_what_passes_by_itself_is_worth_another_try(monkeypatch, number, code):
     with pytest.raises(SystemExit) as stop:
         _run(monkeypatch, OSError(number, "said"))
     assert stop.value.code == code
+
+
+def _out_of_memory():
+    """What JAX raises where an array is larger than any memory."""
+    try:
+        jnp.zeros((1 << 60,), jnp.int8).block_until_ready()
+    except Exception as error:
+        return error
+    raise AssertionError("a petabyte was given")
+
+
+@pytest.mark.parametrize("make", [_out_of_memory, MemoryError])
+def test_too_little_memory_is_for_the_user_to_mend(monkeypatch, capsys, make):
+    with pytest.raises(SystemExit) as stop:
+        _run(monkeypatch, make())
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert re.match(r"error: out of memory \(.+\); use a smaller network, batch, or block", said)
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["jax", "fsdfm_jax.samples"])
+def test_stopped_while_importing(place):
+    """By Ctrl-C as the command imports JAX, or as its program imports its own modules."""
+    code = f"""
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {place!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv[:] = ["fsdfm", "generate"]
+from fsdfm_jax.__main__ import main
+main()
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == processes.STOPPED == __main__.STOPPED
+    assert (done.stdout, done.stderr) == ("", "stopped by Ctrl-C: nothing was begun.\n")
 
 
 def test_traceback_on_request_and_for_our_own_bugs(monkeypatch, capsys):

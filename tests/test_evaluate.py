@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -628,3 +629,25 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
     tail = 1.0 - 1.0 / np.exp(logits.astype(np.float64)).sum()
     assert total * tail > 60
     assert_frequencies([total - found, found], [1 - tail, tail])
+
+
+# ----------------------------------------------------------------------------------------- its time
+def test_it_says_first_how_long_it_takes(tmp_path, judge, capsys, monkeypatch):
+    """On stderr, after one point of each network and a second one of the first one's program."""
+    drawn = _counting(monkeypatch)
+    evaluation, plan = _evaluation(tmp_path, [judge], steps=(1, 2, 4))
+    evaluation.run(plan[:3])
+    capsys.readouterr()
+    evaluation.run(plan)
+    out, err = capsys.readouterr()
+    lines, waiting = err.splitlines(), len(plan) - 3
+    assert out == ""
+    assert lines[0] == f"evaluating {len(plan)} points: 3 stored, {waiting} to compute"
+    (told,) = [line for line in lines if "more points take about" in line]
+    before = [line for line in lines[: lines.index(told)] if re.match("sampling .* took", line)]
+    left = int(told.split()[0])
+    assert left + len(before) == waiting
+    assert [line.split()[1] for line in before] == list(drawn)[: len(before)]
+    assert lines[-1].startswith(f"evaluating, points {waiting}/{waiting} took ")
+    evaluation.run(plan)
+    assert "to compute" not in capsys.readouterr().err

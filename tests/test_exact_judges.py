@@ -193,6 +193,7 @@ def test_a_report_of_sudoku(tmp_path):
     (cold,) = (row for row in rows.values() if row["temperature"] == plan_lib.COLD_TEMPERATURE)
     assert cold["protocol"]["scoring"]["exact"] == {"kind": "sudoku", "size": "4x4", "version": 1}
     assert "Judged exactly, by 4x4 Sudoku." in table
+    assert "\n\nThe first samples of pretrain, 1 step, seed " in table
     lines = table.splitlines()
     (head,) = (line.split() for line in lines if line.startswith("model "))
     assert {"valid", "groups", "TV", "distinct"} <= set(head)

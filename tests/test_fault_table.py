@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from configs import base, sweep
-from fsdfm_jax import main, schema
+from fsdfm_jax import cli, main, schema
 from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data import prepared as prepared_lib
+from fsdfm_jax.data import tokenizer as tokenizer_lib
 from fsdfm_jax.evaluate import plan as plan_lib
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import bundle as bundle_lib
@@ -107,6 +108,24 @@ def test_where_the_text_lies_is_stored_for_every_folder(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     stored = pipeline.load_config(tmp_path / "run")
     assert pipeline.data_directory(tmp_path / "run", stored) == tmp_path / "text"
+
+
+def test_a_model_without_its_tokenizer_is_not_converted(tmp_path):
+    """Its text was prepared elsewhere, or moved: a file without a tokenizer would be of no use."""
+    tokenizer = tokenizer_lib.train_bpe([], 257)
+    model = dataclasses.replace(MODEL, vocab_size=257)
+    params = jax.tree.map(np.asarray, model_lib.init_params(jax.random.key(0), model))
+    bundle = bundle_lib.from_params(params, model, tokenizer=tokenizer, block_length=4)
+    formats.write(bundle, Target(tmp_path / "run", "orbax"))
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    for name in ("m.safetensors", "folder"):
+        run = [sys.executable, "-m", "fsdfm_jax.convert", tmp_path / "run", tmp_path / name]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == cli.EXIT_CODE, done.stderr[-2000:]
+        (line,) = done.stderr.splitlines()
+        assert f"trained with tokenizer {tokenizer.fingerprint}, which isn't where" in line
+        assert "--tokenizer=PATH" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # ------------------------------------------------------------------------------------------- users

@@ -317,8 +317,14 @@ def test_report_has_every_file_and_row(finished):
             assert row["figures"]["bound_nats_per_token"]["value"] > 0.5
         else:
             assert row["figures"]["bound_nats_per_token"] is None
-    assert str(folder / "report") in out
-    assert "Done in" in out
+    *_, shown, last = out.strip().split("\n\n")
+    assert shown.startswith("The first samples of refine")
+    assert ", 2 steps, seed 1" in shown.splitlines()[0]
+    assert shown.count("\n  [") == 3
+    assert max(map(len, shown.splitlines())) <= 100
+    place, done = last.splitlines()
+    assert place.startswith(f"Report: {folder / 'report'}")
+    assert done.startswith("Done in")
 
 
 def test_stages_are_trained_to_their_end(finished):

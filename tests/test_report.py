@@ -258,9 +258,8 @@ def test_csv_is_flat(tmp_path):
     assert "low perplexity by repetition" in lines[2]["flags"]
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_csv_is_tidy_and_described(tmp_path):
-    """A line per point and judge with a unique identity; the docs list all columns."""
+def _sweep(path):
+    """A report of seeds, temperatures, steps and two judges."""
     rows = [
         row | {"judges": row["judges"] | {"other": {"ids": None, "text": _scores(9.0)}}}
         for seed in (1, 2)
@@ -273,7 +272,33 @@ def test_csv_is_tidy_and_described(tmp_path):
         for seed in (1, 2)
     ]
     rows[1]["judges"]["other"] = {"ids": None, "text": _scores(9.0)}
-    folder = _write(tmp_path, rows, pooled=rows[:1] + rows[1::2])
+    return _write(path, rows, pooled=rows[:1] + rows[1::2]), rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_csv_is_what_pandas_pivots(tmp_path):
+    """By the line of the docs: each cell of the pivoted table has one value."""
+    folder, _ = _sweep(tmp_path)
+    document = (ROOT / "docs" / "concepts" / "evaluation.md").read_text()
+    (line,) = re.findall(r"`(pandas\.read_csv\(.*\))`", document)
+    index, columns, values = re.search(
+        r'index="(\w+)", columns=(\[.*?\]), values="(\w+)"', line
+    ).groups()
+    with open(folder / "results.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line[values]]
+    cells = {(one[index], *(one[key] for key in json.loads(columns))): one[values] for one in lines}
+    assert len(cells) == len(lines) > 16
+    pandas = pytest.importorskip("pandas")
+    place = repr(str(folder / "results.csv"))
+    table = eval(line.replace('"results.csv"', place), {"pandas": pandas})
+    assert table.loc[8, ("distill", 0.8, 2, "own")] == pytest.approx(50.0)
+    assert int(table.notna().sum().sum()) == len(lines)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_csv_is_tidy_and_described(tmp_path):
+    """A line for each point and judge, told apart by its identity; each column is in the docs."""
+    folder, rows = _sweep(tmp_path)
     with open(folder / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["judge"] for line in lines[:4]] == ["own", "other"] * 2
@@ -709,6 +734,57 @@ def test_the_best_of_few_steps_is_at_the_entropy_of_text():
     assert reading.best_few_step([REAL, long], known) is None
 
 
+def _exactly(row, findings=(), **figures):
+    """A row with the verdict of an exact judge."""
+    verdict = {"judge": "4x4 Sudoku", "expected": {}, "findings": list(findings)}
+    return row | {"exact": verdict | {"figures": {k: _estimate(v) for k, v in figures.items()}}}
+
+
+COPIES = {"word": "copies", "sentence": "samples repeat", "figures": ["distinct"]}
+
+
+@pytest.mark.parametrize(("key", "good", "bad"), [("valid", 0.8, 0.2), ("excess", -0.01, 0.3)])
+def test_an_exact_judge_ranks_by_what_it_says(key, good, bad):
+    """Whatever perplexity says, and though it would mark the row."""
+    worse = _exactly(_row("fluent", 8, perplexity=31.0), **{key: bad})
+    better = _exactly(_row("right", 8, perplexity=5000.0, bits=4.0), **{key: good})
+    copied = _exactly(_row("copied", 4), [COPIES], **{key: 2 * good})
+    many = _exactly(_row("many", 512), **{key: 3 * good})
+    rows = [_exactly(REAL, **{key: good}), worse, better, copied, many]
+    known = reading.all_findings(rows)
+    assert reading.misleading(known[better["slug"]])
+    assert reading.best_few_step(rows, known) is better
+    assert reading.best_few_step([copied, many], known) is None
+    ranked = reading.quality(rows)
+    assert (ranked.exact, ranked.name) == (True, key)
+    assert reading.quality([REAL, GOOD]).name == "perplexity"
+    assert reading.quality([_exactly(GOOD, valid=0.5, solved=0.4)]).name == "solved"
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_report_of_exact_figures_shows_them(tmp_path, judged):
+    rows = [
+        _exactly(REAL, valid=1.0, distinct=1.0),
+        _exactly(_row("base", 8, perplexity=20.0), valid=0.0, distinct=1.0),
+        _exactly(_row("refine", 8, perplexity=900.0), valid=0.83, distinct=1.0),
+        _exactly(_row("base", 1024, stage="pretrain"), valid=0.98, distinct=1.0),
+    ]
+    rows = rows if judged else [row | {"judges": {}} for row in rows]
+    page = _key(_page(tmp_path, rows))
+    assert "Judged exactly, by 4x4 Sudoku." in page
+    assert "no perplexity" not in page
+    assert 'best"><h3>Best of few steps</h3>\n<p><b>refine, 8 steps</b>' in page
+    assert '<p class="big">0.830 <span>valid</span></p>' in page
+    assert "valid 0.830 against 0.980" in page
+    assert "perplexity" not in re.sub("What speaks.*", "", page)
+    for draw in pictures.PICTURES.values():
+        axis = draw(rows, set()).axes[0]
+        assert axis.get_ylabel() == "share of valid grids"
+        assert axis.get_yscale() == "linear"
+        shown = [y for line in _joined(axis) for y in line.get_ydata()]
+        assert {0.0, 0.83, 0.98} <= set(shown)
+
+
 # ------------------------------------------------------------------------------------------- table
 def test_table_has_every_row_aligned():
     lines = _lines(ROWS)
@@ -733,6 +809,26 @@ def test_table_fits_a_terminal():
     for part in ("dispersed,", "power:0.7,", "look-ahead 0.5", "T=0.8", "3 seeds", "! repeats"):
         assert part in text  # long cells take further lines; nothing is cut
     assert "…" not in text
+
+
+def test_a_few_samples_fit_a_terminal():
+    first = _row("distill", 8, temperature=1.2)
+    rows = [REAL, GOOD, AUTOREGRESSIVE, _row("refine", 1), first, _row("refine", 32)]
+    rows += [_row("refine", 8, seed=3), _row("refine", 8, temperature=0.7)]
+    long = TOKENIZER.encode("we the people \x1b[31m of the united states " * 20)
+    samples = {row["slug"]: _tokens("the people", 5) for row in rows}
+    samples[rows[6]["slug"]] = np.tile(long, (5, 1))
+    lines = report.few_samples(rows, samples, TOKENIZER, MASK).splitlines()
+    assert lines[0] == "The first samples of refine, 8 steps, seed 3, of samples.txt:"
+    heads = [line[:5].strip() for line in lines[1:]]
+    assert heads == ["[1]", "", "[2]", "", "[3]", ""]
+    assert max(map(len, lines)) <= 100
+    assert all(line.isprintable() for line in lines)
+    assert all(line.endswith(" ...") for line in lines[2::2])
+    assert report.few_samples(rows, {}, TOKENIZER, MASK) == ""
+    assert report.few_samples([REAL, AUTOREGRESSIVE], samples, TOKENIZER, MASK) == ""
+    empty = {first["slug"]: np.zeros((2, 0), np.int32)}
+    assert report.few_samples([first], empty, TOKENIZER, MASK).split("\n")[1:] == ["  [1]", "  [2]"]
 
 
 def test_names_are_no_markup():

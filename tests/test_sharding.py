@@ -403,11 +403,11 @@ def test_a_device_holds_its_share_of_the_papers_states(size, conditioning):
 
 REPORT = """\
 mesh {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 device(s)
-ema/blocks/mlp_in/bias    float32              4x64      512 B of     1 KiB  -, tensor
-ema/blocks/q_proj/kernel  float32           4x16x16      1 KiB of     4 KiB  -, fsdp, tensor
-ema/head/kernel           bfloat16            16x64      512 B of     2 KiB  ('tensor', 'fsdp'), -
-ema/norm                  float32                16       64 B of      64 B  on each device
-step                      int32              scalar        4 B of       4 B  on each device
+ema/blocks/mlp_in/bias    float32     4x64      512 B of     1 KiB  -, tensor
+ema/blocks/q_proj/kernel  float32  4x16x16      1 KiB of     4 KiB  -, fsdp, tensor
+ema/head/kernel           bfloat16   16x64      512 B of     2 KiB  tensor+fsdp, -
+ema/norm                  float32       16       64 B of      64 B  on each device
+step                      int32     scalar        4 B of       4 B  on each device
 total 7.066 KiB, on each device 2.066 KiB (1/3.42); held by every device: 68 B"""
 
 
@@ -425,6 +425,16 @@ def test_the_report_says_where_everything_lies():
         "step": shape((), np.int32),
     }
     assert mesh_lib.report(mesh_of(2, 2, 2), tree) == REPORT
+
+
+def test_the_report_fits_a_terminal():
+    abstract = paper_state("1.3B", "official")
+    lines = mesh_lib.report(mesh_of(2, 2, 2), abstract).splitlines()
+    assert max(map(len, lines)) <= 100
+    for leaf in mesh_lib.describe(mesh_of(2, 2, 2), abstract):
+        (at,) = (i for i, line in enumerate(lines) if line.split()[0] == leaf.path)
+        whole = lines[at] if " " in lines[at] else lines[at] + lines[at + 1]
+        assert whole.split()[1:3] == [leaf.dtype, "x".join(map(str, leaf.shape)) or "scalar"]
 
 
 def test_large_sizes_are_readable():
@@ -451,7 +461,7 @@ def test_the_program_prints_where_the_state_would_lie(monkeypatch, tmp_path, cap
         assert "{'data': 2, 'fsdp': 2, 'tensor': 2}, 8 device(s)" in lines[0]
         (embedding,) = (line for line in lines if line.startswith("params/vocab_embed/embedding"))
         assert "1024x32" in embedding
-        assert embedding.endswith("-, ('tensor', 'fsdp')")
+        assert embedding.endswith("-, tensor+fsdp")
         assert lines[-1].startswith("total ")
     # The last stages keep an average, the base models none.
     assert [("\nema/" in table) for table in tables] == [False, False, True, True, True]

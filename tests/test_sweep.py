@@ -130,7 +130,7 @@ def test_a_sweep_writes_a_line_and_samples_of_each_point(whole):
     folder, out = whole
     lines = _lines(folder)
     assert len(lines) == len({line["slug"] for line in lines}) == POINTS
-    assert [line["slug"] for line in lines] == [row["slug"] for row in _rows(folder)]
+    assert {line["slug"] for line in lines} == {row["slug"] for row in _rows(folder)}
     for line in lines:
         with np.load(folder / line["samples_file"]) as arrays:
             assert arrays["tokens"].shape == (4, 8)

@@ -9,6 +9,8 @@ depend on the worker or the order.
   DIR/tokenizer.json
   DIR/shards/train-00000.array_record   of the first group; none if it has no full block
   DIR/shards/validation-00000.array_record
+  DIR/shards/00000.npy                  digests of its texts, where validation has files of its own;
+                                        removed once the texts in both splits are counted
   DIR/shards/00000.json
   DIR/manifest.json                     written last: without it the folder is unfinished
 
@@ -27,6 +29,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging as absl_logging
 
 from fsdfm_jax import io
@@ -261,8 +264,10 @@ def _write_group(
         for split in prepared_lib.SPLITS
     }
     blank = corpus_lib.Blank()
+    digests: list[int] = []
     try:
         for batch in packing.batches(_documents(spec, group, blank)):
+            digests += map(_digest_text, batch) if spec.validation else ()
             places = [_split(spec, group, document) for document in batch]
             for split, packer in packers.items():
                 own = [d for d, place in zip(batch, places, strict=True) if place == split]
@@ -271,6 +276,8 @@ def _write_group(
     finally:
         for writer in writers.values():
             writer.discard()
+    if spec.validation:
+        io.write_array(folder / _name(number, "npy"), np.asarray(digests, np.uint64))
     return {
         "plan": _digest_file(folder / _PLAN),
         "splits": {split: dataclasses.asdict(p.counts) for split, p in packers.items()},
@@ -278,7 +285,13 @@ def _write_group(
         "characters": sum(packer.characters for packer in packers.values()),
         "lost": sum(packer.lost for packer in packers.values()),
         "blank": blank.count,
+        "digests": bool(spec.validation),
     }
+
+
+def _digest_text(document: corpus_lib.Document) -> int:
+    """64 bits, of which equal texts have the same and two different ones as good as never."""
+    return int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8], "little")
 
 
 def _finished(directory: pathlib.Path, plan: dict[str, Any]) -> list[dict[str, Any] | None]:
@@ -293,6 +306,8 @@ def _read_group(directory: pathlib.Path, number: int, digest: str) -> dict[str, 
         if found["plan"] != digest:
             return None
         shards.check_sizes(directory, [shards.File(**file) for file in found["files"]])
+        if found.get("digests") and not (directory / _name(number, "npy")).is_file():
+            return None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return found
@@ -321,11 +336,13 @@ def _finish(spec: DataSpec, directory: pathlib.Path, plan: dict[str, Any]) -> No
         storage="shards",
         groups={"count": len(groups), "bytes": plan["group_bytes"]},
         trained_on=begun["trained_on"],
-        read=_read_facts(groups),
+        read=_read_facts(groups) | {"documents_in_both": _count_in_both(directory, plan, groups)},
     )
     files = [shards.File(**file) for group in groups for file in group["files"]]
     shards.remove_partial(directory)
     prepared_lib.write_manifest(directory, manifest, files)
+    for number in range(len(groups)):
+        (directory / _name(number, "npy")).unlink(missing_ok=True)
 
 
 def _read_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -336,6 +353,23 @@ def _read_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if blank:
         absl_logging.warning("Skipped %d document(s) without text.", blank)
     return {"blank_documents": blank, "lost_share": packing.check_lost(characters, lost)}
+
+
+def _count_in_both(
+    directory: pathlib.Path, plan: dict[str, Any], groups: Sequence[dict[str, Any]]
+) -> int:
+    """How many training texts are held out too; groups of earlier versions don't tell."""
+    digests: dict[str, list[pathlib.Path]] = {split: [] for split in prepared_lib.SPLITS}
+    for number, (planned, found) in enumerate(zip(plan["groups"], groups, strict=True)):
+        if found.get("digests"):
+            digests[planned["split"]].append(directory / _name(number, "npy"))
+    held_out = np.unique(np.concatenate([_NONE, *map(np.load, digests["validation"])]))
+    count = sum(int(np.isin(np.load(path), held_out).sum()) for path in digests["train"])
+    prepared_lib.warn_of_texts_in_both(count)
+    return count
+
+
+_NONE = np.zeros(0, np.uint64)
 
 
 def _total(parts: Iterable[packing.SplitCounts]) -> packing.SplitCounts:

@@ -557,16 +557,20 @@ class _Reading:
                     blank.count,
                     corpus_lib.listed(blank.names, blank.count),
                 )
-        if self._in_both:
-            logging.warning(
-                "%d document(s) of data.corpus are identical to ones in data.validation.",
-                self._in_both,
-            )
+        warn_of_texts_in_both(self._in_both)
         return {
             "blank_documents": sum(self._blank[split].count for split in one),
             "documents_in_both": self._in_both,
             "held_out_ends": self._by_end,
         }
+
+
+def warn_of_texts_in_both(count: int) -> None:
+    """Warn that `count` training documents are also validation documents."""
+    if count:
+        logging.warning(
+            "%d document(s) of data.corpus are identical to ones in data.validation.", count
+        )
 
 
 def _is_one_sided(spec: DataSpec) -> bool:

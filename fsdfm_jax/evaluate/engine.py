@@ -7,8 +7,11 @@ them, and only new judges score them.
 
 import functools
 import itertools
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +19,9 @@ import numpy as np
 
 from fsdfm_jax.evaluate import bound as bound_lib
 from fsdfm_jax.evaluate import draw, mauve, metrics, stamps, summary, tasks
+from fsdfm_jax.evaluate import estimate as estimate_lib
 from fsdfm_jax.evaluate.draw import Given
+from fsdfm_jax.evaluate.estimate import Clock, Cost, Work
 from fsdfm_jax.evaluate.exact_judges import ExactJudge
 from fsdfm_jax.evaluate.judges.scoring import Judge
 from fsdfm_jax.evaluate.models import Catalogue
@@ -26,7 +31,7 @@ from fsdfm_jax.evaluate.report import write as report
 from fsdfm_jax.evaluate.results import Arrays, Row, Store
 from fsdfm_jax.inference import stream
 from fsdfm_jax.training import recipe
-from fsdfm_jax.training.metrics import Progress
+from fsdfm_jax.training.metrics import Progress, duration
 
 NO_BOUND = (
     "No bound on the likelihood: a few-step network learns large steps from a teacher and doesn't "
@@ -68,18 +73,62 @@ class Evaluation:
         self._text, self._store, self._exact = text, store, exact
 
     def run(self, plan: Sequence[Point]) -> list[Row]:
-        """Compute all points that aren't stored; return the rows of all, in order."""
-        work = {p: self._calls(p) for p in plan if self._stored(p) is None}
-        name = f"evaluating {len(work)} of {len(plan)} points, network calls"
-        with Progress(name, total=sum(work.values())) as progress:
-            for point, calls in work.items():
-                self._compute(point)
-                progress.advance(calls)
+        """Compute all points that aren't stored; return the rows of all, in order.
+
+        Computes a few points first, from which it estimates the time of the others, and prints the
+        estimate on stderr.
+        """
+        rows = {point: self._stored(point) for point in plan}
+        work = {point: self._work(point) for point, row in rows.items() if row is None}
+        clock, first = self._clock(rows), estimate_lib.pilots(work)
+        if work:
+            stored = len(plan) - len(work)
+            _say(f"evaluating {len(plan)} points: {stored} stored, {len(work)} to compute")
+        for point in first:
+            self._count(clock, point, work.pop(point))
+        if first and work:
+            _say(_describe_estimate(clock, work.values()))
+        with Progress("evaluating, points", total=len(first) + len(work)) as progress:
+            progress.advance(len(first), remaining=clock.seconds(work.values()))
+            while work:
+                point = next(iter(work))
+                self._count(clock, point, work.pop(point))
+                progress.advance(remaining=clock.seconds(work.values()))
         return self.finished(plan)
 
-    def _calls(self, point: Point) -> int:
-        steps = point.sampling.steps if point.sampling else 1
-        return steps * self._num_samples(point)
+    def _count(self, clock: Clock, point: Point, work: Work) -> None:
+        """Compute a point and record its time on the clock."""
+        began = time.monotonic()
+        row = self._compute(point)
+        watched = self._settings.watched > 0 and not point.causal
+        compilation = (row["compile_seconds"] or 0.0) * (1 + watched)
+        clock.count(work, Cost(time.monotonic() - began, _seconds_per_call(row), compilation))
+
+    def _clock(self, rows: Mapping[Point, Row | None]) -> Clock:
+        """Return a clock that has the times of stored points from the same device."""
+        clock = Clock()
+        for point, row in rows.items():
+            if row is not None and row.get("device") == _devices():
+                clock.know(self._drawing(point), _seconds_per_call(row))
+        return clock
+
+    def _work(self, point: Point) -> Work:
+        stamp = self.protocol(point)["samples"]
+        if point.kind != "model" or self._store.has_arrays(point.slug, stamp):
+            return Work()
+        return self._drawing(point)
+
+    def _drawing(self, point: Point) -> Work:
+        """Return the work of drawing and watching a model's point; none for texts."""
+        if point.kind != "model":
+            return Work()
+        facts = self._catalogue.facts(point.source, point.weights)
+        network = f"{recipe.digest(facts.get('network'))} {point.memory}"
+        size = min(self._settings.batch_size, self._num_samples(point))
+        rows = -(-self._num_samples(point) // size) * size  # the last batch is computed whole
+        watched = 0 if point.causal else min(self._settings.watched, size)
+        program = f"{network} {jax.tree.structure(point.sampling)}"
+        return Work(point.sampling.steps * (rows + watched), network, program)
 
     def finished(self, plan: Sequence[Point]) -> list[Row]:
         """Return the rows of the points stored by any machine, in order."""
@@ -89,8 +138,8 @@ class Evaluation:
     def _stored(self, point: Point) -> Row | None:
         return self._store.finished(point.slug, self.protocol(point))
 
-    def _compute(self, point: Point) -> None:
-        """Draw and score a point, and store its row."""
+    def _compute(self, point: Point) -> Row:
+        """Draw and score a point; store and return its row."""
         protocol = self.protocol(point)
         stamp = protocol["samples"]
         arrays = self._store.arrays(point.slug, stamp)
@@ -115,30 +164,30 @@ class Evaluation:
             "bound_nats_per_token": self._bound(point),
         }
         fields = ("kind", "group", "stage", "memory", "seed", "task")
-        self._store.add(
-            {
-                "slug": point.slug,
-                "setting": point.setting,
-                **{name: getattr(point, name) for name in fields},
-                **point.described(),
-                "run": point.source if point.kind == "model" else None,
-                # Those actually used: a run without an EMA has only one set of weights.
-                "weights": stamp["model"] and stamp["model"]["weights"],
-                "num_samples": len(arrays["tokens"]),
-                "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
-                "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
-                "device": str(arrays["device"]) if "device" in arrays else None,
-                "figures": figures,
-                "judges": judges,
-                "exact": self._exact_verdict([arrays]),
-                "per_step": own and own["per_step"],
-                "notes": _notes(point),
-                "samples_file": self._store.samples_file(point.slug, stamp),
-                "scores_file": self._store.scores_file(point.slug, protocol),
-                "code_version": recipe.code_version(),
-                "protocol": protocol,
-            }
-        )
+        row = {
+            "slug": point.slug,
+            "setting": point.setting,
+            **{name: getattr(point, name) for name in fields},
+            **point.described(),
+            "run": point.source if point.kind == "model" else None,
+            # Those actually used: a run without an EMA has only one set of weights.
+            "weights": stamp["model"] and stamp["model"]["weights"],
+            "num_samples": len(arrays["tokens"]),
+            "milliseconds_per_sample": _scalar(arrays, "seconds_per_sample", 1e3),
+            "compile_seconds": _scalar(arrays, "compile_seconds", 1.0),
+            "device": str(arrays["device"]) if "device" in arrays else None,
+            "figures": figures,
+            "judges": judges,
+            "exact": self._exact_verdict([arrays]),
+            "per_step": own and own["per_step"],
+            "notes": _notes(point),
+            "samples_file": self._store.samples_file(point.slug, stamp),
+            "scores_file": self._store.scores_file(point.slug, protocol),
+            "code_version": recipe.code_version(),
+            "protocol": protocol,
+        }
+        self._store.add(row)
+        return row
 
     def _figures(self, measured: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
         names = [judge.name for judge in self._judges]
@@ -328,7 +377,7 @@ class Evaluation:
     def report(
         self, directory: pathlib.Path, rows: Sequence[Row], header: Mapping[str, Any]
     ) -> str:
-        """Write the report of stored rows; return its table as text.
+        """Write the report of stored rows; return its table as text, followed by a few samples.
 
         Args:
           directory: made if needed.
@@ -352,7 +401,8 @@ class Evaluation:
         report.write(
             directory, rows, merged, samples, frozen, paths, self._tokenizer, dict(header), mask_id
         )
-        return report.table(merged)
+        shown = report.few_samples(merged, samples, self._tokenizer, mask_id)
+        return "\n\n".join(filter(None, (report.table(merged), shown)))
 
     def _pool(self, rows: list[Row]) -> Row:
         """Pool repeats over seeds into one row, with intervals over all samples.
@@ -469,6 +519,26 @@ def _mean_without_interval(estimates: Sequence[dict[str, Any]]) -> dict[str, Any
 
 def _describe_intervals(resamples: int) -> str:
     return summary.INTERVALS.format(level=summary.LEVEL, resamples=resamples)
+
+
+def _seconds_per_call(row: Row) -> float:
+    """Of one network call for one sample; nan where nothing was drawn."""
+    milliseconds, steps = row.get("milliseconds_per_sample"), row.get("steps")
+    return milliseconds / 1e3 / steps if milliseconds and steps else math.nan
+
+
+def _describe_estimate(clock: Clock, works: Iterable[Work]) -> str:
+    works = list(works)
+    calls = sum(work.calls for work in works)
+    called = sum(work.calls * clock.call(work.network) for work in works if work.network)
+    parts = [f"{calls:,} network calls take {duration(called)}"] if calls else []
+    parts.append(f"each point {clock.fixed:.2g} s besides")
+    left = f"{len(works)} more points take about {duration(clock.seconds(works))}"
+    return f"{left} ({', '.join(parts)})"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _scalar(arrays: Arrays, name: str, factor: float) -> float | None:

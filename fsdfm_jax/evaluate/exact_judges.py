@@ -62,6 +62,26 @@ COLUMNS = {
 }
 
 
+class Ranked(NamedTuple):
+    """A figure that tells how good a row is.
+
+    Attributes:
+      axis: what it is called in pictures.
+      rising: whether more is better.
+    """
+
+    axis: str
+    rising: bool
+
+
+# The first of these that a report has is what its rows are ranked by.
+RANKED = {
+    "solved": Ranked("share of puzzles solved", True),
+    "valid": Ranked("share of valid grids", True),
+    "excess": Ranked("excess over the law, nats per token", False),
+}
+
+
 class ExactJudge(Protocol):
     """A judge that knows the truth."""
 
@@ -234,6 +254,12 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
 def figure(row: Mapping[str, Any], key: str) -> dict[str, float] | None:
     """Return a figure of a row, or None."""
     return ((row.get("exact") or {}).get("figures") or {}).get(key)
+
+
+def ranked_by(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The key of `RANKED` that rows are ranked by, None where no exact judge has judged them."""
+    known = columns(rows)
+    return next((key for key in RANKED if key in known), None)
 
 
 def show(estimate: Mapping[str, float] | None) -> str:

@@ -67,6 +67,10 @@ class Store:
         """Return the samples of a point with exactly this stamp."""
         return _load(self._directory / self.samples_file(slug, stamp))
 
+    def has_arrays(self, slug: str, stamp: Any) -> bool:
+        """Whether there is a file of just these samples; it isn't opened."""
+        return (self._directory / self.samples_file(slug, stamp)).is_file()
+
     def scores(self, slug: str, protocol: dict[str, Any]) -> Arrays | None:
         """Return the per-sample values of a point with exactly this protocol."""
         return _load(self._directory / self.scores_file(slug, protocol))

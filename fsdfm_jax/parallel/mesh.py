@@ -237,6 +237,9 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
 # ------------------------------------------------------------------------------------------ report
 
 
+_LINE_WIDTH = 100
+
+
 class Placed(NamedTuple):
     """Sharding of a leaf of the state: path, shape, dtype, spec, total bytes, bytes per device."""
 
@@ -266,17 +269,23 @@ def describe(mesh: Mesh, abstract_state) -> list[Placed]:
 
 
 def report(mesh: Mesh, abstract_state: Any) -> str:
-    """Return a table of the sharding of each leaf, with bytes per device and replicated bytes."""
+    """A table of where each leaf lies, with bytes on each device, and what is held by all.
+
+    At most `_LINE_WIDTH` letters wide: a long path has a line of its own.
+    """
     placed = describe(mesh, abstract_state)
-    width = max(len(leaf.path) for leaf in placed)
+    shapes = ["x".join(map(str, leaf.shape)) or "scalar" for leaf in placed]
+    told = [
+        f"{leaf.dtype:8} {shape:>{max(map(len, shapes))}}  {_size(leaf.device_bytes):>9}"
+        f" of {_size(leaf.total_bytes):>9}  {_axes(leaf.spec)}"
+        for leaf, shape in zip(placed, shapes, strict=True)
+    ]
+    room = _LINE_WIDTH - max(map(len, told)) - 2
+    width = max((len(leaf.path) for leaf in placed if len(leaf.path) <= room), default=0)
     lines = [f"mesh {dict(mesh.shape)}, {mesh.size} device(s)"]
-    for leaf in placed:
-        shape = "x".join(map(str, leaf.shape)) or "scalar"
-        spec = ", ".join(str(axes) if axes else "-" for axes in leaf.spec) or "on each device"
-        lines.append(
-            f"{leaf.path:{width}}  {leaf.dtype:8} {shape:>16}  {_size(leaf.device_bytes):>9}"
-            f" of {_size(leaf.total_bytes):>9}  {spec}"
-        )
+    for leaf, rest in zip(placed, told, strict=True):
+        lines += [leaf.path] if len(leaf.path) > width else []
+        lines.append(f"{leaf.path if len(leaf.path) <= width else '':{width}}  {rest}")
     total = sum(leaf.total_bytes for leaf in placed)
     device = sum(leaf.device_bytes for leaf in placed)
     whole = sum(leaf.total_bytes for leaf in placed if leaf.device_bytes == leaf.total_bytes)
@@ -285,6 +294,12 @@ def report(mesh: Mesh, abstract_state: Any) -> str:
         f"held by every device: {_size(whole)}"
     )
     return "\n".join(lines)
+
+
+def _axes(spec: P) -> str:
+    """The mesh axes of each dimension: "-, tensor+fsdp"."""
+    named = lambda axes: "-" if not axes else axes if isinstance(axes, str) else "+".join(axes)
+    return ", ".join(map(named, spec)) or "on each device"
 
 
 def _size(count: float) -> str:

@@ -139,7 +139,7 @@ class MetricWriter:
     def _speed(self) -> str:
         rate = self._rate.per_second
         speed = [f"{_short(rate)} steps/s", f"{_short(rate * self._tokens)} tokens/s"]
-        parts = [self._loss, *speed, f"ETA {_duration(self._rate.remaining)}"]
+        parts = [self._loss, *speed, f"ETA {duration(self._rate.remaining)}"]
         return " ".join(part for part in parts if part)
 
 
@@ -235,18 +235,25 @@ class Progress:
         return self
 
     def __exit__(self, exc_type, *exc_info) -> None:
-        elapsed = _duration(time.monotonic() - self._start)
+        elapsed = duration(time.monotonic() - self._start)
         if self._bar is not None:
             self._bar.stop()
         else:
             end = "took" if exc_type is None else f"stopped by {exc_type.__name__} after"
             _log(f"{self._name} {self._done}/{self._total} {end} {elapsed}")
 
-    def advance(self, count: int = 1) -> None:
-        """Add `count` to the work done."""
+    def advance(self, count: int = 1, *, remaining: float | None = None) -> None:
+        """Counts `count` more as done.
+
+        Args:
+          count: How many.
+          remaining: Seconds left, where the caller knows better than the mean speed so far.
+        """
         self._done += count
         self._rate.update(self._done)
-        speed = f"{_short(self._rate.per_second)}/s ETA {_duration(self._rate.remaining)}"
+        speed = f"{_short(self._rate.per_second)}/s ETA {duration(self._rate.remaining)}"
+        if remaining is not None:
+            speed = f"ETA {duration(remaining)}"
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(completed=self._done, speed=speed)
@@ -339,8 +346,8 @@ def _short(value: float) -> str:
     return f"{value:.3g}{suffixes[0]}"
 
 
-def _duration(seconds: float) -> str:
-    """0:01:20, or "-" if unknown."""
+def duration(seconds: float) -> str:
+    """0:01:20, or "-" where unknown."""
     return str(datetime.timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "-"
 
 

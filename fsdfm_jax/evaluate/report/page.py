@@ -15,7 +15,7 @@ from typing import Any
 from fsdfm_jax import extras
 from fsdfm_jax.evaluate import exact_judges
 from fsdfm_jax.evaluate.report import reading
-from fsdfm_jax.evaluate.report.reading import Finding, Row
+from fsdfm_jax.evaluate.report.reading import Finding, Quality, Row
 from fsdfm_jax.inference.stream import Piece, printable
 
 # Columns of the main table, between model and flags; the others are under "all columns".
@@ -85,6 +85,7 @@ def collect(
 ) -> dict[str, Any]:
     """Collect the template's data, except pictures and trajectories; arguments as in `page`."""
     judges, best = reading.judges(rows), reading.best_few_step(rows, findings)
+    ranked = reading.quality(rows)
     notes: dict[str, list[str]] = {}
     for row in rows:
         for note in row.get("notes") or ():
@@ -97,7 +98,9 @@ def collect(
         "names": headings(header),
         "facts": _facts(rows, header),
         "judges": checked,
-        "blind": any(judge["blind"] for judge in checked[:1]),
+        "blind": any(judge["blind"] for judge in checked[:1]) and not ranked.exact,
+        "exact": exact_judges.describe(rows),
+        "ranked": ranked,
         "cards": _cards(rows, findings, best),
         "claims": _claims(rows, best),
         "flagged": sum(map(bool, findings.values())),
@@ -171,14 +174,21 @@ def _cards(
 ) -> list[dict[str, Any]]:
     """Return the key rows, if the main judge is usable."""
     main, many, sighted = reading.judges(rows)[:1], reading.many_steps(rows), _sighted(rows)
-    if main != sighted[:1]:
-        return []
     heads = {
         "Real text": reading.real_row(rows, reading.main_task(rows)),
         "Best of few steps": best,
         "Most steps": None if many is best else many,
         "Left to right": _left_to_right(rows),
     }
+    ranked = reading.quality(rows)
+    if ranked.exact:
+        return [
+            _exact_card(head, row, ranked, row is best)
+            for head, row in heads.items()
+            if row is not None and ranked.read(row)
+        ]
+    if main != sighted[:1]:
+        return []
     cards = []
     for head, row in heads.items():
         judge = row and reading.fair_judge(row, sighted)
@@ -195,7 +205,8 @@ def _cards(
                 "best": row is best,
                 "title": reading.title(row),
                 "flags": [one.word for one in found],
-                "perplexity": _cell(judged, row),
+                "figure": _cell(judged, row),
+                "unit": ranked.name,
                 "beside": f"{_times(ratio)} real text" if compared else "",
                 "judge": "" if judge in main else judge,
                 "entropy": _cell(reading.figure(row, "entropy_bits"), row),
@@ -203,6 +214,23 @@ def _cards(
             }
         )
     return cards
+
+
+def _exact_card(head: str, row: Row, ranked: Quality, best: bool) -> dict[str, Any]:
+    """A card with the figure of an exact judge; what that judge found is its flags."""
+    estimate = ranked.read(row)
+    return {
+        "head": head,
+        "best": best,
+        "title": reading.title(row),
+        "flags": [finding.word for finding in reading.exposed(row)],
+        "figure": _cell(estimate, row) | {"text": exact_judges.show(estimate)},
+        "unit": ranked.name,
+        "beside": "",
+        "judge": "",
+        "entropy": _cell(reading.figure(row, "entropy_bits"), row),
+        "milliseconds": _cell(row.get("milliseconds_per_sample"), row),
+    }
 
 
 def _left_to_right(rows: Sequence[Row]) -> Row | None:
@@ -247,6 +275,10 @@ def _price(best: Row, other: Row) -> str:
 
 
 def _quality(rows: Sequence[Row], best: Row, other: Row) -> str:
+    ranked = reading.quality(rows)
+    if ranked.exact:
+        shown = [exact_judges.show(ranked.read(row)) or "-" for row in (best, other)]
+        return f"{ranked.name} {shown[0]} against {shown[1]}"
     own, names = reading.own_judges(other), _sighted(rows)
     finite = lambda row, name: math.isfinite(reading.value(reading.perplexity(row, name)))
     fair = [n for n in names if n not in own and finite(best, n) and finite(other, n)]

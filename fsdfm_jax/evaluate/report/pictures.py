@@ -1,9 +1,9 @@
 """The three pictures of a report, as PNG files and as SVG for the page.
 
-They show the rows of the report's main task, with perplexity A of its main judge. A group has the
-same colour in all pictures; hollow crosses are rows flagged by reading.py. Text is readable at the
-width of a phone. In the page, colours are variables of its style (report.css), light or dark. Equal
-rows give equal bytes.
+They show the rows of the report's main task by the figure that ranks them, see `reading.quality`. A
+group has the same colour in all pictures; hollow crosses are rows flagged by reading.py. Text is
+readable at the width of a phone. In the page, colours are variables of its style (report.css), for
+light and dark mode. Equal rows give equal bytes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 
 from fsdfm_jax import extras
 from fsdfm_jax.evaluate.report import reading
-from fsdfm_jax.evaluate.report.reading import Row
+from fsdfm_jax.evaluate.report.reading import Quality, Row
 from fsdfm_jax.inference.stream import printable
 
 _WIDTH, _HEIGHT = 6.4, 4.7  # inches of the picture without its legend
@@ -116,7 +116,7 @@ def _style(salt: str = "fsdfm_jax") -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------ the pictures
 def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Plot perplexity against unigram entropy: only points of equal entropy can be compared.
+    """Plot quality against unigram entropy: only perplexities of equal entropy can be compared.
 
     If temperatures vary, a curve is a group with fixed steps over temperatures; otherwise a group
     over its steps.
@@ -126,8 +126,9 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
       exposed: slugs of the flagged rows.
     """
     with _canvas() as (figure, axis, legend, labels):
-        x_of, y_of = _value_of(_entropy_bits), _value_of(_perplexity(rows))
-        rows = _finite(rows, x_of, y_of)
+        ranked, x_of = reading.quality(rows), _value_of(_entropy_bits)
+        y_of = _value_of(ranked.read)
+        rows = _finite(_finite(rows, x_of), y_of, positive=not ranked.exact)
         styles = _styles(rows)
         rows, outside = _in_sight(rows, x_of)
         for row in rows:
@@ -159,27 +160,27 @@ def frontier(rows: Sequence[Row], exposed: Collection[str]) -> Any:
         if outside:
             _points_outside(axis, outside, min(map(x_of, rows)), x_of, y_of, labels)
         axis.set_xlabel("unigram entropy of a sample, bits")
-        axis.set_ylabel("perplexity (A)")
-        _log_axis(axis, "y", [y_of(row) for row in rows + outside])
+        _quality_axis(axis, ranked, rows + outside)
     return figure
 
 
 def steps(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Plot perplexity against network calls per sample, with intervals; see `frontier`."""
+    """Plot quality against network calls per sample, with intervals; see `frontier`."""
     with _canvas() as (figure, axis, legend, _):
-        estimate = _perplexity(rows)
-        rows = reading.at_usual_temperature(_finite(rows, _value_of(estimate)))
-        _against_steps(axis, rows, exposed, estimate, legend)
-        axis.set_ylabel("perplexity (A)")
-        _log_axis(axis, "y", [_value_of(estimate)(row) for row in rows])
+        ranked = reading.quality(rows)
+        rows = _finite(rows, _value_of(ranked.read), positive=not ranked.exact)
+        rows = reading.at_usual_temperature(rows)
+        _against_steps(axis, rows, exposed, ranked, legend)
+        _quality_axis(axis, ranked, rows)
     return figure
 
 
 def time(rows: Sequence[Row], exposed: Collection[str]) -> Any:
-    """Plot perplexity against milliseconds per sample; see `frontier`."""
+    """Plot quality against milliseconds per sample; see `frontier`."""
     with _canvas() as (figure, axis, legend, labels):
-        y_of, x_of = _value_of(_perplexity(rows)), lambda row: row["milliseconds_per_sample"]
-        rows = reading.at_usual_temperature(_finite(rows, y_of))
+        ranked, x_of = reading.quality(rows), lambda row: row["milliseconds_per_sample"]
+        y_of = _value_of(ranked.read)
+        rows = reading.at_usual_temperature(_finite(rows, y_of, positive=not ranked.exact))
         timed = [r for r in rows if r["kind"] == "model" and (x_of(r) or 0) > 0]
         styles = _styles(rows)
         for group, members in _groups(timed).items():
@@ -190,9 +191,8 @@ def time(rows: Sequence[Row], exposed: Collection[str]) -> Any:
             labels += _row_labels(ends, x_of, y_of, styles[group].color)
         _real_line(axis, rows, y_of)
         axis.set_xlabel("milliseconds per sample")
-        axis.set_ylabel("perplexity (A)")
         _log_axis(axis, "x", [x_of(row) for row in timed])
-        _log_axis(axis, "y", [y_of(row) for row in rows])
+        _quality_axis(axis, ranked, rows)
     return figure
 
 
@@ -246,15 +246,12 @@ def _main(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.get("task") == task]
 
 
-def _finite(rows: Sequence[Row], *readers: Callable[[Row], float]) -> list[Row]:
-    """Rows of the main task with finite, positive figures (for logarithmic axes)."""
-    fits = lambda number: math.isfinite(number) and number > 0
-    return [row for row in _main(rows) if all(fits(read(row)) for read in readers)]
-
-
-def _perplexity(rows: Sequence[Row]) -> Callable[[Row], dict[str, float] | None]:
-    names = reading.judges(rows)
-    return lambda row: reading.perplexity(row, names[0] if names else None)
+def _finite(
+    rows: Sequence[Row], read: Callable[[Row], float], *, positive: bool = True
+) -> list[Row]:
+    """Rows of the main task with a finite figure; `positive` for logarithmic axes."""
+    fits = lambda number: math.isfinite(number) and (number > 0 or not positive)
+    return [row for row in _main(rows) if fits(read(row))]
 
 
 def _entropy_bits(row: Row) -> dict[str, float] | None:
@@ -369,16 +366,16 @@ def _points_outside(axis, rows, edge: float, x_of, y_of, labels: list[_Label]) -
         labels.insert(0, _Label(edge, y_of(row), text, _CONTROL))
 
 
-def _against_steps(axis, rows, exposed, estimate, legend) -> None:
-    styles, y_of = _styles(rows), _value_of(estimate)
+def _against_steps(axis, rows, exposed, ranked: Quality, legend) -> None:
+    styles, y_of = _styles(rows), _value_of(ranked.read)
     models = [row for row in rows if row["kind"] == "model" and row.get("steps")]
     for group, members in _groups(models).items():
         members.sort(key=lambda row: row["steps"])
         style = styles[group]
         _curve(axis, members, lambda row: row["steps"], y_of, style, exposed)
         for row in members:
-            low, high = reading.bounds(estimate(row))
-            if math.isfinite(low) and math.isfinite(high) and low > 0:
+            low, high = reading.bounds(ranked.read(row))
+            if math.isfinite(low) and math.isfinite(high) and (low > 0 or ranked.exact):
                 axis.vlines(row["steps"], low, high, color=style.color, linewidth=1.2, zorder=1)
         legend.setdefault(group, _handle(style))
     _real_line(axis, rows, y_of)
@@ -406,6 +403,13 @@ def _real_line(axis, rows, y_of) -> None:
                 ha="right",
                 color=_REAL,
             )
+
+
+def _quality_axis(axes, ranked: Quality, rows: Sequence[Row]) -> None:
+    """The y axis: logarithmic for perplexities, linear for what an exact judge says."""
+    axes.set_ylabel(ranked.axis)
+    if not ranked.exact:
+        _log_axis(axes, "y", [reading.value(ranked.read(row)) for row in rows])
 
 
 def _log_axis(axes, which: str, values: Sequence[float]) -> None:

@@ -6,8 +6,10 @@ compared with real text, and anything that could be mistaken for quality is repo
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from fsdfm_jax.evaluate import exact_judges
 
 Row = dict[str, Any]
 
@@ -97,7 +99,35 @@ def show_interval(estimate: dict[str, float] | None) -> str:
     return f"{low:,.{digits[0]}f}–{high:,.{digits[1]}f}"
 
 
-# ------------------------------------------------------------------------------------ kinds of rows
+class Quality(NamedTuple):
+    """What rows are ranked by.
+
+    Attributes:
+      name: of the figure, in a sentence.
+      axis: the same in a picture.
+      read: its estimate for a row, None where it has none.
+      rising: whether more is better.
+      exact: whether it comes from a judge that knows the truth.
+    """
+
+    name: str
+    axis: str
+    read: Callable[[Row], dict[str, float] | None]
+    rising: bool = False
+    exact: bool = False
+
+
+def quality(rows: Sequence[Row]) -> Quality:
+    """The figure of an exact judge where there is one, else perplexity A of the main judge."""
+    key = exact_judges.ranked_by(rows)
+    if key is not None:
+        (axis, rising), head = exact_judges.RANKED[key], exact_judges.COLUMNS[key].head
+        return Quality(head, axis, lambda row: exact_judges.figure(row, key), rising, exact=True)
+    main = next(iter(judges(rows)), None)
+    return Quality("perplexity", "perplexity (A)", lambda row: perplexity(row, main))
+
+
+# ------------------------------------------------------------------------------------ what rows are
 def judges(rows: Iterable[Row]) -> list[str]:
     """Return the names of all judges; the first one is the main judge."""
     return list(dict.fromkeys(name for row in rows for name in row.get("judges") or {}))
@@ -252,18 +282,19 @@ def common_line(rows: Iterable[Row]) -> str:
 
 
 def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]]) -> Row | None:
-    """Return the unflagged row with few steps and the lowest perplexity; None if there is none.
+    """The best row of few steps that nothing speaks against; None if there is none.
 
-    Also None if the judge can't tell text from shuffled text. The flag that n-grams are as good
-    doesn't exclude a row. Rows at the entropy of real text are preferred, because a lower
-    temperature would always win.
+    By an exact judge's figure where there is one, see `quality`; then only what that judge found
+    speaks against a row. Else the lowest perplexity, and none where the judge can't tell text from
+    shuffled text: it ranks nothing. That n-grams do as well only says that a row is weak. At the
+    entropy of real text where a row has it: a lower temperature would always win.
 
     Args:
       rows: of one report.
       findings_of: slug of a row -> `findings`.
     """
-    task, names = main_task(rows), judges(rows)
-    if names and tells_text(rows, names[0]) is False:
+    task, names, ranked = main_task(rows), judges(rows), quality(rows)
+    if not ranked.exact and names and tells_text(rows, names[0]) is False:
         return None
     candidates = [
         row
@@ -272,16 +303,16 @@ def best_few_step(rows: Sequence[Row], findings_of: Mapping[str, list[Finding]])
         and row.get("stage") != "autoregressive"
         and (row.get("steps") or math.inf) <= FEW_STEPS
         and row.get("task") == task
-        and not misleading(findings_of[row["slug"]])
-        and names
-        and math.isfinite(value(perplexity(row, names[0])))
+        and not misleading(against(row, findings_of, exact=ranked.exact))
+        and math.isfinite(value(ranked.read(row)))
     ]
     real = real_row(rows, task)
-    if real is not None:
+    if real is not None and not ranked.exact:
         entropy = value(figure(real, "entropy_bits"))
         off = lambda row: abs(value(figure(row, "entropy_bits")) - entropy)
         candidates = [row for row in candidates if off(row) <= MATCHED_BITS] or candidates
-    return min(candidates, key=lambda row: value(perplexity(row, names[0])), default=None)
+    order = lambda row: value(ranked.read(row)) * (-1 if ranked.rising else 1)
+    return min(candidates, key=order, default=None)
 
 
 def stamps(row: Row) -> list[dict[str, Any]]:
@@ -435,6 +466,13 @@ def findings(row: Row, real: Row | None, ngrams: Row | None = None) -> list[Find
         )
         found.append(Finding("too easy", sentence, ("perplexity_a",)))
     return found
+
+
+def against(
+    row: Row, findings_of: Mapping[str, list[Finding]], *, exact: bool
+) -> Sequence[Finding]:
+    """What speaks against ranking a row: of an exact ranking, only what its judge found."""
+    return exposed(row) if exact else findings_of[row["slug"]]
 
 
 def misleading(found: Iterable[Finding]) -> bool:

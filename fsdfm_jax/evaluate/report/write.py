@@ -11,6 +11,7 @@ import csv
 import itertools
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -28,7 +29,7 @@ from fsdfm_jax.evaluate.report.reading import Finding, Row, flags
 from fsdfm_jax.inference import stream as trajectory_lib
 from fsdfm_jax.inference.stream import Piece, Trajectory
 
-__all__ = ["flags", "table", "write"]
+__all__ = ["few_samples", "flags", "table", "write"]
 
 _IDENTITY = (
     *("slug", "setting", "kind", "group", "run", "stage", "steps", "jump", "grid", "temperature"),
@@ -47,7 +48,10 @@ _PATHS_SHOWN = 12  # trajectories in the page
 _PATHS_ROOM = 1_200_000
 _TEXTS_ROOM = 600_000
 _GIVEN = ("[[", "]]")
-_LINE_WIDTH = 100  # characters per line of the text table
+_LINE_WIDTH = 100  # letters of the text table
+_FEW_SAMPLES = 3  # below the text table,
+_FEW_STEPS = 8  # of a row with about so many steps,
+_FEW_LINES = 2  # each on as many lines at most
 
 
 # ---------------------------------------------------------------------------------------- all files
@@ -94,7 +98,8 @@ def write(
     io.write_text(directory / "samples.txt", _samples_text(rows, texts))
     lines = _trajectory_lines(rows, trajectories, tokenizer, mask_id)
     io.write_text(directory / "trajectories.txt", "\n".join(lines) + "\n")
-    exposed = {slug for slug, found in known.items() if found}
+    exact = reading.quality(pooled).exact
+    exposed = {row["slug"] for row in pooled if reading.against(row, known, exact=exact)}
     drawn = {name: draw(pooled, exposed) for name, draw in pictures.PICTURES.items()}
     for name, figure in drawn.items():
         io.write_bytes(directory / f"{name}.png", pictures.png(figure))
@@ -253,11 +258,49 @@ def _samples_text(rows: Sequence[Row], texts: Mapping[str, list[list[Piece]]]) -
     return "".join(parts)
 
 
-def _banner(row: Row) -> str:
+def _name(row: Row) -> str:
     name = trajectory_lib.printable(reading.title(row), keep="")
-    if row.get("seed") is not None:
-        name += f", seed {row['seed']}"
+    return name if row.get("seed") is None else f"{name}, seed {row['seed']}"
+
+
+def _banner(row: Row) -> str:
+    name = _name(row)
     return f"\n{'=' * 100}\n{name}\n{'=' * 100}\n"
+
+
+def few_samples(
+    rows: Sequence[Row],
+    samples: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer,
+    mask_id: int | None = None,
+) -> str:
+    """The beginnings of a few samples at about 8 steps, for a terminal; "" where there are none.
+
+    They are the first of the last run that isn't autoregressive, at the temperature nearest to 1.
+
+    Args:
+      rows: one a setting, in the order of the plan.
+      samples, tokenizer, mask_id: as of `write`.
+    """
+    stepped = lambda row: row["kind"] == "model" and row.get("stage") != "autoregressive"
+    models = [row for row in rows if stepped(row) and row["slug"] in samples]
+    own = reading.at_usual_temperature(row for row in models if row["run"] == models[-1]["run"])
+    if not own:
+        return ""
+    row = min(own, key=lambda row: abs(math.log2(row["steps"] / _FEW_STEPS)))
+    lines = [f"The first samples of {_name(row)}, of samples.txt:"]
+    texts = _texts(samples[row["slug"]], None, mask_id, tokenizer)[:_FEW_SAMPLES]
+    for i, text in enumerate(texts):
+        whole = trajectory_lib.readable("".join(piece.text for piece in text))
+        lines += textwrap.wrap(
+            trajectory_lib.printable(" ".join(whole.split()), keep=""),
+            _LINE_WIDTH,
+            initial_indent=f"  [{i + 1}] ",
+            subsequent_indent="      ",
+            max_lines=_FEW_LINES,
+            placeholder=" ...",
+        ) or [f"  [{i + 1}]"]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ trajectories
