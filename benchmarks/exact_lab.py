@@ -142,7 +142,10 @@ GROUPS: dict[str, dict[str, Recipe]] = {
     },
     "grids": {
         f"base/{grid}": Recipe(_sampled(grid=grid))
-        for grid in ("cosine", "power:0.7", "power:1.4", "power:2")
+        for grid in (
+            *("cosine", "power:0.7", "power:1.4", "power:2"),
+            *("geometric:0.1", "geometric:0.01", "geometric:0.0001"),
+        )
     },
     "schedules": {
         f"{name}/kappa-{kappa}": Recipe(keys | {"path.schedule": schedule, "path.power": power})
