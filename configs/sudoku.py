@@ -55,24 +55,24 @@ def get_config(arg: str = "6x6"):
     pretrain.final_lr_fraction = 0.02
     pretrain.ema_decay = 0.995
 
+    for stage in (config.distill, config.refine):
+        stage.num_steps = 500
+        stage.batch_size = 80
+        stage.learning_rate = 1e-3
+        stage.warmup_steps = 50
+        stage.decay_steps = 100
+        stage.final_lr_fraction = 0.02
+        stage.ema_decay = 0.995
+    refine = config.refine
+    refine.final_lr_fraction = 1.0  # worse where it decays; the average smooths enough
+    refine.max_log2_steps = 4
+    refine.grid = "geometric:0.0001"
     if recipe == "paper":
         base.use_paper_recipe(config)
         config.path.revealed = "stay"  # as for the base model; no effect with uniform noise
-        stage = config.distill
-        stage.final_lr_fraction = 0.02
     else:
         config.pipeline = "pretrain,refine"
-        stage = config.refine
-        stage.max_log2_steps = 4
-        stage.grid = "geometric:0.0001"
-        stage.final_lr_fraction = 1.0  # worse where it decays; the average smooths enough
-        config.eval.sampling.grid = stage.grid
-    stage.num_steps = 500
-    stage.batch_size = 80
-    stage.learning_rate = 1e-3
-    stage.warmup_steps = 50
-    stage.decay_steps = 100
-    stage.ema_decay = 0.995
+        config.eval.sampling.grid = refine.grid
 
     config.train.log_every = 50
     config.train.checkpoint_every = 500
