@@ -485,7 +485,7 @@ def test_a_model_that_judges_itself_heads_nothing(tmp_path):
     rows = [*ROWS, AUTOREGRESSIVE]
     page = _page(tmp_path / "one", rows)
     assert "<h3>Left to right</h3>" not in _key(page)
-    assert "the latter's perplexity is not compared, because it is its own judge" in _key(page)
+    assert "the latter's perplexity is not compared because it is its own judge" in _key(page)
     assert '<span class="flag">! own judge</span>' in page
     rows = [copy.deepcopy(row) for row in rows]
     for i, row in enumerate(rows):
