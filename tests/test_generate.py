@@ -408,7 +408,7 @@ def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, cha
 
 def test_an_output_of_another_prompt_is_refused(monkeypatch, complete, batch_file):
     batch_file.write_text(batch_file.read_text().replace("The people of", "The people"))
-    with pytest.raises(ValueError, match="line 4 .*prompt: 'The people of' there, 'The people' no"):
+    with pytest.raises(ValueError, match="line 4 .*prompt: 'The people of' before, 'The people'"):
         _run(monkeypatch, UNIFORM, **complete[0])
 
 
