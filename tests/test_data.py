@@ -147,7 +147,7 @@ def test_prepare_again_reuses_or_refuses(corpus, prepared, monkeypatch):
     again = prepared_lib.prepare(_spec(corpus), prepared.directory)
     assert again.fingerprint == prepared.fingerprint
     other = _spec(corpus, block_length=8, holdout=0.3)
-    message = r"data\.block_length is 8, but the folder has 16, data\.holdout is 0\.3 .*; set data"
+    message = r"data\.block_length is 8, but the folder has 16, data\.holdout is 0\.3, .*; set data"
     with pytest.raises(ValueError, match=message):
         prepared_lib.prepare(other, prepared.directory)
 

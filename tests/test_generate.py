@@ -382,9 +382,9 @@ def test_finished_batches_are_not_drawn_again(monkeypatch, complete):
     ("changes", "message"),
     [
         ({"seed": 1}, "line 1 is of another job .seed: 0 before, 1 now"),
-        ({"steps": 2}, "'steps': 3.* there, .*'steps': 2"),
-        ({"temperature": 0.5}, "'temperature': 1.0.* there, .*'temperature': 0.5"),
-        ({"grid": "cosine"}, "'grid': 'uniform'.* there, .*'grid': 'cosine'"),
+        ({"steps": 2}, "'steps': 3.* before, .*'steps': 2"),
+        ({"temperature": 0.5}, "'temperature': 1.0.* before, .*'temperature': 0.5"),
+        ({"grid": "cosine"}, "'grid': 'uniform'.* before, .*'grid': 'cosine'"),
         ({"length": 15}, "length: 16 before, 15 now"),
         ({"batch_size": 2}, "batch_size: 3 before, 2 now"),
         ({"num_samples": 2}, "line 2 is of another job .id: 2 before, 'a' now"),
@@ -408,7 +408,7 @@ def test_an_output_of_another_job_is_refused_and_kept(monkeypatch, complete, cha
 
 def test_an_output_of_another_prompt_is_refused(monkeypatch, complete, batch_file):
     batch_file.write_text(batch_file.read_text().replace("The people of", "The people"))
-    with pytest.raises(ValueError, match="line 4 .*prompt: 'The people of' there, 'The people' no"):
+    with pytest.raises(ValueError, match="line 4 .*prompt: 'The people of' before, 'The people'"):
         _run(monkeypatch, UNIFORM, **complete[0])
 
 

@@ -482,7 +482,7 @@ def _assert_bitwise(ours, theirs):
 )
 def test_another_config_is_refused_naming_the_key(world, finished, key, value):
     folder, _ = finished
-    with pytest.raises(ValueError, match=rf"\b{key}: .*there, .*now") as caught:
+    with pytest.raises(ValueError, match=rf"\b{key}: .*before, .*now") as caught:
         main.check(_config(world.corpus, **{key: value}), folder)
     assert "another --workdir" in str(caught.value)
 
