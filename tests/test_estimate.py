@@ -24,7 +24,7 @@ def test_nothing_is_known_at_first_and_nothing_takes_no_time():
     assert math.isnan(Clock().seconds([Work(8, "net", "8 steps")]))
 
 
-def test_two_points_tell_the_time_of_all():
+def test_three_points_tell_the_time_of_all():
     """Exact where calls, programs and points each take a time of their own."""
     works = {
         (steps, seed): Work(16 * steps, "net", f"{steps} steps")
@@ -33,12 +33,12 @@ def test_two_points_tell_the_time_of_all():
     }
     takes = {"call": 0.01, "fixed": 0.7, "compilation": 5.0}
     first = estimate.pilots(works)
-    assert first == [(1, 0), (1, 1)]
+    assert first == [(1, 0), (1, 1), (4, 0)]
     clock = Clock()
-    for i, key in enumerate(first):
-        clock.count(works[key], _cost(works[key], new=i == 0, **takes))
+    for key in first:
+        clock.count(works[key], _cost(works[key], new=key[1] == 0, **takes))
     rest = [work for key, work in works.items() if key not in first]
-    truth = sum(work.calls for work in rest) * 0.01 + len(rest) * 0.7 + 3 * 5.0
+    truth = sum(work.calls for work in rest) * 0.01 + len(rest) * 0.7 + 2 * 5.0
     assert clock.seconds(rest) == pytest.approx(truth)
 
 
@@ -48,6 +48,16 @@ def test_what_is_done_once_is_not_taken_for_what_each_point_takes():
     assert clock.fixed == pytest.approx(50.0)
     clock.count(work, Cost(1.5, 0.1, 9.0))
     assert clock.fixed == pytest.approx(0.5)
+
+
+def test_what_comes_with_a_new_program_counts_as_its_compilation():
+    clock = Clock()
+    for total in (60.0, 2.0):  # the first reads the model
+        clock.count(Work(10, "net", "a"), Cost(total, 0.1, 4.0))
+    clock.count(Work(10, "net", "b"), Cost(12.0, 0.1, 4.0))
+    assert clock.fixed == pytest.approx(1.0)
+    new = clock.seconds([Work(10, "net", "c")]) - clock.seconds([Work(10, "net", "a")])
+    assert new == pytest.approx((4.0 + 10.0) / 2)
 
 
 def test_a_program_is_compiled_once():
@@ -76,5 +86,5 @@ def test_each_network_is_tried_at_its_fewest_calls():
         "b": Work(50, "b", "b 5"),
         "a1 again": Work(10, "a", "a 1"),
     }
-    assert estimate.pilots(works) == ["a1", "b", "a1 again"]
+    assert estimate.pilots(works) == ["a1", "a1 again", "b"]
     assert estimate.pilots({"text": Work()}) == []

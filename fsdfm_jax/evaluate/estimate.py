@@ -68,9 +68,11 @@ class Clock:
         rest = cost.total - (work.calls * cost.call if work.calls else 0.0)
         if work.program is None or work.program in self._compilations:
             self._fixed.append(max(rest, 0.0))
-        else:
-            self._compilations[work.program] = cost.compilation
-            self._first.append(max(rest - cost.compilation, 0.0))
+            return
+        self._first.append(max(rest - cost.compilation, 0.0))
+        # The compiler's time and more, as tracing; in the first point reading the model is in it.
+        others = rest - self.fixed if self._fixed else 0.0
+        self._compilations[work.program] = max(cost.compilation, others)
 
     @property
     def fixed(self) -> float:
@@ -99,16 +101,24 @@ class Clock:
 def pilots(works: Mapping[Key, Work]) -> list[Key]:
     """The points to compute first, in order: after them the time of all others can be estimated.
 
-    One of each network, the one with the fewest calls, and a second one of the first one's program,
-    which shows what a point costs that has nothing to compile.
+    The one with the fewest calls, and a second one of its program, which shows what a point costs
+    that has nothing to compile. One of more calls, halfway in their logarithm to the most: a short
+    call is no measure of a long one where the machine is busy. Then one of each other network.
     """
     drawn = sorted((key for key, work in works.items() if work.calls), key=lambda k: works[k].calls)
+    if not drawn:
+        return []
     of_network: dict[str | None, Key] = {}
     for key in drawn:
         of_network.setdefault(works[key].network, key)
-    first = list(of_network.values())
-    again = [key for key in drawn if key not in first and works[key].program == works[first[0]][2]]
-    return first + again[:1]
+    first, *others = of_network.values()
+    own = [key for key in drawn[1:] if works[key].network == works[first].network and key != first]
+    again = [key for key in own if works[key].program == works[first].program]
+    halfway = math.sqrt(works[first].calls * works[own[-1]].calls) if own else 0.0
+    more = [key for key in own if key not in again and works[key].calls <= halfway]
+    most = max((works[key].calls for key in more), default=0)
+    middle = [key for key in more if works[key].calls == most]
+    return [first, *again[:1], *middle[:1], *others]
 
 
 def _mean(values: list[float]) -> float:
