@@ -185,7 +185,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entry |= {"published": _mean(published), "plain": _mean(_best_of_each_seed(plain))}
         entry |= {"best": _mean(best), "least": min(shares), "most": max(shares)}
         entry |= {name: [row[name] for row in best] for name in ("grid", "temperature")}
-        entry |= {"distinct": min(row["distinct"] for row in best)}
+        entry |= {"distinct": min(float(row["distinct"]) for row in best)}  # "nan" when resumed
         result.append(entry | {"flagged": sum(bool(row["flags"]) for row in best)})
     return result
 
