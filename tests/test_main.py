@@ -155,7 +155,7 @@ def _files(folder):
         # conftest's 8 devices
         ({"pretrain.batch_size": 12}, r"pretrain\.batch_size=12 .*multiple of the 8"),
         ({"refine.batch_size": 0}, r"refine\.batch_size=0"),
-        ({"mesh.data": 3}, r"mesh sizes \(mesh.data=3, .*8 device"),
+        ({"mesh.data": 3}, r"mesh sizes \(mesh.data=3, .*devices, 8"),
         (
             {"mesh.data": 1, "mesh.fsdp": 8, "model.width": 20, "model.num_heads": 2},
             r"kernel can't be sharded: dimension \d of its shape .* by mesh.*=8",
@@ -498,7 +498,7 @@ def test_prepared_data_of_another_spec_is_refused(world, finished, tmp_path, mon
     folder, _ = finished
     shutil.copytree(folder / "data", tmp_path / "run" / "data")
     config = _config(world.corpus, **{"data.vocab_size": 310})
-    with pytest.raises(ValueError, match=r"data\.vocab_size is 310 but the folder has 300"):
+    with pytest.raises(ValueError, match=r"data\.vocab_size is 310, but the folder has 300"):
         _run_here(monkeypatch, config, tmp_path / "run")
 
 
