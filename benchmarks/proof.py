@@ -1,4 +1,4 @@
-"""Few steps against many where an exact judge decides: one picture and one table a task.
+"""Few steps against many where an exact judge decides: a picture and a table per task.
 
     python -m benchmarks.proof --task=sudoku:4x4 --workdir=runs/proof_4x4
     python -m benchmarks.proof --task=sudoku:6x6 --workdir=runs/proof_6x6 --seeds=0,1,2

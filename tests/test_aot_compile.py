@@ -339,9 +339,14 @@ def test_a_vocabulary_is_known_without_its_package(monkeypatch):
 @pytest.mark.parametrize(
     ("mesh", "rows", "message", "fits"),
     [
-        ({"fsdp": 3}, 16, "must multiply to the 8 device", (2, 4, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 1}, 16, "must multiply to the 8 device", (4, 2, 1)),
-        ({"fsdp": -1, "data": 3}, 16, "must multiply to the 8 device", (1, 8, 1)),
+        ({"fsdp": 3}, 16, "must multiply to the number of devices, 8", (2, 4, 1)),
+        (
+            {"data": 2, "fsdp": 2, "tensor": 1},
+            16,
+            "must multiply to the number of devices, 8",
+            (4, 2, 1),
+        ),
+        ({"fsdp": -1, "data": 3}, 16, "must multiply to the number of devices, 8", (1, 8, 1)),
         ({}, 12, "--batch=12 must be a positive multiple of the 8", (4, 1, 2)),
         ({"fsdp": 4}, 12, "--batch=12 must be a positive multiple of the 8", (1, 4, 2)),
         ({"tensor": 8}, 16, "model.num_heads=4 must be a multiple of mesh.tensor=8", (2, 1, 4)),

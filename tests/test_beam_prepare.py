@@ -239,7 +239,7 @@ def test_texts_in_both_splits_are_counted_as_in_the_ordinary_way(root, tmp_path,
     ):
         assert data.manifest["read"]["documents_in_both"] == 3, name
     assert data.manifest["splits"]["train"]["documents"] == 13
-    assert caplog.text.count("3 document(s) of data.corpus are in data.validation too") == 2
+    assert caplog.text.count("3 document(s) of data.corpus are identical") == 2
     assert not list((tmp_path / "groups").rglob("*.npy"))
 
 

@@ -484,7 +484,7 @@ def test_a_save_that_fails_does_not_hide_what_went_wrong_first(tmp_path, monkeyp
 
 def test_metrics_that_are_not_there(tmp_path):
     with Checkpoints(tmp_path, retention=Retention(keep=1, keep_best=1)) as checkpoints:
-        with pytest.raises(ValueError, match=r"go by 'loss', but the metrics are \['error'\]"):
+        with pytest.raises(ValueError, match=r"chosen by 'loss', but the metrics are \['error'\]"):
             checkpoints.save(1, {"a": jnp.ones(2)}, {}, {"error": 1.0})
         checkpoints.save(1, {"a": jnp.ones(2)}, {}, {"loss": 5})
         checkpoints.save(2, {"a": jnp.ones(2)}, {})

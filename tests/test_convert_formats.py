@@ -214,7 +214,7 @@ def test_weights_under_state_dict(tmp_path):
     torch_pickle.write(path, {"state_dict": {}, "model": pending}, state.items())
     _same(official.load(path)[0], _params(_model()))
     torch_pickle.write(path, {"state_dict": [1]}, [])
-    with pytest.raises(BadFile, match="holds a list, expected a dict of weights"):
+    with pytest.raises(BadFile, match="has a list, expected a dict of weights"):
         official.load(path)
 
 
@@ -584,7 +584,7 @@ def test_broken_shards(tmp_path, small_shards):
         with pytest.raises(BadFile, match="has no weight_map"):
             formats.open_bundle(path)
     index_path.unlink()
-    with pytest.raises(BadFile, match=f"holds {len(shards)} safetensors files but no model.safe"):
+    with pytest.raises(BadFile, match=f"has {len(shards)} safetensors files but no model.safe"):
         formats.open_bundle(path)
     index_path.write_text(json.dumps(index))
     (path / shards[1]).rename(path / "aside")

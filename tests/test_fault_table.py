@@ -123,7 +123,7 @@ def test_a_model_without_its_tokenizer_is_not_converted(tmp_path):
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == cli.EXIT_CODE, done.stderr[-2000:]
         (line,) = done.stderr.splitlines()
-        assert f"trained with tokenizer {tokenizer.fingerprint}, which isn't where" in line
+        assert f"trained with tokenizer {tokenizer.fingerprint}, which is no longer with" in line
         assert "--tokenizer=PATH" in line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

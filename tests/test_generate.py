@@ -364,7 +364,7 @@ def test_a_complete_output_is_left_alone(monkeypatch, complete, capsys):
     monkeypatch.setattr(generate_lib, "generate", None)
     _run(monkeypatch, UNIFORM, **flags)
     assert path.read_bytes() == whole
-    assert "holds 5 of 5 samples" in capsys.readouterr().err
+    assert "already has 5 of 5 samples" in capsys.readouterr().err
 
 
 def test_finished_batches_are_not_drawn_again(monkeypatch, complete):

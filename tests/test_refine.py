@@ -170,9 +170,10 @@ def calls(monkeypatch):
     return recorded
 
 
-def any_starts(key, denoise, jump, process, *, max_log2_steps, samples, length):
+def any_starts(key, denoise, jump, process, *, max_log2_steps, grid, samples, length):
     """In place of `walk`: any states on the grids of all budgets; the network is asked once."""
     del jump
+    assert grid == "uniform"
     assert process.source.vocab_size == V
     keys = jax.random.split(key)
     rows = samples * (max_log2_steps + 1) * 2**max_log2_steps

@@ -161,7 +161,7 @@ def test_solved_puzzles():
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"samples of 6x6 have 37 tokens.*\(5, 36\)"):
+    with pytest.raises(ValueError, match=r"samples of 6x6 must have 37 tokens.*\(5, 36\)"):
         sudoku_judge.judge(SIX, np.zeros((5, 36), int))
     with pytest.raises(ValueError, match="a puzzle of 36 cells for each of 5 samples"):
         sudoku_judge.solved(SIX, np.zeros((5, 37), int), np.zeros((4, 36), int))
