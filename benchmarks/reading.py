@@ -1,4 +1,4 @@
-"""Blocks read per second from a prepared folder, compared with the consumption of training.
+"""Blocks read per second from a prepared folder, compared with what training consumes.
 
   python -m benchmarks.reading --directory=DIR --tokens_per_second=100000 --threads=1,2,4
 

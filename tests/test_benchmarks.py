@@ -69,6 +69,7 @@ def test_sampler_cases_draw_the_same_tokens():
     np.testing.assert_array_equal(*tokens)
 
 
+@pytest.mark.slow
 def test_left_to_right_draws_the_same_with_and_without_cache():
     config = measure.make_config("tiny", dtype="float32", overrides=SMALL)
     names = [autoregressive.FEW_STEP, *autoregressive.CAUSAL]

@@ -188,6 +188,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.slow
 def test_muon_makes_the_blocks_matrices_orthogonal():
     """Of a first gradient G = U S V' the momentum has its direction; the update is near U V'."""
     params, grads = network()
