@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import __main__ as listing
 from benchmarks import autoregressive, measure, sample, scaling, train
