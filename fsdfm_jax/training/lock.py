@@ -6,6 +6,7 @@ process watches for a touch for `_WATCH` seconds.
 """
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import socket
@@ -31,8 +32,9 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, ours = folder / NAME, _owner()
-    while not _create(path, ours):
-        _remove_if_stale(path)
+    with _in_turn(folder):
+        while not _create(path, ours):
+            _remove_if_stale(path)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     beating.start()
@@ -43,6 +45,22 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
         beating.join()
         if _read(path) == ours:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_turn(folder: pathlib.Path) -> Iterator[None]:
+    """Let the jobs of a machine look at the lock one after another.
+
+    Otherwise one could replace a stale lock between another's reading and removing it. Without
+    `flock` on the file system there are no turns, and `_remove_if_stale` does what it can.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _owner() -> dict[str, Any]:
