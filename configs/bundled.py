@@ -19,12 +19,13 @@ def get_config(arg: str = ""):
     config = base.get_config()
     config.pipeline = "pretrain,autoregressive"  # the model first, the judge can wait
 
-    config.data.vocab_size = 2048  # 3.6 bytes a token: a block is 80 words
-    # 5.5 million parameters, 11 MB in bfloat16.
-    config.model.width, config.model.num_blocks, config.model.num_heads = 256, 5, 4
+    # 2.8 million parameters, 6 MB in bfloat16.
+    config.model.width, config.model.num_blocks, config.model.num_heads = 192, 5, 3
+    config.model.remat = "dots"
     config.model.dropout = 0.0
 
     config.optim.name = "muon"
+    config.optim.muon_rms = 1.0  # a pilot: 0.6 nats per token better than 0.2, 0.8 than 2.5
     config.optim.weight_decay = 0.1
 
     pretrain = config.pretrain
@@ -33,7 +34,7 @@ def get_config(arg: str = ""):
     pretrain.time_power = 2.0
     for stage in (pretrain, config.autoregressive):
         stage.num_steps = 30_000
-        stage.batch_size = 64
+        stage.batch_size = 32
         stage.learning_rate = 3e-3
         stage.warmup_steps = 100
         stage.decay_steps = 4_000
