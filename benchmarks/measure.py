@@ -4,6 +4,7 @@ Times drift on shared machines, so cases alternate, round after round, and are c
 round. Results are medians over rounds.
 """
 
+import csv
 import functools
 import json
 import os
@@ -215,6 +216,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for line in cells:
         first, *others = [cell.rjust(w) for cell, w in zip(line, widths, strict=True)]
         print("  ".join([first.strip().ljust(widths[0]), *others]), flush=True)
+
+
+def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV, with the keys of all of them as columns."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _cell(value: Any) -> str:

@@ -17,7 +17,6 @@ grids can win. A killed run resumes by the same command. WORKDIR gets results.cs
 summary.json (a row for each recipe and number of steps) and proof.png.
 """
 
-import csv
 import functools
 import itertools
 import json
@@ -255,11 +254,7 @@ def main(argv: list[str]) -> None:
                 io.write_json(store, list(done.values()))
             rows.append({name: value for name, value in row.items() if name != "key"})
     summary = summarise(rows)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (workdir / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    measure.write_csv(workdir / "results.csv", rows)
     io.write_json(workdir / "summary.json", {"machine": measure.machine(), "rows": summary})
     draw(summary, workdir / "proof.png", f"Sudoku {name}: valid samples against steps")
     names = ("recipe", "steps", "published", "plain", "best", "least", "most", "flagged")

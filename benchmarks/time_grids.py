@@ -8,7 +8,6 @@ The base model is the posterior itself: a sum over all 288 grids, or forward-bac
 positions that are drawn together don't see each other. Samples are judged as in the report.
 """
 
-import csv
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +18,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import measure
+from configs import base
 from fsdfm_jax.exact import grids as sudoku_grids
 from fsdfm_jax.exact import hmm, hmm_judge, hmm_posterior, sudoku, sudoku_judge
-from fsdfm_jax.flow import grids, jumps, sampler
-from fsdfm_jax.flow import process as process_lib
+from fsdfm_jax.flow import sampler
 from fsdfm_jax.flow.process import Process
+from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.flow.teacher import Denoise
 
 _BATCH = 64
@@ -41,18 +41,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "samples", 1024, "Samples of a point.", lower_bound=_BATCH, flag_values=values
     )
     flags.DEFINE_string("table", "", "A .csv file to write.", flag_values=values)
-
-
-def make_process(num_tokens: int) -> Process:
-    """The process with uniform noise and kappa(t) = t."""
-    return process_lib.make_process(
-        schedule="polynomial",
-        power=1.0,
-        source="uniform",
-        revealed="stay",
-        num_tokens=num_tokens,
-        eos_id=0,
-    )
 
 
 def enumerated(sequences_ML: np.ndarray, num_tokens: int) -> Denoise:
@@ -87,22 +75,16 @@ def enumerated(sequences_ML: np.ndarray, num_tokens: int) -> Denoise:
 
 
 def draw(
-    denoise: Denoise,
-    process: Process,
-    length: int,
-    grid: np.ndarray,
-    temperature: float,
-    count: int,
+    denoise: Denoise, process: Process, length: int, sampling: Sampling, count: int
 ) -> np.ndarray:
     """Samples, int [N, L] with N = count, rounded up to whole batches."""
-    jump = process.make_jump(jumps.MIXTURE)
-    divided = lambda *inputs: denoise(*inputs) / temperature
+    jump, wrapped = process.make_jump(sampling.rule), sampling.wrap(denoise)
 
     @jax.jit
     def batch(key):
         noise_key, key = jax.random.split(key)
         x0_BL = process.source.sample(noise_key, (_BATCH, length))
-        return sampler.sample(key, divided, jump, process.finalize, x0_BL, grid)
+        return sampler.sample(key, wrapped, jump, process.finalize, x0_BL, sampling.times())
 
     keys = jax.random.split(jax.random.key(0), -(-count // _BATCH))
     return np.concatenate([np.asarray(batch(key)) for key in keys])
@@ -121,13 +103,13 @@ def _sudoku() -> tuple[Denoise, Process, int, Callable[[np.ndarray], dict[str, A
         row = {name: report.figures[name].value for name in names}
         return row | {"expected_total_variation": report.expected["total_variation"]}
 
-    process = make_process(num_tokens)
+    process = measure.make_process(base.get_config(), num_tokens)
     return enumerated(sequences_ML, num_tokens), process, sequences_ML.shape[1], judge
 
 
 def _language(path: str) -> tuple[Denoise, Process, int, Callable[[np.ndarray], dict[str, Any]]]:
     law = hmm.load(path)
-    process = make_process(law.vocab_size)
+    process = measure.make_process(base.get_config(), law.vocab_size)
 
     def judge(tokens_NL):
         figures = hmm_judge.judge(law, tokens_NL).figures
@@ -146,16 +128,13 @@ def main(argv: list[str]) -> None:
     for steps in map(int, given.few):
         for name in given.grids:
             for temperature in map(float, given.temperatures):
-                grid = grids.make_grid(name, steps)
-                tokens_NL = draw(denoise, process, length, grid, temperature, given.samples)
+                sampling = Sampling(steps, "mixture", name, temperature=temperature)
+                tokens_NL = draw(denoise, process, length, sampling, given.samples)
                 row = {"steps": steps, "grid": name, "temperature": temperature}
                 rows.append(row | judge(tokens_NL))
     measure.print_table(rows)
     if given.table:
-        with pathlib.Path(given.table).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        measure.write_csv(pathlib.Path(given.table), rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import time_grids
 from fsdfm_jax.exact import sudoku, sudoku_judge
-from fsdfm_jax.flow.grids import make_grid
+from fsdfm_jax.flow.sampling import Sampling
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.9])
@@ -25,7 +25,7 @@ def test_most_samples_are_valid_on_the_geometric_grid_and_fewer_on_the_uniform_o
     denoise, process, length, judge = time_grids._sudoku()
     rows = {}
     for name in ("uniform", "geometric:0.001"):
-        tokens = time_grids.draw(denoise, process, length, make_grid(name, 8), 1.0, 512)
+        tokens = time_grids.draw(denoise, process, length, Sampling(8, "mixture", name), 512)
         assert tokens.shape == (512, 17)
         rows[name] = judge(tokens)
         found = sudoku_judge.judge(sudoku.get_size("4x4"), tokens).figures["valid"].value

@@ -291,7 +291,7 @@ def _write_group(
 
 def _digest_text(document: corpus_lib.Document) -> int:
     """64 bits, of which equal texts have the same and two different ones as good as never."""
-    return int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8], "little")
+    return int.from_bytes(corpus_lib.digest(document)[:8], "little")
 
 
 def _finished(directory: pathlib.Path, plan: dict[str, Any]) -> list[dict[str, Any] | None]:

@@ -154,6 +154,11 @@ def _with_text(found: Iterable[Document], blank: Blank | None) -> Iterator[Docum
             blank.add(document.name)
 
 
+def digest(document: Document) -> bytes:
+    """Return 16 bytes that identify the text of a document."""
+    return hashlib.sha256(document.text.encode()).digest()[:16]
+
+
 def is_held_out(document: Document, fraction: float) -> bool:
     """Return whether a document belongs to the held-out split, by a hash of its text.
 

@@ -523,7 +523,7 @@ class _Reading:
                 files, spec.text_field, spec.documents, without=without, blank=blank
             )
             for document in found:
-                digest = hashlib.sha256(document.text.encode()).digest()[:16]
+                digest = corpus_lib.digest(document)
                 if validates:
                     self._held_out.add(digest)
                 else:

@@ -115,27 +115,24 @@ def walk(
     Returns:
       samples (K+1) 2^K rows, one a step.
     """
-    count = 2**max_log2_steps
-    budget_C = np.repeat(np.arange(max_log2_steps + 1), samples)
-    steps_C = 2**budget_C
-    # One row for each number of steps: its S times before 1, then ones that nobody reads.
-    times = np.ones((max_log2_steps + 1, count + 1), np.float32)
-    for budget, row in enumerate(times):
-        row[: 2**budget] = grids.make_grid(grid, 2**budget)[:-1]
-    times_CT = jnp.asarray(times[budget_C])
+    count, chains = 2**max_log2_steps, samples * (max_log2_steps + 1)
+    budgets = [grids.make_grid(grid, 2**k) for k in range(max_log2_steps + 1)]
+
+    def repeated(per_budget):  # [2^K, C]: shorter samples over and over
+        columns = np.stack([np.resize(values, count) for values in per_budget], axis=1)
+        return np.repeat(columns, samples, axis=1)
+
+    t_TC, h_TC = repeated([x[:-1] for x in budgets]), repeated([np.diff(x) for x in budgets])
 
     def step(z_CL, inputs):
-        number, key = inputs
+        t_C, h_C, key = inputs
         noise_key, jump_key = jax.random.split(key)
         x0_CL = process.source.sample(noise_key, z_CL.shape)
-        z_CL = jnp.where((number % steps_C == 0)[:, None], x0_CL, z_CL)
-        t_C, end_C = (times_CT[rows, number % steps_C + last] for last in (0, 1))
-        h_C = end_C - t_C
+        z_CL = jnp.where((t_C == 0)[:, None], x0_CL, z_CL)
         return jump(jump_key, denoise(z_CL, t_C, h_C), z_CL, t_C, h_C), Starts(z_CL, t_C, h_C)
 
-    rows = np.arange(len(steps_C))
-    empty_CL = jnp.zeros((len(steps_C), length), jnp.int32)
-    _, starts = jax.lax.scan(step, empty_CL, (jnp.arange(count), jax.random.split(key, count)))
+    empty_CL = jnp.zeros((chains, length), jnp.int32)
+    _, starts = jax.lax.scan(step, empty_CL, (t_TC, h_TC, jax.random.split(key, count)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 

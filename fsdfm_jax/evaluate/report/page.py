@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fsdfm_jax import extras
@@ -199,33 +199,35 @@ def _cards(
         compared = head != "Real text" and math.isfinite(ratio)
         # A finding about the main judge's perplexity doesn't apply to another judge.
         found = [f for f in findings[row["slug"]] if judge in main or f.word != "own judge"]
-        cards.append(
-            {
-                "head": head,
-                "best": row is best,
-                "title": reading.title(row),
-                "flags": [one.word for one in found],
-                "figure": _cell(judged, row),
-                "unit": ranked.name,
-                "beside": f"{_times(ratio)} real text" if compared else "",
-                "judge": "" if judge in main else judge,
-                "entropy": _cell(reading.figure(row, "entropy_bits"), row),
-                "milliseconds": _cell(row.get("milliseconds_per_sample"), row),
-            }
-        )
+        card = _card(head, row, row is best, found, _cell(judged, row), ranked.name)
+        card["beside"] = f"{_times(ratio)} real text" if compared else ""
+        card["judge"] = "" if judge in main else judge
+        cards.append(card)
     return cards
 
 
 def _exact_card(head: str, row: Row, ranked: Quality, best: bool) -> dict[str, Any]:
-    """A card with the figure of an exact judge; what that judge found is its flags."""
+    """Make a card with the figure of an exact judge; its findings are the flags."""
     estimate = ranked.read(row)
+    figure = _cell(estimate, row) | {"text": exact_judges.show(estimate)}
+    return _card(head, row, best, reading.exposed(row), figure, ranked.name)
+
+
+def _card(
+    head: str,
+    row: Row,
+    best: bool,
+    found: Iterable[Finding],
+    figure: Mapping[str, Any],
+    unit: str,
+) -> dict[str, Any]:
     return {
         "head": head,
         "best": best,
         "title": reading.title(row),
-        "flags": [finding.word for finding in reading.exposed(row)],
-        "figure": _cell(estimate, row) | {"text": exact_judges.show(estimate)},
-        "unit": ranked.name,
+        "flags": [finding.word for finding in found],
+        "figure": figure,
+        "unit": unit,
         "beside": "",
         "judge": "",
         "entropy": _cell(reading.figure(row, "entropy_bits"), row),
