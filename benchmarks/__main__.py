@@ -14,7 +14,7 @@ DURATIONS = {
     "reading": "3 min",
     "exact_lab": "20 min",
     "step_laws": "10 min",
-    "time_grids": "2 min",
+    "time_grids": "1 min",
 }
 
 

@@ -15,6 +15,9 @@ def get_config(arg: str = ""):
     config.model.dropout = 0.0  # one pass over the text, a million parameters: nothing to overfit
     config.model.remat = "dots"  # CPU: computing the cheap parts again is faster than keeping them
 
+    config.optim.name = "muon"
+    config.optim.muon_rms = 1.0
+
     autoregressive = config.autoregressive
     autoregressive.num_steps = 600
     autoregressive.batch_size = 32
@@ -22,7 +25,9 @@ def get_config(arg: str = ""):
     autoregressive.warmup_steps = 50
 
     pretrain = config.pretrain
-    pretrain.loss = "cross_entropy"  # no plateau at the start; see fsdfm_jax/stages/pretrain.py
+    pretrain.loss = "rate_cross_entropy"
+    pretrain.rate_floor = 0.1
+    pretrain.time_power = 2.0
     pretrain.num_steps = 1000
     pretrain.batch_size = 32
     pretrain.learning_rate = 3e-3
