@@ -10,6 +10,7 @@ import venv
 
 import numpy as np
 import pytest
+from marks import slow_except
 
 from fsdfm_jax.convert import exported, formats, parity
 from fsdfm_jax.convert.formats import Target
@@ -81,8 +82,11 @@ def test_a_program_is_no_longer_than_its_network(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ same tokens
+CONDITIONINGS = ("none", "official", "additive")
+
+
 @pytest.mark.parametrize("path", [bundle_lib.DEFAULT_PATH, MASK_PATH], ids=["uniform", "mask"])
-@pytest.mark.parametrize("conditioning", ["none", "official", "additive"])
+@pytest.mark.parametrize("conditioning", slow_except(["additive"], CONDITIONINGS))
 def test_a_program_draws_the_tokens_of_the_library(tmp_path, conditioning, path):
     model = _model(conditioning=conditioning, attention="xla", remat="full", dropout=0.1)
     bundle = _bundle(model, path=path)

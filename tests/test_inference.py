@@ -166,9 +166,9 @@ def test_buckets():
     ("weights", "process", "how"),
     [
         (FEW_STEP, UNIFORM_PROCESS, {}),
-        (FEW_STEP, MASK_PROCESS, {}),
+        pytest.param(FEW_STEP, MASK_PROCESS, {}, marks=pytest.mark.slow),
         (CAUSAL, UNIFORM_PROCESS, {}),
-        (FEW_STEP, UNIFORM_PROCESS, {"jump": "dispersed"}),
+        pytest.param(FEW_STEP, UNIFORM_PROCESS, {"jump": "dispersed"}, marks=pytest.mark.slow),
     ],
     ids=["uniform", "mask", "causal", "dispersed"],
 )

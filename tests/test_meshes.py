@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
+from marks import slow_except
 from meshes import Case
 
 from fsdfm_jax.evaluate import draw
@@ -155,7 +156,7 @@ def assert_same_tokens(got, want, sizes):
     assert np.any(got != want, axis=1).sum() <= ties, sizes
 
 
-@pytest.mark.parametrize("kind", ["few steps", "dispersed"])
+@pytest.mark.parametrize("kind", slow_except(["dispersed"], ["few steps", "dispersed"]))
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_samples_on_a_mesh_are_those_of_one_device(kind, sizes):
     assert_same_tokens(drawn(sizes, kind), drawn_on_one(kind), sizes)

@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import slow_except
 
 from fsdfm_jax.network import blocks
 from fsdfm_jax.network import model as model_lib
@@ -436,7 +437,7 @@ def count_dots(jaxpr):
     return own + sum(inner)
 
 
-@pytest.mark.parametrize("attention", ["manual", "blocked"])
+@pytest.mark.parametrize("attention", slow_except(["blocked"], ["manual", "blocked"]))
 def test_remat_changes_nothing_but_memory(attention):
     cfg = dataclasses.replace(SMALL, dropout=0.3, attention=attention)
     params, args = noise_params(cfg), inputs(cfg, batch=2, length=6)

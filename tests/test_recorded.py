@@ -1,7 +1,7 @@
 """Recorded numbers: draws of each seed and results of each stage, fixed across refactorings.
 
 Tokens must match exactly, losses and weights up to rounding. After an intended change,
-`python -m tests.test_recorded [WORKDIR]` updates the record (with WORKDIR, also the smoke run); the
+`python tests/test_recorded.py [WORKDIR]` updates the record (with WORKDIR, also the smoke run); the
 diff of goldens/recorded.json shows what changed.
 """
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_except
 
 # The package, as this file sees it: where modules move or signatures change, only this part does.
 from configs import base as base_config
@@ -203,6 +204,13 @@ def _smoke(folder):
 
 # ---------------------------------------------------------------------------------------- the tests
 TOKENS = _token_cases()
+# Each rule, source and function once.
+QUICK_TOKENS = [f"{rule} uniform frozen S=4" for rule in RULES]
+QUICK_TOKENS += [f"{rule} stay free S=4" for rule in RULES]
+QUICK_TOKENS += ["cumulative jump frozen S=4", "preset uniform free", "preset stay frozen"]
+QUICK_TOKENS += ["sampler itself uniform frozen", "steps watched", "official", "base model"]
+QUICK_TOKENS += ["autoregressive head 0.7"]
+QUICK_LOSSES = [*STAGES, "distill literal", "distill guided"]
 
 
 def record(folder):
@@ -227,12 +235,12 @@ def test_every_case_is_recorded():
         assert _recorded(section).keys() == set(cases)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", slow_except(QUICK_TOKENS, TOKENS))
 def test_tokens(name):
     np.testing.assert_array_equal(TOKENS[name](), _recorded("tokens")[name])
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", slow_except(QUICK_LOSSES, CHANGES))
 def test_losses(name):
     assert _metrics(name) == pytest.approx(_recorded("losses")[name], rel=1e-5)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chance import assert_frequencies
+from marks import slow_except
 
 from configs import base as base_config
 from fsdfm_jax import stages
@@ -67,7 +68,7 @@ def flat(tree):
 # ------------------------------------------------------------------------------- one signature
 
 
-@pytest.mark.parametrize("name", stages.NAMES)
+@pytest.mark.parametrize("name", slow_except(("pretrain", "distill", "refine"), stages.NAMES))
 def test_a_stage_has_one_signature_and_learns_everywhere_but_in_the_frozen_weights(name):
     stage = make_stage(name)
     assert stage.name == name

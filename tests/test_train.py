@@ -411,11 +411,11 @@ def distilled(tmp_path_factory):
 # Each compiles two programs; the loss of the slow ones is part of the others' or hardly random.
 SLOW = [
     pytest.param(n, marks=pytest.mark.slow)
-    for n in ("autoregressive", "step_aware", "guided", "refine")
+    for n in ("autoregressive", "pretrain", "step_aware", "guided", "refine")
 ]
 
 
-@pytest.mark.parametrize("name", ["pretrain", "distill", *SLOW])
+@pytest.mark.parametrize("name", ["distill", *SLOW])
 def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
     if name == "distill":
         directory, steps = request.getfixturevalue("distilled"), 4
