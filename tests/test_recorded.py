@@ -1,8 +1,9 @@
 """Recorded numbers: draws of each seed and results of each stage, fixed across refactorings.
 
-Tokens must match exactly, losses and weights up to rounding. After an intended change,
-`python tests/test_recorded.py [WORKDIR]` updates the record (with WORKDIR, also the smoke run); the
-diff of goldens/recorded.json shows what changed.
+Tokens must match exactly, losses and weights up to rounding. After an intended change, this updates
+the record, with WORKDIR also that of the smoke run; the diff of goldens/recorded.json shows it:
+
+    PYTHONPATH=. python tests/test_recorded.py [WORKDIR]
 """
 
 import functools
