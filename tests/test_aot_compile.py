@@ -279,6 +279,7 @@ def make(kinds, name, config, target=LOCAL, rows=16):
 
 def test_the_programs_of_a_run_on_a_mesh():
     config = small_config(data=2, fsdp=4)
+    config.optim.name = "adamw"  # two moments of each parameter; Muon's matrices have one
     mesh, (train, sample) = make(aot.KINDS, "pretrain", config)
     row = aot.describe(train, 16, LOCAL)
     process = process_lib.make_process(**config.path, num_tokens=config.data.vocab_size, eos_id=0)

@@ -167,7 +167,7 @@ def test_buckets():
     [
         (FEW_STEP, UNIFORM_PROCESS, {}),
         pytest.param(FEW_STEP, MASK_PROCESS, {}, marks=pytest.mark.slow),
-        (CAUSAL, UNIFORM_PROCESS, {}),
+        pytest.param(CAUSAL, UNIFORM_PROCESS, {}, marks=pytest.mark.slow),
         pytest.param(FEW_STEP, UNIFORM_PROCESS, {"jump": "dispersed"}, marks=pytest.mark.slow),
     ],
     ids=["uniform", "mask", "causal", "dispersed"],
