@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow_except
 from ml_collections import ConfigDict
 
 from configs import base as base_config
@@ -409,13 +410,10 @@ def distilled(tmp_path_factory):
 
 
 # Each compiles two programs; the loss of the slow ones is part of the others' or hardly random.
-SLOW = [
-    pytest.param(n, marks=pytest.mark.slow)
-    for n in ("autoregressive", "pretrain", "step_aware", "guided", "refine")
-]
+CASES = ("autoregressive", "pretrain", "step_aware", "distill", "guided", "refine")
 
 
-@pytest.mark.parametrize("name", ["distill", *SLOW])
+@pytest.mark.parametrize("name", slow_except(["distill"], CASES))
 def test_eight_devices_equal_a_plain_loop_on_one(tmp_path, request, name):
     if name == "distill":
         directory, steps = request.getfixturevalue("distilled"), 4
