@@ -1,4 +1,4 @@
-"""Run the code cells of the tutorials, each notebook in a separate process and folder.
+"""Run the code cells of the tutorials, two notebooks at a time, each in its own process and folder.
 
     python docs/site/run_tutorials.py                     # with the quick settings
     python docs/site/run_tutorials.py --full sudoku       # one notebook, with the full settings
@@ -8,6 +8,8 @@ override its values. The notebooks are not modified.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -35,7 +37,7 @@ def script(path: pathlib.Path, *, full: bool) -> str:
 
 
 def run(path: pathlib.Path, *, full: bool) -> bool:
-    """Run a notebook, showing its output; return whether it succeeded."""
+    """Run a notebook, show its output at the end, and return whether it succeeded."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         program = pathlib.Path(folder) / f"{path.stem}.py"
@@ -46,8 +48,12 @@ def run(path: pathlib.Path, *, full: bool) -> bool:
             cwd=folder,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
             timeout=LIMIT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    print(f"{path.stem}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    seconds = time.monotonic() - began
+    print(f"{done.stdout}\n{path.stem}: exit code {done.returncode}, {seconds:.0f} s", flush=True)
     return done.returncode == 0
 
 
@@ -57,7 +63,10 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="use the settings in the notebook")
     args = parser.parse_args()
     names = args.names or sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-    failed = [name for name in names if not run(FOLDER / f"{name}.ipynb", full=args.full)]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        paths = [FOLDER / f"{name}.ipynb" for name in names]
+        worked = list(pool.map(functools.partial(run, full=args.full), paths))
+    failed = [name for name, well in zip(names, worked, strict=True) if not well]
     if failed:
         sys.exit(f"these tutorials failed: {', '.join(failed)}")
 
