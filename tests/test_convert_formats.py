@@ -1118,7 +1118,7 @@ def test_progress_counts_all_parameters(tmp_path, capsys):
     lines = list(program.convert(bundle, Target(tmp_path / "m.pth"), check=True))
     assert len(lines) == 2
     assert formats.open_bundle(tmp_path / "m.pth").provenance["converted_by"]
-    assert "m.pth, MB read" in capsys.readouterr().err
+    assert "MB read for m.pth" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- parity

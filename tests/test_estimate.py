@@ -66,6 +66,7 @@ def test_a_program_is_compiled_once():
     clock.count(Work(10, "net", "a"), Cost(1.0, 0.1, 4.0))
     more = [Work(10, "net", name) for name in ("a", "b", "b", "c")]
     assert clock.seconds(more) == pytest.approx(4 * 1.0 + 2 * 4.0)
+    assert clock.compilation(more) == pytest.approx(2 * 4.0)
 
 
 def test_networks_have_speeds_of_their_own_and_stored_points_tell_them():

@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+import fsdfm_jax as fs
 from fsdfm_jax import samples as generate
+from fsdfm_jax import stages
 from fsdfm_jax.convert import formats
 from fsdfm_jax.evaluate.memorised import Ngrams
 from launch import bundle as launch_bundle
@@ -22,12 +24,14 @@ def stored(folder, slug, kind, run, tokens_NL):
     np.savez(folder / name, tokens=tokens_NL)
     line = {"slug": slug, "kind": kind, "run": run, "group": run or "held-out text"}
     setting = f"control-{slug}" if kind == "control" else kind
+    stage, steps = (run, 8) if run else (None, None)
+    line |= {"stage": stage, "steps": steps}
     return line | {"samples_file": name, "setting": setting}
 
 
 @pytest.fixture
 def report(tmp_path):
-    """Held-out text, half memorised; a run with a quarter memorised, and one with all."""
+    """Held-out text, half memorised; two runs with a quarter memorised, and one with all."""
     unknown = np.full(60, 96)
     half = np.stack([TEXT[:60], unknown])
     quarter = np.stack([TEXT[:60], unknown, unknown, unknown])
@@ -46,30 +50,41 @@ def report(tmp_path):
     return tmp_path
 
 
-def test_the_bundled_model_is_small_and_its_card_says_so():
-    bundle = formats.open_bundle(formats.BUNDLED)
-    assert bundle.tokenizer is not None
-    assert formats.BUNDLED.stat().st_size < launch_bundle.MAX_BYTES
+def test_the_bundled_models_are_small_and_their_card_says_so():
+    few, base = fs.load(), fs.load("base")
+    assert few.provenance["stage"] in stages.FEW_STEP
+    assert base.provenance["stage"] == "pretrain"
+    assert few.tokenizer.fingerprint == base.tokenizer.fingerprint
+    sizes = [path.stat().st_size for path in (formats.BUNDLED, formats.BUNDLED_BASE)]
+    assert sum(sizes) < launch_bundle.MAX_BYTES
     card = (formats.BUNDLED.parent / "README.md").read_text()
-    assert f"{formats.BUNDLED.stat().st_size / 1e6:.1f} MB" in card
+    assert all(f"{size / 1e6:.1f} MB" in card for size in sizes)
 
 
-NGRAMS = Ngrams(TEXT, launch_bundle.NGRAM, vocab_size=97)
+KNOWN = launch_bundle.TrainingText(
+    Ngrams(TEXT, launch_bundle.NGRAM, vocab_size=97), {"of", "the"}, fs.load().tokenizer
+)
+
+
+def test_words_of_a_text():
+    texts = ["xx The of zzz the", "", "only"]
+    assert launch_bundle.known_share(texts, KNOWN.words) == 2 / 3  # without the ends
+    assert launch_bundle.known_share([""], KNOWN.words) == 0
 
 
 def test_rows_are_the_latest_of_the_runs_asked_for(report):
-    rows = launch_bundle.read_rows(report, ["pretrain", "refine"], NGRAMS)
-    assert {row.figures["slug"]: row.copied for row in rows} == {
-        "refine-8": 0.25,
-        "real": 0.5,
-        "base-8": 0.25,
-        "ngram": 1.0,
-    }
+    rows = launch_bundle.read_rows(report, ["pretrain", "refine"], KNOWN)
+    assert [(row.figures["slug"], row.copied) for row in rows] == [
+        ("real", 0.5),
+        ("ngram", 1.0),
+        ("base-8", 0.25),
+        ("refine-8", 0.25),
+    ]
     launch_bundle.check_copied(rows)
 
 
 def test_a_model_that_repeats_its_text_is_refused(report):
-    rows = launch_bundle.read_rows(report, ["distill"], NGRAMS)
+    rows = launch_bundle.read_rows(report, ["distill"], KNOWN)
     with pytest.raises(ValueError, match="other: 100.000% .* against 50.000% for held-out text"):
         launch_bundle.check_copied(rows)
 
@@ -78,7 +93,7 @@ def test_a_model_that_repeats_its_text_is_refused(report):
 def test_a_report_that_lacks_the_run_is_refused(report, tmp_path, there):
     place = report if there else tmp_path / "nowhere"
     with pytest.raises(ValueError, match="has no row for .*step_aware.* its evaluation"):
-        launch_bundle.read_rows(place, ["step_aware"], NGRAMS)
+        launch_bundle.read_rows(place, ["step_aware"], KNOWN)
 
 
 def test_the_bundled_model_writes():
@@ -102,12 +117,26 @@ def test_a_run_is_bundled_and_writes(tmp_path):
     assert trained.returncode == 0, trained.stderr
     bundled = run("launch.bundle", work, f"--target={target}")
     assert bundled.returncode == 0, bundled.stderr
-    bundle = formats.open_bundle(target / "model.safetensors")
-    assert bundle.provenance["run"] == "refine"
+    for name, stage in (("model", "refine"), ("base", "pretrain")):
+        bundle = formats.open_bundle(target / f"{name}.safetensors")
+        assert bundle.provenance["run"] == stage
     text = (target / "README.md").read_text()
-    assert "| refine | 8 | cumulative | uniform | 1.0 | 0.0 | 1.0 | 0.0 |" in text
+    assert "| `refine` | 8 | uniform |" in text
     assert "| `refine` | 20 | 16 |" in text
     model = f"--checkpoint={target / 'model.safetensors'}"
     written = run("fsdfm_jax.generate", model, "--steps=2", "--num_samples=2")
     assert written.returncode == 0, written.stderr
     assert "--- sample 2 of 2: refine, 2 network calls" in written.stdout
+
+
+@pytest.mark.slow
+def test_the_bundled_models_are_evaluated_as_in_their_card(tmp_path):
+    small = ["num_samples=4", "steps=(1,)", "many_steps=2", "judges=''", "controls=()", "watched=0"]
+    command = [sys.executable, "-m", "fsdfm_jax.evaluate", "--bundled", f"--output={tmp_path}"]
+    command += [f"--config.eval.{value}" for value in [*small, "bound_samples=0"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "points.jsonl").read_text().splitlines()]
+    runs = {model.provenance["run"] for model in (fs.load(), fs.load("base"))}
+    assert {row["run"] for row in rows} - {None} == runs
+    assert {row["grid"] for row in rows} - {None} >= {fs.load().sampling().grid}

@@ -178,7 +178,7 @@ def _files(folder):
         ({"refine.auxiliary_updates": 0}, r"refine\.auxiliary_updates"),
         ({"refine.teacher": "short"}, "refine.teacher='short' is not a trained run"),
         ({"refine.teacher": "base"}, "refine.teacher must be a base .*/distill has a few-step"),
-        ({"step_aware.warmup_steps": 100}, "warmup_steps"),
+        ({"step_aware.warmup_steps": 100}, r"config\.step_aware\.warmup_steps must be"),
         (
             {"distill.guidance": 1.0, "distill.guide": "pretrain"},
             "distill.init_from must be a base model.*/step_aware has a few-step model",

@@ -276,8 +276,9 @@ def test_evaluating_a_checkpoint_with_given_tokens(world):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "either --workdir=DIR or --checkpoint=PATH"),
-        (("--checkpoint=none.pth", "--workdir=none"), "and not both"),
+        ((), "one of --workdir=DIR, --checkpoint=PATH and --bundled"),
+        (("--checkpoint=none.pth", "--workdir=none"), "one of --workdir=DIR"),
+        (("--bundled", "--workdir=none"), "one of --workdir=DIR"),
         (("--checkpoint=none.pth",), "--output=DIR"),
         (("--checkpoint=none.pth", "--output=out"), "none.pth"),
         (("--workdir=none",), "not a working directory"),

@@ -123,7 +123,7 @@ def convert(
             lines.append("The exported program draws the same tokens as the library.")
 
     total = _megabytes(source.num_params())
-    with metrics.Progress(f"{target.path.name}, MB read", total=total) as progress:
+    with metrics.Progress(f"MB read for {target.path.name}", total=total) as progress:
         formats.write(
             with_progress(source, progress),
             target,

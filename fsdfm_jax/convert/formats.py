@@ -26,8 +26,9 @@ from fsdfm_jax.inference import bundle as bundle_lib
 from fsdfm_jax.inference.bundle import BadFile, Bundle, Leaf
 from fsdfm_jax.training import checkpoint
 
-# The bundled model, made by `python -m launch.bundle`.
+# The bundled few-step model and its base model, made by `python -m launch.bundle`.
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "model.safetensors"
+BUNDLED_BASE = BUNDLED.with_name("base.safetensors")
 FORMATS = ("official", "safetensors", "orbax", "sampler", "hub")
 _SUFFIXES = {".pth": "official", ".pt": "official", ".safetensors": "safetensors"}
 _GPT2_TOKENS = 50_257

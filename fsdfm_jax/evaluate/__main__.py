@@ -3,6 +3,7 @@
     python -m fsdfm_jax.evaluate --workdir=runs/tiny --config.eval.temperature=0.9
     python -m fsdfm_jax.evaluate --workdir=runs/tiny --config.eval.judges=autoregressive,gguf:judge.gguf
     python -m fsdfm_jax.evaluate --checkpoint=model.pth --data=runs/tiny/data --output=evaluation
+    python -m fsdfm_jax.evaluate --bundled --output=evaluation      # the table of the models' card
 
 Writes the report to --output, by default WORKDIR/report, like the main job. All values of
 `config.eval` (configs/base.py) can be set; the others default to those of the model's run. Finished
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fsdfm_jax import cli, extras
 from fsdfm_jax.convert import formats
+from fsdfm_jax.convert.formats import BUNDLED, BUNDLED_BASE
 from fsdfm_jax.data import prepared as prepared_lib
 from fsdfm_jax.evaluate import models as models_lib
 from fsdfm_jax.evaluate import run as run_lib
@@ -28,8 +30,9 @@ from fsdfm_jax.parallel import mesh as mesh_lib
 from fsdfm_jax.training import pipeline
 
 _CONFIG = cli.define_config("Configuration; its eval section replaces that of the run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory (or use --checkpoint).")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Any model file or folder (or --workdir).")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Or any model file or folder.")
+_BUNDLED = flags.DEFINE_bool("bundled", False, "Or the models of the package, as in their card.")
 _RUNS = flags.DEFINE_list("runs", None, "Runs of the working directory; default: all trained.")
 _DATA = flags.DEFINE_string("data", None, "Prepared text; default: that of the run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the report; default: WORKDIR/report.")
@@ -74,11 +77,11 @@ def use_stored(config: ConfigDict, stored: dict, keys: Iterable[str]) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
-        raise ValueError("Give either --workdir=DIR or --checkpoint=PATH, and not both.")
-    if _CHECKPOINT.value and not _OUTPUT.value:
+    if (bool(_WORKDIR.value), bool(_CHECKPOINT.value), _BUNDLED.value).count(True) != 1:
+        raise ValueError("Give one of --workdir=DIR, --checkpoint=PATH and --bundled.")
+    if not (_WORKDIR.value or _OUTPUT.value):
         raise ValueError("Give a folder for the report of a checkpoint: --output=DIR.")
-    if _CHECKPOINT.value and _RUNS.value:
+    if _RUNS.value and not _WORKDIR.value:
         raise ValueError("--runs selects runs of a working directory; use it with --workdir.")
     extras.check("train", "Evaluating")
     config = _CONFIG.value
@@ -92,6 +95,14 @@ def main(argv: list[str]) -> None:
         settings = Settings.from_config(config.eval)
         catalogue = models_lib.open_workdir(folder, settings.models, _RUNS.value, **options)
         prepared = prepared or models_lib.prepared_text(folder)
+    elif _BUNDLED.value:
+        bundles = {path: formats.open_bundle(path) for path in (BUNDLED_BASE, BUNDLED)}
+        stored = bundles[BUNDLED].provenance["config"]
+        use_stored(config, stored, config.eval.keys())
+        settings = Settings.from_config(config.eval)
+        catalogue = Catalogue({b.provenance["run"]: (path, {}) for path, b in bundles.items()})
+        config.data.update(stored["data"])
+        prepared = prepared or pipeline.prepare(config, pathlib.Path(_OUTPUT.value).expanduser())
     else:
         path = pathlib.Path(_CHECKPOINT.value).expanduser()
         stored = formats.open_bundle(path, **options).provenance.get("config") or {}
@@ -100,8 +111,8 @@ def main(argv: list[str]) -> None:
         further = models_lib.further_places(settings.models, **options)
         catalogue = Catalogue(models_lib.join({path.name: (path, options)}, further))
     output = pathlib.Path(_OUTPUT.value or folder / "report").expanduser()
-    named = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value).expanduser().absolute().name
-    header = {"run": named, "config": stored | {"eval": config.eval.to_dict()}}
+    named = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or BUNDLED.parent).expanduser()
+    header = {"run": named.absolute().name, "config": stored | {"eval": config.eval.to_dict()}}
     if prepared is not None:
         header["data"] = prepared.manifest
     with mesh_lib.use(mesh_lib.local_mesh()):

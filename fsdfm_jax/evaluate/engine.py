@@ -532,6 +532,8 @@ def _describe_estimate(clock: Clock, works: Iterable[Work]) -> str:
     calls = sum(work.calls for work in works)
     called = sum(work.calls * clock.call(work.network) for work in works if work.network)
     parts = [f"{calls:,} network calls take {duration(called)}"] if calls else []
+    if compilation := clock.compilation(works):
+        parts.append(f"compilation {duration(compilation)}")
     parts.append(f"each point {clock.fixed:.2g} s besides")
     left = f"{len(works)} more points take about {duration(clock.seconds(works))}"
     return f"{left} ({', '.join(parts)})"

@@ -92,10 +92,13 @@ class Clock:
         works = list(works)
         if not works:
             return 0.0
-        new = {work.program for work in works} - {None} - self._compilations.keys()
-        compilation = len(new) * _mean(list(self._compilations.values())) if new else 0.0
         calls = sum(work.calls * self.call(work.network) for work in works if work.network)
-        return calls + compilation + len(works) * self.fixed
+        return calls + self.compilation(works) + len(works) * self.fixed
+
+    def compilation(self, works: Iterable[Work]) -> float:
+        """Seconds to compile the programs that points need and that aren't compiled yet."""
+        new = {work.program for work in works} - {None} - self._compilations.keys()
+        return len(new) * _mean(list(self._compilations.values())) if new else 0.0
 
 
 def pilots(works: Mapping[Key, Work]) -> list[Key]:

@@ -107,13 +107,13 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         pieces += [_encode(literal.rstrip(" "), tokenizer), int(digits)]
         literal = ""
     if not pieces:
-        raise ValueError(f"The infill text {text!r} has no gap; write [n] for n tokens to fill in.")
+        raise ValueError(f"The infill text {text!r} has no gap; write [8] for 8 tokens to fill in.")
     pieces.append(_encode(literal + text[end:], tokenizer))
     needed = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
     if needed > length:
         raise ValueError(
             f"The infill text needs {needed} tokens, but a block has {length}; shorten it or "
-            "increase the length."
+            "increase the length (--length)."
         )
     tokens: list[int | None] = []
     for piece in pieces:
@@ -228,7 +228,9 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"The text {text!r} has characters that are not Unicode.") from None
+        raise ValueError(
+            f"The text {text!r} has characters that are not Unicode; was it typed as UTF-8?"
+        ) from None
     return tokenizer.encode(text)
 
 

@@ -225,7 +225,10 @@ def check(config: ConfigDict, workdir: pathlib.Path) -> Plan:
 
     for i, entry in enumerate(pipeline):
         check_batch(mesh, config, entry.stage)
-        optim.make_optimizer(config.optim, config[entry.stage])
+        try:
+            optim.make_optimizer(config.optim, config[entry.stage])
+        except ValueError as error:
+            raise ValueError(f"config.{entry.stage}.{error}") from None
         check_settings(train_settings(config, entry.stage))
         stage = stages.make_stage(entry.stage, config, process)
         mesh_lib.check_heads(mesh, stage.model.num_heads)
