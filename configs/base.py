@@ -123,7 +123,7 @@ def _sampling(**values) -> ml_collections.ConfigDict:
 def use_annealed_sampler(sampling: ml_collections.ConfigDict) -> None:
     """Set the few-step preset: dispersed jumps, long first steps, annealing, midpoints.
 
-    docs/findings.md compares it with the published sampler.
+    docs/reference/exact-lab.md compares it with the published sampler.
     """
     sampling.jump, sampling.grid = "dispersed", "power:0.7"
     sampling.cooling, sampling.look_ahead = 0.7, 0.5
