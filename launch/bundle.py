@@ -40,8 +40,7 @@ from fsdfm_jax.training import pipeline
 _TARGET = flags.DEFINE_string(
     "target", str(formats.BUNDLED.parent), "Output folder. Default: that of the package."
 )
-
-_REPORT = flags.DEFINE_string("report", None, "Default: that of the working directory.")
+_REPORT = flags.DEFINE_string("report", None, "Folder of the report. Default: WORKDIR/report.")
 
 MAX_BYTES = 40 * 10**6
 NGRAM = 20  # tokens
@@ -163,7 +162,7 @@ def table(rows: Sequence[Row]) -> str:
         steps = of["steps"] and f"{of['steps']:,}"
         cells = [f"`{of['run']}`" if of["run"] else of["group"], steps, of["grid"]]
         for judge in judges:
-            estimate = reading.headline(of, judge)
+            estimate = reading.perplexity(of, judge, "perplexity_b")
             low, high = reading.bounds(estimate)
             cells += [f"{estimate['value']:,.0f} ({low:,.0f} .. {high:,.0f})"]
         cells += [f"{of['figures']['entropy_bits']['value']:.2f}"]
