@@ -1,6 +1,6 @@
 """The whole road on a laptop: 12 MB of text, a million parameters, 2 CPU cores, minutes.
 
-python -m fsdfm_jax.main --config=configs/tiny.py --workdir=runs/tiny          12 to 17 minutes
+python -m fsdfm_jax.main --config=configs/tiny.py --workdir=runs/tiny          15 to 25 minutes
 python -m fsdfm_jax.main --config=configs/tiny.py:smoke --workdir=runs/smoke   at most 3 minutes
 python -m fsdfm_jax.main --config=configs/tiny.py:mask --workdir=runs/mask     a baseline: masks
 """
