@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
     if arg:
         raise ValueError(f"configs/hmm.py takes no argument, got {arg!r}")
     config = base.get_config()
-    config.pipeline = "pretrain"
+    config.pipeline = "pretrain,refine"
     data = config.data
     data.corpus = "runs/data/hmm/train.jsonl"
     data.validation = "runs/data/hmm/validation.jsonl"
@@ -45,4 +45,14 @@ def get_config(arg: str = ""):
     pretrain.decay_steps = 2_000
     pretrain.final_lr_fraction = 0.02
     pretrain.ema_decay = 0.995
+    refine = config.refine
+    refine.num_steps = 120
+    refine.batch_size = 32
+    refine.learning_rate = 1e-3
+    refine.warmup_steps = 20
+    refine.decay_steps = 100
+    refine.final_lr_fraction = 0.02
+    refine.ema_decay = 0.99
+    refine.max_log2_steps = 3
+    refine.grid = "geometric:0.01"
     return config
