@@ -131,7 +131,7 @@ def test_a_run_is_bundled_and_writes(tmp_path):
 
 @pytest.mark.slow
 def test_the_bundled_models_are_evaluated_as_in_their_card(tmp_path):
-    small = ["num_samples=4", "steps=(1,)", "many_steps=2", "judges=''", "controls=()", "watched=0"]
+    small = ["num_samples=4", "steps=(1,)", "many_steps=2", "judges=", "controls=()", "watched=0"]
     command = [sys.executable, "-m", "fsdfm_jax.evaluate", "--bundled", f"--output={tmp_path}"]
     command += [f"--config.eval.{value}" for value in [*small, "bound_samples=0"]]
     done = subprocess.run(command, capture_output=True, text=True)
