@@ -100,7 +100,9 @@ def main(argv: list[str]) -> None:
         stored = bundles[BUNDLED].provenance["config"]
         use_stored(config, stored, config.eval.keys())
         settings = Settings.from_config(config.eval)
-        catalogue = Catalogue({b.provenance["run"]: (path, {}) for path, b in bundles.items()})
+        places = {b.provenance["run"]: (path, {}) for path, b in bundles.items()}
+        further = models_lib.further_places(settings.models)
+        catalogue = Catalogue(models_lib.join(places, further))
         config.data.update(stored["data"])
         prepared = prepared or pipeline.prepare(config, pathlib.Path(_OUTPUT.value).expanduser())
     else:
