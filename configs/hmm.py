@@ -27,8 +27,6 @@ def get_config(arg: str = ""):
     evaluation.num_samples, evaluation.batch_size = 512, 128
     evaluation.steps = (1, 2, 4, 8, 16, 32, 64)
     evaluation.jumps = ("mixture",)
-    evaluation.sampling.jump = "mixture"
-    evaluation.sampling.grid = "geometric:0.01"
     config.model.dropout = 0.0
     config.optim.name = "muon"
     config.optim.muon_rms = 1.0
@@ -45,14 +43,5 @@ def get_config(arg: str = ""):
     pretrain.decay_steps = 2_000
     pretrain.final_lr_fraction = 0.02
     pretrain.ema_decay = 0.995
-    refine = config.refine
-    refine.num_steps = 120
-    refine.batch_size = 32
-    refine.learning_rate = 1e-3
-    refine.warmup_steps = 20
-    refine.decay_steps = 100
-    refine.final_lr_fraction = 0.02
-    refine.ema_decay = 0.99
-    refine.max_log2_steps = 3
-    refine.grid = "geometric:0.01"
+    base.use_short_refine(config)
     return config

@@ -168,7 +168,7 @@ def table(rows: Sequence[Row]) -> str:
         cells += [f"{of['figures']['entropy_bits']['value']:.2f}"]
         cells += [f"{of['figures'][name]['value']:.3f}" for name in ("distinct_2", "self_bleu")]
         cells += [f"{row.known:.1%}", f"{row.copied:.2%}"]
-        lines.append("| " + " | ".join("-" if c is None else f"{c}" for c in cells) + " |")
+        lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
     return "\n".join(lines)
 
 
