@@ -1,6 +1,6 @@
 """README and docs: valid links and commands, well-formed tutorials.
 
-.ci/run builds the site with warnings as errors; docs/site/run_tutorials.py runs the tutorials.
+.ci/run builds the site with warnings as errors and runs the tutorials.
 """
 
 import ast

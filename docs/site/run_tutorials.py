@@ -1,6 +1,6 @@
 """Run the code cells of the tutorials, two notebooks at a time, each in its own process and folder.
 
-    python docs/site/run_tutorials.py                     # with the quick settings
+    python docs/site/run_tutorials.py                     # with the quick settings, as CI does
     python docs/site/run_tutorials.py --full sudoku       # one notebook, with the full settings
 
 A notebook has one cell tagged "parameters"; the quick settings, "quick" in the notebook's metadata,
