@@ -107,6 +107,7 @@ def _equal_steps(size: str, recipe: str) -> int:
 
 def _run_main(config: str, workdir: pathlib.Path, pipeline: str, *options: str) -> None:
     arguments = [f"--config={config}", f"--workdir={workdir}", f"--config.pipeline={pipeline}"]
+    arguments.append("--config.model.given=unmarked")  # whole grids only
     _run("fsdfm_jax.main", *arguments, "--noevaluate", *options)
 
 

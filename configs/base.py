@@ -191,6 +191,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # rotary (any length, as in the official weights) | learned (adds a vector per position, for
     # data whose positions have a meaning; needs data.block_length)
     model.positions = "rotary"
+    # Given tokens (a prompt, digits of a puzzle): unmarked (look like others, as in the official
+    # weights) | marked (the network is told which they are, and is trained with some)
+    model.given = "unmarked"
     model.dtype = (
         "float32"  # of activations; parameters, norms, residual stream and logits are float32
     )

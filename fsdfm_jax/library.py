@@ -266,7 +266,8 @@ def _on_device(bundle: Bundle) -> Params:
 
 
 # Fields of a network that must be equal for networks trained together.
-_KEPT = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "dtype")
+_KEPT = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "given")
+_KEPT += ("dtype",)
 
 
 def _base_model(key: str, networks: Mapping[str, Bundle], base: Bundle | None) -> Params:

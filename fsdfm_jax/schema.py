@@ -185,6 +185,7 @@ _MODEL: dict[str, Kind] = {
     "dropout": Number("[0, 1)"),
     "conditioning": Choice(("none", "additive", "official")),
     "positions": Choice(("rotary", "learned")),
+    "given": Choice(("unmarked", "marked")),
     "dtype": Choice(("float32", "bfloat16")),
     "attention": Choice(("auto", "manual", "blocked", "xla", "cudnn")),
     "remat": Choice(("none", "full", "dots")),

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     length: int = 12
     vocab_size: int = 11
     positions: str = "rotary"
+    given: str = "unmarked"
 
     def __str__(self) -> str:
         defaults = self._field_defaults.items()
@@ -53,8 +54,9 @@ CASES = (
     *(Case(stage, source="mask") for stage in stages.NAMES if stage != "refine"),
     Case("distill", accumulate=2, max_skipped=2, remat="dots"),
     Case("distill", moment_dtype="bfloat16"),
-    Case("distill", positions="learned"),
+    Case("distill", positions="learned", given="marked"),
     Case("refine", accumulate=2, max_skipped=2),
+    Case("refine", given="marked"),
     # Samples of 1, 2 and 4 steps: six are walked at once, which don't divide over eight devices.
     Case("refine", rows=24),
     # Logits in several chunks.
@@ -81,6 +83,7 @@ def make_config(case: Case) -> ConfigDict:
     model.width, model.num_blocks, model.num_heads, model.cond_width = 16, 2, 4, 8
     model.mlp_ratio, model.logits_mib, model.remat = 2, 1, case.remat
     model.positions, config.data.block_length = case.positions, case.length
+    model.given = case.given
     # Adam divides by the size of the gradient: below eps, where it is rounding, it no longer does.
     config.optim.eps = 1e-3
     config.optim.moment_dtype = case.moment_dtype

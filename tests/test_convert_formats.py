@@ -472,11 +472,15 @@ def test_additive_conditioning(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_learned_positions(tmp_path, form):
-    bundle = _bundle(_model(positions="learned", num_positions=6), block_length=6)
+@pytest.mark.parametrize(
+    "fields", [{"positions": "learned", "num_positions": 6}, {"given": "marked"}], ids=str
+)
+def test_what_the_official_layout_lacks(tmp_path, form, fields):
+    bundle = _bundle(_model(**fields), block_length=6)
     target = _target(tmp_path, form)
     if form in OFFICIAL_FORMS:
-        with pytest.raises(ValueError, match="official layout doesn't support positions='learned'"):
+        name, value = next(iter(fields.items()))
+        with pytest.raises(ValueError, match=f"official layout doesn't support {name}='{value}'"):
             formats.write(bundle, target)
         assert _listing(tmp_path) == []
         return
@@ -486,13 +490,14 @@ def test_learned_positions(tmp_path, form):
     _same(found.params(), bundle.params())
 
 
-def test_files_from_before_learned_positions(tmp_path, monkeypatch):
+def test_files_of_earlier_versions(tmp_path, monkeypatch):
     bundle = _bundle(block_length=6)
     describe = bundle_lib.describe
 
     def earlier(bundle):
         said = describe(bundle)
-        del said["model"]["positions"], said["model"]["num_positions"]
+        for name in ("positions", "num_positions", "given"):
+            del said["model"][name]
         return said
 
     monkeypatch.setattr(bundle_lib, "describe", earlier)

@@ -30,6 +30,7 @@ NETWORKS = {
     "official": {"conditioning": "official"},
     "additive": {"conditioning": "additive"},
     "learned positions": {"positions": "learned", "num_positions": LENGTH},
+    "marked": {"given": "marked"},
     "autoregressive": {"causal": True},
 }
 PATH = {"schedule": "cosine", "power": 2.0, "source": "mask", "revealed": "jump"}
@@ -252,7 +253,8 @@ def test_pytorch_has_the_logits(name, monkeypatch):
     pytest.importorskip("transformers")
     from fsdfm_jax.convert import modeling_fsdfm
 
-    monkeypatch.setitem(NETWORKS, "both", NETWORKS["additive"] | NETWORKS["learned positions"])
+    both = NETWORKS["additive"] | NETWORKS["learned positions"] | NETWORKS["marked"]
+    monkeypatch.setitem(NETWORKS, "both", both)
     bundle = _bundle(name)
     network = modeling_fsdfm.FSDFMModel(
         modeling_fsdfm.FSDFMConfig(model=dataclasses.asdict(bundle.model))
@@ -265,10 +267,14 @@ def test_pytorch_has_the_logits(name, monkeypatch):
     t_B = np.array([0.0, 0.25, 0.999, 1.0], np.float32)
     h_B = np.array([1.0, 0.25, 0.001, 0.0], np.float32)
     times = () if bundle.model.causal else (t_B, h_B)
-    ours_BLV = fs.apply(bundle.params(), bundle.model, x_BL, *times)
-    with torch.no_grad():
-        theirs_BLV = network(torch.tensor(x_BL), **dict(zip("th", times, strict=False))).logits
-    np.testing.assert_allclose(theirs_BLV.numpy(), ours_BLV, atol=1e-4, rtol=0)
+    given_BL = rng.random(x_BL.shape) < 0.5
+    for frozen_BL in (None, given_BL):
+        ours_BLV = fs.apply(bundle.params(), bundle.model, x_BL, *times, frozen_BL=frozen_BL)
+        given = {"given": None if frozen_BL is None else torch.tensor(frozen_BL)}
+        inputs = dict(zip("th", times, strict=False)) | given
+        with torch.no_grad():
+            theirs_BLV = network(torch.tensor(x_BL), **inputs).logits
+        np.testing.assert_allclose(theirs_BLV.numpy(), ours_BLV, atol=1e-4, rtol=0)
 
 
 def test_pytorch_refuses_what_it_was_not_trained_on():

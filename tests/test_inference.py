@@ -123,6 +123,27 @@ def test_given_tokens_are_seen():
         assert (first[free_BL] != second[free_BL]).any()
 
 
+def test_a_network_is_told_what_is_given():
+    """By all samplers; the mark has no effect where nothing is given."""
+    told = _weights(conditioning="additive", given="marked")
+    embed = told.params["vocab_embed"]
+    unmarked = told.params | {"vocab_embed": embed | {"given": 0 * embed["given"]}}
+    untold = told._replace(params=unmarked)
+    for given in ((), (1, None, 2)):
+        tokens = _generate(told, given=given)
+        assert (tokens != _generate(untold, given=given)).any() == bool(given)
+        np.testing.assert_array_equal(tokens, _stream(told, given=given)[-1])
+        given_BL, frozen_BL = _given(given)
+        for make in (generate_lib.make_sampler, generate_lib.make_observer):
+            noise = generate_lib.draw_noise(UNIFORM_PROCESS, np.uint32(0), given_BL, frozen_BL)
+            x0_BL, key = noise
+            drawn = make(told.model, UNIFORM_PROCESS)(
+                told.params, key, x0_BL, frozen_BL, Sampling(steps=3)
+            )
+            drawn = drawn[0] if make is generate_lib.make_observer else drawn
+            np.testing.assert_array_equal(tokens, drawn)
+
+
 def test_the_tokens_are_those_of_the_generator_that_is_exported():
     given_BL, frozen_BL = _given((1, None, 2))
     run = generate_lib.make_generator(FEW_STEP.model, MASK_PROCESS)

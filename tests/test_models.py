@@ -199,6 +199,47 @@ def test_learned_positions_are_added_to_the_tokens(kind):
         run(params, cfg, x_BL, t_B, h_B)
 
 
+@pytest.mark.parametrize("kind", CONDITIONINGS)
+def test_given_tokens_are_marked(kind):
+    """As tokens of their own, with an embedding that is moved by the mark."""
+    cfg = dataclasses.replace(placed(conditioned(SMALL, kind)), given="marked")
+    params, (x_BL, t_B, h_B) = noise_params(cfg), inputs(cfg)
+    frozen_BL = np.random.default_rng(3).random(x_BL.shape) < 0.3
+    embed = params["vocab_embed"]
+    twice = {
+        "embedding": jnp.concatenate(
+            [embed["embedding"], embed["embedding"] + embed["given"][None]]
+        )
+    }
+    head = {name: jnp.concatenate([leaf, leaf], -1) for name, leaf in params["head"].items()}
+    larger = params | {"head": head, "vocab_embed": twice | {"positions": embed["positions"]}}
+    plain = dataclasses.replace(cfg, given="unmarked", vocab_size=2 * cfg.vocab_size)
+    want = run(larger, plain, x_BL + cfg.vocab_size * frozen_BL, t_B, h_B)[..., : cfg.vocab_size]
+    got = run(params, cfg, x_BL, t_B, h_B, frozen_BL)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+    none = run(params, cfg, x_BL, t_B, h_B)
+    assert np.abs(got - none).max() > 0.1
+    np.testing.assert_array_equal(none, run(params, cfg, x_BL, t_B, h_B, np.zeros_like(frozen_BL)))
+    with pytest.raises(ValueError, match=r"frozen_BL must hold one flag per token, .*got shape"):
+        run(params, cfg, x_BL, t_B, h_B, frozen_BL[:, :-1])
+
+
+def test_the_mark_starts_at_zero_and_learns():
+    """All other parameters start as without it."""
+    cfg = dataclasses.replace(SMALL, given="marked")
+    x_BL, t_B, _ = inputs(cfg)
+    frozen_BL = np.ones(x_BL.shape, bool)
+    fresh = init(jax.random.key(5), cfg)
+    mark_D = fresh["vocab_embed"].pop("given")
+    assert mark_D.shape == (16,)
+    assert not mark_D.any()
+    jax.tree.map(np.testing.assert_array_equal, init(jax.random.key(5), SMALL), fresh)
+    params = noise_params(SMALL)
+    params["vocab_embed"]["given"] = mark_D
+    loss = lambda p: jnp.sum(jnp.sin(model_lib.apply(p, cfg, x_BL, t_B, None, frozen_BL)))
+    assert (jax.jit(jax.grad(loss))(params)["vocab_embed"]["given"] != 0).all()
+
+
 def test_learned_positions_change_nothing_else():
     """The same seed gives equal other parameters, and equal logits without positions."""
     key = jax.random.key(5)
@@ -679,6 +720,8 @@ def test_batch_over_eight_devices_is_one_device(kind):
         ({"positions": "sine"}, r"model\.positions='sine'.*rotary, learned"),
         ({"positions": "learned"}, r"model\.num_positions .*at least 1.* got 0 with 'learned'"),
         ({"num_positions": 4}, r"model\.num_positions .*0 with 'rotary'; got 4"),
+        ({"given": "hidden"}, r"model\.given='hidden'.*unmarked, marked"),
+        ({"causal": True, "given": "marked"}, r"causal.*given='unmarked'"),
         ({"remat": "all"}, r"model\.remat='all'.*none, full, dots"),
         ({"dtype": "float16"}, r"model\.dtype='float16'.*float32, bfloat16"),
         ({"causal": True, "conditioning": "official"}, r"causal.*conditioning='none'"),

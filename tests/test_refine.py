@@ -41,10 +41,14 @@ PROCESS = make_process(make_config())
 # ------------------------------------------------------------------------------------------- starts
 
 
+def nothing(chains):
+    return jnp.zeros((chains, L), jnp.int32)
+
+
 def by_budget(starts, samples, max_log2_steps):
     """Rows as (number of steps) -> (z [samples, 2^K, L], t, h [samples, 2^K])."""
     count = 2**max_log2_steps
-    chains = [np.asarray(x).reshape(count, max_log2_steps + 1, samples, -1) for x in starts]
+    chains = [np.asarray(x).reshape(count, max_log2_steps + 1, samples, -1) for x in starts[:3]]
     return {2**k: [np.swapaxes(x[:, k], 0, 1) for x in chains] for k in range(max_log2_steps + 1)}
 
 
@@ -53,6 +57,7 @@ def by_budget(starts, samples, max_log2_steps):
 def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps, grid):
     """2^K rows of each sample: all steps of S, as often as they take to fill 2^K."""
     samples, count = 3, 2**max_log2_steps
+    chains = samples * (max_log2_steps + 1)
     asked = []
 
     def denoise(z_CL, t_C, h_C):
@@ -67,9 +72,8 @@ def test_every_budget_has_as_many_rows_and_its_own_grid(max_log2_steps, grid):
         max_log2_steps=max_log2_steps,
         grid=grid,
         samples=samples,
-        length=L,
+        given_CL=nothing(chains),
     )
-    chains = samples * (max_log2_steps + 1)
     assert asked == [((chains, L), (chains,), (chains,))]  # a step of all of them is one call
     assert starts.z_BL.shape == (chains * count, L)
     assert starts.z_BL.dtype == jnp.int32
@@ -92,7 +96,7 @@ def test_states_follow_the_jump_and_start_again_from_noise():
         max_log2_steps=K,
         grid="uniform",
         samples=samples,
-        length=L,
+        given_CL=nothing(samples * (K + 1)),
     )
     noise = []
     for steps, (z, _, _) in by_budget(starts, samples, K).items():
@@ -110,6 +114,30 @@ def test_states_follow_the_jump_and_start_again_from_noise():
     assert_frequencies(np.bincount(both.ravel(), minlength=V * V), np.full(V * V, 1 / V**2))
 
 
+def test_given_tokens_stay_in_all_states():
+    samples, K = 200, 2
+    chains = samples * (K + 1)
+    rng = np.random.default_rng(0)
+    given, frozen = rng.integers(0, V, (chains, L)), rng.random((chains, L)) < 0.4
+    starts = refine.walk(
+        jax.random.key(1),
+        lambda z_CL, t_C, h_C: z_CL,
+        lambda key, logits, z_CL, t_C, h_C: (z_CL + 1) % V,
+        PROCESS,
+        max_log2_steps=K,
+        grid="uniform",
+        samples=samples,
+        given_CL=jnp.asarray(given),
+        frozen_CL=jnp.asarray(frozen),
+    )
+    z = np.asarray(starts.z_BL).reshape(4, chains, L)
+    np.testing.assert_array_equal(starts.frozen_BL, np.tile(frozen, (4, 1)))
+    np.testing.assert_array_equal(z[:, frozen], np.tile(given[frozen], (4, 1)))
+    assert_frequencies(np.bincount(z[0, ~frozen], minlength=V), np.full(V, 1 / V))
+    of_four, free = z[:, 2 * samples :], ~frozen[2 * samples :]
+    np.testing.assert_array_equal(of_four[1:, free], (of_four[:-1, free] + 1) % V)
+
+
 def test_states_have_the_law_of_the_rule():
     """At step j of S a share j/S of the positions has been drawn from the student's answer."""
     samples, K = 4000, 2
@@ -124,7 +152,7 @@ def test_states_have_the_law_of_the_rule():
         max_log2_steps=K,
         grid="uniform",
         samples=samples,
-        length=2,
+        given_CL=nothing(samples * (K + 1))[:, :2],
     )
     starts = jax.jit(walk)(jax.random.key(2))
     for steps, (z, t, _) in by_budget(starts, samples, K).items():
@@ -170,7 +198,7 @@ def calls(monkeypatch):
     return recorded
 
 
-def any_starts(key, denoise, jump, process, *, max_log2_steps, grid, samples, length):
+def any_starts(key, denoise, jump, process, *, max_log2_steps, grid, samples, given_CL, frozen_CL):
     """In place of `walk`: any states on the grids of all budgets; the network is asked once."""
     del jump
     assert grid == "uniform"
@@ -179,14 +207,18 @@ def any_starts(key, denoise, jump, process, *, max_log2_steps, grid, samples, le
     rows = samples * (max_log2_steps + 1) * 2**max_log2_steps
     steps_B = 2 ** (jnp.arange(rows) % (max_log2_steps + 1))
     t_B = jnp.floor(jax.random.uniform(keys[0], (rows,)) * steps_B) / steps_B
-    starts = refine.Starts(jax.random.randint(keys[1], (rows, length), 0, V), t_B, 1.0 / steps_B)
-    denoise(*starts)
-    return starts
+    z_BL, frozen_BL = jax.random.randint(keys[1], (rows, L), 0, V), None
+    if frozen_CL is not None:
+        frozen_BL, given_BL = (jnp.tile(x, (2**max_log2_steps, 1)) for x in (frozen_CL, given_CL))
+        z_BL = jnp.where(frozen_BL, given_BL, z_BL)
+        denoise.keywords["frozen_BL"] = frozen_BL  # here rows are asked, not samples
+    denoise(z_BL, t_B, 1.0 / steps_B)
+    return refine.Starts(z_BL, t_B, 1.0 / steps_B, frozen_BL)
 
 
-def setting(max_log2_steps, power=1.0, **values):
+def setting(max_log2_steps, power=1.0, given="unmarked", **values):
     config = make_config()
-    config.path.power = power
+    config.path.power, config.model.given = power, given
     config.refine.update({"max_log2_steps": max_log2_steps, "batch_size": 96} | values)
     return make_stage("refine", config)
 
@@ -206,7 +238,7 @@ def asked(calls, loss, params, frozen, rows):
         for call in calls:
             who.extend(name for name, each in networks.items() if each is call["params"])
         assert [call["key"] for call in calls] == [None] * len(calls)  # nothing is dropped
-        numbers = [{name: c[name] for name in "xth" if c[name] is not None} for c in calls]
+        numbers = [{name: c[name] for name in "xthf" if c[name] is not None} for c in calls]
         return value, (metrics, jax.lax.stop_gradient(numbers))
 
     run = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
@@ -230,12 +262,24 @@ def conditional(log_L, kept):
     return kept[:, None, None] * np.exp(log_L) + (1 - kept[:, None, None]) / V
 
 
-LOSSES = [(0, 1.0), (1, 2.0), (2, 1.0)]
+def free_of(made, given):
+    """bool [B, L]: which tokens count; those that don't are the same in all calls."""
+    last = made[-1]
+    assert ("f" in last) == (given == "marked")
+    frozen = last.get("f", np.zeros(last["x"].shape, bool))
+    assert frozen.any() == (given == "marked")
+    for call in made:
+        np.testing.assert_array_equal(call.get("f", frozen), frozen)
+        np.testing.assert_array_equal(call["x"][frozen], last["x"][frozen])
+    return ~frozen
 
 
-@pytest.mark.parametrize(("K", "power"), LOSSES)
-def test_the_students_loss_and_gradient_equal_their_equation(calls, K, power):
-    stage, rows = setting(K, power, noise=(0.3, 0.8)), (K + 1) * 2**K * 2
+LOSSES = [(0, 1.0, "unmarked"), (1, 2.0, "unmarked"), (2, 1.0, "unmarked"), (1, 1.0, "marked")]
+
+
+@pytest.mark.parametrize(("K", "power", "given"), LOSSES)
+def test_the_students_loss_and_gradient_equal_their_equation(calls, K, power, given):
+    stage, rows = setting(K, power, given, noise=(0.3, 0.8)), (K + 1) * 2**K * 8
     student, partner, teacher = table(1), table(2), table(3)
     value, (got, others), made = asked(
         calls, stage.loss, student, frozen_of(partner, teacher), rows
@@ -261,7 +305,7 @@ def test_the_students_loss_and_gradient_equal_their_equation(calls, K, power):
         for params, call in ((partner, own), (teacher, base))
     ]
     gap = log_q[0] - log_q[1]
-    gap = gap - gap.mean(-1, keepdims=True)
+    gap = (gap - gap.mean(-1, keepdims=True)) * free_of(made, given)[..., None]
     log_G = literal_log_p(logits_of(student, answers))
     np.testing.assert_allclose(value, (np.exp(log_G) * gap).sum(-1).mean(), rtol=1e-4, atol=1e-6)
 
@@ -276,9 +320,9 @@ def test_the_students_loss_and_gradient_equal_their_equation(calls, K, power):
     assert not any(leaf.any() for leaf in flat(others).values())
 
 
-@pytest.mark.parametrize(("K", "power"), LOSSES)
-def test_the_auxiliary_loss_and_gradient_equal_their_equation(calls, K, power):
-    stage, rows = setting(K, power, noise=(0.3, 0.8)), (K + 1) * 2**K * 2
+@pytest.mark.parametrize(("K", "power", "given"), LOSSES)
+def test_the_auxiliary_loss_and_gradient_equal_their_equation(calls, K, power, given):
+    stage, rows = setting(K, power, given, noise=(0.3, 0.8)), (K + 1) * 2**K * 8
     own, student = table(2), table(1)
     value, (got, others), made = asked(
         calls, stage.auxiliary.loss, own, frozen_of(student, table(3)), rows
@@ -297,6 +341,7 @@ def test_the_auxiliary_loss_and_gradient_equal_their_equation(calls, K, power):
     answer = np.exp(literal_log_p(logits_of(student, answers)))
     target = ((1 - share) * np.eye(V)[z] + share * answer) * seen
     target /= target.sum(-1, keepdims=True)
+    free = free_of(made, given)
     shown = kept[:, None, None] * np.eye(V)[z_s] + (1 - kept[:, None, None]) / V
 
     def literal(params):
@@ -305,7 +350,7 @@ def test_the_auxiliary_loss_and_gradient_equal_their_equation(calls, K, power):
         M_BLV = (end[:, None, None] * L_BLV + (1 - end[:, None, None]) / V) * seen
         M_BLV = M_BLV / jnp.sum(M_BLV, axis=-1, keepdims=True)
         gap_BLV = np.log(np.maximum(target, 1e-30)).astype("f4") - jnp.log(M_BLV)
-        return jnp.mean(jnp.sum(target.astype("f4") * gap_BLV, axis=-1))
+        return jnp.mean(jnp.sum(target.astype("f4") * gap_BLV, axis=-1) * free)
 
     want, slope = jax.jit(jax.value_and_grad(literal))(own)
     np.testing.assert_allclose(value, want, rtol=1e-4)

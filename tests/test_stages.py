@@ -233,8 +233,8 @@ class Calls(list):
     Factored: the features of a position are its token as one of V, t and log2 h.
     """
 
-    def __call__(self, params, model, x, t=None, h=None, *, key=None):
-        self.append({"params": params, "x": x, "t": t, "h": h, "key": key})
+    def __call__(self, params, model, x, t=None, h=None, frozen_BL=None, *, key=None):
+        self.append({"params": params, "x": x, "t": t, "h": h, "f": frozen_BL, "key": key})
         size = len(params["slope"])
         numbers = [jnp.zeros(x.shape[0]) if t is None else t]
         numbers.append(jnp.zeros(x.shape[0]) if h is None else jnp.log2(h))
@@ -357,6 +357,29 @@ def test_pretrain_text_is_noised_along_the_path(calls):
     assert abs((shown - p).mean()) <= 5 * np.sqrt((p * (1 - p)).mean() / shown.size / 32)
 
 
+@pytest.mark.parametrize("name", ["path", "cross_entropy", "rate_cross_entropy"])
+def test_given_tokens_are_never_noise_and_do_not_count(calls, name):
+    """The loss is the mean of the unmarked network's terms with those of given tokens at 0."""
+    config, rows = make_config(), 64
+    config.pretrain.loss, config.model.given = name, "marked"
+    params, x1 = table(), make_batch(rows=rows)["x1"]
+    value, _ = make_stage("pretrain", config).loss(params, None, jax.random.key(1), {"x1": x1})
+    (call,) = calls
+    xt, t, frozen = (np.asarray(call[name]) for name in "xtf")
+    assert frozen.any(axis=1).mean() > 0.2
+    assert (~frozen).all(axis=1).mean() > 0.3
+    np.testing.assert_array_equal(xt[frozen], x1[frozen])
+    assert (xt != x1)[~frozen].mean() > 0.2
+    log_p = literal_log_p(literal_logits(params, xt, t))
+    g = 1 / (1 - t.astype(np.float64))
+    terms = -np.take_along_axis(log_p, x1[..., None], -1)[..., 0]
+    if name == "rate_cross_entropy":
+        terms = terms * g[:, None]
+    if name == "path":
+        terms = literal_path_loss(log_p, xt, x1, g)
+    np.testing.assert_allclose(value, np.where(frozen, 0, terms).mean(), rtol=1e-5)
+
+
 # --------------------------------------------------------------------------------------- few_step
 
 
@@ -367,7 +390,7 @@ def recorded(calls, loss, student, average, key, batch):
         calls.clear()
         value, metrics = loss(student, stages.Frozen(average), key, batch)
         of = lambda params: [
-            {name: call[name] for name in "xth" if call[name] is not None}
+            {name: call[name] for name in "xthf" if call[name] is not None}
             for call in calls
             if call["params"] is params
         ]
@@ -475,6 +498,27 @@ def test_the_weight_of_the_path_loss(calls, rate, floor):
     log_p = literal_log_p(literal_logits(table(1), x, t, h))
     want = literal_path_loss(log_p, x, batch["x1"], weight)
     np.testing.assert_allclose(metrics["path_loss"], want.mean(), rtol=1e-5)
+
+
+def test_given_tokens_stay_with_the_teacher_and_do_not_count(calls):
+    config, batch = make_config(), make_batch(rows=40)
+    config.model.given = "marked"
+    loss = make_stage("distill", config).loss
+    run = recorded(calls, loss, table(1), table(2), jax.random.key(5), batch)
+    _, metrics, (student,), teacher = jax.tree.map(np.asarray, run)
+    frozen, taught = student["f"], slice(16, None)  # 2 of 5 widths are below tau
+    np.testing.assert_array_equal(student["x"][frozen], batch["x1"][frozen])
+    free = ~frozen[taught]
+    assert len(teacher) == 2
+    for call in teacher:
+        np.testing.assert_array_equal(call["f"], frozen[taught])
+        np.testing.assert_array_equal(call["x"][~free], batch["x1"][taught][~free])
+    assert (teacher[0]["x"] != teacher[1]["x"])[free].any()
+    log_p = literal_log_p(literal_logits(table(1), *(student[name][taught] for name in "xth")))
+    asked = [literal_logits(table(2), *(call[name] for name in "xth")) for call in teacher]
+    target = literal_log_p(np.mean(asked, 0))
+    kl = (np.exp(target) * (target - log_p)).sum(-1)
+    np.testing.assert_allclose(metrics["distillation_loss"], (kl * free).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("forward_kl", 2.0), ("jsd", 1.0)])

@@ -200,10 +200,10 @@ def test_recipes_are_json():
     assert json.loads(json.dumps(recipe)) == recipe
 
 
-def test_recipes_from_before_learned_positions_are_those_of_rotary():
-    assert "positions" not in _recipe()["model"]
-    learned = _recipe(**{"model.positions": "learned"})
-    assert learned["model"]["positions"] == "learned"
+@pytest.mark.parametrize(("key", "value"), [("positions", "learned"), ("given", "marked")])
+def test_recipes_from_before_a_key_are_those_of_its_default(key, value):
+    assert key not in _recipe()["model"]
+    assert _recipe(**{f"model.{key}": value})["model"][key] == value
 
 
 def test_the_same_recipe_goes_on(trained, tmp_path):

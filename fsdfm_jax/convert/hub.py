@@ -159,7 +159,7 @@ def card(bundle: Bundle, *, digest: str, dtype: str, rows: Iterable[Mapping[str,
         "width, blocks, heads": f"{model.width}, {model.num_blocks}, {model.num_heads}",
         "vocabulary": f"{model.vocab_size:,}",
         "block": "unknown" if bundle.block_length is None else f"{bundle.block_length:,} tokens",
-        "conditioning, positions": f"{model.conditioning}, {model.positions}",
+        "conditioning, positions, given": f"{model.conditioning}, {model.positions}, {model.given}",
         "noise, schedule": f"{bundle.path['source']}, {bundle.path['schedule']}",
         "sampler": ", ".join(f"{key} {value}" for key, value in sampling.to_dict().items()),
     }

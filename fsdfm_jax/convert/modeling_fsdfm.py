@@ -39,6 +39,7 @@ _DEFAULT = {
     "conditioning": "none",
     "positions": "rotary",
     "num_positions": 0,
+    "given": "unmarked",
     "causal": False,
 }
 
@@ -105,6 +106,14 @@ class Norm(nn.Module):
         return functional.layer_norm(
             x_BLD.float(), self.weight.shape, self.weight.float(), eps=NORM_EPS
         )
+
+
+class Mark(nn.Module):
+    """The vector that marks given tokens."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
 
 
 class Embedder(nn.Module):
@@ -216,6 +225,8 @@ class FSDFMModel(PreTrainedModel):
         self.vocab_embed = nn.Embedding(cfg["vocab_size"], cfg["width"])
         if cfg["positions"] == "learned":
             self.position_embed = nn.Embedding(cfg["num_positions"], cfg["width"])
+        if cfg["given"] == "marked":
+            self.given_embed = Mark(cfg["width"])
         if not cfg["causal"]:
             self.time_embedding = Embedder(cfg["cond_width"])
         if cfg["conditioning"] != "none":
@@ -236,13 +247,17 @@ class FSDFMModel(PreTrainedModel):
         """Return the head."""
         return self.output_layer.linear
 
-    def forward(self, input_ids, t=None, h=None, attention_mask=None, labels=None, **unused):
+    def forward(
+        self, input_ids, t=None, h=None, given=None, attention_mask=None, labels=None, **unused
+    ):
         """Logits of each position.
 
         Args:
           input_ids: tokens, int [B, L].
           t: time of each row in [0, 1], [B] or a number; unused by an autoregressive network.
           h: width of the next step, [B] or a number; required by few-step networks.
+          given: which tokens are given (a prompt), bool [B, L]; None: none. Seen only by networks
+            whose config has given="marked".
           attention_mask: must be all ones, since the networks are trained on full blocks.
           labels: not supported; the weighting of times is part of the training.
           **unused: other arguments that `transformers` passes to any model.
@@ -267,6 +282,8 @@ class FSDFMModel(PreTrainedModel):
                     f"The network has {most} positions, got a block of {input_ids.shape[1]} tokens."
                 )
             x_BLD = x_BLD + self.position_embed.weight[: input_ids.shape[1]].float()[None]
+        if self.network["given"] == "marked" and given is not None:
+            x_BLD = x_BLD + given[..., None] * self.given_embed.weight.float()
         for block in self.blocks:
             x_BLD = block(x_BLD, cond_BC)
         return MaskedLMOutput(logits=self.output_layer(x_BLD, cond_BC))

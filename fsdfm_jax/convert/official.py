@@ -7,8 +7,8 @@
 The names are those of the published checkpoints of arXiv:2509.20624. Here blocks are stacked along
 a leading axis; there they are numbered. `rotary_emb.inv_freq` is a buffer determined by the head
 width, with no counterpart here. The official layout covers conditioning "none" and "official"
-without learned positions. `dt_proj` and `position_embed` are our names in the same style for other
-networks, used in the Hub's files (see hub.py).
+without learned positions or a mark of given tokens. `dt_proj`, `position_embed` and `given_embed`
+are our names in the same style for other networks, used in the Hub's files (see hub.py).
 
 PyTorch is not needed, and pickled code is never run (see torch_pickle.py).
 """
@@ -62,7 +62,11 @@ _BLOCK = {
     "adaln/condition_fuser": "condition_fuser",
     "adaln/modulation": "adaLN_modulation",
 }
-_POSITIONS = "vocab_embed/positions"
+# Parameters that only our layout has.
+_OURS = {
+    "vocab_embed/positions": "position_embed.weight",
+    "vocab_embed/given": "given_embed.weight",
+}
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 BUFFER = "rotary_emb.inv_freq"
 # Name parts added by wrappers: DistributedDataParallel, torch.compile, FSDP and activation
@@ -412,8 +416,8 @@ def _heads(tensors: Mapping[str, Leaf], width: int, num_heads: int | None) -> in
 
 def _official_name(path: str) -> tuple[str, bool]:
     """Official name of our parameter ({} for the block index), and whether to transpose it."""
-    if path == _POSITIONS:
-        return "position_embed.weight", False
+    if path in _OURS:
+        return _OURS[path], False
     group, leaf = path.rsplit("/", 1)
     suffix = _LEAF[leaf]
     if group == "vocab_embed":
@@ -519,7 +523,7 @@ def state_shapes(bundle: bundle_lib.Bundle) -> dict[str, tuple[int, ...]]:
 
 def _official_order(name: str) -> tuple:
     head, _, rest = name.partition(".")
-    groups = ("vocab_embed", "position_embed", "time_embedding", "dt_embedding")
+    groups = ("vocab_embed", "position_embed", "given_embed", "time_embedding", "dt_embedding")
     groups += ("time_condition_fuser", "dt_proj", "rotary_emb", "blocks", "output_layer")
     number, _, rest = rest.partition(".") if head == "blocks" else ("0", "", rest)
     return groups.index(head), int(number), rest
@@ -558,11 +562,12 @@ def check_layout(cfg: ModelConfig) -> None:
     what = {
         "autoregressive networks": cfg.causal,
         "positions='learned'": cfg.positions == "learned",
+        "given='marked'": cfg.given == "marked",
         "conditioning='additive'": cfg.conditioning == "additive",
     }
     if found := [name for name, is_so in what.items() if is_so]:
         raise ValueError(
             f"The official layout doesn't support {' and '.join(found)}; convert to safetensors "
             "or orbax with our names, or to the Hub's layout (--to=hub). (It supports "
-            "model.conditioning='official' and model.positions='rotary'.)"
+            "model.conditioning='official', model.positions='rotary' and model.given='unmarked'.)"
         )

@@ -118,6 +118,17 @@ def with_posterior_end(rule: JumpRule) -> JumpRule:
     return rule._replace(probability=probability)
 
 
+def hold(jump: Jump, frozen_BL: jax.Array | None) -> Jump:
+    """Change a jump so that frozen positions, bool [B, L], keep their token; None: none is."""
+    if frozen_BL is None:
+        return jump
+
+    def held(key, logits, xt_BL, t_B, h_B):
+        return jnp.where(frozen_BL, xt_BL, jump(key, logits, xt_BL, t_B, h_B))
+
+    return held
+
+
 def make_jump(rule: JumpRule, schedule: Schedule) -> Jump:
     """Make the jump of a rule on a schedule.
 

@@ -11,7 +11,12 @@ from fsdfm_jax.ops import categorical
 
 
 def sample_path(
-    key: jax.Array, schedule: Schedule, x0_BL: jax.Array, x1_BL: jax.Array, t_B: jax.Array
+    key: jax.Array,
+    schedule: Schedule,
+    x0_BL: jax.Array,
+    x1_BL: jax.Array,
+    t_B: jax.Array,
+    frozen_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Draw xt given both endpoints.
 
@@ -21,10 +26,27 @@ def sample_path(
       x0_BL: noise tokens, int [B, L].
       x1_BL: data tokens, int [B, L].
       t_B: one time per row, in [0, 1]; t=0 returns x0 and t=1 returns x1 exactly.
+      frozen_BL: bool [B, L], positions that always show x1; None: none.
 
     Returns:
       xt, int [B, L].
     """
     # u is in [0, 1): never below kappa=0, always below kappa=1.
     u_BL = categorical.uniform(key, x1_BL.shape)
-    return jnp.where(u_BL < schedule.kappa(t_B)[:, None], x1_BL, x0_BL)
+    shown_BL = u_BL < schedule.kappa(t_B)[:, None]
+    return jnp.where(shown_BL if frozen_BL is None else shown_BL | frozen_BL, x1_BL, x0_BL)
+
+
+def sample_frozen(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Draw which tokens of training rows are given, bool [B, L].
+
+    In half of the rows none; in a quarter a share that is uniform in [0, 1), at random places; in
+    a quarter as large a part at the start, like a prompt.
+    """
+    kind_key, share_key, place_key = jax.random.split(key, 3)
+    rows, length = shape
+    kind_B1 = jax.random.randint(kind_key, (rows, 1), 0, 4)
+    share_B1 = jax.random.uniform(share_key, (rows, 1))
+    scattered_BL = jax.random.uniform(place_key, shape) < share_B1
+    begun_BL = jnp.arange(length)[None] < jnp.floor(share_B1 * length)
+    return ((kind_B1 == 2) & scattered_BL) | ((kind_B1 == 3) & begun_BL)

@@ -308,6 +308,7 @@ _LATER: dict[str, Any] = {
     "logits_mib": ModelConfig.logits_mib,
     "positions": "rotary",
     "num_positions": 0,
+    "given": "unmarked",
 }
 
 

@@ -23,10 +23,10 @@ from fsdfm_jax.ops import logits as logits_lib
 
 
 def sampler_parts(
-    params: Params, model: ModelConfig, process: Process, sampling: Sampling
+    params: Params, model: ModelConfig, process: Process, sampling: Sampling, frozen_BL: jax.Array
 ) -> tuple[Denoise, Jump, Finalize]:
     """Return (denoise, jump, finalize) of a network, the arguments of `flow.sampler.sample`."""
-    denoise = functools.partial(model_lib.predict, params, model)
+    denoise = functools.partial(model_lib.predict, params, model, frozen_BL=frozen_BL)
     wrapped = sampling.wrap(denoise, mask_id=process.source.mask_id)
     return wrapped, process.make_jump(sampling.rule), process.finalize
 
@@ -44,7 +44,7 @@ def make_sampler(model: ModelConfig, process: Process) -> Callable[..., jax.Arra
     """
 
     def run(params: Params, key, x0_BL, frozen_BL, sampling: Sampling):
-        parts = sampler_parts(params, model, process, sampling)
+        parts = sampler_parts(params, model, process, sampling, frozen_BL)
         return sampler.sample(key, *parts, x0_BL, sampling.times(), frozen_BL)
 
     return jax.jit(run)
@@ -89,7 +89,7 @@ def make_observer(model: ModelConfig, process: Process) -> Callable[..., Any]:
         )
 
     def run(params: Params, key, x0_BL, frozen_BL, sampling: Sampling):
-        parts = sampler_parts(params, model, process, sampling)
+        parts = sampler_parts(params, model, process, sampling, frozen_BL)
         watch, times = functools.partial(observe, frozen_BL), sampling.times()
         return sampler.sample_trajectory(key, *parts, x0_BL, times, frozen_BL, observe=watch)
 
@@ -123,7 +123,7 @@ def make_generator(model: ModelConfig, process: Process) -> Callable[..., jax.Ar
 
     def run(params: Params, seed, given_BL, frozen_BL, sampling: Sampling):
         x0_BL, key = draw_noise(process, seed, given_BL, frozen_BL)
-        parts = sampler_parts(params, model, process, sampling)
+        parts = sampler_parts(params, model, process, sampling, frozen_BL)
         return sampler.sample(key, *parts, x0_BL, sampling.times(), frozen_BL)
 
     return run
@@ -137,7 +137,7 @@ def _jit_generator(model: ModelConfig, process: Process) -> Callable[..., jax.Ar
 @functools.lru_cache(maxsize=64)
 def _jit_step(model: ModelConfig, process: Process) -> Callable[..., jax.Array]:
     def step(params, x_BL, inputs, x0_BL, frozen_BL, sampling: Sampling):
-        parts = sampler_parts(params, model, process, sampling)
+        parts = sampler_parts(params, model, process, sampling, frozen_BL)
         return sampler.make_step_fn(*parts, x0_BL, frozen_BL)(x_BL, inputs)[0]
 
     return jax.jit(step)

@@ -115,15 +115,15 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, float32 of width D, plus learned positions if the config has them.
+    """Token embedding, float32 of width D, plus the learned positions and mark of the config.
 
-    `start` is the position of the first token.
+    `start` is the position of the first token; `frozen_BL` marks the given tokens.
     """
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BL, start):
+    def __call__(self, tokens_BL, start, frozen_BL=None):
         shape = (self.cfg.vocab_size, self.cfg.width)
         table_VD = self.param("embedding", small_init, shape, jnp.float32)
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0)
@@ -133,6 +133,10 @@ class Embed(nn.Module):
             shape = (self.cfg.num_positions, self.cfg.width)
             table_LD = self.param("positions", small_init, shape, jnp.float32)
             x_BLD += jax.lax.dynamic_slice_in_dim(table_LD, start, tokens_BL.shape[1])[None]
+        if self.cfg.given == "marked":
+            mark_D = self.param("given", nn.initializers.zeros, (self.cfg.width,), jnp.float32)
+            if frozen_BL is not None:
+                x_BLD += jnp.where(frozen_BL[..., None], mark_D[None, None], 0.0)
         return rules.constrain(x_BLD, "rows", None, "hidden")
 
 
@@ -341,10 +345,11 @@ class Trunk(nn.Module):
     train: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BL, modulation, position=None, cache=None):
+    def __call__(self, tokens_BL, modulation, position=None, cache=None, frozen_BL=None):
         cfg = self.cfg
         cfg.check_length(tokens_BL.shape[1])
-        x_BLD = Embed(cfg, name="vocab_embed")(tokens_BL, 0 if position is None else position)
+        start = 0 if position is None else position
+        x_BLD = Embed(cfg, name="vocab_embed")(tokens_BL, start, frozen_BL)
         x_BLD = rules.constrain(x_BLD, "rows", None, None)
         positions_L = jnp.arange(tokens_BL.shape[1]) if position is None else position[None]
         rotary = rotary_tables(positions_L, cfg.head_width)

@@ -8,6 +8,7 @@ from fsdfm_jax.ops import attention
 
 CONDITIONINGS = ("none", "official", "additive")
 POSITIONS = ("rotary", "learned")
+GIVEN = ("unmarked", "marked")
 # What the backward pass recomputes.
 REMATS = {
     "none": None,
@@ -44,7 +45,9 @@ class ModelConfig:
         position added to the token embedding, for data in which positions have a meaning).
       num_positions: number of learned positions, the maximum input length; 0 with "rotary", which
         has no limit.
-      causal: autoregressive baseline; needs conditioning "none".
+      given: tokens that are given (a prompt, the digits of a puzzle) are "unmarked" (the published
+        layout) | "marked" (by a learned vector added to their embedding, zero at init).
+      causal: autoregressive baseline; needs conditioning "none" and given "unmarked".
       dtype: of activations, "float32" | "bfloat16".
       attention: one of `attention.IMPLEMENTATIONS`.
       remat: what the backward pass recomputes, "none" | "full" | "dots" (saves the outputs of
@@ -66,6 +69,7 @@ class ModelConfig:
     conditioning: str = "none"
     positions: str = "rotary"
     num_positions: int = 0
+    given: str = "unmarked"
     causal: bool = False
     dtype: str = "float32"
     attention: str = "auto"
@@ -88,6 +92,7 @@ class ModelConfig:
         choices = {
             "conditioning": CONDITIONINGS,
             "positions": POSITIONS,
+            "given": GIVEN,
             "attention": attention.IMPLEMENTATIONS,
             "remat": tuple(REMATS),
             "dtype": DTYPES,
@@ -98,8 +103,10 @@ class ModelConfig:
                     f"model.{field}={getattr(self, field)!r} is unknown; expected one of "
                     f"{', '.join(allowed)}."
                 )
-        if self.causal and self.conditioning != "none":
-            raise ValueError("A causal (autoregressive) network needs conditioning='none'.")
+        if self.causal and (self.conditioning != "none" or self.given != "unmarked"):
+            raise ValueError(
+                "A causal (autoregressive) network needs conditioning='none' and given='unmarked'."
+            )
         if (self.positions == "learned") != (self.num_positions > 0) or self.num_positions < 0:
             raise ValueError(
                 "model.num_positions is the number of learned positions, at least 1 with "

@@ -17,7 +17,9 @@ base model. Sinusoids of raw h barely separate 2^-10 from 2^-9; those of -log2 h
 halvings, separate all widths equally well.
 
 `positions="learned"` adds a learned vector per position to the token embedding, for data in which
-positions have a meaning (cells of a grid). The published layout doesn't have them.
+positions have a meaning (cells of a grid). `given="marked"` adds one to tokens that are given (a
+prompt, the digits of a puzzle), which otherwise look like any others. The published layout has
+neither.
 
 `causal=True` is the autoregressive baseline: the same blocks without time conditioning.
 """
@@ -74,6 +76,7 @@ def predict(
     xt_BL: jax.Array,
     t_B: jax.Array | None = None,
     h_B: jax.Array | None = None,
+    frozen_BL: jax.Array | None = None,
     *,
     key: jax.Array | None = None,
 ) -> Logits:
@@ -93,15 +96,22 @@ def predict(
       t_B: time of each row, float32 [B] in [0, 1]; None only for causal networks.
       h_B: step width of each row, float32 [B]; required by networks conditioned on it, ignored by
         others.
+      frozen_BL: which tokens are given, bool [B, L]; None: none. Only networks with
+        given="marked" see it.
       key: typed PRNG key that enables dropout; None is evaluation mode.
 
     Returns:
       [B, L, V], factored into features and head unless cfg.logits_mib is 0, see `ops.logits`.
 
     Raises:
-      ValueError: if a required time or width is missing or isn't one per row, or if there are more
-        tokens than learned positions.
+      ValueError: if a required time or width is missing or isn't one per row, if `frozen_BL` has
+        another shape than the tokens, or if there are more tokens than learned positions.
     """
+    if frozen_BL is not None and jnp.shape(frozen_BL) != xt_BL.shape:
+        raise ValueError(
+            f"frozen_BL must hold one flag per token, shape {xt_BL.shape}, got shape "
+            f"{jnp.shape(frozen_BL)}."
+        )
     for name, value in (("t_B", t_B), ("h_B", h_B)):
         if value is not None and jnp.shape(value) != xt_BL.shape[:1]:
             raise ValueError(
@@ -111,7 +121,8 @@ def predict(
     rngs = {} if key is None else {"dropout": key}
     modulation = _modulation(params, cfg, t_B, h_B)
     trunk = blocks.Trunk(cfg, train=key is not None)
-    features_BLD, _ = blocks.run(trunk, params, xt_BL, modulation, rngs=rngs)
+    inputs = (xt_BL, modulation, None, None, frozen_BL)
+    features_BLD, _ = blocks.run(trunk, params, *inputs, rngs=rngs)
     logits = _factored(params, cfg, features_BLD)
     return logits if cfg.logits_mib else logits_lib.dense(logits)
 
@@ -122,6 +133,7 @@ def apply(
     xt_BL: jax.Array,
     t_B: jax.Array | None = None,
     h_B: jax.Array | None = None,
+    frozen_BL: jax.Array | None = None,
     *,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -134,15 +146,15 @@ def apply(
     (2, 4, 8)
 
     Args:
-      params, cfg, xt_BL, t_B, h_B, key: as in `predict`.
+      params, cfg, xt_BL, t_B, h_B, frozen_BL, key: as in `predict`.
 
     Returns:
       float32 [B, L, V].
 
     Raises:
-      ValueError: if a required time or width is missing or isn't one per row.
+      ValueError: as in `predict`.
     """
-    return logits_lib.dense(predict(params, cfg, xt_BL, t_B, h_B, key=key))
+    return logits_lib.dense(predict(params, cfg, xt_BL, t_B, h_B, frozen_BL, key=key))
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> KeyValueCache:

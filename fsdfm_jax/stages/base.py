@@ -15,13 +15,16 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fsdfm_jax import schema
+from fsdfm_jax.flow import paths
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.network.model import Params
+from fsdfm_jax.ops import logits as logits_lib
 
 NAMES = ("autoregressive", "pretrain", "step_aware", "distill", "refine")
 FEW_STEP = ("step_aware", "distill", "refine")
@@ -109,6 +112,7 @@ def model_config(
         dropout=model.dropout,
         conditioning=model.conditioning if name in FEW_STEP else "none",
         positions=model.positions,
+        given="unmarked" if name == "autoregressive" else model.given,
         num_positions=block_length if model.positions == "learned" else 0,
         causal=name == "autoregressive",
         dtype=model.dtype,
@@ -146,6 +150,30 @@ def make_stage(name: str, config: ConfigDict, process: Process) -> Stage:
     schema.check_section(name, config[name])
     module = importlib.import_module(f"fsdfm_jax.stages.{name}")
     return module.make(config[name], model, process)
+
+
+def draw_frozen(key: jax.Array, model: ModelConfig, x1_BL: jax.Array) -> jax.Array | None:
+    """Which tokens of a batch are given, bool [B, L]; None for a network that isn't told."""
+    if model.given != "marked":
+        return None
+    return paths.sample_frozen(key, x1_BL.shape)
+
+
+def mean_loss(
+    position_loss: Callable[..., jax.Array],
+    logits: logits_lib.Logits,
+    *args: logits_lib.Logits,
+    frozen_BL: jax.Array | None,
+    num_rows: int | None = None,
+) -> jax.Array:
+    """As `logits.mean_loss`; given tokens count as 0."""
+    if frozen_BL is None:
+        return logits_lib.mean_loss(position_loss, logits, *args, num_rows=num_rows)
+
+    def free_loss(logits_BLV, frozen_BL, *args):
+        return jnp.where(frozen_BL, 0.0, position_loss(logits_BLV, *args))
+
+    return logits_lib.mean_loss(free_loss, logits, frozen_BL, *args, num_rows=num_rows)
 
 
 def start_fresh(model: ModelConfig) -> Callable[[jax.Array, Params | None], Params]:

@@ -30,7 +30,7 @@ from fsdfm_jax.network.config import ModelConfig
 from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.ops.logits import Logits
 from fsdfm_jax.parallel import rules
-from fsdfm_jax.stages.base import Frozen
+from fsdfm_jax.stages.base import Frozen, draw_frozen, mean_loss
 
 
 class PathTerm(NamedTuple):
@@ -155,16 +155,18 @@ def make_loss(
     data_name = "guidance_loss" if path.guidance else "path_loss"
 
     def loss(params, frozen: Frozen, key, batch):
-        noise_key, budget_key, path_key, dropout_key, teacher_key = jax.random.split(key, 5)
+        keys = jax.random.split(key, 6)
+        noise_key, budget_key, path_key, dropout_key, teacher_key, given_key = keys
         x1_BL = batch["x1"]
         x0_BL = process.source.sample(noise_key, x1_BL.shape)
         size = len(x1_BL)
         split = rows_of_path(size, path.budgets, taught_budgets)
         parts = [(path.budgets, split), (taught_budgets, size - split)]
         t_B, h_B = _draw_budgets(budget_key, parts)
-        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
-        student = model_lib.predict(params, model, xt_BL, t_B, h_B, key=dropout_key)
-        rows = _Rows(student, x1_BL, xt_BL, t_B, h_B)
+        frozen_BL = draw_frozen(given_key, model, x1_BL)
+        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B, frozen_BL)
+        student = model_lib.predict(params, model, xt_BL, t_B, h_B, frozen_BL, key=dropout_key)
+        rows = _Rows(student, x1_BL, xt_BL, t_B, h_B, frozen_BL)
 
         value, metrics = jnp.zeros(()), {}
         if split:
@@ -188,10 +190,14 @@ class _Rows(NamedTuple):
     xt_BL: jax.Array
     t_B: jax.Array
     h_B: jax.Array
+    frozen_BL: jax.Array | None
 
     def take(self, begin: int, end: int) -> "_Rows":
-        arrays = (array[begin:end] for array in self[1:])
+        arrays = (array if array is None else array[begin:end] for array in self[1:])
         return _Rows(logits_lib.rows(self.student, begin, end), *arrays)
+
+    def padded_frozen(self) -> jax.Array | None:
+        return None if self.frozen_BL is None else rules.pad_rows(self.frozen_BL)
 
 
 def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array, jax.Array]:
@@ -207,8 +213,8 @@ def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array,
 
 def _mean(loss, rows: _Rows, *targets) -> jax.Array:
     """Mean of loss(student, *targets) over the rows; `targets` are padded by `rules.pad_rows`."""
-    student = logits_lib.pad_rows(rows.student)
-    return logits_lib.mean_loss(loss, student, *targets, num_rows=len(rows.t_B))
+    student, frozen_BL = logits_lib.pad_rows(rows.student), rows.padded_frozen()
+    return mean_loss(loss, student, *targets, frozen_BL=frozen_BL, num_rows=len(rows.t_B))
 
 
 def _data_loss(model, process: Process, path: PathTerm, frozen: Frozen, rows: _Rows) -> jax.Array:
@@ -240,7 +246,7 @@ def _guidance_loss(
         return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
 
     base_model = dataclasses.replace(model, conditioning="none")
-    inputs = [rules.pad_rows(x) for x in (rows.xt_BL, rows.t_B)]
+    inputs = (*(rules.pad_rows(x) for x in (rows.xt_BL, rows.t_B)), None, rows.padded_frozen())
     strong, weak = (
         model_lib.predict(frozen.needed[key], base_model, *inputs) for key in ("init_from", "guide")
     )
@@ -257,8 +263,10 @@ def _teacher_loss(
             taught.divergence, teacher_BLV, student_BLV, temperature=taught.temperature
         )
 
-    denoise = functools.partial(model_lib.predict, frozen.average, model)
+    frozen_BL = rows.padded_frozen()
+    denoise = functools.partial(model_lib.predict, frozen.average, model, frozen_BL=frozen_BL)
+    jump = jumps.hold(taught.jump, frozen_BL)
     # A row's noise doesn't depend on the number of rows, so padding is harmless.
     inputs = map(rules.pad_rows, (rows.xt_BL, rows.t_B, rows.h_B))
-    target = teacher.teacher_logits(key, taught.rule, denoise, taught.jump, *inputs)
+    target = teacher.teacher_logits(key, taught.rule, denoise, jump, *inputs)
     return _mean(loss, rows, target)

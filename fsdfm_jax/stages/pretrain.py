@@ -23,8 +23,7 @@ from fsdfm_jax.flow import losses, paths, schedules
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
-from fsdfm_jax.ops import logits as logits_lib
-from fsdfm_jax.stages.base import Stage, start_fresh
+from fsdfm_jax.stages.base import Stage, draw_frozen, mean_loss, start_fresh
 
 
 def stratified_times(
@@ -57,7 +56,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
 
     def loss(params, frozen, key, batch):
         del frozen
-        noise_key, time_key, path_key, dropout_key = jax.random.split(key, 4)
+        noise_key, time_key, path_key, dropout_key, given_key = jax.random.split(key, 5)
         x1_BL = batch["x1"]
         x0_BL = process.source.sample(noise_key, x1_BL.shape)
         t_B, weight_B = stratified_times(
@@ -65,10 +64,11 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         )
         if has_rate:
             weight_B *= schedules.rate(process.schedule, t_B, floor=rate_floor)
-        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B)
-        logits = model_lib.predict(params, model, xt_BL, t_B, key=dropout_key)
+        frozen_BL = draw_frozen(given_key, model, x1_BL)
+        xt_BL = paths.sample_path(path_key, process.schedule, x0_BL, x1_BL, t_B, frozen_BL)
+        logits = model_lib.predict(params, model, xt_BL, t_B, None, frozen_BL, key=dropout_key)
         weight_BL = jnp.broadcast_to(weight_B[:, None], xt_BL.shape)
-        value = logits_lib.mean_loss(position_loss, logits, xt_BL, x1_BL, weight_BL)
+        value = mean_loss(position_loss, logits, xt_BL, x1_BL, weight_BL, frozen_BL=frozen_BL)
         return value, {"loss": value}
 
     return Stage("pretrain", model, start_fresh(model), loss)

@@ -9,7 +9,8 @@ are compared with the path's law at that time, with no target for a single posit
     an auxiliary   learns to tell how the student's outcomes look; it isn't used afterwards
 
 Steps begin where the student's own steps end, from noise on, so that what a step leaves wrong is
-seen by the next. No text is read: all that is known of it is in the base model.
+seen by the next. No text is read: all that is known of it is in the base model. Only a network
+that marks given tokens takes these from the text, and samples the rest.
 
 The student is sampled as it is trained: with the rule `mixture`, on `refine.grid`. Needs a
 uniform source: a mask source has no noise to carry what positions agree on.
@@ -30,9 +31,15 @@ from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.teacher import Denoise
 from fsdfm_jax.network import model as model_lib
 from fsdfm_jax.network.config import ModelConfig
-from fsdfm_jax.ops import logits as logits_lib
 from fsdfm_jax.parallel import rules
-from fsdfm_jax.stages.base import Auxiliary, Frozen, Stage, start_from_base
+from fsdfm_jax.stages.base import (
+    Auxiliary,
+    Frozen,
+    Stage,
+    draw_frozen,
+    mean_loss,
+    start_from_base,
+)
 
 
 class Starts(NamedTuple):
@@ -41,11 +48,13 @@ class Starts(NamedTuple):
     Attributes:
       z_BL: the student's own states, int [B, L].
       t_B, h_B: times and widths, float32 [B].
+      frozen_BL: given positions, bool [B, L]; None: none.
     """
 
     z_BL: jax.Array
     t_B: jax.Array
     h_B: jax.Array
+    frozen_BL: jax.Array | None = None
 
 
 class Ends(NamedTuple):
@@ -96,7 +105,8 @@ def walk(
     max_log2_steps: int,
     grid: str,
     samples: int,
-    length: int,
+    given_CL: jax.Array,
+    frozen_CL: jax.Array | None = None,
 ) -> Starts:
     """The states that steps start from, along samples of 1, 2, 4 .. 2^K steps.
 
@@ -104,18 +114,20 @@ def walk(
 
     Args:
       key: typed PRNG key.
-      denoise: (x_BL, t_B, h_B) -> logits.
+      denoise: (x_BL, t_B, h_B) -> logits, given the same tokens.
       jump: the rule of the steps.
       process: gives the noise.
       max_log2_steps: K.
       grid: name of the time grid, see `grids.make_grid`.
-      samples: of each number of steps.
-      length: L.
+      samples: of each number of steps, of C = samples (K+1) in all.
+      given_CL: int [C, L], used only at frozen positions.
+      frozen_CL: bool [C, L], positions that keep the given token; None: none.
 
     Returns:
       samples (K+1) 2^K rows, one a step.
     """
-    count, chains = 2**max_log2_steps, samples * (max_log2_steps + 1)
+    count = 2**max_log2_steps
+    jump = jumps.hold(jump, frozen_CL)
     budgets = [grids.make_grid(grid, 2**k) for k in range(max_log2_steps + 1)]
 
     def repeated(per_budget):  # [2^K, C]: shorter samples over and over
@@ -129,11 +141,16 @@ def walk(
         noise_key, jump_key = jax.random.split(key)
         x0_CL = process.source.sample(noise_key, z_CL.shape)
         z_CL = jnp.where((t_C == 0)[:, None], x0_CL, z_CL)
+        if frozen_CL is not None:
+            z_CL = jnp.where(frozen_CL, given_CL, z_CL)
         return jump(jump_key, denoise(z_CL, t_C, h_C), z_CL, t_C, h_C), Starts(z_CL, t_C, h_C)
 
-    empty_CL = jnp.zeros((chains, length), jnp.int32)
+    empty_CL = jnp.zeros_like(given_CL)
     _, starts = jax.lax.scan(step, empty_CL, (t_TC, h_TC, jax.random.split(key, count)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
+    starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
+    if frozen_CL is None:
+        return starts
+    return starts._replace(frozen_BL=jnp.tile(frozen_CL, (count, 1)))
 
 
 def auxiliary_width(t_B: jax.Array, h_B: jax.Array) -> jax.Array:
@@ -162,67 +179,82 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
     count_samples(config.batch_size // config.accumulate, budgets)
     base_model = dataclasses.replace(model, conditioning="none")
     jump = process.make_jump(jumps.MIXTURE)
-    predict = lambda params, *inputs: model_lib.predict(params, model, *inputs)
+    predict = lambda params, *inputs, **given: model_lib.predict(params, model, *inputs, **given)
 
-    def starts(key, student, batch) -> Starts:
-        rows, length = batch["x1"].shape
+    def starts(key, given_key, student, batch) -> Starts:
+        samples = count_samples(len(batch["x1"]), budgets)
+        given_CL = batch["x1"][: samples * (budgets + 1)]
+        frozen_CL = draw_frozen(given_key, model, given_CL)
         begun = walk(
             key,
-            functools.partial(predict, student),
+            functools.partial(predict, student, frozen_BL=frozen_CL),
             jump,
             process,
             max_log2_steps=budgets,
             grid=grid,
-            samples=count_samples(rows, budgets),
-            length=length,
+            samples=samples,
+            given_CL=given_CL,
+            frozen_CL=frozen_CL,
         )
         return jax.tree.map(lambda x: rules.constrain(x, "rows"), jax.lax.stop_gradient(begun))
 
     def ends(key, answers, begun: Starts) -> Ends:
         jump_key, share_key, noise_key, path_key = jax.random.split(key, 4)
-        end_BL = jump(jump_key, answers, begun.z_BL, begun.t_B, begun.h_B)
+        held = jumps.hold(jump, begun.frozen_BL)
+        end_BL = held(jump_key, answers, begun.z_BL, begun.t_B, begun.h_B)
         share_B = schedules.redraw_fraction(process.schedule, begun.t_B, begun.h_B)
         end_B = process.schedule.kappa(jnp.minimum(begun.t_B + begun.h_B, 1.0))
         again_B = jax.random.uniform(share_key, share_B.shape, minval=low, maxval=high)
         noise_BL = process.source.sample(noise_key, end_BL.shape)
         # Of z' as of x1 on a straight path: shown with probability r.
-        zs_BL = paths.sample_path(path_key, schedules.Polynomial(), noise_BL, end_BL, again_B)
+        zs_BL = paths.sample_path(
+            path_key, schedules.Polynomial(), noise_BL, end_BL, again_B, begun.frozen_BL
+        )
         return Ends(zs_BL, share_B, end_B, again_B, again_B * end_B)
 
     def auxiliary_answers(params, begun: Starts, ended: Ends):
         s_B = process.schedule.inverse(ended.kept_B)
-        return predict(params, ended.zs_BL, s_B, auxiliary_width(begun.t_B, begun.h_B))
+        width_B = auxiliary_width(begun.t_B, begun.h_B)
+        return predict(params, ended.zs_BL, s_B, width_B, begun.frozen_BL)
 
     def spread(numbers_B, tokens_BL):
         return jnp.broadcast_to(numbers_B[:, None], tokens_BL.shape)
 
     def loss(params, frozen: Frozen, key, batch):
-        walk_key, step_key = jax.random.split(key)
-        begun = starts(walk_key, params, batch)
+        walk_key, step_key, given_key = jax.random.split(key, 3)
+        begun = starts(walk_key, given_key, params, batch)
         answers = predict(params, *begun)
         ended = ends(step_key, jax.lax.stop_gradient(answers), begun)
         own = auxiliary_answers(frozen.partner, begun, ended)
         s_B = process.schedule.inverse(ended.kept_B)
-        base = model_lib.predict(frozen.needed["teacher"], base_model, ended.zs_BL, s_B)
+        inputs = (ended.zs_BL, s_B, None, begun.frozen_BL)
+        base = model_lib.predict(frozen.needed["teacher"], base_model, *inputs)
         kept_BL = spread(ended.kept_B, ended.zs_BL)
-        value = logits_lib.mean_loss(
-            matching.student_loss, answers, own, base, ended.zs_BL, kept_BL
+        value = mean_loss(
+            matching.student_loss,
+            answers,
+            own,
+            base,
+            ended.zs_BL,
+            kept_BL,
+            frozen_BL=begun.frozen_BL,
         )
         return value, {"loss": value}
 
     def learn_law(params, frozen: Frozen, key, batch):
-        walk_key, step_key = jax.random.split(key)
-        begun = starts(walk_key, frozen.partner, batch)
+        walk_key, step_key, given_key = jax.random.split(key, 3)
+        begun = starts(walk_key, given_key, frozen.partner, batch)
         answers = predict(frozen.partner, *begun)
         ended = ends(step_key, answers, begun)
         numbers = (spread(x, begun.z_BL) for x in (ended.share_B, ended.end_B, ended.again_B))
-        value = logits_lib.mean_loss(
+        value = mean_loss(
             matching.auxiliary_loss,
             auxiliary_answers(params, begun, ended),
             answers,
             begun.z_BL,
             ended.zs_BL,
             *numbers,
+            frozen_BL=begun.frozen_BL,
         )
         return value, {"loss": value}
 

@@ -25,7 +25,7 @@ FORMAT = 3
 # Model keys that affect only rounding; other devices may need other values.
 _ROUNDING_KEYS = ("attention", "remat", "logits_mib")
 # Keys omitted from recipes at these values, which are implied for runs older than the key.
-_FORMER_MODEL = {"positions": "rotary"}
+_FORMER_MODEL = {"positions": "rotary", "given": "unmarked"}
 # Keys that decide when a run fails; they don't change the steps before.
 _PATIENCE_KEYS = ("max_skipped",)
 # Keys that name runs which a stage starts from or reads; their recipes count, not their names.
@@ -230,7 +230,7 @@ def _plain(obj: Any) -> Any:
 
 
 def _model_recipe(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.model` as part of a recipe; recipes of earlier versions don't have `positions`."""
+    """`config.model` as part of a recipe; earlier versions had fewer keys."""
     silent = [key for key, value in _FORMER_MODEL.items() if model[key] == value]
     return _without(model, (*_ROUNDING_KEYS, *silent))
 
