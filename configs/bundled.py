@@ -41,6 +41,7 @@ def get_config(arg: str = ""):
     pretrain.ema_decay = 0.998
 
     base.use_short_refine(config)
+    config.refine.num_steps, config.refine.decay_steps = 600, 500  # 120 updates are worse
 
     config.train.log_every = 10
     config.train.checkpoint_every = 50
