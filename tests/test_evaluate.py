@@ -616,7 +616,7 @@ def test_samples_are_not_drawn_with_truncated_noise(monkeypatch):
     """
     size, rows, length = 65_536, 450, 40
     logits = np.r_[0.0, np.full(size - 1, -16.6)].astype(np.float32)
-    constant = lambda params, model, x_BL, *times: jnp.broadcast_to(
+    constant = lambda params, model, x_BL, *times, frozen_BL: jnp.broadcast_to(
         jnp.asarray(logits)[None, None], (*x_BL.shape, size)
     )
     monkeypatch.setattr(model_lib, "predict", constant)

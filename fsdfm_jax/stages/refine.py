@@ -217,9 +217,6 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         width_B = auxiliary_width(begun.t_B, begun.h_B)
         return predict(params, ended.zs_BL, s_B, width_B, begun.frozen_BL)
 
-    def spread(numbers_B, tokens_BL):
-        return jnp.broadcast_to(numbers_B[:, None], tokens_BL.shape)
-
     def loss(params, frozen: Frozen, key, batch):
         walk_key, step_key, given_key = jax.random.split(key, 3)
         begun = starts(walk_key, given_key, params, batch)
@@ -229,16 +226,9 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         s_B = process.schedule.inverse(ended.kept_B)
         inputs = (ended.zs_BL, s_B, None, begun.frozen_BL)
         base = model_lib.predict(frozen.needed["teacher"], base_model, *inputs)
-        kept_BL = spread(ended.kept_B, ended.zs_BL)
-        value = mean_loss(
-            matching.student_loss,
-            answers,
-            own,
-            base,
-            ended.zs_BL,
-            kept_BL,
-            frozen_BL=begun.frozen_BL,
-        )
+        kept_BL = _spread(ended.kept_B, ended.zs_BL)
+        others = (own, base, ended.zs_BL, kept_BL)
+        value = mean_loss(matching.student_loss, answers, *others, frozen_BL=begun.frozen_BL)
         return value, {"loss": value}
 
     def learn_law(params, frozen: Frozen, key, batch):
@@ -246,7 +236,7 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         begun = starts(walk_key, given_key, frozen.partner, batch)
         answers = predict(frozen.partner, *begun)
         ended = ends(step_key, answers, begun)
-        numbers = (spread(x, begun.z_BL) for x in (ended.share_B, ended.end_B, ended.again_B))
+        numbers = (_spread(x, begun.z_BL) for x in (ended.share_B, ended.end_B, ended.again_B))
         value = mean_loss(
             matching.auxiliary_loss,
             auxiliary_answers(params, begun, ended),
@@ -266,3 +256,8 @@ def make(config: ConfigDict, model: ModelConfig, process: Process) -> Stage:
         needs={"teacher": config.teacher},
         auxiliary=Auxiliary(learn_law, config.auxiliary_updates, config.auxiliary_rate),
     )
+
+
+def _spread(numbers_B: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """One number a row as one a token."""
+    return jnp.broadcast_to(numbers_B[:, None], tokens_BL.shape)
