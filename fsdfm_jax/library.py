@@ -266,8 +266,8 @@ def _on_device(bundle: Bundle) -> Params:
 
 
 # Fields of a network that must be equal for networks trained together.
-_KEPT = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio", "positions", "given")
-_KEPT += ("dtype",)
+_SHAPE = ("width", "num_blocks", "num_heads", "cond_width", "mlp_ratio")
+_KEPT = (*_SHAPE, "positions", "given", "dtype")
 
 
 def _base_model(key: str, networks: Mapping[str, Bundle], base: Bundle | None) -> Params:

@@ -37,8 +37,8 @@ def sample_path(
     return jnp.where(shown_BL if frozen_BL is None else shown_BL | frozen_BL, x1_BL, x0_BL)
 
 
-def sample_frozen(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Draw which tokens of training rows are given, bool [B, L].
+def sample_frozen(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draw which tokens of training rows are given, bool [B, L] of this shape.
 
     In half of the rows none; in a quarter a share that is uniform in [0, 1), at random places; in
     a quarter as large a part at the start, like a prompt.

@@ -193,7 +193,7 @@ class _Rows(NamedTuple):
     frozen_BL: jax.Array | None
 
     def take(self, begin: int, end: int) -> "_Rows":
-        arrays = (array if array is None else array[begin:end] for array in self[1:])
+        arrays = jax.tree.map(lambda array: array[begin:end], self[1:])
         return _Rows(logits_lib.rows(self.student, begin, end), *arrays)
 
     def padded_frozen(self) -> jax.Array | None:
@@ -246,9 +246,14 @@ def _guidance_loss(
         return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
 
     base_model = dataclasses.replace(model, conditioning="none")
-    inputs = (*(rules.pad_rows(x) for x in (rows.xt_BL, rows.t_B)), None, rows.padded_frozen())
+    x_BL, t_B, frozen_BL = (
+        rules.pad_rows(rows.xt_BL),
+        rules.pad_rows(rows.t_B),
+        rows.padded_frozen(),
+    )
     strong, weak = (
-        model_lib.predict(frozen.needed[key], base_model, *inputs) for key in ("init_from", "guide")
+        model_lib.predict(frozen.needed[key], base_model, x_BL, t_B, frozen_BL=frozen_BL)
+        for key in ("init_from", "guide")
     )
     return _mean(loss, rows, strong, weak)
 
