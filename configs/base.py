@@ -120,17 +120,18 @@ def _sampling(**values) -> ml_collections.ConfigDict:
     return sampling
 
 
-def use_short_refine(config: ml_collections.ConfigDict) -> None:
-    """Set `refine` to 120 updates for up to 8 steps, and the sampler to the one that it trains.
+def use_short_refine(
+    config: ml_collections.ConfigDict, *, num_steps: int, decay_steps: int
+) -> None:
+    """Set `refine` to a few hundred updates for up to 8 steps, and the sampler to what it trains.
 
     docs/findings.md has its figures on text and on a language with a known law.
     """
     refine = config.refine
-    refine.num_steps = 120
+    refine.num_steps, refine.decay_steps = num_steps, decay_steps
     refine.batch_size = 32
     refine.learning_rate = 1e-3
     refine.warmup_steps = 20
-    refine.decay_steps = 100
     refine.final_lr_fraction = 0.02
     refine.ema_decay = 0.99
     refine.max_log2_steps = 3

@@ -40,8 +40,7 @@ def get_config(arg: str = ""):
     pretrain.final_lr_fraction = 0.0
     pretrain.ema_decay = 0.998
 
-    base.use_short_refine(config)
-    config.refine.num_steps, config.refine.decay_steps = 600, 500  # 120 updates are worse
+    base.use_short_refine(config, num_steps=600, decay_steps=500)
 
     config.train.log_every = 10
     config.train.checkpoint_every = 50

@@ -43,5 +43,5 @@ def get_config(arg: str = ""):
     pretrain.decay_steps = 2_000
     pretrain.final_lr_fraction = 0.02
     pretrain.ema_decay = 0.995
-    base.use_short_refine(config)
+    base.use_short_refine(config, num_steps=400, decay_steps=350)
     return config
