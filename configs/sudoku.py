@@ -67,13 +67,12 @@ def get_config(arg: str = "6x6"):
     refine.final_lr_fraction = 1.0  # worse where it decays; the average smooths enough
     refine.max_log2_steps = 4
     refine.grid = "geometric:0.0001"
-    # Solve puzzles too: half of the training rows have given digits, and the network is told which.
-    model.given = "marked"
     if recipe == "paper":
-        model.given = "unmarked"  # the published layout
         base.use_paper_recipe(config)
         config.path.revealed = "stay"  # as for the base model; no effect with uniform noise
     else:
+        # Solves puzzles too: half of the training rows have given digits, marked for the network.
+        model.given = "marked"
         config.pipeline = "pretrain,refine"
         config.eval.sampling.grid = refine.grid
 

@@ -196,9 +196,6 @@ class _Rows(NamedTuple):
         arrays = jax.tree.map(lambda array: array[begin:end], self[1:])
         return _Rows(logits_lib.rows(self.student, begin, end), *arrays)
 
-    def padded_frozen(self) -> jax.Array | None:
-        return None if self.frozen_BL is None else rules.pad_rows(self.frozen_BL)
-
 
 def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array, jax.Array]:
     """Draw times and widths of all rows, float32 [B] each, from the budgets of each part."""
@@ -213,7 +210,8 @@ def _draw_budgets(key, parts: Sequence[tuple[Budgets, int]]) -> tuple[jax.Array,
 
 def _mean(loss, rows: _Rows, *targets) -> jax.Array:
     """Mean of loss(student, *targets) over the rows; `targets` are padded by `rules.pad_rows`."""
-    student, frozen_BL = logits_lib.pad_rows(rows.student), rows.padded_frozen()
+    student = logits_lib.pad_rows(rows.student)
+    frozen_BL = jax.tree.map(rules.pad_rows, rows.frozen_BL)  # None stays None
     return mean_loss(loss, student, *targets, frozen_BL=frozen_BL, num_rows=len(rows.t_B))
 
 
@@ -246,14 +244,9 @@ def _guidance_loss(
         return losses.distillation_loss(losses.forward_kl, target_BLV, student_BLV)
 
     base_model = dataclasses.replace(model, conditioning="none")
-    x_BL, t_B, frozen_BL = (
-        rules.pad_rows(rows.xt_BL),
-        rules.pad_rows(rows.t_B),
-        rows.padded_frozen(),
-    )
+    inputs = jax.tree.map(rules.pad_rows, (rows.xt_BL, rows.t_B, None, rows.frozen_BL))
     strong, weak = (
-        model_lib.predict(frozen.needed[key], base_model, x_BL, t_B, frozen_BL=frozen_BL)
-        for key in ("init_from", "guide")
+        model_lib.predict(frozen.needed[key], base_model, *inputs) for key in ("init_from", "guide")
     )
     return _mean(loss, rows, strong, weak)
 
@@ -268,10 +261,11 @@ def _teacher_loss(
             taught.divergence, teacher_BLV, student_BLV, temperature=taught.temperature
         )
 
-    frozen_BL = rows.padded_frozen()
+    # A row's noise doesn't depend on the number of rows, so padding is harmless.
+    *inputs, frozen_BL = jax.tree.map(
+        rules.pad_rows, (rows.xt_BL, rows.t_B, rows.h_B, rows.frozen_BL)
+    )
     denoise = functools.partial(model_lib.predict, frozen.average, model, frozen_BL=frozen_BL)
     jump = jumps.hold(taught.jump, frozen_BL)
-    # A row's noise doesn't depend on the number of rows, so padding is harmless.
-    inputs = map(rules.pad_rows, (rows.xt_BL, rows.t_B, rows.h_B))
     target = teacher.teacher_logits(key, taught.rule, denoise, jump, *inputs)
     return _mean(loss, rows, target)

@@ -143,14 +143,12 @@ def walk(
         z_CL = jnp.where((t_C == 0)[:, None], x0_CL, z_CL)
         if frozen_CL is not None:
             z_CL = jnp.where(frozen_CL, given_CL, z_CL)
-        return jump(jump_key, denoise(z_CL, t_C, h_C), z_CL, t_C, h_C), Starts(z_CL, t_C, h_C)
+        end_CL = jump(jump_key, denoise(z_CL, t_C, h_C), z_CL, t_C, h_C)
+        return end_CL, Starts(z_CL, t_C, h_C, frozen_CL)
 
     empty_CL = jnp.zeros_like(given_CL)
     _, starts = jax.lax.scan(step, empty_CL, (t_TC, h_TC, jax.random.split(key, count)))
-    starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
-    if frozen_CL is None:
-        return starts
-    return starts._replace(frozen_BL=jnp.tile(frozen_CL, (count, 1)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 
 def auxiliary_width(t_B: jax.Array, h_B: jax.Array) -> jax.Array:
