@@ -1,20 +1,22 @@
 """Few steps against many where an exact judge decides: a picture and a table per task.
 
-    python -m benchmarks.proof --task=sudoku:4x4 --workdir=runs/proof_4x4
     python -m benchmarks.proof --task=sudoku:6x6 --workdir=runs/proof_6x6 --seeds=0,1,2
+    python -m benchmarks.proof --task=hmm --workdir=runs/proof_hmm --seeds=0,1,2
 
 One base model, and from it a few-step model for each recipe and seed, at equal numbers of network
 evaluations, the auxiliary network's included:
 
-    ours    `refine` of configs/sudoku.py
+    ours    `refine` of the task's configuration
     heun    `distill` with our defaults
     paper   `distill` as published: RK-4, cumulative jumps, the literal end of the path
 
-Each is sampled at several numbers of steps, time grids and temperatures. The summary has a row as
-published (uniform times, temperature 1), at its best times, and at its best times and temperature:
-those with most valid grids where these look uniform, so that neither sharpening nor a handful of
-grids can win. A killed run resumes by the same command. WORKDIR gets results.csv (every point),
-summary.json (a row for each recipe and number of steps) and proof.png.
+Each is sampled at several numbers of steps, time grids and temperatures. Grids are ranked by the
+share of valid ones, a language by its excess over the law. The summary has a row as published
+(uniform times, temperature 1), at its best times, and at its best times and temperature. Rows that
+don't look like the truth can't be best, so neither sharpening nor a handful of samples can win:
+valid grids must look uniform, and the entropies of tokens and bigrams may be at most 1% below the
+law's. A killed run resumes by the same command. WORKDIR gets results.csv (every point, also those
+of earlier commands), summary.json (a row for each recipe and number of steps) and proof.png.
 """
 
 import functools
@@ -24,7 +26,7 @@ import pathlib
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +35,12 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import measure
+from configs import hmm as hmm_config
 from configs import sudoku as sudoku_config
 from fsdfm_jax import io
-from fsdfm_jax.exact import sudoku, sudoku_judge
+from fsdfm_jax.exact import hmm, hmm_judge, sudoku, sudoku_judge
+from fsdfm_jax.exact.hmm import Law
+from fsdfm_jax.exact.sudoku import Sudoku
 from fsdfm_jax.flow import process as process_lib
 from fsdfm_jax.flow.sampling import Sampling
 from fsdfm_jax.inference import generate
@@ -44,22 +49,22 @@ from fsdfm_jax.training import workdir as workdir_lib
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags; the program does, importing this file doesn't."""
-    sizes = tuple(f"sudoku:{name}" for name in sudoku.SIZES)
-    flags.DEFINE_enum("task", sizes[0], sizes, "Data.", flag_values=values)
+    tasks = (*(f"sudoku:{name}" for name in sudoku.SIZES), "hmm")
+    flags.DEFINE_enum("task", tasks[0], tasks, "Data.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Models and results.", required=True, flag_values=values)
     for name, default, text in (
         ("recipes", ["ours", "heun", "paper"], "Few-step models."),
         ("seeds", ["0"], "Seeds of the few-step trainings."),
         ("few", ["1", "2", "4", "8", "16", "64"], "Steps of all models."),
         ("many", ["256", "1024"], "Further steps of the base model."),
-        ("temperatures", ["1", "0.8", "0.6", "0.4"], "Temperatures."),
-        ("many_temperatures", ["1", "0.8"], "Temperatures above 64 steps."),
-        ("grids", ["uniform", "geometric:0.0001"], "Time grids."),
+        ("temperatures", None, "Temperatures; default: the task's."),
+        ("many_temperatures", None, "Temperatures above 64 steps; default: the task's."),
+        ("grids", None, "Time grids; default: the task's."),
     ):
         flags.DEFINE_list(name, default, text, flag_values=values)
-    number = functools.partial(flags.DEFINE_integer, lower_bound=100, flag_values=values)
-    number("samples", 1_000, "Samples of a point.")
-    number("many_samples", 250, "Samples of a point above 64 steps.")
+    number = functools.partial(flags.DEFINE_integer, lower_bound=50, flag_values=values)
+    number("samples", None, "Samples of a point; default: the task's.")
+    number("many_samples", None, "Samples of a point above 64 steps; default: the task's.")
 
 
 _BATCH = 250  # samples drawn at once
@@ -67,6 +72,71 @@ _BATCH = 250  # samples drawn at once
 # student and two or four calls of the teacher; `refine` has, in each of its three updates, the
 # walk, the answers and the auxiliary network, and once the base model.
 _COSTS = {"ours": 2 * (1 + 1 + 3) + (1 + 3 + 1 + 1), "heun": 3 + 2, "paper": 3 + 4}
+
+
+class Task(NamedTuple):
+    """What is trained, and how samples of it are judged.
+
+    Attributes:
+      config: its configuration.
+      length: tokens of a sample.
+      refine_steps: updates of `refine` in its configuration.
+      judge: int [N, L] -> keys of a row: the `figure` with its interval, "distinct", and "flags",
+        "" where the samples look like the truth.
+      figure: what rows are ranked by.
+      rising: whether more of it is better.
+      axis: what it is called in the picture.
+      defaults: of the flags that have none.
+    """
+
+    config: str
+    length: int
+    refine_steps: int
+    judge: Callable[[np.ndarray], dict[str, Any]]
+    figure: str
+    rising: bool
+    axis: str
+    defaults: dict[str, Any]
+
+
+def make_task(name: str) -> Task:
+    """Make a task from its flag; the data of "hmm" have to exist."""
+    if name == "hmm":
+        config = hmm_config.get_config()
+        law = hmm.load(config.eval.law)
+        return Task(
+            "configs/hmm.py",
+            config.data.block_length,
+            config.refine.num_steps,
+            functools.partial(_judge_language, law),
+            "excess",
+            False,
+            "excess over the law, nats per token",
+            {
+                "temperatures": ["1.1", "1", "0.9"],
+                "many_temperatures": ["1", "0.9"],
+                "grids": ["uniform", "geometric:0.01"],
+                "samples": 128,
+                "many_samples": 64,
+            },
+        )
+    size = sudoku.get_size(name.partition(":")[2])
+    return Task(
+        f"configs/sudoku.py:{size.name}",
+        size.block_length,
+        sudoku_config.get_config(size.name).refine.num_steps,
+        functools.partial(_judge_grids, size),
+        "valid",
+        True,
+        "share of valid grids",
+        {
+            "temperatures": ["1", "0.8", "0.6", "0.4"],
+            "many_temperatures": ["1", "0.8"],
+            "grids": ["uniform", "geometric:0.0001"],
+            "samples": 1_000,
+            "many_samples": 250,
+        },
+    )
 
 
 class Trained(NamedTuple):
@@ -77,11 +147,10 @@ class Trained(NamedTuple):
     folder: pathlib.Path
 
 
-def train(size: str, workdir: pathlib.Path, recipes: list[str], seeds: list[int]) -> list[Trained]:
+def train(task: Task, workdir: pathlib.Path, recipes: list[str], seeds: list[int]) -> list[Trained]:
     """Trains what isn't trained yet; every run resumes where it was killed."""
-    _run("fsdfm_jax.exact", f"--task=sudoku:{size}")
     base = workdir / "base"
-    _run_main(f"configs/sudoku.py:{size}", base, "pretrain")
+    _run_main(task.config, base, "pretrain")
     start = base / "stages" / "pretrain"
     models = [Trained("base", 0, start)]
     for recipe in recipes:
@@ -92,22 +161,22 @@ def train(size: str, workdir: pathlib.Path, recipes: list[str], seeds: list[int]
             if recipe == "ours":
                 options.append(f"--config.refine.teacher={start.resolve()}")
             else:
-                options.append(f"--config.distill.num_steps={_equal_steps(size, recipe)}")
-            config = f"configs/sudoku.py:{size}" + (",paper" if recipe == "paper" else "")
+                options.append(f"--config.distill.num_steps={_equal_steps(task, recipe)}")
+            published = ("," if ":" in task.config else ":") + "paper"
+            config = task.config + (published if recipe == "paper" else "")
             _run_main(config, folder, stage, *options)
             models.append(Trained(recipe, seed, folder / "stages" / stage))
     return models
 
 
-def _equal_steps(size: str, recipe: str) -> int:
+def _equal_steps(task: Task, recipe: str) -> int:
     """Training steps that take as many network evaluations as ours."""
-    steps = sudoku_config.get_config(size).refine.num_steps
-    return round(steps * _COSTS["ours"] / _COSTS[recipe])
+    return round(task.refine_steps * _COSTS["ours"] / _COSTS[recipe])
 
 
 def _run_main(config: str, workdir: pathlib.Path, pipeline: str, *options: str) -> None:
     arguments = [f"--config={config}", f"--workdir={workdir}", f"--config.pipeline={pipeline}"]
-    arguments.append("--config.model.given=unmarked")  # whole grids only
+    arguments.append("--config.model.given=unmarked")  # whole samples only
     _run("fsdfm_jax.main", *arguments, "--noevaluate", *options)
 
 
@@ -116,20 +185,22 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def points(
-    model: Trained, size: sudoku.Sudoku, given: flags.FlagValues, done: dict[str, dict]
+    model: Trained, task: Task, given: dict[str, Any], done: dict[str, dict]
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of steps, temperature and time grid; `done` ones aren't drawn again."""
     weights = workdir_lib.load_weights(model.folder)
     process = process_lib.make_process(
-        **weights.metadata["recipe"]["path"], num_tokens=weights.model.vocab_size, eos_id=size.n
+        **weights.metadata["recipe"]["path"],
+        num_tokens=weights.model.vocab_size,
+        eos_id=0,  # no part in drawing whole samples
     )
     run = jax.jit(generate.make_generator(weights.model, process))
-    for steps in map(int, given.few + (given.many if model.recipe == "base" else [])):
+    for steps in map(int, given["few"] + (given["many"] if model.recipe == "base" else [])):
         many = steps > 64
-        count = given.many_samples if many else given.samples
-        temperatures = given.many_temperatures if many else given.temperatures
+        count = given["many_samples" if many else "samples"]
+        temperatures = given["many_temperatures" if many else "temperatures"]
         # One step has one time grid.
-        own = itertools.product(temperatures, given.grids if steps > 1 else given.grids[:1])
+        own = itertools.product(temperatures, given["grids"] if steps > 1 else given["grids"][:1])
         for temperature, grid in own:
             row = {"recipe": model.recipe, "seed": model.seed, "steps": steps}
             row |= {"temperature": float(temperature), "samples": count, "trained": weights.step}
@@ -140,14 +211,14 @@ def points(
                 yield done[key]
                 continue
             sampling = Sampling(steps, "mixture", grid, temperature=float(temperature))
-            tokens_NL = _draw(run, weights.params, size, sampling, count, seed)
-            yield row | _verdict(size, tokens_NL) | {"key": key}
+            tokens_NL = _draw(run, weights.params, task.length, sampling, count, seed)
+            yield row | task.judge(tokens_NL) | {"key": key}
 
 
-def _draw(run, params, size: sudoku.Sudoku, sampling: Sampling, count: int, seed: int):
+def _draw(run, params, length: int, sampling: Sampling, count: int, seed: int) -> np.ndarray:
     """int [count, L]."""
     rows = min(_BATCH, count)
-    free_BL = jnp.zeros((rows, size.num_cells + 1), jnp.int32)
+    free_BL = jnp.zeros((rows, length), jnp.int32)
     frozen_BL = jnp.zeros(free_BL.shape, bool)
     parts = []
     for index in range(-(-count // rows)):
@@ -156,7 +227,7 @@ def _draw(run, params, size: sudoku.Sudoku, sampling: Sampling, count: int, seed
     return np.concatenate(parts)[:count]
 
 
-def _verdict(size: sudoku.Sudoku, tokens_NL: np.ndarray) -> dict[str, Any]:
+def _judge_grids(size: Sudoku, tokens_NL: np.ndarray) -> dict[str, Any]:
     report = sudoku_judge.judge(size, tokens_NL)
     figures = report.figures
     valid = figures["valid"]
@@ -169,8 +240,26 @@ def _verdict(size: sudoku.Sudoku, tokens_NL: np.ndarray) -> dict[str, Any]:
     return row | {"flags": "; ".join(report.flags)}
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each recipe and number of steps the valid share as published, on the best grid, at best.
+_TOLERANCE = 0.01  # of the entropies, as a share of the law's
+
+
+def _judge_language(law: Law, tokens_NL: np.ndarray) -> dict[str, Any]:
+    report = hmm_judge.judge(law, tokens_NL)
+    figures, row = report.figures, {}
+    for name in ("excess", "kl_1", "kl_2", "kl_3", "entropy_1", "entropy_2"):
+        figure = figures[name]
+        row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+    row["distinct"] = figures["distinct"].value
+    flagged = ["distinct"] if "distinct" in report.flags else []
+    for name in ("entropy_1", "entropy_2"):
+        row[f"law_{name}"], _ = report.law[name]
+        if row[name] < (1 - _TOLERANCE) * row[f"law_{name}"]:
+            flagged.append(name)
+    return row | {"flags": "; ".join(flagged)}
+
+
+def summarise(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each recipe and number of steps the figure as published, on the best grid, at best.
 
     Means over seeds, each seed at its own best, with the least and the most.
     """
@@ -179,29 +268,27 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chosen = [row for row in rows if (row["recipe"], row["steps"]) == (recipe, steps)]
         plain = [row for row in chosen if row["temperature"] == 1]
         published = [row for row in plain if row["grid"] == "uniform"]
-        best = _best_of_each_seed(chosen)
-        shares = [row["valid"] for row in best]
+        best = _best_of_each_seed(task, chosen)
+        values = [row[task.figure] for row in best]
         entry = {"recipe": recipe, "steps": steps, "seeds": len(best)}
-        entry |= {"published": _mean(published), "plain": _mean(_best_of_each_seed(plain))}
-        entry |= {"best": _mean(best), "least": min(shares), "most": max(shares)}
+        mean = lambda rows: float(np.mean([r[task.figure] for r in rows])) if rows else None
+        entry |= {"published": mean(published), "plain": mean(_best_of_each_seed(task, plain))}
+        entry |= {"best": mean(best), "least": min(values), "most": max(values)}
         entry |= {name: [row[name] for row in best] for name in ("grid", "temperature")}
         entry |= {"distinct": min(float(row["distinct"]) for row in best)}  # "nan" when resumed
         result.append(entry | {"flagged": sum(bool(row["flags"]) for row in best)})
     return result
 
 
-def _best_of_each_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best_of_each_seed(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     seeds = dict.fromkeys(row["seed"] for row in rows)
     by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
-    return [max(own, key=lambda row: (not row["flags"], row["valid"])) for own in by_seed]
+    sign = 1 if task.rising else -1
+    return [max(own, key=lambda r: (not r["flags"], sign * r[task.figure])) for own in by_seed]
 
 
-def _mean(rows: list[dict[str, Any]]) -> float | None:
-    return float(np.mean([row["valid"] for row in rows])) if rows else None
-
-
-def draw(summary: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """The picture: valid share against steps."""
+def draw(task: Task, summary: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """The picture: the figure against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,7 +312,8 @@ def draw(summary: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
             name = f"{label}, uniform times, T = 1"
             axes.plot(steps, published, "--", color=color, label=name, linewidth=1)
     ticks = sorted({row["steps"] for row in summary})
-    axes.set(xscale="log", xlabel="steps", ylabel="valid grids", ylim=(0, 1), title=title)
+    axes.set(xscale="log", xlabel="steps", ylabel=task.axis, title=title)
+    axes.set(**({"ylim": (0, 1)} if task.rising else {"yscale": "log"}))
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
@@ -241,23 +329,26 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if unknown := set(given.recipes) - set(_COSTS):
         raise app.UsageError(f"--recipes has unknown {sorted(unknown)}; expected {list(_COSTS)}.")
-    name = given.task.partition(":")[2]
-    workdir, size = pathlib.Path(given.workdir), sudoku.get_size(name)
-    models = train(name, workdir, given.recipes, [int(seed) for seed in given.seeds])
-    store, rows = workdir / "points.json", []
+    workdir = pathlib.Path(given.workdir)
+    _run("fsdfm_jax.exact", f"--task={given.task}")
+    task = make_task(given.task)
+    names = ("few", "many", *task.defaults)
+    chosen = {k: task.defaults[k] if given[k].value is None else given[k].value for k in names}
+    models = train(task, workdir, given.recipes, [int(seed) for seed in given.seeds])
+    store = workdir / "points.json"
     done = {row["key"]: row for row in io.read_json(store)} if store.is_file() else {}
     for model in models:
-        for row in points(model, size, given, done):
+        for row in points(model, task, chosen, done):
             if row["key"] not in done:
-                shown = {k: v for k, v in row.items() if k in ("valid", "distinct", "flags")}
+                shown = {k: v for k, v in row.items() if k in (task.figure, "distinct", "flags")}
                 logging.info("%s: %s", row["key"], shown)
                 done[row["key"]] = row
                 io.write_json(store, list(done.values()))
-            rows.append({name: value for name, value in row.items() if name != "key"})
-    summary = summarise(rows)
+    rows = [{k: v for k, v in row.items() if k != "key"} for row in done.values()]
+    summary = summarise(task, rows)
     measure.write_csv(workdir / "results.csv", rows)
     io.write_json(workdir / "summary.json", {"machine": measure.machine(), "rows": summary})
-    draw(summary, workdir / "proof.png", f"Sudoku {name}: valid samples against steps")
+    draw(task, summary, workdir / "proof.png", f"{given.task}: {task.axis} against steps")
     names = ("recipe", "steps", "published", "plain", "best", "least", "most", "flagged")
     measure.print_table([{key: row[key] for key in names} for row in summary])
 

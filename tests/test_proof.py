@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import tiny_law
 
 from benchmarks import proof
-from configs import sudoku as config
-from fsdfm_jax.exact import grids, sudoku
+from fsdfm_jax.exact import grids, hmm, sudoku
+
+TASK = proof.make_task("sudoku:6x6")
 
 
 def row(seed=0, temperature=1.0, grid="uniform", valid=0.5, flags=""):
@@ -22,7 +24,7 @@ def test_the_best_row_is_one_whose_grids_look_uniform():
         row(valid=0.6, seed=1),
         row(valid=0.4, seed=1, temperature=0.8),
     ]
-    (summary,) = proof.summarise(rows)
+    (summary,) = proof.summarise(TASK, rows)
     assert summary["published"] == pytest.approx(0.55)
     assert summary["plain"] == pytest.approx(0.575)
     assert (summary["least"], summary["most"]) == (0.6, 0.7)
@@ -34,7 +36,7 @@ def test_the_best_row_is_one_whose_grids_look_uniform():
 
 def test_where_all_are_flagged_the_row_says_so():
     rows = [row(valid=0.9, flags="few"), row(valid=0.8, temperature=0.8, flags="few")]
-    (summary,) = proof.summarise(rows)
+    (summary,) = proof.summarise(TASK, rows)
     assert (summary["best"], summary["flagged"]) == (0.9, 1)
 
 
@@ -42,15 +44,37 @@ def test_a_handful_of_grids_is_flagged_and_uniform_ones_are_not():
     size, rng = sudoku.get_size("6x6"), np.random.default_rng(0)
     real = grids.sample(size, rng, 400).reshape(400, -1)
     tokens = lambda cells: np.concatenate([cells, np.full((len(cells), 1), size.n)], axis=1)
-    verdict = proof._verdict(size, tokens(real))
+    verdict = TASK.judge(tokens(real))
     assert (verdict["valid"], verdict["flags"]) == (1.0, "")
-    few = proof._verdict(size, tokens(np.tile(real[:4], (100, 1))))
+    few = TASK.judge(tokens(np.tile(real[:4], (100, 1))))
     assert few["valid"] == 1.0
     assert few["flags"]
 
 
-def test_all_recipes_take_as_many_network_evaluations():
-    steps = config.get_config("4x4").refine.num_steps
-    for recipe in ("heun", "paper"):
-        own = proof._equal_steps("4x4", recipe) * proof._COSTS[recipe]
-        assert own == pytest.approx(steps * proof._COSTS["ours"], rel=0.01)
+def test_text_of_less_entropy_is_flagged_and_the_law_itself_is_not():
+    law, rng = tiny_law.make(num_states=6, num_words=12), np.random.default_rng(0)
+    real = proof._judge_language(law, hmm.sample(law, rng, 1_000, 64))
+    assert real["flags"] == ""
+    assert real["excess"] == pytest.approx(0, abs=0.03)
+    sharp = lambda rows: rows**2 / (rows**2).sum(1, keepdims=True)
+    colder = hmm.Law(sharp(law.transition_KK), sharp(law.emission_KV), law.tokens)
+    verdict = proof._judge_language(law, hmm.sample(colder, rng, 1_000, 64))
+    assert verdict["excess"] < -0.1
+    assert verdict["flags"] == "entropy_1; entropy_2"
+
+
+def test_a_language_is_ranked_by_the_least_excess():
+    task = TASK._replace(figure="excess", rising=False)
+    rows = [
+        {**row(), "excess": 0.5},
+        {**row(grid="geometric:0.01"), "excess": 0.3},
+        {**row(temperature=0.9, flags="entropy_2"), "excess": 0.1},
+    ]
+    (summary,) = proof.summarise(task, rows)
+    assert (summary["published"], summary["plain"], summary["best"]) == (0.5, 0.3, 0.3)
+
+
+@pytest.mark.parametrize("recipe", ["heun", "paper"])
+def test_all_recipes_take_as_many_network_evaluations(recipe):
+    own = proof._equal_steps(TASK, recipe) * proof._COSTS[recipe]
+    assert own == pytest.approx(TASK.refine_steps * proof._COSTS["ours"], rel=0.01)
