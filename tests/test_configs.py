@@ -32,7 +32,7 @@ ARGUMENTS = {
     "tiny": ["", "smoke", "mask"],
     "bundled": [""],
     "sudoku": [f"{size}{recipe}" for size in ("4x4", "6x6", "9x9") for recipe in ("", ",paper")],
-    "hmm": [""],
+    "hmm": ["", "paper"],
     "paper": [*base.SIZES, *(f"{size},{stage}" for size in base.SIZES for stage in SIZED)],
 }
 ALL = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
