@@ -113,7 +113,7 @@ def make_task(name: str) -> Task:
             False,
             "excess over the law, nats per token",
             {
-                "temperatures": ["1.1", "1", "0.9"],
+                "temperatures": ["1.4", "1.3", "1.2", "1.1", "1", "0.9"],
                 "many_temperatures": ["1", "0.9"],
                 "grids": ["uniform", "geometric:0.01"],
                 "samples": 128,
