@@ -57,4 +57,5 @@ def get_config(arg: str = ""):
     distill.ema_decay = 0.99
     if arg == "paper":
         base.use_paper_recipe(config)
+        config.path.revealed = "stay"  # as for the base model; no effect with uniform noise
     return config
