@@ -288,7 +288,7 @@ def _best_of_each_seed(task: Task, rows: list[dict[str, Any]]) -> list[dict[str,
 
 
 def draw(task: Task, summary: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """The picture: the figure against steps."""
+    """The picture: the figure against steps, where any samples look like the truth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -297,10 +297,12 @@ def draw(task: Task, summary: list[dict[str, Any]], path: pathlib.Path, title: s
     figure, axes = pyplot.subplots(figsize=(7, 4))
     names = {"base": "base model", "ours": "ours (refine)", "heun": "Heun teacher"}
     names["paper"] = "published recipe"
-    for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in summary)):
-        rows = sorted((r for r in summary if r["recipe"] == recipe), key=lambda row: row["steps"])
+    for number, (recipe, label) in enumerate(names.items()):
+        own = (row for row in summary if row["recipe"] == recipe and not row["flagged"])
+        rows = sorted(own, key=lambda row: row["steps"])
+        if not rows:
+            continue
         steps, color = [row["steps"] for row in rows], f"C{number}"
-        label = names.get(recipe, recipe)
         axes.plot(
             steps, [row["best"] for row in rows], "o-", color=color, label=f"{label}, at best"
         )
@@ -313,7 +315,12 @@ def draw(task: Task, summary: list[dict[str, Any]], path: pathlib.Path, title: s
             axes.plot(steps, published, "--", color=color, label=name, linewidth=1)
     ticks = sorted({row["steps"] for row in summary})
     axes.set(xscale="log", xlabel="steps", ylabel=task.axis, title=title)
-    axes.set(**({"ylim": (0, 1)} if task.rising else {"yscale": "log"}))
+    if task.rising:
+        axes.set_ylim(0, 1)
+    else:
+        axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter("{x:g}")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
@@ -348,7 +355,7 @@ def main(argv: list[str]) -> None:
     summary = summarise(task, rows)
     measure.write_csv(workdir / "results.csv", rows)
     io.write_json(workdir / "summary.json", {"machine": measure.machine(), "rows": summary})
-    draw(task, summary, workdir / "proof.png", f"{given.task}: {task.axis} against steps")
+    draw(task, summary, workdir / "proof.png", f"{given.task}, few steps against many")
     names = ("recipe", "steps", "published", "plain", "best", "least", "most", "flagged")
     measure.print_table([{key: row[key] for key in names} for row in summary])
 

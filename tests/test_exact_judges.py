@@ -18,7 +18,8 @@ from fsdfm_jax.evaluate.models import Subject
 from fsdfm_jax.evaluate.plan import Settings
 from fsdfm_jax.evaluate.references import HeldOut
 from fsdfm_jax.evaluate.results import Store
-from fsdfm_jax.exact import documents, grids, hmm, sudoku
+from fsdfm_jax.exact import documents, grids, hmm, hmm_judge, sudoku
+from fsdfm_jax.exact.intervals import Figure
 from fsdfm_jax.flow.process import Process
 from fsdfm_jax.flow.schedules import Polynomial
 from fsdfm_jax.flow.sources import Source
@@ -107,6 +108,23 @@ def test_sharpened_text_is_exposed_and_bad_text_is_only_bad():
     verdict = _judge(judge, noise)
     assert verdict["findings"] == []
     assert verdict["figures"]["excess"]["low"] > 0.1
+
+
+def test_errors_do_not_hide_that_text_is_sharpened():
+    """As a few-step model's: unlikely as a whole, but its bigrams are likely and too uniform."""
+    law = {"nll": (4.0, 0.01), "entropy_2": (3.2, 0.01), "kl_2": (1.0, 0.01)}
+    law |= {f"{name}_{k}": (1.0, 1.0) for name in ("entropy", "kl") for k in (1, 3)}
+    values = {name: mean for name, (mean, _) in law.items()} | {"nll": 4.1, "entropy_2": 3.1}
+    flags = {"nll": "higher", "entropy_2": "lower"}
+
+    def words(**changes):
+        figures = {name: Figure(value, 0, 0, 64) for name, value in (values | changes).items()}
+        more = {name: "" for name in changes}
+        report = hmm_judge.Report(figures, law, flags | more)
+        return [found["word"] for found in exact_judges._exposed(report)]
+
+    assert words() == ["low entropy"]
+    assert words(kl_2=1.2) == []  # merely bad: unlikely bigrams
 
 
 def test_what_cannot_be_judged_is_left_out():

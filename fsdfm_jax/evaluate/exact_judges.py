@@ -21,8 +21,8 @@ from fsdfm_jax.exact.hmm import Law
 from fsdfm_jax.exact.intervals import Figure
 from fsdfm_jax.exact.sudoku import Sudoku
 
-# Increase it when a code change affects a figure.
-_VERSION = 1
+# Increase one when a code change affects its verdicts.
+_SUDOKU_VERSION, _LAW_VERSION = 1, 2
 _FEWEST = 2  # minimum samples of a language
 
 Verdict = dict[str, Any]
@@ -111,7 +111,7 @@ class SudokuJudge:
 
     def describe(self) -> dict[str, Any]:
         """See `ExactJudge`."""
-        return {"kind": "sudoku", "size": self._size.name, "version": _VERSION}
+        return {"kind": "sudoku", "size": self._size.name, "version": _SUDOKU_VERSION}
 
     def judge(
         self, tokens_NL: np.ndarray, frozen_NL: np.ndarray, *, resamples: int
@@ -139,7 +139,7 @@ class LawJudge:
 
     def describe(self) -> dict[str, Any]:
         """See `ExactJudge`."""
-        return {"kind": "hmm", "law": self._law.fingerprint, "version": _VERSION}
+        return {"kind": "hmm", "law": self._law.fingerprint, "version": _LAW_VERSION}
 
     def judge(
         self, tokens_NL: np.ndarray, frozen_NL: np.ndarray, *, resamples: int
@@ -159,15 +159,21 @@ class LawJudge:
 def _exposed(report: hmm_judge.Report) -> list[dict[str, Any]]:
     """Find reasons why the likelihood looks better than the samples are.
 
-    A model that is merely worse than the law has a higher loss, which isn't reported.
+    A model that is merely worse than the law has a higher loss, which isn't reported. But errors
+    can hide that it is sharpened as well: its k-grams have less entropy without being unlikely.
     """
     above = lambda name: report.figures[name].value > report.law[name][0]
-    groups = {"copies": ["distinct"]}
-    if not ("nll" in report.flags and above("nll")):
-        orders = hmm_judge.ORDERS
-        groups["sharpened"] = ["nll"]
-        groups["low entropy"] = [f"entropy_{k}" for k in orders if not above(f"entropy_{k}")]
-        groups["k-grams"] = [f"kl_{k}" for k in orders if above(f"kl_{k}")]
+    worse = lambda name: name in report.flags and above(name)
+    orders, bad = hmm_judge.ORDERS, worse("nll")
+    unlikely = {k for k in orders if bad and worse(f"kl_{k}")}
+    groups = {
+        "copies": ["distinct"],
+        "sharpened": [] if bad else ["nll"],
+        "low entropy": [
+            f"entropy_{k}" for k in orders if not above(f"entropy_{k}") and k not in unlikely
+        ],
+        "k-grams": [] if bad else [f"kl_{k}" for k in orders if above(f"kl_{k}")],
+    }
     return _findings(groups, report.flags)
 
 
