@@ -38,6 +38,7 @@ from benchmarks import measure
 from configs import hmm as hmm_config
 from configs import sudoku as sudoku_config
 from fsdfm_jax import io
+from fsdfm_jax.evaluate import exact_judges
 from fsdfm_jax.exact import hmm, hmm_judge, sudoku, sudoku_judge
 from fsdfm_jax.exact.hmm import Law
 from fsdfm_jax.exact.sudoku import Sudoku
@@ -83,9 +84,7 @@ class Task(NamedTuple):
       refine_steps: updates of `refine` in its configuration.
       judge: int [N, L] -> keys of a row: the `figure` with its interval, "distinct", and "flags",
         "" where the samples look like the truth.
-      figure: what rows are ranked by.
-      rising: whether more of it is better.
-      axis: what it is called in the picture.
+      figure: what rows are ranked by, a key of `exact_judges.RANKED`.
       defaults: of the flags that have none.
     """
 
@@ -94,49 +93,36 @@ class Task(NamedTuple):
     refine_steps: int
     judge: Callable[[np.ndarray], dict[str, Any]]
     figure: str
-    rising: bool
-    axis: str
     defaults: dict[str, Any]
+
+    @property
+    def ranked(self) -> exact_judges.Ranked:
+        """How the figure is ranked and shown."""
+        return exact_judges.RANKED[self.figure]
 
 
 def make_task(name: str) -> Task:
     """Make a task from its flag; the data of "hmm" have to exist."""
     if name == "hmm":
-        config = hmm_config.get_config()
-        law = hmm.load(config.eval.law)
-        return Task(
-            "configs/hmm.py",
-            config.data.block_length,
-            config.refine.num_steps,
-            functools.partial(_judge_language, law),
-            "excess",
-            False,
-            "excess over the law, nats per token",
-            {
-                "temperatures": ["1.4", "1.3", "1.2", "1.1", "1", "0.9"],
-                "many_temperatures": ["1", "0.9"],
-                "grids": ["uniform", "geometric:0.01"],
-                "samples": 128,
-                "many_samples": 64,
-            },
-        )
-    size = sudoku.get_size(name.partition(":")[2])
-    return Task(
-        f"configs/sudoku.py:{size.name}",
-        size.block_length,
-        sudoku_config.get_config(size.name).refine.num_steps,
-        functools.partial(_judge_grids, size),
-        "valid",
-        True,
-        "share of valid grids",
-        {
-            "temperatures": ["1", "0.8", "0.6", "0.4"],
-            "many_temperatures": ["1", "0.8"],
-            "grids": ["uniform", "geometric:0.0001"],
-            "samples": 1_000,
-            "many_samples": 250,
-        },
-    )
+        path, config, figure = "configs/hmm.py", hmm_config.get_config(), "excess"
+        judge = functools.partial(_judge_language, hmm.load(config.eval.law))
+        temperatures, many_temperatures = ["1.4", "1.3", "1.2", "1.1", "1", "0.9"], ["1", "0.9"]
+        samples, many_samples = 128, 64
+    else:
+        size = sudoku.get_size(name.partition(":")[2])
+        path, figure = f"configs/sudoku.py:{size.name}", "valid"
+        config = sudoku_config.get_config(size.name)
+        judge = functools.partial(_judge_grids, size)
+        temperatures, many_temperatures = ["1", "0.8", "0.6", "0.4"], ["1", "0.8"]
+        samples, many_samples = 1_000, 250
+    defaults = {
+        "temperatures": temperatures,
+        "many_temperatures": many_temperatures,
+        "grids": ["uniform", config.refine.grid],
+        "samples": samples,
+        "many_samples": many_samples,
+    }
+    return Task(path, config.data.block_length, config.refine.num_steps, judge, figure, defaults)
 
 
 class Trained(NamedTuple):
@@ -283,7 +269,7 @@ def summarise(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _best_of_each_seed(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     seeds = dict.fromkeys(row["seed"] for row in rows)
     by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
-    sign = 1 if task.rising else -1
+    sign = 1 if task.ranked.rising else -1
     return [max(own, key=lambda r: (not r["flags"], sign * r[task.figure])) for own in by_seed]
 
 
@@ -314,8 +300,8 @@ def draw(task: Task, summary: list[dict[str, Any]], path: pathlib.Path, title: s
             name = f"{label}, uniform times, T = 1"
             axes.plot(steps, published, "--", color=color, label=name, linewidth=1)
     ticks = sorted({row["steps"] for row in summary})
-    axes.set(xscale="log", xlabel="steps", ylabel=task.axis, title=title)
-    if task.rising:
+    axes.set(xscale="log", xlabel="steps", ylabel=task.ranked.axis, title=title)
+    if task.ranked.rising:
         axes.set_ylim(0, 1)
     else:
         axes.set_yscale("log")

@@ -95,7 +95,6 @@ def use_paper_recipe(config: ml_collections.ConfigDict) -> None:
     """
     config.pipeline = "pretrain,distill"
     config.model.conditioning = "official"
-    config.path.revealed = "jump"  # no effect with the paper's uniform source
     distill = config.distill
     distill.width_weights = "official"
     distill.time_eps = 1e-3

@@ -48,7 +48,7 @@ def get_config(arg: str = ""):
     pretrain.ema_decay = 0.995
     base.use_short_refine(config, num_steps=400, decay_steps=350)
     distill = config.distill
-    distill.num_steps = 900  # as many network evaluations as `refine`
+    distill.num_steps = 900  # with the published teacher as many network evaluations as `refine`
     distill.batch_size = 32
     distill.learning_rate = 1e-3
     distill.warmup_steps = 50
@@ -57,5 +57,4 @@ def get_config(arg: str = ""):
     distill.ema_decay = 0.99
     if arg == "paper":
         base.use_paper_recipe(config)
-        config.path.revealed = "stay"  # as for the base model; no effect with uniform noise
     return config

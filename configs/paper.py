@@ -24,4 +24,5 @@ def get_config(arg: str = "0.17B"):
         config.pipeline = stage
     else:
         base.use_paper_recipe(config)
+        config.path.revealed = "jump"  # no effect with the paper's uniform source
     return config

@@ -69,7 +69,6 @@ def get_config(arg: str = "6x6"):
     refine.grid = "geometric:0.0001"
     if recipe == "paper":
         base.use_paper_recipe(config)
-        config.path.revealed = "stay"  # as for the base model; no effect with uniform noise
     else:
         # Solves puzzles too: half of the training rows have given digits, marked for the network.
         model.given = "marked"

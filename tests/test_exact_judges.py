@@ -100,8 +100,7 @@ def test_repeated_texts_are_exposed(kinds):
 
 
 def test_sharpened_text_is_exposed_and_bad_text_is_only_bad():
-    sharp = lambda rows: rows**2 / (rows**2).sum(1, keepdims=True)
-    law = hmm.Law(sharp(LAW.transition_KK), sharp(LAW.emission_KV), LAW.tokens)
+    law = tiny_law.sharpened(LAW)
     judge = exact_judges.LawJudge(LAW)
     assert {"sharpened", "low entropy"} <= set(_words(judge, _texts(300, law=law)))
     noise = np.random.default_rng(0).integers(LAW.vocab_size, size=(300, LENGTH))

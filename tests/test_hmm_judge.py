@@ -72,8 +72,7 @@ def _flagged(tokens):
 
 def test_sharpened_samples_are_exposed():
     """A likelihood above that of the law isn't good."""
-    sharp = lambda rows: rows**2 / (rows**2).sum(1, keepdims=True)
-    law = hmm.Law(sharp(LAW.transition_KK), sharp(LAW.emission_KV), LAW.tokens)
+    law = tiny_law.sharpened(LAW)
     tokens = _samples(law=law)
     assert hmm_judge.judge(LAW, tokens, resamples=20).figures["excess"].high < -0.05
     assert {"kl_2", "entropy_2", "nll"} <= _flagged(tokens)
