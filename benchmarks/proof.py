@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
@@ -54,7 +55,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum("task", tasks[0], tasks, "Data.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Models and results.", required=True, flag_values=values)
     for name, default, text in (
-        ("recipes", ["ours", "heun", "paper"], "Few-step models."),
+        ("recipes", list(_RECIPES), "Few-step models."),
         ("seeds", ["0"], "Seeds of the few-step trainings."),
         ("few", ["1", "2", "4", "8", "16", "64"], "Steps of all models."),
         ("many", ["256", "1024"], "Further steps of the base model."),
@@ -69,10 +70,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 _BATCH = 250  # samples drawn at once
-# Network evaluations of a row in a training step, a gradient counted as three: `distill` has the
-# student and two or four calls of the teacher; `refine` has, in each of its three updates, the
-# walk, the answers and the auxiliary network, and once the base model.
-_COSTS = {"ours": 2 * (1 + 1 + 3) + (1 + 3 + 1 + 1), "heun": 3 + 2, "paper": 3 + 4}
+_TEACHER_CALLS = {"heun": 2, "paper": 4}
+_RECIPES = ("ours", *_TEACHER_CALLS)
 
 
 class Task(NamedTuple):
@@ -81,7 +80,7 @@ class Task(NamedTuple):
     Attributes:
       config: its configuration.
       length: tokens of a sample.
-      refine_steps: updates of `refine` in its configuration.
+      refine: `refine` of its configuration.
       judge: int [N, L] -> keys of a row: the `figure` with its interval, "distinct", and "flags",
         "" where the samples look like the truth.
       figure: what rows are ranked by, a key of `exact_judges.RANKED`.
@@ -90,7 +89,7 @@ class Task(NamedTuple):
 
     config: str
     length: int
-    refine_steps: int
+    refine: ml_collections.ConfigDict
     judge: Callable[[np.ndarray], dict[str, Any]]
     figure: str
     defaults: dict[str, Any]
@@ -106,7 +105,8 @@ def make_task(name: str) -> Task:
     if name == "hmm":
         path, config, figure = "configs/hmm.py", hmm_config.get_config(), "excess"
         judge = functools.partial(_judge_language, hmm.load(config.eval.law))
-        temperatures, many_temperatures = ["1.4", "1.3", "1.2", "1.1", "1", "0.9"], ["1", "0.9"]
+        temperatures = ["1.7", "1.6", "1.5", "1.4", "1.3", "1.2", "1.1", "1", "0.9"]
+        many_temperatures = ["1", "0.9"]
         samples, many_samples = 128, 64
     else:
         size = sudoku.get_size(name.partition(":")[2])
@@ -122,7 +122,7 @@ def make_task(name: str) -> Task:
         "samples": samples,
         "many_samples": many_samples,
     }
-    return Task(path, config.data.block_length, config.refine.num_steps, judge, figure, defaults)
+    return Task(path, config.data.block_length, config.refine, judge, figure, defaults)
 
 
 class Trained(NamedTuple):
@@ -157,7 +157,18 @@ def train(task: Task, workdir: pathlib.Path, recipes: list[str], seeds: list[int
 
 def _equal_steps(task: Task, recipe: str) -> int:
     """Training steps that take as many network evaluations as ours."""
-    return round(task.refine_steps * _COSTS["ours"] / _COSTS[recipe])
+    return round(task.refine.num_steps * _cost(task, "ours") / _cost(task, recipe))
+
+
+def _cost(task: Task, recipe: str) -> int:
+    """Network evaluations of a row in a training step, a gradient counted as three.
+
+    `refine` has the walk, the answers and the auxiliary network in each update of either network,
+    and in the student's the base model.
+    """
+    if recipe == "ours":
+        return (1 + 1 + 3) * task.refine.auxiliary_updates + (1 + 3 + 1 + 1)
+    return 3 + _TEACHER_CALLS[recipe]
 
 
 def _run_main(config: str, workdir: pathlib.Path, pipeline: str, *options: str) -> None:
@@ -320,8 +331,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     given = flags.FLAGS
-    if unknown := set(given.recipes) - set(_COSTS):
-        raise app.UsageError(f"--recipes has unknown {sorted(unknown)}; expected {list(_COSTS)}.")
+    if unknown := set(given.recipes) - set(_RECIPES):
+        raise app.UsageError(f"--recipes has unknown {sorted(unknown)}; expected {_RECIPES}.")
     workdir = pathlib.Path(given.workdir)
     _run("fsdfm_jax.exact", f"--task={given.task}")
     task = make_task(given.task)

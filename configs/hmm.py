@@ -46,7 +46,8 @@ def get_config(arg: str = ""):
     pretrain.decay_steps = 2_000
     pretrain.final_lr_fraction = 0.02
     pretrain.ema_decay = 0.995
-    base.use_short_refine(config, num_steps=400, decay_steps=350)
+    base.use_short_refine(config, num_steps=246, decay_steps=215)
+    config.refine.auxiliary_updates = 4  # two sharpen: docs/findings.md
     distill = config.distill
     distill.num_steps = 900  # with the published teacher as many network evaluations as `refine`
     distill.batch_size = 32
